@@ -1,0 +1,188 @@
+"""Every command-line flag, once: name, type, default and help. Spelled as vLLM spells them.
+
+A process adds the flags it takes with `add_flags(parser, names)`; the supervisor takes their union and
+passes each process its own. An environment variable PAGEWIRE_<NAME> gives a default; the command line
+wins. Unknown flags are errors, and no flag is accepted that does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pagewire_core.telemetry import LOG_FORMATS, LOG_LEVELS
+
+
+@dataclass(frozen=True)
+class Flag:
+    default: Any
+    help: str
+    type: Callable[[str], Any] | None = str  # None: a switch with a --no- form
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    aliases: tuple[str, ...] = ()
+
+
+def size(text: str) -> int:
+    """'1024', '512M', '4G', '4GiB', '1.5k' -> bytes (powers of 1024 for K, M, G, T)."""
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(number[-1:], 1)
+    try:
+        value = int(float(number.rstrip("KMGT")) * factor)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 512M or 4G") from None
+    if value <= 0:
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+def port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError("must be between 0 and 65535")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError("must be in (0, 1]")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be positive and finite")
+    return value
+
+
+FLAGS: dict[str, Flag] = {
+    # The model.
+    "model": Flag(None, "a local directory or a Hugging Face Hub id"),
+    "tokenizer": Flag(None, "a directory or Hub id with tokenizer.json; default: the model's"),
+    "revision": Flag(None, "branch, tag or commit of a Hub model"),
+    "download-dir": Flag(None, "where Hub models are kept; default: the Hub's own cache"),
+    "dtype": Flag("auto", "compute and KV dtype; auto: the checkpoint's, float32 for float16 on a CPU",
+                  choices=("auto", "float32", "bfloat16", "float16", "half", "float")),
+    "device": Flag("auto", "auto: cuda if there is one", choices=("auto", "cpu", "cuda")),
+    "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
+    "chat-template": Flag(None, "a Jinja file or template; default: the model's"),
+    "max-model-len": Flag(None, "longest prompt + output in tokens; default: the model's", positive),
+    # The engine.
+    "block-size": Flag(16, "tokens in a KV block; divides 64", int, choices=("8", "16", "32", "64")),
+    "gpu-memory-utilization": Flag(0.9, "share of the device's memory for weights and KV (of free RAM on a CPU, "
+                                        "bounded to 4 GiB of KV unless --kv-cache-memory-bytes says more)", fraction),
+    "kv-cache-memory-bytes": Flag(None, "size of the KV pool; overrides --gpu-memory-utilization", size),
+    "max-num-seqs": Flag(128, "sequences in one step", positive),
+    "max-num-batched-tokens": Flag(2048, "tokens in one step", positive),
+    "enable-prefix-caching": Flag(True, "reuse KV of equal prefixes", None),
+    "lanes": Flag("auto", "how KV travels, best first, of nccl, gloo, grpc; auto: nccl,gloo,grpc where they exist"),
+    "threads": Flag(None, "CPU threads of the engine; default: the cores divided by the workers", positive),
+    # The services.
+    "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
+    "worker-id": Flag(None, "a stable name; default: role, host and port"),
+    "host": Flag("127.0.0.1", "address to listen on"),
+    "port": Flag(0, "port to listen on; 0: any free one", port),
+    "redis-url": Flag(None, "redis://host:port/db of the index and registry"),
+    "router": Flag(None, "host:port of the router"),
+    "workers": Flag("", "host:port of workers to know besides the registered ones, comma-separated"),
+    "max-queued-requests": Flag(256, "requests that may wait; more are answered 429", positive),
+    "request-timeout": Flag(600.0, "seconds a request may take in all", seconds),
+    "transfer-timeout": Flag(30.0, "seconds a KV transfer may stand still", seconds),
+    "log-format": Flag("auto", "auto: console on a terminal, JSON elsewhere", choices=LOG_FORMATS),
+    "log-level": Flag("info", "least severe line that is logged", choices=LOG_LEVELS),
+}  # fmt: skip
+
+ROUTER_FLAGS = (
+    "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "host", "port",
+    "redis-url", "workers", "max-queued-requests", "request-timeout", "transfer-timeout", "log-format", "log-level",
+)  # fmt: skip
+WORKER_FLAGS = (
+    "role", "model", "revision", "download-dir", "dtype", "device", "max-model-len", "block-size",
+    "gpu-memory-utilization", "kv-cache-memory-bytes", "max-num-seqs", "max-num-batched-tokens",
+    "enable-prefix-caching", "lanes", "threads", "worker-id", "host", "port", "redis-url", "transfer-timeout",
+    "log-format", "log-level",
+)  # fmt: skip
+BRIDGE_FLAGS = ("router", "host", "port", "request-timeout", "log-format", "log-level")
+
+
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without prefix matching, with one-sentence errors and exit code 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
+        raise SystemExit(2)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, names: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> None:
+    """Adds the named flags; a default comes from PAGEWIRE_<NAME> if that is set."""
+    for name in names:
+        flag = FLAGS[name]
+        default = _default(parser, name, environ)
+        if flag.type is None:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=flag.help)
+            continue
+        parser.add_argument(
+            f"--{name}", type=flag.type, default=default, help=flag.help, metavar=flag.metavar,
+            choices=[flag.type(c) for c in flag.choices] if flag.choices else None,
+        )  # fmt: skip
+
+
+def _default(parser: argparse.ArgumentParser, name: str, environ: Mapping[str, str]) -> Any:
+    """The environment's value, checked where argparse would take a default unchecked; else the flag's default."""
+    flag, variable = FLAGS[name], f"PAGEWIRE_{name.upper().replace('-', '_')}"
+    text = environ.get(variable)
+    if text is None:
+        return flag.default
+    if flag.type is None:
+        if text.lower() not in _SWITCH:
+            parser.error(f"{variable} is {text!r}; write one of {', '.join(_SWITCH)}")
+        return _SWITCH[text.lower()]
+    if flag.choices and text not in flag.choices:
+        parser.error(f"{variable} is {text!r}; choose from {', '.join(flag.choices)}")
+    return text
+
+
+def to_command_line(values: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """The named flags of `values` as arguments for another process; unset ones are left out."""
+    line: list[str] = []
+    for name in names:
+        value = getattr(values, name.replace("-", "_"))
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            line.append(f"--{name}={value}")
+    return line
+
+
+def run_main(prog: str, main: Callable[[argparse.Namespace], None], names: Sequence[str], description: str) -> None:
+    """Entry point of a service: parse, run, and end a StartupError with its sentence and exit code 1."""
+    from pagewire_core.errors import StartupError
+
+    parser = Parser(prog=prog, description=description)
+    add_flags(parser, names)
+    try:
+        main(parser.parse_args())
+    except StartupError as error:
+        sys.stderr.write(f"{prog}: {error}\n")
+        raise SystemExit(1) from None

@@ -1,0 +1,184 @@
+"""gRPC as every service uses it: one set of channel options, one place where errors become statuses.
+
+Connections notice a killed peer at once and a frozen one in about three seconds: without
+`grpc.http2.ping_timeout_ms` a stopped peer goes unnoticed whatever the keepalive options say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pagewire_core.errors import ERROR_METADATA_KEY, STATUS, Internal, PagewireError, StartupError
+
+log = structlog.get_logger(__name__)
+
+PROTOCOL = 1  # version of the rules between services; peers with another one are refused
+REQUEST_ID_KEY = "x-request-id"
+MAX_MESSAGE_BYTES = 16 << 20
+
+_COMMON_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+_SERVER_OPTIONS = [
+    *_COMMON_OPTIONS,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a silent sharing
+]
+# A pool of its own: a channel to a restarted peer must not reuse the dead one's connection.
+_CHANNEL_OPTIONS = [
+    *_COMMON_OPTIONS,
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to `host:port` of another service of ours."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+class RpcServer:
+    """A gRPC server with health checking, reflection and error mapping.
+
+    `add(adder, servicer, name)` before `start`; `stop` lets running calls finish for `grace_s`.
+    """
+
+    def __init__(self) -> None:
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[_ErrorInterceptor()])
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._names: list[str] = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+
+    def add(self, adder: Callable[[Any, grpc.aio.Server], None], servicer: object, descriptor: Any) -> None:
+        """Registers a servicer with the generated `add_...Servicer_to_server`; descriptor names the service."""
+        adder(servicer, self._server)
+        self._names.append(descriptor.full_name)
+
+    def bind(self, host: str, port: int) -> int:
+        """Takes the port (0: any free one) and returns it. Raises StartupError if it is taken."""
+        try:
+            return self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise StartupError(
+                f"cannot listen on {host}:{port}: the address is in use or not ours; choose another port"
+            ) from error
+
+    async def serve(self) -> None:
+        """Begins to accept calls; every service has been added."""
+        reflection.enable_server_reflection(self._names, self._server)
+        await self._server.start()
+
+    async def start(self, host: str, port: int) -> int:
+        """`bind` and `serve`."""
+        bound = self.bind(host, port)
+        await self.serve()
+        return bound
+
+    async def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait_closed(self) -> None:
+        await self._server.wait_for_termination()
+
+
+async def abort_with(context: grpc.aio.ServicerContext, error: PagewireError) -> None:
+    """Ends a call with the error's status and the Error itself in the trailing metadata."""
+    status, _ = STATUS[error.code]
+    await context.abort(status, error.message, ((ERROR_METADATA_KEY, error.to_proto().SerializeToString()),))
+
+
+class _ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Binds the request id to the log context and turns exceptions into statuses, for every method."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/pagewire."):
+            return handler
+        wrap = _wrap_stream if handler.response_streaming else _wrap_unary
+        behaviour = {
+            (False, False): "unary_unary",
+            (False, True): "unary_stream",
+            (True, False): "stream_unary",
+            (True, True): "stream_stream",
+        }[handler.request_streaming, handler.response_streaming]
+        factory = getattr(grpc, f"{behaviour}_rpc_method_handler")
+        return factory(
+            wrap(getattr(handler, behaviour), handler_call_details.method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _bind_request_id(context: grpc.aio.ServicerContext) -> None:
+    structlog.contextvars.clear_contextvars()
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY:
+            structlog.contextvars.bind_contextvars(request_id=value)
+
+
+@contextlib.asynccontextmanager
+async def _mapped_errors(context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except PagewireError as error:
+        await abort_with(context, error)
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception as error:
+        log.exception("call failed", method=method)
+        await abort_with(context, Internal(f"internal error: {type(error).__name__}"))
+
+
+def _wrap_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        _bind_request_id(context)
+        async with _mapped_errors(context, method):
+            return await behaviour(request, context)
+
+    return call
+
+
+def _wrap_stream(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Callable[..., AsyncIterator[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        _bind_request_id(context)
+        async with _mapped_errors(context, method):
+            # aclosing: a vanished client must run the servicer's `finally` now, not at garbage collection.
+            async with contextlib.aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+    return call
+
+
+def request_metadata(request_id: str) -> Sequence[tuple[str, str]]:
+    """Metadata that carries the request id to the next service's logs."""
+    return ((REQUEST_ID_KEY, request_id),)

@@ -1,0 +1,78 @@
+"""Logs and metrics, the same in every service.
+
+Logs are structlog events: JSON lines, or a console rendering on a terminal. The request id is bound
+to the context where a call enters, so that every line of a request carries it. Prompt text is never
+logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+
+import structlog
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+LOG_FORMATS = ("auto", "json", "console")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def configure_logging(service: str, log_format: str = "auto", level: str = "info") -> None:
+    """Sets up structlog for this process; `auto` is console on a terminal and JSON elsewhere."""
+    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+
+    def name_service(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {"service": service, **event}
+
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            name_service,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info if not console else structlog.processors.StackInfoRenderer(),
+            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
+
+
+def exposition(registry: CollectorRegistry) -> str:
+    """The registry in Prometheus' text format."""
+    return generate_latest(registry).decode()
+
+
+class _Families:
+    """A collector over families that are already made."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+def merge_expositions(texts: Mapping[str, str]) -> str:
+    """Joins the metrics of several processes into one valid exposition.
+
+    texts: instance name -> Prometheus text. Every sample gets a label `instance`, unless it has one;
+    a family named by several processes appears once.
+    """
+    merged: dict[str, Metric] = {}
+    for instance, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            into = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            into.samples.extend(
+                Sample(s.name, {"instance": instance, **s.labels}, s.value, s.timestamp, s.exemplar)
+                for s in family.samples
+            )
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families(list(merged.values())))  # type: ignore[arg-type]
+    return exposition(registry)
