@@ -1,0 +1,72 @@
+"""The KV pool of one engine: a single tensor, and the ways bytes get in and out of it.
+
+    kv  [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]
+
+A slot is block * block_size + offset. The wire layout is [layers, 2, tokens, num_kv_heads, head_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pagewire.v1 import kv_channel_pb2 as pb
+from pagewire_kernels import ops
+
+from pagewire_engine.models.config import ModelConfig
+
+
+class KVCache:
+    """Pages for every layer. Gather and scatter may run on any thread, on blocks no step writes."""
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, *, poison: bool = False) -> None:
+        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.kv = torch.empty(shape, dtype=config.dtype, device=config.device)
+        self.block_size = block_size
+        self._poison = poison
+        if poison:
+            self.kv.fill_(torch.nan)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, [num_blocks, block_size, num_kv_heads, head_dim] each."""
+        return self.kv[index, 0], self.kv[index, 1]
+
+    @property
+    def layout(self) -> pb.KvLayout:
+        layers, _, _, _, heads, dim = self.kv.shape
+        dtype = str(self.kv.dtype).removeprefix("torch.")
+        return pb.KvLayout(num_layers=layers, num_kv_heads=heads, head_dim=dim, dtype=dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        layers, _, _, _, heads, dim = self.kv.shape
+        return layers * 2 * heads * dim * self.kv.element_size()
+
+    def freed(self, blocks: Sequence[int]) -> None:
+        """Told which blocks became free; poisons them if that is asked for."""
+        if self._poison:
+            self.kv[:, :, list(blocks)] = torch.nan
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole blocks, (source, destination) each: the copy of copy-on-write."""
+        if pairs:
+            sources, destinations = map(list, zip(*pairs, strict=True))
+            self.kv[:, :, destinations] = self.kv[:, :, sources]
+
+    def slots(self, block_table: Sequence[int], begin: int, end: int) -> torch.Tensor:
+        """Slots of tokens [begin, end) of a sequence, int64."""
+        positions = torch.arange(begin, end)
+        blocks = torch.tensor(block_table, dtype=torch.int64)[positions // self.block_size]
+        return (blocks * self.block_size + positions % self.block_size).to(self.kv.device)
+
+    def gather(self, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:
+        """The tokens' KV in wire layout, on the CPU."""
+        return ops.pack_kv(self.kv, self.slots(block_table, *tokens), layers).cpu()
+
+    def scatter(
+        self, wire: torch.Tensor, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]
+    ) -> None:
+        """Writes wire-layout KV into the tokens' slots and returns when it is there."""
+        ops.unpack_kv(wire.to(self.kv.device), self.kv, self.slots(block_table, *tokens), layers)
+        if self.kv.is_cuda:
+            torch.cuda.current_stream().synchronize()

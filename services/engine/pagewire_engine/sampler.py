@@ -1,0 +1,122 @@
+"""Logits -> tokens.
+
+Randomness is counter-based: the uniform that chooses the token at a position is a function of
+(seed, choice, position) alone, so it does not matter which worker samples, in which batch, or whether
+it is the first time. The token is found by inverting the cumulative distribution in vocabulary order.
+
+Order of operations, as in vLLM: log probabilities are of the raw logits; then min_tokens bans, logit
+bias, repetition, frequency and presence penalties; then temperature, min_p, top_k, top_p.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pagewire_engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One token to choose: the tokens so far, the first `num_prompt` of which are the prompt."""
+
+    params: SamplingParams
+    choice: int
+    tokens: Sequence[int]
+    num_prompt: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A chosen token; logprobs only if the request asked: of the token, and of the best (id, logprob)."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that only these three decide (BLAKE2b, 53 bits)."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, choice, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    """One token per row. logits: float32 [rows, vocabulary]; overwritten."""
+    raw = torch.log_softmax(logits, -1) if any(r.params.logprobs is not None for r in rows) else None
+    for i, row in enumerate(rows):
+        if row.params.changes_logits:
+            _change(logits[i], row)
+    tokens = logits.argmax(-1).tolist()
+    random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if random:
+        for i, token in zip(random, _draw(logits[random], [rows[i] for i in random]), strict=True):
+            tokens[i] = token
+    return [
+        Sampled(token) if raw is None else _with_logprobs(token, raw[i], row.params.logprobs)
+        for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
+    ]
+
+
+def _with_logprobs(token: int, raw: torch.Tensor, count: int | None) -> Sampled:
+    if count is None:
+        return Sampled(token)
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        values, ids = raw.topk(min(count, raw.numel()))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Sampled(token, raw[token].item(), top)
+
+
+def _change(logits: torch.Tensor, row: SampleRow) -> None:
+    """Bans, bias and penalties of one row, in place."""
+    p = row.params
+    if len(row.tokens) - row.num_prompt < p.min_tokens and p.banned_before_min_tokens:
+        logits[list(p.banned_before_min_tokens)] = -torch.inf
+    if p.logit_bias:
+        ids = torch.tensor(list(p.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(p.logit_bias.values()), device=logits.device)
+    if p.repetition_penalty != 1.0:
+        seen = torch.tensor(row.tokens, device=logits.device).unique()
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+    if (p.frequency_penalty or p.presence_penalty) and len(row.tokens) > row.num_prompt:
+        ids, counts = torch.tensor(row.tokens[row.num_prompt :], device=logits.device).unique(return_counts=True)
+        logits[ids] -= p.frequency_penalty * counts + p.presence_penalty
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """A random token per row from the tempered, truncated distribution."""
+    device = logits.device
+    temperature = torch.tensor([r.params.temperature for r in rows], device=device)
+    probs = torch.softmax(logits / temperature[:, None], -1)
+    if any(r.params.min_p > 0 for r in rows):
+        min_p = torch.tensor([r.params.min_p for r in rows], device=device)
+        probs = probs.masked_fill(probs < min_p[:, None] * probs.amax(-1, keepdim=True), 0.0)
+    if any(r.params.top_k or r.params.top_p < 1 for r in rows):
+        probs = _truncate(probs, rows)
+    cumulative = probs.double().cumsum(-1)
+    uniforms = [uniform(r.params.seed, r.choice, len(r.tokens)) for r in rows]
+    targets = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    # The product may round up to the total itself: then the last possible token is meant.
+    last = (probs > 0).long().cumsum(-1).argmax(-1)
+    return torch.minimum(drawn, last).tolist()
+
+
+def _truncate(probs: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Zeroes what top_k and then top_p leave out (top_p of the distribution that top_k left)."""
+    device, vocabulary = probs.device, probs.shape[-1]
+    top_k = torch.tensor([r.params.top_k or vocabulary for r in rows], device=device).clamp(max=vocabulary)
+    top_p = torch.tensor([r.params.top_p for r in rows], dtype=torch.float64, device=device)
+    ordered, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    kept = torch.arange(vocabulary, device=device) < top_k[:, None]
+    mass = (ordered * kept).double()
+    before = mass.cumsum(-1) - mass  # probability of the tokens ranked above
+    kept &= before < top_p[:, None] * mass.sum(-1, keepdim=True)
+    kept[:, 0] = True
+    return probs.masked_fill(~torch.zeros_like(kept).scatter(-1, ids, kept), 0.0)

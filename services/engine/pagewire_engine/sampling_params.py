@@ -1,0 +1,74 @@
+"""How tokens of one request are chosen, as the engine reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pagewire.v1 import common_pb2 as pb
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """See SamplingParams in common.proto; every default is resolved and `seed` and `max_tokens` are set."""
+
+    seed: int = 0
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @classmethod
+    def from_proto(cls, p: pb.SamplingParams) -> SamplingParams:
+        return cls(
+            seed=p.seed,
+            max_tokens=p.max_tokens,
+            temperature=p.temperature if p.HasField("temperature") else 1.0,
+            top_p=p.top_p if p.HasField("top_p") else 1.0,
+            top_k=max(p.top_k, 0),
+            min_p=p.min_p,
+            repetition_penalty=p.repetition_penalty if p.HasField("repetition_penalty") else 1.0,
+            presence_penalty=p.presence_penalty,
+            frequency_penalty=p.frequency_penalty,
+            logit_bias=dict(p.logit_bias),
+            min_tokens=p.min_tokens,
+            stop_token_ids=frozenset(p.stop_token_ids),
+            eos_token_ids=frozenset(p.eos_token_ids),
+            ignore_eos=p.ignore_eos,
+            logprobs=p.logprobs if p.HasField("logprobs") else None,
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but temperature and truncation touches the logits."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+    def finish(self, token: int, num_output: int) -> tuple[pb.FinishReason, int | None] | None:
+        """Whether a sequence ends with `token` as its `num_output`-th: the reason and the id that ended it."""
+        if token in self.stop_token_ids:
+            return pb.FINISH_REASON_STOP, token
+        if token in self.eos_token_ids and not self.ignore_eos:
+            return pb.FINISH_REASON_STOP, None
+        if num_output >= self.max_tokens:
+            return pb.FINISH_REASON_LENGTH, None
+        return None
+
+    @property
+    def banned_before_min_tokens(self) -> frozenset[int]:
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids

@@ -1,0 +1,52 @@
+"""What a step costs on this worker, fitted from its own step times; the router's cost model."""
+
+from __future__ import annotations
+
+from pagewire.v1 import worker_pb2 as pb
+
+
+class LinearFit:
+    """y = base + slope * x by least squares with exponential forgetting (half-life about 70 steps)."""
+
+    _KEEP = 0.99
+
+    def __init__(self) -> None:
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        k = self._KEEP
+        self._n, self._x, self._y = k * self._n + 1, k * self._x + x, k * self._y + y
+        self._xx, self._xy = k * self._xx + x * x, k * self._xy + x * y
+
+    def fit(self) -> tuple[float, float]:
+        """(base, slope), neither negative; (0, 0) before anything was added."""
+        if not self._n:
+            return 0.0, 0.0
+        mean_x, mean_y = self._x / self._n, self._y / self._n
+        variance = self._xx / self._n - mean_x**2
+        if variance <= 1e-9 * max(mean_x**2, 1.0):  # one size only: all of it is slope
+            return 0.0, mean_y / mean_x if mean_x else 0.0
+        slope = max((self._xy / self._n - mean_x * mean_y) / variance, 0.0)
+        return max(mean_y - slope * mean_x, 0.0), slope
+
+
+class StepCost:
+    """Prefill steps by their tokens, decode steps by their sequences; mixed steps tell neither."""
+
+    def __init__(self) -> None:
+        self._prefill, self._decode = LinearFit(), LinearFit()
+
+    def add(self, num_prefill_tokens: int, num_decode: int, milliseconds: float) -> None:
+        if num_prefill_tokens and not num_decode:
+            self._prefill.add(num_prefill_tokens, milliseconds)
+        elif num_decode and not num_prefill_tokens:
+            self._decode.add(num_decode, milliseconds)
+
+    def to_proto(self) -> pb.StepCost:
+        prefill, decode = self._prefill.fit(), self._decode.fit()
+        return pb.StepCost(
+            prefill_base_ms=prefill[0],
+            prefill_ms_per_token=prefill[1],
+            decode_base_ms=decode[0],
+            decode_ms_per_sequence=decode[1],
+        )

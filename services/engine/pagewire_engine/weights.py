@@ -1,0 +1,78 @@
+"""Safetensors -> tensors, in the compute dtype on the compute device. Pickles are never opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from pagewire_core.errors import StartupError
+from safetensors import SafetensorError, safe_open
+
+
+class Checkpoint:
+    """The safetensors files of a model directory, one or sharded with an index.
+
+    A context manager: files are mapped while it is open. Every failure is a StartupError.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._path, self._dtype, self._device = path, dtype, device
+        self._file_of = _locate(path)
+        self._open: dict[str, safe_open] = {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._open.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self._read(name).dtype
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor called `name`, checked against the shape that config.json implies."""
+        tensor = self._read(name)
+        if tuple(tensor.shape) != shape:
+            raise StartupError(
+                f"tensor {name} in {self._path} has shape {tuple(tensor.shape)}, config.json implies {shape}; "
+                "the checkpoint and its config do not belong together"
+            )
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
+        file = self._file_of.get(name)
+        if file is None:
+            raise StartupError(f"the checkpoint in {self._path} has no tensor {name}; download the model again")
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self._path / file, "pt")  # type: ignore[no-untyped-call]
+            return self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _corrupt(self._path / file, error) from None
+
+
+def _corrupt(file: Path, error: Exception) -> StartupError:
+    return StartupError(f"cannot read {file}: {error}; the file is missing or corrupt, download the model again")
+
+
+def _locate(path: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            return dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _corrupt(index, error) from None
+    file = path / "model.safetensors"
+    if not file.exists():
+        raise StartupError(f"{path} has no model.safetensors and no index of shards; only safetensors are loaded")
+    try:
+        with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+            return dict.fromkeys(opened.keys(), file.name)
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(file, error) from None
