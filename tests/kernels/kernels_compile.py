@@ -1,0 +1,68 @@
+"""Every kernel compiled ahead of time for three GPU generations, without a GPU: it fits, and it does not spill.
+
+Not collected by name: test_triton.py runs this file in a process of its own, without TRITON_INTERPRET, because an
+interpreted kernel has no source to compile.
+"""
+
+import dataclasses
+
+import pytest
+import triton
+import triton.language as tl
+from pagewire_kernels import aot
+
+# What one program may use of a processor's shared memory: 163 KiB on A100, 227 KiB on H100 and B200.
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ENTRIES = {entry.name: entry for entry in aot.entries()}
+
+
+@pytest.mark.parametrize("sm", aot.SMS)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_kernel_compiles_and_fits(name: str, sm: int) -> None:
+    used = aot.compile_kernel(ENTRIES[name], sm)
+    assert problems(used) == []
+
+
+def test_every_kernel_is_in_the_table() -> None:
+    kernels = {
+        value
+        for module in (aot.kv_copy, aot.paged_decode, aot.paged_prefill)
+        for value in vars(module).values()
+        if isinstance(value, triton.JITFunction)
+    }
+    assert kernels == {entry.kernel for entry in ENTRIES.values()}
+
+
+def test_a_tile_too_large_is_a_problem() -> None:
+    """The guard must be able to fail: with 256 keys a tile, gemma's prefill neither fits nor stays in registers."""
+    entry = ENTRIES["paged_prefill gemma-2-9b bf16"]
+    huge = dataclasses.replace(entry, constexprs=entry.constexprs | {"BLOCK_N": 256})
+    assert len(problems(aot.compile_kernel(huge, 80))) == 2
+
+
+def test_a_kernel_that_is_wrong_does_not_compile() -> None:
+    signature = {"x_ptr": "*fp32", "BLOCK": "constexpr"}
+    entry = aot.Entry("broken", broken_kernel, signature, {"BLOCK": 32}, {"num_warps": 4})
+    with pytest.raises(triton.CompilationError):
+        aot.compile_kernel(entry, 90)
+
+
+def test_a_parameter_nobody_typed_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"without a type or value: \['BLOCK'\]"):
+        aot._entry("broken", broken_kernel, {"x_ptr": "*fp32"}, {"num_warps": 4})
+
+
+def problems(used: aot.ResourceUsage) -> list[str]:
+    found = []
+    if used.spill_bytes:
+        found.append(f"spills {used.spill_bytes} bytes a thread with {used.registers} registers")
+    if used.shared_bytes > MAX_SHARED_BYTES[used.sm]:
+        found.append(f"{used.shared_bytes} bytes of shared memory, {MAX_SHARED_BYTES[used.sm]} there are")
+    return found
+
+
+@triton.jit
+def broken_kernel(x_ptr, BLOCK: tl.constexpr):
+    # Tiles of 32 and 16 elements do not add up.
+    x = tl.load(x_ptr + tl.arange(0, BLOCK)) + tl.arange(0, 16)
+    tl.store(x_ptr + tl.arange(0, BLOCK), x)
