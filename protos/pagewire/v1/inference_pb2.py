@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pagewire.v1 import common_pb2 as pagewire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpagewire/v1/inference.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"\xd4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.pagewire.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.pagewire.v1.ChatH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12\t\n\x01n\x18\x07 \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x08 \x01(\x08\x12\x12\n\ncache_salt\x18\t \x01(\t\x12!\n\x19\x63ompletion_default_length\x18\n \x01(\x08\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x0b \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xae\x01\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.pagewire.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x1c\n\x14template_kwargs_json\x18\x04 \x01(\tB\x18\n\x16_add_generation_prompt\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xb9\x01\n\x10GenerateResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.pagewire.v1.AcceptedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.pagewire.v1.DeltaH\x00\x12\'\n\x07summary\x18\x03 \x01(\x0b\x32\x14.pagewire.v1.SummaryH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.pagewire.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"D\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"\xd7\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12&\n\x06tokens\x18\x03 \x03(\x0b\x32\x16.pagewire.v1.TokenText\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.pagewire.v1.FinishReason\x12\x18\n\x0bstop_string\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\x0e\n\x0c_stop_stringB\x10\n\x0e_stop_token_id\"s\n\tTokenText\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.pagewire.v1.TokenTextB\n\n\x08_logprob\"\xcf\x02\n\x07Summary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\r\x12\x1a\n\x12transferred_tokens\x18\x05 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04lane\x18\x07 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x15\n\rdecode_worker\x18\t \x01(\t\x12\x10\n\x08\x61ttempts\x18\n \x01(\r\x12*\n\x07timings\x18\x0b \x01(\x0b\x32\x19.pagewire.v1.StageTimings\x12\x1e\n\x16time_to_first_token_us\x18\x0c \x01(\x04\x12\x10\n\x08total_us\x18\r \x01(\x04\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.pagewire.v1.Model\"k\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x0f\n\x07\x63reated\x18\x04 \x01(\x03\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x0f\n\x07is_chat\x18\x06 \x01(\x08\"\x0f\n\rStatusRequest\"\xa0\x01\n\x0eStatusResponse\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.pagewire.v1.WorkerStatus\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x17\n\x0fredis_connected\x18\x04 \x01(\x08\x12\x16\n\x0eindexed_blocks\x18\x05 \x01(\x04\"\xbd\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.pagewire.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x13\n\x0bnum_running\x18\x05 \x01(\x04\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\x04\"\x10\n\x0eMetricsRequest\"\x1f\n\x0fMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xb5\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.pagewire.v1.GenerateRequest\x1a\x1d.pagewire.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.pagewire.v1.ListModelsRequest\x1a\x1f.pagewire.v1.ListModelsResponse\x12\x41\n\x06Status\x12\x1a.pagewire.v1.StatusRequest\x1a\x1b.pagewire.v1.StatusResponse\x12\x44\n\x07Metrics\x12\x1b.pagewire.v1.MetricsRequest\x1a\x1c.pagewire.v1.MetricsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpagewire/v1/inference.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"\xf5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.pagewire.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.pagewire.v1.ChatH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12\t\n\x01n\x18\x07 \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x08 \x01(\x08\x12\x12\n\ncache_salt\x18\t \x01(\t\x12!\n\x19\x63ompletion_default_length\x18\n \x01(\x08\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x0b \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x17return_prompt_token_ids\x18\x0c \x01(\x08\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xae\x01\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.pagewire.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x1c\n\x14template_kwargs_json\x18\x04 \x01(\tB\x18\n\x16_add_generation_prompt\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xb9\x01\n\x10GenerateResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.pagewire.v1.AcceptedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.pagewire.v1.DeltaH\x00\x12\'\n\x07summary\x18\x03 \x01(\x0b\x32\x14.pagewire.v1.SummaryH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.pagewire.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"^\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\"\xd7\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12&\n\x06tokens\x18\x03 \x03(\x0b\x32\x16.pagewire.v1.TokenText\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.pagewire.v1.FinishReason\x12\x18\n\x0bstop_string\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\x0e\n\x0c_stop_stringB\x10\n\x0e_stop_token_id\"s\n\tTokenText\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.pagewire.v1.TokenTextB\n\n\x08_logprob\"\xcf\x02\n\x07Summary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\r\x12\x1a\n\x12transferred_tokens\x18\x05 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04lane\x18\x07 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x15\n\rdecode_worker\x18\t \x01(\t\x12\x10\n\x08\x61ttempts\x18\n \x01(\r\x12*\n\x07timings\x18\x0b \x01(\x0b\x32\x19.pagewire.v1.StageTimings\x12\x1e\n\x16time_to_first_token_us\x18\x0c \x01(\x04\x12\x10\n\x08total_us\x18\r \x01(\x04\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.pagewire.v1.Model\"k\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x0f\n\x07\x63reated\x18\x04 \x01(\x03\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x0f\n\x07is_chat\x18\x06 \x01(\x08\"\x0f\n\rStatusRequest\"\xa0\x01\n\x0eStatusResponse\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.pagewire.v1.WorkerStatus\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x17\n\x0fredis_connected\x18\x04 \x01(\x08\x12\x16\n\x0eindexed_blocks\x18\x05 \x01(\x04\"\xbd\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.pagewire.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x13\n\x0bnum_running\x18\x05 \x01(\x04\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\x04\"\x10\n\x0eMetricsRequest\"\x1f\n\x0fMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xb5\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.pagewire.v1.GenerateRequest\x1a\x1d.pagewire.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.pagewire.v1.ListModelsRequest\x1a\x1f.pagewire.v1.ListModelsResponse\x12\x41\n\x06Status\x12\x1a.pagewire.v1.StatusRequest\x1a\x1b.pagewire.v1.StatusResponse\x12\x44\n\x07Metrics\x12\x1b.pagewire.v1.MetricsRequest\x1a\x1c.pagewire.v1.MetricsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,39 +33,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewire.v1.inference_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=71
-  _globals['_GENERATEREQUEST']._serialized_end=411
-  _globals['_TOKENIDS']._serialized_start=413
-  _globals['_TOKENIDS']._serialized_end=436
-  _globals['_CHAT']._serialized_start=439
-  _globals['_CHAT']._serialized_end=613
-  _globals['_CHATMESSAGE']._serialized_start=615
-  _globals['_CHATMESSAGE']._serialized_end=673
-  _globals['_GENERATERESPONSE']._serialized_start=676
-  _globals['_GENERATERESPONSE']._serialized_end=861
-  _globals['_ACCEPTED']._serialized_start=863
-  _globals['_ACCEPTED']._serialized_end=931
-  _globals['_DELTA']._serialized_start=934
-  _globals['_DELTA']._serialized_end=1149
-  _globals['_TOKENTEXT']._serialized_start=1151
-  _globals['_TOKENTEXT']._serialized_end=1266
-  _globals['_SUMMARY']._serialized_start=1269
-  _globals['_SUMMARY']._serialized_end=1604
-  _globals['_LISTMODELSREQUEST']._serialized_start=1606
-  _globals['_LISTMODELSREQUEST']._serialized_end=1625
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1627
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1683
-  _globals['_MODEL']._serialized_start=1685
-  _globals['_MODEL']._serialized_end=1792
-  _globals['_STATUSREQUEST']._serialized_start=1794
-  _globals['_STATUSREQUEST']._serialized_end=1809
-  _globals['_STATUSRESPONSE']._serialized_start=1812
-  _globals['_STATUSRESPONSE']._serialized_end=1972
-  _globals['_WORKERSTATUS']._serialized_start=1975
-  _globals['_WORKERSTATUS']._serialized_end=2164
-  _globals['_METRICSREQUEST']._serialized_start=2166
-  _globals['_METRICSREQUEST']._serialized_end=2182
-  _globals['_METRICSRESPONSE']._serialized_start=2184
-  _globals['_METRICSRESPONSE']._serialized_end=2215
-  _globals['_INFERENCESERVICE']._serialized_start=2218
-  _globals['_INFERENCESERVICE']._serialized_end=2527
+  _globals['_GENERATEREQUEST']._serialized_end=444
+  _globals['_TOKENIDS']._serialized_start=446
+  _globals['_TOKENIDS']._serialized_end=469
+  _globals['_CHAT']._serialized_start=472
+  _globals['_CHAT']._serialized_end=646
+  _globals['_CHATMESSAGE']._serialized_start=648
+  _globals['_CHATMESSAGE']._serialized_end=706
+  _globals['_GENERATERESPONSE']._serialized_start=709
+  _globals['_GENERATERESPONSE']._serialized_end=894
+  _globals['_ACCEPTED']._serialized_start=896
+  _globals['_ACCEPTED']._serialized_end=990
+  _globals['_DELTA']._serialized_start=993
+  _globals['_DELTA']._serialized_end=1208
+  _globals['_TOKENTEXT']._serialized_start=1210
+  _globals['_TOKENTEXT']._serialized_end=1325
+  _globals['_SUMMARY']._serialized_start=1328
+  _globals['_SUMMARY']._serialized_end=1663
+  _globals['_LISTMODELSREQUEST']._serialized_start=1665
+  _globals['_LISTMODELSREQUEST']._serialized_end=1684
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1686
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1742
+  _globals['_MODEL']._serialized_start=1744
+  _globals['_MODEL']._serialized_end=1851
+  _globals['_STATUSREQUEST']._serialized_start=1853
+  _globals['_STATUSREQUEST']._serialized_end=1868
+  _globals['_STATUSRESPONSE']._serialized_start=1871
+  _globals['_STATUSRESPONSE']._serialized_end=2031
+  _globals['_WORKERSTATUS']._serialized_start=2034
+  _globals['_WORKERSTATUS']._serialized_end=2223
+  _globals['_METRICSREQUEST']._serialized_start=2225
+  _globals['_METRICSREQUEST']._serialized_end=2241
+  _globals['_METRICSRESPONSE']._serialized_start=2243
+  _globals['_METRICSRESPONSE']._serialized_end=2274
+  _globals['_INFERENCESERVICE']._serialized_start=2277
+  _globals['_INFERENCESERVICE']._serialized_end=2586
 # @@protoc_insertion_point(module_scope)

@@ -35,10 +35,13 @@ def configure_logging(service: str, log_format: str = "auto", level: str = "info
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info if not console else structlog.processors.StackInfoRenderer(),
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+            # plain: the default traceback shows local variables, and with them prompt text
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+            if console
+            else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # one write a line: processes share a terminal
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")

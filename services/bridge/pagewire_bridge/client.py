@@ -1,0 +1,87 @@
+"""The gRPC channel to the router: every call the bridge makes, with failures as PagewireErrors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pagewire.v1 import inference_pb2 as pb
+from pagewire.v1 import inference_pb2_grpc as pb_grpc
+from pagewire_core.errors import (
+    ERROR_METADATA_KEY,
+    DeadlineExceeded,
+    InvalidRequest,
+    PagewireError,
+    Unavailable,
+    from_rpc,
+)
+from pagewire_core.rpc import MAX_MESSAGE_BYTES, open_channel, request_metadata
+
+log = structlog.get_logger(__name__)
+
+QUICK_S = 5.0  # bound on everything but generation
+
+
+class RouterClient:
+    """Calls one router. Make it inside a running event loop.
+
+    address: host:port; timeout_s: what one generation may take in all.
+    """
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self._channel = open_channel(address)
+        self._stub = pb_grpc.InferenceServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._timeout_s = timeout_s
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
+        """The router's events as they come. Closing the generator cancels the call. Raises PagewireError."""
+        if request.ByteSize() > MAX_MESSAGE_BYTES:
+            raise InvalidRequest(f"The prompt is larger than {MAX_MESSAGE_BYTES >> 20} MiB; send a shorter one.")
+        metadata = request_metadata(request.request_id)
+        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=metadata)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
+
+    async def list_models(self) -> Sequence[pb.Model]:
+        """The models that can be asked for. Raises PagewireError."""
+        try:
+            return (await self._stub.ListModels(pb.ListModelsRequest(), timeout=QUICK_S)).models
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def metrics(self) -> str:
+        """Prometheus text of the router and its workers. Raises PagewireError."""
+        try:
+            return (await self._stub.Metrics(pb.MetricsRequest(), timeout=QUICK_S)).text
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def is_serving(self) -> bool:
+        """Whether the router says that it can take requests."""
+        try:
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=QUICK_S)
+        except grpc.aio.AioRpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def _error(self, error: grpc.aio.AioRpcError) -> PagewireError:
+        """The router's own Error; without one, a sentence that does not show addresses to clients."""
+        if any(key == ERROR_METADATA_KEY for key, _ in error.trailing_metadata() or ()):
+            return from_rpc(error)
+        log.warning("router call failed", status=error.code().name, details=error.details())
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(f"The request took longer than the server's limit of {self._timeout_s:g} s.")
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            return Unavailable("The service cannot be reached right now; try again.", retry_after_s=1.0)
+        return from_rpc(error)

@@ -1,0 +1,90 @@
+"""Composition root of the bridge: flags, socket, server."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+
+import structlog
+import uvicorn
+from pagewire_core.errors import StartupError
+from pagewire_core.flags import BRIDGE_FLAGS, run_main
+from pagewire_core.telemetry import configure_logging
+from starlette.types import ASGIApp
+
+from pagewire_bridge.app import create_app
+from pagewire_bridge.client import RouterClient
+
+log = structlog.get_logger(__name__)
+
+DRAIN_S = 10  # what running requests get to finish after SIGTERM
+# Longer than what clients and proxies keep an idle connection: they close it, and no request meets our close.
+KEEP_ALIVE_S = 75
+BACKLOG = 2048
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StartupError when the address is taken or is not ours."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return listener
+
+
+def build_server(app: ASGIApp) -> uvicorn.Server:
+    """The HTTP server, not yet running; logging is ours, not uvicorn's."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=DRAIN_S,
+            backlog=BACKLOG,
+        )
+    )
+
+
+def serve(flags: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. Raises StartupError."""
+    configure_logging("bridge", flags.log_format, flags.log_level)
+    if not flags.router:
+        raise StartupError("the bridge needs --router host:port")
+    listener = listen(flags.host, flags.port)
+    host, port = listener.getsockname()[:2]
+    app = create_app(
+        lambda: RouterClient(flags.router, flags.request_timeout),
+        lambda: log.info("bridge ready", host=host, port=port, router=flags.router),
+    )
+    # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody
+    # needs to, and the process ends with exit code 0.
+    for ended_by in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ended_by, lambda _signal, _frame: None)
+    build_server(app).run(sockets=[listener])
+
+
+def main() -> None:
+    """Entry point of `pagewire-bridge`."""
+    run_main("pagewire-bridge", serve, BRIDGE_FLAGS, "The OpenAI API over HTTP, in front of a pagewire router.")
+
+
+if __name__ == "__main__":
+    main()

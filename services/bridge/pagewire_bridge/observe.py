@@ -1,0 +1,112 @@
+"""Around every HTTP request: its id, one log line, metrics, and a trace of our own faults."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+import structlog
+from pagewire_core.rpc import REQUEST_ID_KEY
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pagewire_bridge.disconnect import STATUS_CLIENT_GONE
+from pagewire_bridge.openai.schema import is_sane_request_id
+
+log = structlog.get_logger(__name__)
+
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version", "/metrics")
+_PROBES = ("/health", "/version", "/metrics")
+
+
+class BridgeMetrics:
+    """The bridge's own numbers, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "pagewire_bridge_requests", "HTTP requests by their end", ["route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "pagewire_bridge_request_seconds",
+            "Arrival of an HTTP request to its last byte",
+            ["route"],
+            buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "pagewire_bridge_requests_in_flight", "HTTP requests not yet answered to the end", registry=self.registry
+        )
+
+
+def _route(path: str) -> str:
+    """A bounded set of names, whatever clients ask for."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models/{id}"
+    return path if path in _ROUTES else "other"
+
+
+class Observe:
+    """ASGI middleware; outermost.
+
+    Fills scope["state"]: request_id (a sane X-Request-Id of the client, else minted), named_by_client,
+    client_gone (set by a stream that lost its client).
+    """
+
+    def __init__(self, app: ASGIApp, metrics: BridgeMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        state = scope.setdefault("state", {})
+        given = Headers(scope=scope).get(REQUEST_ID_KEY, "")
+        sane = is_sane_request_id(given)
+        state.update(request_id=given if sane else uuid.uuid4().hex, named_by_client=sane, client_gone=False)
+        structlog.contextvars.clear_contextvars()
+        exchange = _Exchange(self._app, scope, send)
+        begin = time.perf_counter()
+        with self._metrics.in_flight.track_inprogress():
+            try:
+                await exchange.run(receive)
+            finally:
+                self._record(scope, exchange.status, time.perf_counter() - begin)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        state, route = scope["state"], _route(scope["path"])
+        status = STATUS_CLIENT_GONE if state["client_gone"] else status
+        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.seconds.labels(route).observe(seconds)
+        write = log.debug if route in _PROBES and status < 400 else log.info
+        write(
+            "http request", request_id=state["request_id"], method=scope["method"], path=scope["path"], status=status,
+            ms=round(seconds * 1e3, 1),
+        )  # fmt: skip
+
+
+class _Exchange:
+    """One request and what became of it; status is 0 while no response has begun."""
+
+    def __init__(self, app: ASGIApp, scope: Scope, send: Send) -> None:
+        self.status = 0
+        self._complete = False
+        self._app = app
+        self._scope = scope
+        self._send_out = send
+
+    async def run(self, receive: Receive) -> None:
+        try:
+            await self._app(self._scope, receive, self._send)
+        except Exception:  # the one broad except of the bridge: a fault of ours is logged with its request
+            log.exception("request failed in the bridge", request_id=self._scope["state"]["request_id"])
+            if not self._complete:
+                raise  # too late for a 500: the server cuts the connection, and the client sees that
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)[REQUEST_ID_KEY] = self._scope["state"]["request_id"]
+        self._complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self._send_out(message)

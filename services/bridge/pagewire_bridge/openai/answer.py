@@ -1,0 +1,145 @@
+"""Deltas of the router as an OpenAI answer: streamed, or whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from pagewire.v1 import common_pb2
+from pagewire.v1.inference_pb2 import Delta, Summary, TokenText
+from pagewire_core.errors import PagewireError
+
+from pagewire_bridge import sse
+from pagewire_bridge.generation import Generation
+from pagewire_bridge.openai.errors import from_error
+from pagewire_bridge.openai.shapes import Choice, Shape
+
+log = structlog.get_logger(__name__)
+
+FINISH_REASONS: dict[int, str] = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What every chunk of one answer, or the whole of it, is made with.
+
+    head: id, created, model, system_fingerprint. stop_token_ids: the client's own, which it may see
+    again as a stop_reason; the model's end-of-sequence ids are not shown. prompt_token_ids: per prompt,
+    None unless the client wants token ids beside the text.
+    """
+
+    shape: Shape
+    head: dict[str, Any]
+    num_choices: int
+    logprobs: bool
+    stop_token_ids: frozenset[int]
+    prompt_token_ids: Sequence[list[int]] | None = None
+
+    def stop_reason(self, delta: Delta) -> str | int | None:
+        if delta.HasField("stop_string"):
+            return delta.stop_string
+        return delta.stop_token_id if delta.stop_token_id in self.stop_token_ids else None
+
+    def choices(self, index: int, delta: Delta, opened: set[int]) -> Iterator[Choice]:
+        """The chunks' choices that a delta gives; none if it has neither news for the client nor an end."""
+        tokens = delta.tokens if self.logprobs else None
+        ids = [token.token_id for token in delta.tokens] if self.prompt_token_ids is not None else []
+        finish_reason = FINISH_REASONS.get(delta.finish_reason)
+        if not (delta.text or tokens or ids or finish_reason):
+            return
+        if index not in opened:
+            opened.add(index)
+            yield from self.shape.opening(index)
+        if delta.text or tokens or ids:
+            yield {**self.shape.delta(index, delta.text, tokens), **({"token_ids": ids} if ids else {})}
+        if finish_reason:
+            yield self.shape.ending(index, finish_reason, self.stop_reason(delta))
+
+
+def usage(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """Tokens over all prompts and choices; a prompt counts once however many choices it has."""
+    prompt = sum(s.prompt_tokens for s in summaries)
+    completion = sum(s.completion_tokens for s in summaries)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in summaries)},
+    }
+
+
+async def stream(answer: Answer, generation: Generation, include_usage: bool) -> AsyncGenerator[bytes]:
+    """Encoded events up to [DONE]; a failure is one error event, and then neither usage nor [DONE]."""
+    head = {**answer.head, "object": answer.shape.chunk_object}
+    tail = {"usage": None} if include_usage else {}
+    opened: set[int] = set()
+    try:
+        async for index, delta in generation.deltas():
+            for choice in answer.choices(index, delta, opened):
+                yield sse.event({**head, "choices": [choice], **tail})
+    except PagewireError as error:
+        log.warning("request failed after its answer began", error=type(error).__name__)
+        yield sse.event(from_error(error))
+        return
+    if include_usage:
+        yield sse.event({**head, "choices": [], "usage": usage(generation.summaries)})
+    yield sse.DONE
+
+
+@dataclass
+class _Collected:
+    text: list[str] = field(default_factory=list)
+    tokens: list[TokenText] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    stop_reason: str | int | None = None
+
+
+async def whole(answer: Answer, generation: Generation) -> dict[str, Any]:
+    """The response object. Raises PagewireError."""
+    collected = [_Collected() for _ in range(answer.num_choices)]
+    async for index, delta in generation.deltas():
+        choice = collected[index]
+        choice.text.append(delta.text)
+        choice.tokens.extend(delta.tokens if answer.logprobs else ())
+        choice.token_ids.extend(token.token_id for token in delta.tokens)
+        if delta.finish_reason in FINISH_REASONS:
+            choice.finish_reason = FINISH_REASONS[delta.finish_reason]
+            choice.stop_reason = answer.stop_reason(delta)
+    choices = [
+        answer.shape.whole(i, "".join(c.text), c.tokens if answer.logprobs else None, c.finish_reason, c.stop_reason)
+        for i, c in enumerate(collected)
+    ]
+    if answer.prompt_token_ids is not None:
+        per_prompt = answer.num_choices // len(answer.prompt_token_ids)
+        for i, (choice, c) in enumerate(zip(choices, collected, strict=True)):
+            choice["token_ids"] = c.token_ids
+            choice["prompt_token_ids"] = answer.prompt_token_ids[i // per_prompt]
+    return {
+        **answer.head,
+        "object": answer.shape.object,
+        "choices": choices,
+        "usage": usage(generation.summaries),
+    }
+
+
+def served_by(summaries: Sequence[Summary]) -> dict[str, str]:
+    """Headers that say who served an answer and what moved between the workers."""
+
+    def names(values: Sequence[str]) -> str:
+        return ",".join(dict.fromkeys(value for value in values if value))
+
+    return {
+        "x-pagewire-prefill-worker": names([s.prefill_worker for s in summaries]),
+        "x-pagewire-decode-worker": names([s.decode_worker for s in summaries]),
+        "x-pagewire-cached-tokens": str(sum(s.cached_tokens for s in summaries)),
+        "x-pagewire-computed-tokens": str(sum(s.computed_tokens for s in summaries)),
+        "x-pagewire-transferred-tokens": str(sum(s.transferred_tokens for s in summaries)),
+        "x-pagewire-transferred-bytes": str(sum(s.transferred_bytes for s in summaries)),
+        "x-pagewire-lane": names([s.lane for s in summaries]),
+    }

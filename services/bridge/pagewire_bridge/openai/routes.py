@@ -1,0 +1,122 @@
+"""The OpenAI endpoints: read, validate, ask the router, answer."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+from pagewire.v1.inference_pb2 import GenerateRequest
+from pagewire_core.errors import ModelNotFound
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pagewire_bridge.client import RouterClient
+from pagewire_bridge.disconnect import until_disconnect
+from pagewire_bridge.generation import Generation
+from pagewire_bridge.openai.answer import Answer, served_by, stream, whole
+from pagewire_bridge.openai.body import ignored_fields, parse_body
+from pagewire_bridge.openai.errors import json_response
+from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
+from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Shape
+from pagewire_bridge.openai.translate import chat_echo, from_model, from_models, to_chat_request, to_completion_requests
+from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.sse import EventStream
+
+MAX_BODY_BYTES = 32 << 20
+
+
+async def chat_completions(request: Request) -> Response:
+    body = parse_body(ChatBody, await _read(request))
+    asked = [to_chat_request(body, _request_id(request, body))]
+    return await _generate(request, body, asked, ChatShape(chat_echo(body)))
+
+
+async def completions(request: Request) -> Response:
+    body = parse_body(CompletionBody, await _read(request))
+    return await _generate(request, body, to_completion_requests(body, _request_id(request, body)), CompletionShape())
+
+
+async def list_models(request: Request) -> Response:
+    return json_response(from_models(await _client(request).list_models()))
+
+
+async def retrieve_model(request: Request) -> Response:
+    name = request.path_params["model"]
+    for model in await _client(request).list_models():
+        if model.name == name:
+            return json_response(from_model(model))
+    raise ModelNotFound(f"The model `{name}` does not exist.", "model")
+
+
+ROUTES = [
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/models", list_models, methods=["GET"]),
+    Route("/v1/models/{model:path}", retrieve_model, methods=["GET"]),
+]
+
+
+def _client(request: Request) -> RouterClient:
+    client: RouterClient = request.state.client
+    return client
+
+
+async def _read(request: Request) -> bytes:
+    """The whole body. Raises HTTPException 413 as soon as it is known to be too large."""
+    too_large = HTTPException(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+def _request_id(request: Request, body: GenerationBody) -> str:
+    """The X-Request-Id header wins over the field, and both over the minted one."""
+    if body.request_id and not request.state.named_by_client:
+        request.state.request_id = body.request_id
+    request_id: str = request.state.request_id
+    return request_id
+
+
+def _head(request: Request, shape: Shape, model: str) -> dict[str, Any]:
+    return {
+        "id": shape.id_prefix + request.state.request_id,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"pagewire-{version('pagewire')}",
+    }
+
+
+async def _generate(request: Request, body: GenerationBody, asked: list[GenerateRequest], shape: Shape) -> Response:
+    """Answers only after the router has accepted every prompt, so that a refusal has its status."""
+    n = body.n or 1
+    generation = Generation([_client(request).generate(one) for one in asked], n)
+    headers = ignored_fields_header(ignored_fields(body))
+    streaming = False
+    try:
+        await until_disconnect(request.receive, generation.open())
+        answer = Answer(
+            shape=shape,
+            head=_head(request, shape, generation.accepted[0].model or body.model or ""),
+            num_choices=len(asked) * n,
+            logprobs=asked[0].sampling.HasField("logprobs"),
+            stop_token_ids=frozenset(body.stop_token_ids or ()),
+            prompt_token_ids=[list(a.prompt_token_ids) for a in generation.accepted] if body.return_token_ids else None,
+        )
+        if body.stream:
+            streaming = True  # the response closes the generation
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return EventStream(stream(answer, generation, include_usage), generation.close, headers)
+        content = await until_disconnect(request.receive, whole(answer, generation))
+        return json_response(content, headers={**headers, **served_by(generation.summaries)})
+    finally:
+        if not streaming:
+            await generation.close()

@@ -1,0 +1,173 @@
+"""The request bodies of the OpenAI API with vLLM's extra parameters, as pydantic models.
+
+Strict: "3" is not 3 and true is not 1; whole numbers stand for floats. Every optional parameter may be
+null. Fields that are not here land in `model_extra`: ignored, and named in a response header.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Self
+
+from pagewire_core.errors import InvalidRequest
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+MAX_STOP_STRINGS = 64
+MAX_PROMPTS = 256  # each is a call of its own to the router
+MAX_COMPLETION_LOGPROBS = 5
+DEFAULT_COMPLETION_TOKENS = 16
+
+_UINT32_MAX = 2**32 - 1
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+_TOKEN_ID_KEY = re.compile(r"[0-9]{1,10}")
+
+TokenId = Annotated[int, Field(ge=0, le=_UINT32_MAX)]
+TokenCount = Annotated[int, Field(ge=1, le=_UINT32_MAX)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+def is_sane_request_id(text: str) -> bool:
+    """Whether a client's id may be echoed in headers and logs."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+def _stop_list(value: object) -> object:
+    stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and "" in stops:
+        raise InvalidRequest("`stop` must not contain an empty string.", "stop")
+    return stops
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(i) is int and 0 <= i <= _UINT32_MAX for i in value)
+
+
+def _prompts(value: object) -> list[str | list[int]]:
+    """The four shapes of a prompt as one list of prompts."""
+    whole = [value] if isinstance(value, str) or (value and _is_token_ids(value)) else value
+    if not isinstance(whole, list) or not whole:
+        raise InvalidRequest("`prompt` must be a string, strings, token ids or lists of token ids.", "prompt")
+    if len(whole) > MAX_PROMPTS:
+        raise InvalidRequest(f"`prompt` may hold at most {MAX_PROMPTS} prompts; send several requests.", "prompt")
+    for i, prompt in enumerate(whole):
+        if not isinstance(prompt, str) and not (prompt and _is_token_ids(prompt)):
+            where = f"prompt[{i}]"
+            raise InvalidRequest(f"`{where}` must be a string or a non-empty list of token ids.", where)
+    return whole
+
+
+def _token_bias(value: dict[str, float] | None) -> dict[str, float] | None:
+    if not all(_TOKEN_ID_KEY.fullmatch(key) and int(key) <= _UINT32_MAX for key in value or ()):
+        raise InvalidRequest("The keys of `logit_bias` must be token ids as strings.", "logit_bias")
+    return value
+
+
+def _request_id(value: str | None) -> str | None:
+    if value is not None and not is_sane_request_id(value):
+        raise InvalidRequest("`request_id` must be 1 to 128 letters, digits or ._:@/+=- characters.", "request_id")
+    return value
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class GenerationBody(_Body):
+    """What both endpoints take. `model` absent: the only model."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: TokenCount | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_token_bias)] = (
+        None
+    )
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Annotated[Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None, BeforeValidator(_stop_list)] = None
+    stop_token_ids: list[TokenId] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    request_id: Annotated[str | None, AfterValidator(_request_id)] = None
+    return_token_ids: bool | None = None
+    echo: bool | None = None
+
+    def length_limit(self) -> int | None:
+        """Tokens asked for at most; None: what fits."""
+        return self.max_tokens
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("`stream_options` is only allowed with `stream: true`.", "stream_options")
+        limit = self.length_limit()
+        if limit is not None and (self.min_tokens or 0) > limit:
+            raise InvalidRequest("`min_tokens` must not be greater than the limit of tokens.", "min_tokens")
+        return self
+
+
+class Message(_Body):
+    """content is turned into text by `translate`, which knows the message's place."""
+
+    role: Annotated[str, Field(min_length=1)]
+    content: Any = None
+    name: str | None = None
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def length_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @model_validator(mode="after")
+    def _consistent_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", "top_logprobs")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequest(
+                "`continue_final_message` and `add_generation_prompt` exclude each other.", "continue_final_message"
+            )
+        return self
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    best_of: int | None = None
+
+    def length_limit(self) -> int:
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @model_validator(mode="after")
+    def _consistent_completion(self) -> Self:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequest("`best_of` other than `n` is not supported yet.", "best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("`echo` together with `logprobs` is not supported yet.", "echo")
+        return self

@@ -1,0 +1,147 @@
+"""How one choice looks in the two endpoints, whole and in chunks."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from pagewire.v1.inference_pb2 import TokenText
+
+Choice = dict[str, Any]
+Tokens = Sequence[TokenText]
+
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class Shape(Protocol):
+    """What differs between chat and plain completions. tokens is None where no logprobs were asked for."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+
+    def opening(self, index: int) -> list[Choice]:
+        """Chunks before the first text of a choice."""
+
+    def delta(self, index: int, text: str, tokens: Tokens | None) -> Choice:
+        """A chunk with new text."""
+
+    def ending(self, index: int, finish_reason: str, stop_reason: str | int | None) -> Choice:
+        """The last chunk of a choice."""
+
+    def whole(
+        self, index: int, text: str, tokens: Tokens | None, finish_reason: str, stop_reason: str | int | None
+    ) -> Choice:
+        """The choice of a response that is not streamed."""
+
+
+def _text(token: TokenText) -> str:
+    return token.bytes.decode("utf-8", "replace")
+
+
+def _logprob(token: TokenText) -> float:
+    return max(token.logprob, _LEAST_LOGPROB)
+
+
+def _chat_token(token: TokenText) -> dict[str, Any]:
+    return {"token": _text(token), "logprob": _logprob(token), "bytes": list(token.bytes)}
+
+
+def chat_logprobs(tokens: Tokens | None) -> dict[str, Any] | None:
+    """OpenAI's object: `bytes` are exact, so that half a character in a token is not lost."""
+    if tokens is None:
+        return None
+    content = [{**_chat_token(token), "top_logprobs": [_chat_token(top) for top in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+class ChatShape:
+    id_prefix = "chatcmpl-"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, echo: str = "") -> None:
+        self._echo = echo
+
+    def opening(self, index: int) -> list[Choice]:
+        choices = [_chat_chunk(index, {"role": "assistant", "content": ""})]
+        return [*choices, _chat_chunk(index, {"content": self._echo})] if self._echo else choices
+
+    def delta(self, index: int, text: str, tokens: Tokens | None) -> Choice:
+        return _chat_chunk(index, {"content": text}, chat_logprobs(tokens))
+
+    def ending(self, index: int, finish_reason: str, stop_reason: str | int | None) -> Choice:
+        return {**_chat_chunk(index, {}), "finish_reason": finish_reason, "stop_reason": stop_reason}
+
+    def whole(
+        self, index: int, text: str, tokens: Tokens | None, finish_reason: str, stop_reason: str | int | None
+    ) -> Choice:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": self._echo + text, "refusal": None},
+            "logprobs": chat_logprobs(tokens),
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+
+
+def _chat_chunk(index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None) -> Choice:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+class TextOffsets:
+    """Where tokens begin in the text of a choice, in characters, though a character may span tokens."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+
+    def extend(self, tokens: Tokens) -> list[int]:
+        offsets = []
+        for token in tokens:
+            offsets.append(self._length)
+            self._length += len(self._decoder.decode(token.bytes))
+        return offsets
+
+
+def _top_by_text(token: TokenText) -> dict[str, float]:
+    """Best first, then the chosen token; of tokens that print alike the best stays."""
+    candidates: Iterable[TokenText] = (*token.top, token)
+    top: dict[str, float] = {}
+    for candidate in candidates:
+        top.setdefault(_text(candidate), _logprob(candidate))
+    return top
+
+
+class CompletionShape:
+    id_prefix = "cmpl-"
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self) -> None:
+        self._offsets: dict[int, TextOffsets] = {}
+
+    def opening(self, index: int) -> list[Choice]:
+        return []
+
+    def delta(self, index: int, text: str, tokens: Tokens | None) -> Choice:
+        return {"index": index, "text": text, "logprobs": self._logprobs(index, tokens), "finish_reason": None}
+
+    def ending(self, index: int, finish_reason: str, stop_reason: str | int | None) -> Choice:
+        return {**self.delta(index, "", None), "finish_reason": finish_reason, "stop_reason": stop_reason}
+
+    def whole(
+        self, index: int, text: str, tokens: Tokens | None, finish_reason: str, stop_reason: str | int | None
+    ) -> Choice:
+        return {**self.delta(index, text, tokens), "finish_reason": finish_reason, "stop_reason": stop_reason}
+
+    def _logprobs(self, index: int, tokens: Tokens | None) -> dict[str, Any] | None:
+        if tokens is None:
+            return None
+        return {
+            "tokens": [_text(token) for token in tokens],
+            "token_logprobs": [_logprob(token) for token in tokens],
+            "top_logprobs": [_top_by_text(token) for token in tokens],
+            "text_offset": self._offsets.setdefault(index, TextOffsets()).extend(tokens),
+        }

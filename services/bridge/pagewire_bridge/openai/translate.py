@@ -1,0 +1,132 @@
+"""OpenAI's requests and model list to and from pagewire.v1: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import orjson
+from pagewire.v1 import common_pb2, inference_pb2
+from pagewire_core.errors import InvalidRequest
+
+from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message
+
+
+def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.SamplingParams:
+    """logprobs: how many alternatives beside the chosen token; None: no log probabilities at all."""
+    return common_pb2.SamplingParams(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+        seed=None if body.seed is None else body.seed % 2**64,
+        max_tokens=body.length_limit() or 0,
+        min_tokens=body.min_tokens or 0,
+        stop=body.stop or (),
+        stop_token_ids=body.stop_token_ids or (),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens,
+    )
+
+
+def to_chat_request(body: ChatBody, request_id: str) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequest for message content that is not text."""
+    add_generation_prompt = body.add_generation_prompt
+    if body.continue_final_message:
+        add_generation_prompt = False  # the two exclude each other, and only one of them was asked for
+    kwargs = body.chat_template_kwargs
+    return inference_pb2.GenerateRequest(
+        request_id=request_id,
+        model=body.model or "",
+        chat=inference_pb2.Chat(
+            messages=[_to_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            template_kwargs_json=orjson.dumps(kwargs).decode() if kwargs else "",
+        ),
+        sampling=to_sampling(body, (body.top_logprobs or 0) if body.logprobs else None),
+        n=body.n or 1,
+        cache_salt=body.cache_salt or "",
+        add_special_tokens=body.add_special_tokens,
+        return_prompt_token_ids=bool(body.return_token_ids),
+    )
+
+
+def to_completion_requests(body: CompletionBody, request_id: str) -> list[inference_pb2.GenerateRequest]:
+    """One request per prompt; where there are several, their ids end in -0, -1 and so on."""
+    several = len(body.prompt) > 1
+    return [
+        inference_pb2.GenerateRequest(
+            request_id=f"{request_id}-{i}" if several else request_id,
+            model=body.model or "",
+            text=prompt if isinstance(prompt, str) else None,
+            token_ids=None if isinstance(prompt, str) else inference_pb2.TokenIds(ids=prompt),
+            sampling=to_sampling(body, body.logprobs),
+            n=body.n or 1,
+            echo=bool(body.echo),
+            cache_salt=body.cache_salt or "",
+            completion_default_length=True,
+            add_special_tokens=body.add_special_tokens,
+            return_prompt_token_ids=bool(body.return_token_ids),
+        )
+        for i, prompt in enumerate(body.prompt)
+    ]
+
+
+def chat_echo(body: ChatBody) -> str:
+    """What `echo` puts before every choice: the final message, where the choice continues its role (as vLLM)."""
+    last = body.messages[-1]
+    if not body.echo or last.role != "assistant":
+        return ""
+    return _to_text(last, f"messages[{len(body.messages) - 1}]")
+
+
+def from_model(model: inference_pb2.Model) -> dict[str, object]:
+    """The model object, with vLLM's extra keys."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "pagewire",
+        "root": model.root,
+        "parent": None,
+        "max_model_len": model.max_model_len,
+        "permission": [],
+    }
+
+
+def from_models(models: Iterable[inference_pb2.Model]) -> dict[str, object]:
+    return {"object": "list", "data": [from_model(model) for model in models]}
+
+
+def _to_message(message: Message, where: str) -> inference_pb2.ChatMessage:
+    return inference_pb2.ChatMessage(role=message.role, content=_to_text(message, where), name=message.name or "")
+
+
+def _to_text(message: Message, where: str) -> str:
+    """The content as one string; parts are joined without anything between them."""
+    where = f"{where}.content"
+    if isinstance(message.content, str):
+        return message.content
+    if isinstance(message.content, list):
+        return "".join(_part_text(part, f"{where}[{i}]") for i, part in enumerate(message.content))
+    if message.content is None and message.role == "assistant":
+        return ""
+    raise InvalidRequest(f"`{where}` must be a string or a list of text parts.", where)
+
+
+def _part_text(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise InvalidRequest(f"`{where}` must be an object with a `type`.", where)
+    if part["type"] != "text":
+        raise InvalidRequest(f"`{where}` has a type that is not supported yet; only text is.", where)
+    if not isinstance(part.get("text"), str):
+        raise InvalidRequest(f"`{where}.text` must be a string.", f"{where}.text")
+    return part["text"]

@@ -1,0 +1,65 @@
+"""What this version cannot honour.
+
+One rule: a known field whose value asks for another text or another answer than we would give is
+refused with 400 and its name; null and the values that ask for nothing are accepted. Every other
+field without an effect is ignored, and named in the header `x-pagewire-ignored-fields`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from pagewire_core.errors import InvalidRequest
+
+# Field -> values that ask for nothing; null is always one.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "documents": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logprob_token_ids": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+_UNSUPPORTED_IN_MESSAGE = ("audio", "function_call", "tool_calls")
+_HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MAX_NAMED = 32
+
+
+def _refused(value: object, harmless: Iterable[object]) -> bool:
+    return value is not None and not any(type(value) is type(h) and value == h for h in harmless)
+
+
+def refuse_unsupported(body: Mapping[str, object]) -> None:
+    """Raises InvalidRequest for the first field that asks for what this version does not do."""
+    for name, harmless in _UNSUPPORTED.items():
+        if _refused(body.get(name), harmless):
+            raise InvalidRequest(f"`{name}` is not supported yet.", name)
+
+
+def refuse_unsupported_in_message(fields: Mapping[str, object], where: str) -> None:
+    """The same for the fields of one message; `where` is its place, such as messages[0]."""
+    for name in _UNSUPPORTED_IN_MESSAGE:
+        if _refused(fields.get(name), ([],)):
+            raise InvalidRequest(f"`{name}` of a message is not supported yet.", f"{where}.{name}")
+
+
+def ignored_fields_header(names: Iterable[str]) -> dict[str, str]:
+    """The header that names ignored fields; names that could break a header are left out."""
+    named = sorted(name for name in names if name not in _UNSUPPORTED and _HEADER_SAFE.fullmatch(name))
+    return {"x-pagewire-ignored-fields": ",".join(named[:_MAX_NAMED])} if named else {}

@@ -1,0 +1,52 @@
+"""Server-sent events: framing, and the response that sends them until the client leaves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pagewire_bridge.disconnect import ClientGone, until_disconnect
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: Mapping[str, object]) -> bytes:
+    """One event. JSON escapes line ends, so that one `data:` line always holds it."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends encoded events as they come; runs `close` at the end, whatever the end was.
+
+    Sets scope["state"]["client_gone"] when the client left before the end.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes], close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._close = close
+        # no-cache and X-Accel-Buffering: a proxy between us and the client must not hold events back.
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._send(send))
+        except ClientGone:
+            scope["state"]["client_gone"] = True
+        finally:
+            await self._events.aclose()
+            await self._close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,93 @@
+"""Around the answers of the real bridge: parameters, ids, headers, and the routes that are not generation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from scripted_router import Bridge, running_bridge
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running() -> AsyncIterator[Bridge]:
+    async with running_bridge() as bridge:
+        yield bridge
+
+
+@pytest.fixture
+def bridge(running: Bridge) -> Bridge:
+    running.router.reset()
+    return running
+
+
+async def test_every_parameter_may_be_null(bridge: Bridge) -> None:
+    """Older LangChain and LiteLLM send every parameter they know, as null."""
+    names = (
+        "n", "stop", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
+        "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop_token_ids",
+        "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "add_special_tokens",
+        "cache_salt", "request_id", "echo", "logprobs", "top_logprobs", "add_generation_prompt",
+        "continue_final_message", "chat_template_kwargs", "tools", "tool_choice", "response_format", "user",
+        "best_of", "suffix", "functions", "function_call", "model", "prompt_logprobs", "structured_outputs", "audio",
+    )  # fmt: skip
+    nulls = dict.fromkeys(names)
+    assert (await bridge.chat(**nulls)).status_code == 200
+    assert (await bridge.complete(**nulls)).status_code == 200
+
+
+async def test_ignored_fields_are_named_in_a_header_that_cannot_be_broken(bridge: Bridge) -> None:
+    response = await bridge.chat(
+        **{"user": "u", "wat": 1, "a\r\nset-cookie: x": 1, "stream": True, "stream_options": {"odd": 1}}
+    )
+    assert response.status_code == 200
+    assert response.headers["x-pagewire-ignored-fields"] == "stream_options.odd,user,wat"
+    assert "set-cookie" not in response.headers
+
+
+async def test_the_request_id_comes_from_the_header_then_the_body_then_us(bridge: Bridge) -> None:
+    body = {"messages": MESSAGES, "request_id": "from-body"}
+    for header, fields, expected in (
+        ({"X-Request-Id": "from-header"}, body, "from-header"),
+        ({"X-Request-Id": "not sane\t!"}, body, "from-body"),
+        ({}, body, "from-body"),
+    ):
+        response = await bridge.http.post("/v1/chat/completions", json=fields, headers=header)
+        assert response.headers["x-request-id"] == expected
+        assert response.json()["id"] == f"chatcmpl-{expected}"
+        assert bridge.router.requests[-1].request_id == expected
+    minted = [(await bridge.chat()).headers["x-request-id"] for _ in range(2)]
+    assert len(set(minted)) == 2 and all(len(m) == 32 for m in minted)
+
+
+async def test_models_are_listed_and_found_by_names_with_slashes(bridge: Bridge) -> None:
+    page = await bridge.openai.models.list()
+    assert [m.id for m in page.data] == ["demo", "org/name with space"]
+    one = await bridge.openai.models.retrieve("org/name with space")
+    assert (one.id, one.object, one.owned_by, one.created) == ("org/name with space", "model", "pagewire", 17)
+    missing = await bridge.http.get("/v1/models/org/none")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+
+
+async def test_health_follows_the_router(bridge: Bridge) -> None:
+    healthy = await bridge.http.get("/health")
+    assert (healthy.status_code, healthy.content) == (200, b"")
+    await bridge.router_server.set_serving(False)
+    assert (await bridge.http.get("/health")).status_code == 503
+    await bridge.router_server.set_serving(True)
+    assert (await bridge.http.get("/health")).status_code == 200
+
+
+async def test_version_and_metrics_are_served(bridge: Bridge) -> None:
+    assert set((await bridge.http.get("/version")).json()) == {"version"}
+    await bridge.chat()
+    response = await bridge.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'pagewire_x_total{instance="router"} 2.0' in response.text
+    assert (
+        'pagewire_bridge_requests_total{instance="bridge",route="/v1/chat/completions",status="200"}' in response.text
+    )

@@ -1,0 +1,86 @@
+"""The bridge as a process: start-up mistakes, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from scripted_router import HELLO, ScriptedRouter, accepted, delta, running_router
+
+
+@contextlib.asynccontextmanager
+async def bridge_process(*flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "pagewire_bridge.main", *flags, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def ready_port(process: asyncio.subprocess.Process) -> int:
+    assert process.stderr is not None
+    line = json.loads(await process.stderr.readline())
+    assert line["event"] == "bridge ready"
+    return int(line["port"])
+
+
+async def test_a_port_in_use_is_one_sentence_and_exit_code_1() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with bridge_process("--router", "127.0.0.1:1", "--port", str(port)) as process:
+            _, stderr = await process.communicate()
+    assert process.returncode == 1
+    assert stderr.decode().startswith(f"pagewire-bridge: cannot listen on 127.0.0.1:{port}: Address already in use;")
+    assert stderr.count(b"\n") == 1
+
+
+async def test_a_missing_router_is_one_sentence_and_exit_code_1() -> None:
+    async with bridge_process() as process:
+        _, stderr = await process.communicate()
+    assert (process.returncode, stderr) == (1, b"pagewire-bridge: the bridge needs --router host:port\n")
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_a_running_stream_finish_and_ends_with_0(ended_by: signal.Signals) -> None:
+    router, go_on = ScriptedRouter(), asyncio.Event()
+
+    async def script(request: object) -> AsyncIterator[object]:
+        yield accepted()
+        yield delta("first")
+        await go_on.wait()
+        async for event in HELLO(request):  # type: ignore[arg-type]
+            if event.WhichOneof("event") != "accepted":
+                yield event
+
+    router.script = script  # type: ignore[assignment]
+    async with running_router(router) as (_server, address), bridge_process("--router", address) as process:
+        url = f"http://127.0.0.1:{await ready_port(process)}"
+        body = {"prompt": "x", "stream": True}
+        async with httpx.AsyncClient() as http, http.stream("POST", f"{url}/v1/completions", json=body) as response:
+            lines = response.aiter_lines()
+            assert "first" in await anext(lines)
+            process.send_signal(ended_by)
+            await asyncio.sleep(0.3)
+            with pytest.raises(httpx.ConnectError):
+                await httpx.AsyncClient().get(f"{url}/version")
+            go_on.set()
+            assert [line async for line in lines if line][-1] == "data: [DONE]"
+        assert await asyncio.wait_for(process.wait(), 5) == 0
+
+
+def test_the_bridge_never_imports_torch() -> None:
+    code = "import sys, pagewire_bridge.main; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    answer = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout == "set()\n"

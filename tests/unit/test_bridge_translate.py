@@ -1,0 +1,284 @@
+"""Bodies to requests, as tables: every field's way, and every mistake's field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+import pytest
+from google.protobuf.json_format import MessageToDict
+from hypothesis import given
+from hypothesis import strategies as st
+from pagewire.v1.inference_pb2 import GenerateRequest, TokenText
+from pagewire_bridge.openai.body import ignored_fields, parse_body
+from pagewire_bridge.openai.schema import ChatBody, CompletionBody
+from pagewire_bridge.openai.shapes import TextOffsets
+from pagewire_bridge.openai.translate import to_chat_request, to_completion_requests
+from pagewire_core.errors import InvalidRequest
+
+USER = {"role": "user", "content": "hi"}
+ASSISTANT = {"role": "assistant", "content": "so"}
+
+
+def chat(**fields: Any) -> GenerateRequest:
+    body = parse_body(ChatBody, orjson.dumps({"messages": [USER], **fields}))
+    return to_chat_request(body, "id")
+
+
+def completions(**fields: Any) -> list[GenerateRequest]:
+    body = parse_body(CompletionBody, orjson.dumps({"prompt": "hi", **fields}))
+    return to_completion_requests(body, "id")
+
+
+def as_dict(request: GenerateRequest) -> dict[str, Any]:
+    return MessageToDict(request, preserving_proto_field_name=True)
+
+
+def test_a_bare_chat_leaves_every_default_to_the_router() -> None:
+    expected = {"request_id": "id", "chat": {"messages": [USER]}, "sampling": {}, "n": 1}
+    assert as_dict(chat()) == expected
+    assert as_dict(chat(model=None, temperature=None, stop=None, n=None, logprobs=False)) == expected
+
+
+def test_a_bare_completion_asks_for_16_tokens() -> None:
+    (request,) = completions()
+    assert as_dict(request) == {
+        "request_id": "id",
+        "text": "hi",
+        "sampling": {"max_tokens": 16},
+        "n": 1,
+        "completion_default_length": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "expected"),
+    [
+        ("temperature", 0, "temperature", 0.0),
+        ("temperature", 0.5, "temperature", 0.5),
+        ("top_p", 1, "top_p", 1.0),
+        ("top_k", 40, "top_k", 40),
+        ("top_k", -1, "top_k", None),
+        ("top_k", 0, "top_k", None),
+        ("min_p", 0.25, "min_p", 0.25),
+        ("repetition_penalty", 1.5, "repetition_penalty", 1.5),
+        ("presence_penalty", -2, "presence_penalty", -2.0),
+        ("frequency_penalty", 2, "frequency_penalty", 2.0),
+        ("logit_bias", {"7": -100, "8": 1.5}, "logit_bias", {"7": -100.0, "8": 1.5}),
+        ("seed", 3, "seed", "3"),
+        ("seed", -1, "seed", str(2**64 - 1)),
+        ("max_tokens", 5, "max_tokens", 5),
+        ("min_tokens", 2, "min_tokens", 2),
+        ("stop", "x", "stop", ["x"]),
+        ("stop", ["x", "yy"], "stop", ["x", "yy"]),
+        ("stop", [], "stop", None),
+        ("stop_token_ids", [1, 2], "stop_token_ids", [1, 2]),
+        ("ignore_eos", True, "ignore_eos", True),
+        ("include_stop_str_in_output", True, "include_stop_str_in_output", True),
+        ("skip_special_tokens", False, "skip_special_tokens", False),
+    ],
+)
+def test_sampling_parameters_reach_the_router_from_both_endpoints(
+    field: str, value: object, name: str, expected: object
+) -> None:
+    for request in (chat(**{field: value}), *completions(**{field: value})):
+        assert as_dict(request)["sampling"].get(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 0}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+    ],
+)
+def test_chat_logprobs_count_the_alternatives(fields: dict[str, object], expected: int) -> None:
+    sampling = chat(**fields).sampling
+    assert sampling.HasField("logprobs") and sampling.logprobs == expected
+
+
+def test_completion_logprobs_may_be_zero() -> None:
+    (request,) = completions(logprobs=0)
+    assert request.sampling.HasField("logprobs")
+
+
+def test_the_new_name_of_max_tokens_wins() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=9).sampling.max_tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts", "ids"),
+    [
+        ("a", ["a"], []),
+        (["a", "b"], ["a", "b"], []),
+        ([1, 2], [], [[1, 2]]),
+        ([[1], [2, 3]], [], [[1], [2, 3]]),
+    ],
+)
+def test_a_prompt_has_four_shapes(prompt: object, texts: list[str], ids: list[list[int]]) -> None:
+    requests = completions(prompt=prompt)
+    assert [r.text for r in requests if r.HasField("text")] == texts
+    assert [list(r.token_ids.ids) for r in requests if r.HasField("token_ids")] == ids
+    assert len({r.request_id for r in requests}) == len(requests)
+
+
+def test_text_parts_join_to_what_the_plain_string_gives() -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert chat(messages=[{"role": "user", "content": parts}]) == chat()
+
+
+def test_messages_keep_role_name_and_order_and_an_assistant_may_say_nothing() -> None:
+    messages = [{"role": "system", "content": "s"}, {**USER, "name": "Ann"}, {"role": "assistant", "content": None}]
+    got = [(m.role, m.content, m.name) for m in chat(messages=messages).chat.messages]
+    assert got == [("system", "s", ""), ("user", "hi", "Ann"), ("assistant", "", "")]
+    assert chat(messages=[USER, {"role": "assistant", "tool_calls": []}]).chat.messages[1].content == ""
+
+
+def test_template_options_reach_the_template() -> None:
+    request = chat(messages=[USER, ASSISTANT], continue_final_message=True, chat_template_kwargs={"é": [1, None]})
+    assert request.chat.continue_final_message and not request.chat.add_generation_prompt
+    assert orjson.loads(request.chat.template_kwargs_json) == {"é": [1, None]}
+    assert not chat(add_generation_prompt=False).chat.add_generation_prompt
+    assert chat(cache_salt="s" * 1024).cache_salt == "s" * 1024
+
+
+BOTH_WRONG: list[tuple[str, object]] = [
+    ("model", 3), ("n", 0), ("n", 129), ("n", 1.5), ("n", True), ("n", "2"), ("stream", "yes"), ("stream", 1),
+    ("stream_options", {"include_usage": True}), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", "5"),
+    ("max_tokens", 5.0), ("max_tokens", 2**32), ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"),
+    ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.1), ("repetition_penalty", 0),
+    ("repetition_penalty", 1e300), ("presence_penalty", 2.5), ("frequency_penalty", -2.5), ("logit_bias", [1]),
+    ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"4294967296": 1}), ("stop", ""),
+    ("stop", ["a", ""]), ("stop", ["a"] * 65), ("stop", 5), ("seed", 1.5), ("seed", 2**63), ("stop_token_ids", [-1]),
+    ("ignore_eos", 1), ("cache_salt", ""), ("cache_salt", "x" * 1025), ("request_id", "a\nb"), ("request_id", ""),
+    ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
+    ("structured_outputs", {"json": {}}), ("prompt_logprobs", 0), ("audio", {}), ("modalities", ["text", "audio"]),
+    ("use_beam_search", True), ("suffix", "x"), ("chat_template", "{{ x }}"), ("truncate_prompt_tokens", 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), BOTH_WRONG)
+def test_a_wrong_or_unsupported_value_names_its_field(field: str, value: object) -> None:
+    for ask in (chat, completions):
+        with pytest.raises(InvalidRequest) as caught:
+            ask(**{field: value})
+        assert caught.value.param.split(".")[0].split("[")[0] == field
+        assert field in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [USER, 3]}, "messages[1]"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1].tool_calls"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
+        ({"min_tokens": 3, "max_completion_tokens": 2, "max_tokens": 9}, "min_tokens"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
+    ],
+)
+def test_a_wrong_chat_names_the_place(fields: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": ["a"] * 257}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt[1]"),
+        ({"prompt": [1, True]}, "prompt[0]"),
+        ({"prompt": [[1], []]}, "prompt[1]"),
+        ({"prompt": [[1], [-1]]}, "prompt[1]"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"best_of": 2}, "best_of"),
+    ],
+)
+def test_a_wrong_completion_names_the_place(fields: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        completions(**fields)
+    assert caught.value.param == param
+
+
+def test_a_missing_field_is_called_required() -> None:
+    with pytest.raises(InvalidRequest, match="`prompt` is required"):
+        parse_body(CompletionBody, b"{}")
+
+
+def test_values_that_ask_for_nothing_are_accepted_and_unknown_fields_are_named() -> None:
+    harmless = {
+        "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "modalities": ["text"], "suffix": "",
+        "use_beam_search": False, "best_of": 1,
+    }  # fmt: skip
+    chat(**harmless)
+    completions(**harmless)
+    body = parse_body(ChatBody, orjson.dumps({"messages": [USER], "user": "u", "metadata": {}}))
+    assert sorted(ignored_fields(body)) == ["metadata", "user"]
+
+
+def test_mistakes_never_quote_the_prompt() -> None:
+    secret = "my secret"
+    for fields in ({"messages": [{"role": "user", "content": [{"type": secret}]}]}, {"messages": secret}):
+        with pytest.raises(InvalidRequest) as caught:
+            chat(**fields)
+        assert secret not in caught.value.message
+
+
+@given(st.text(), st.data())
+def test_text_offsets_are_character_positions_wherever_tokens_are_cut(text: str, data: st.DataObject) -> None:
+    raw = text.encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
+    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    offsets = TextOffsets().extend([TokenText(bytes=piece) for piece in pieces])
+    for offset, start in zip(offsets, [0, *cuts], strict=True):
+        assert offset == len(raw[:start].decode(errors="ignore"))
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(),
+)
+json_values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from([*ChatBody.model_fields, *CompletionBody.model_fields, "tools", "x"]), json_values)
+def test_any_json_value_is_either_taken_or_an_invalid_request(field: str, value: object) -> None:
+    """No value may end in an error of ours, such as a number that protobuf cannot hold."""
+    for ask in (chat, completions):
+        try:
+            made = ask(**{field: value})
+        except InvalidRequest as error:
+            assert error.message and error.param
+        else:
+            for request in made if isinstance(made, list) else [made]:
+                assert math.isfinite(request.sampling.repetition_penalty)
+                request.SerializeToString()
