@@ -44,7 +44,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("free_blocks", "total_blocks", "reserved_blocks", "num_running", "num_waiting", "waiting_prefill_tokens", "running_kv_tokens", "open_transfers", "step_cost", "staging_slots", "max_num_seqs")
+    __slots__ = ("free_blocks", "total_blocks", "reserved_blocks", "num_running", "num_waiting", "waiting_prefill_tokens", "running_kv_tokens", "open_transfers", "step_cost", "staging_slots", "max_num_seqs", "draining")
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class StatsResponse(_message.Message):
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
     STAGING_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     total_blocks: int
     reserved_blocks: int
@@ -67,7 +68,8 @@ class StatsResponse(_message.Message):
     step_cost: StepCost
     staging_slots: int
     max_num_seqs: int
-    def __init__(self, free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., running_kv_tokens: _Optional[int] = ..., open_transfers: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., staging_slots: _Optional[int] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., running_kv_tokens: _Optional[int] = ..., open_transfers: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., staging_slots: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class StepCost(_message.Message):
     __slots__ = ("prefill_base_ms", "prefill_ms_per_token", "decode_base_ms", "decode_ms_per_sequence")
@@ -93,11 +95,11 @@ class SnapshotResponse(_message.Message):
     sequence: int
     def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., sequence: _Optional[int] = ...) -> None: ...
 
-class WorkerMetricsRequest(_message.Message):
+class WorkerServiceMetricsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class WorkerMetricsResponse(_message.Message):
+class WorkerServiceMetricsResponse(_message.Message):
     __slots__ = ("text",)
     TEXT_FIELD_NUMBER: _ClassVar[int]
     text: str

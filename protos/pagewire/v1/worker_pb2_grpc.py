@@ -51,8 +51,8 @@ class WorkerServiceStub:
                 _registered_method=True)
         self.Metrics = channel.unary_unary(
                 '/pagewire.v1.WorkerService/Metrics',
-                request_serializer=pagewire_dot_v1_dot_worker__pb2.WorkerMetricsRequest.SerializeToString,
-                response_deserializer=pagewire_dot_v1_dot_worker__pb2.WorkerMetricsResponse.FromString,
+                request_serializer=pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsResponse.FromString,
                 _registered_method=True)
 
 
@@ -108,8 +108,8 @@ def add_WorkerServiceServicer_to_server(servicer, server):
             ),
             'Metrics': grpc.unary_unary_rpc_method_handler(
                     servicer.Metrics,
-                    request_deserializer=pagewire_dot_v1_dot_worker__pb2.WorkerMetricsRequest.FromString,
-                    response_serializer=pagewire_dot_v1_dot_worker__pb2.WorkerMetricsResponse.SerializeToString,
+                    request_deserializer=pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,8 +218,8 @@ class WorkerService:
             request,
             target,
             '/pagewire.v1.WorkerService/Metrics',
-            pagewire_dot_v1_dot_worker__pb2.WorkerMetricsRequest.SerializeToString,
-            pagewire_dot_v1_dot_worker__pb2.WorkerMetricsResponse.FromString,
+            pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsRequest.SerializeToString,
+            pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -121,11 +121,18 @@ BRIDGE_FLAGS = ("router", "host", "port", "request-timeout", "log-format", "log-
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default unless there is none; what its absence means is in the help itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without prefix matching, with one-sentence errors and exit code 2."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -179,6 +186,8 @@ def run_main(prog: str, main: Callable[[argparse.Namespace], None], names: Seque
     """Entry point of a service: parse, run, and end a StartupError with its sentence and exit code 1."""
     from pagewire_core.errors import StartupError
 
+    # gRPC's own log says nothing that ours does not say better.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     parser = Parser(prog=prog, description=description)
     add_flags(parser, names)
     try:

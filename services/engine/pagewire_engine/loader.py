@@ -114,12 +114,12 @@ def _dtype(name: str, model: ModelDir, device: torch.device) -> torch.dtype:
 
 
 def _max_model_len(options: EngineOptions, config: ModelConfig) -> int:
-    trained = config.max_position_embeddings
-    if config.rope["rope_type"] != "default" and "original_max_position_embeddings" not in config.rope:
-        trained = int(trained * config.rope.get("factor", 1.0))
-    asked = options.max_model_len or trained
-    if asked > trained:
-        raise StartupError(f"--max-model-len {asked} is more than the {trained} positions the model was made for")
+    """The model's own length unless told otherwise; a scaled RoPE may be stretched by its factor."""
+    trained = config.rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    limit = max(config.max_position_embeddings, int(trained * config.rope.get("factor", 1.0)))
+    asked = options.max_model_len or config.max_position_embeddings
+    if asked > limit:
+        raise StartupError(f"--max-model-len {asked} is more than the {limit} positions the model was made for")
     return asked
 
 

@@ -1,0 +1,144 @@
+"""Chat messages to a prompt, by the model's own Jinja template.
+
+Templates are code from a download, so they run in Jinja's immutable sandbox, with the environment that
+Hugging Face transformers documents for them: trim_blocks, lstrip_blocks, loop controls, the
+`{% generation %}` tag, `raise_exception`, `strftime_now` and a `tojson` that leaves HTML alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from pagewire_core.errors import InvalidRequest, StartupError
+from pagewire_core.model_dir import read_json, special_token
+
+Message = Mapping[str, str]
+# What a template may raise: Jinja's own errors, and Python's where it treats a value as what it is not.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class ChatTemplate:
+    """One model's chat template; `render` raises InvalidRequest for what the template refuses."""
+
+    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
+        """Raises StartupError if `source` is not valid Jinja."""
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise StartupError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt; with `continue_final_message` it ends where the last message's content ends.
+
+        A `developer` message becomes a `system` one if the template knows only that.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequest("add_generation_prompt and continue_final_message exclude each other")
+        variables = {"tools": None, **self._tokens, **(kwargs or {}), "add_generation_prompt": add_generation_prompt}
+        try:
+            text = self._template.render(messages=list(messages), **variables)
+        except _TEMPLATE_ERRORS as error:
+            if not any(m["role"] == "developer" for m in messages):
+                raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from error
+            renamed = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+            return self.render(
+                renamed,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                kwargs=kwargs,
+            )
+        return _open_end(text, messages[-1]["content"]) if continue_final_message else text
+
+
+def load_chat_template(model_dir: Path, given: str | None = None) -> ChatTemplate | None:
+    """The template `given` (a file or the template itself), else the model's; None if there is none."""
+    settings = read_json(model_dir / "tokenizer_config.json", {})
+    source = _given(given) if given else _own(model_dir, settings)
+    if source is None:
+        return None
+    return ChatTemplate(
+        source, special_token(settings.get("bos_token")) or "", special_token(settings.get("eos_token")) or ""
+    )
+
+
+def _given(given: str) -> str:
+    if "{" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise StartupError(
+            f"--chat-template {given} cannot be read: give a Jinja file or the template itself"
+        ) from error
+
+
+def _own(model_dir: Path, settings: Mapping[str, Any]) -> str | None:
+    file = model_dir / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {entry["name"]: entry["template"] for entry in found}
+        return named.get("default", next(iter(named.values()), None))
+    return found
+
+
+def _open_end(text: str, content: str) -> str:
+    """Cuts `text` after the last message's content, with its trailing space if the template kept it."""
+    begin = text.rfind(content.strip())
+    if begin < 0:
+        raise InvalidRequest("the chat template changes the last message, so it cannot be continued", param="messages")
+    with_space = content.lstrip()
+    return text[: begin + len(with_space if text.startswith(with_space, begin) else content.strip())]
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %} marks what an assistant said; for a prompt it is plain text."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

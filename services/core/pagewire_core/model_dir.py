@@ -1,0 +1,164 @@
+"""Finds a model on disk or on the Hugging Face Hub and answers what its JSON files say.
+
+Nothing here reads weights into memory or judges the architecture: the engine does. Every failure is a
+StartupError of one sentence that names the remedy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pagewire_core.errors import StartupError
+
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+_WHOLE_FILE_BYTES = 256 << 20
+_WINDOW_BYTES = 1 << 20
+_NUM_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    """A model directory with safetensors weights. `name` is the model as the user gave it."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+    def digest(self) -> bytes:
+        """32 bytes that identify the weights: equal on every machine that has the same files.
+
+        SHA-256 over config.json and each safetensors file's name, size and contents. Of a file above
+        256 MiB only the header and 64 evenly spaced windows of 1 MiB are read, so that a start does
+        not wait for a disk to deliver 100 GB.
+        """
+        total = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted(self.path.glob("*.safetensors")):
+            total.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
+            total.update(_file_digest(file))
+        return total.digest()
+
+    @cached_property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output in tokens, from max_position_embeddings."""
+        for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+            value = self.config.get(key)
+            if isinstance(value, int) and value > 0:
+                return value
+        raise StartupError(
+            f"{self.path / 'config.json'} has no max_position_embeddings; add it or use a complete model directory"
+        )
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence: of generation_config.json, else config.json, else the tokenizer's eos_token."""
+        for source in (self.generation_config, self.config):
+            value = source.get("eos_token_id")
+            if isinstance(value, int):
+                return (value,)
+            if isinstance(value, list) and value:
+                return tuple(int(v) for v in value)
+        return self._tokenizer_eos()
+
+    def _tokenizer_eos(self) -> tuple[int, ...]:
+        settings = read_json(self.path / "tokenizer_config.json", {})
+        eos = special_token(settings.get("eos_token"))
+        for token_id, entry in settings.get("added_tokens_decoder", {}).items():
+            if entry.get("content") == eos:
+                return (int(token_id),)
+        for entry in read_json(self.path / "tokenizer.json", {}).get("added_tokens", []):
+            if entry["content"] == eos:
+                return (int(entry["id"]),)
+        return ()
+
+
+def resolve_model(model: str, revision: str | None = None, download_dir: str | None = None) -> ModelDir:
+    """The directory of `model`: a local path, or a Hub id that is downloaded if it is not cached.
+
+    HF_TOKEN, HF_HUB_OFFLINE and HF_HOME work as huggingface_hub documents them. Raises StartupError.
+    """
+    path = locate(model, revision, download_dir)
+    if not (path / "config.json").is_file():
+        raise StartupError(f"{path} has no config.json; give a Hugging Face model directory")
+    if not any(path.glob("*.safetensors")):
+        raise StartupError(f"{path} has no *.safetensors file; convert the weights to safetensors first")
+    config = read_json(path / "config.json", {})
+    return ModelDir(path, model, config, read_json(path / "generation_config.json", {}))
+
+
+def locate(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The directory of a model or of a tokenizer alone, downloaded if need be. Raises StartupError."""
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if local.is_file():
+        raise StartupError(f"{model} is a file; give the directory that holds config.json and the weights")
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        raise StartupError(f"there is no directory {model}; give a local model directory or a Hub id like org/name")
+    return _download(model, revision, download_dir)
+
+
+def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
+    from huggingface_hub import errors as hub  # not at the top: importing it takes longer than all of core
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=list(_FILES)))
+    except hub.HFValidationError:
+        remedy = f"{model!r} is neither a local directory nor a Hub id like org/name"
+    except hub.GatedRepoError:
+        remedy = f"access to {model} is gated: accept its licence on the Hub and set HF_TOKEN"
+    except hub.RevisionNotFoundError:
+        remedy = f"{model} has no revision {revision!r}; check --revision"
+    except hub.RepositoryNotFoundError:
+        remedy = f"{model} was not found: check the name, give a local directory, or set HF_TOKEN if it is private"
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+        remedy = f"{model} is not in the local cache and the Hub cannot be reached; give a local directory or go online"
+    except hub.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "an error"
+        remedy = f"the Hub answered {status} for {model}; set HF_TOKEN if it needs one, or try again later"
+    except OSError as error:
+        remedy = f"{model} could not be stored: {error.strerror or error}; choose another --download-dir"
+    raise StartupError(remedy)
+
+
+def read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+    """The object in a JSON file; `default` if there is no such file. Raises StartupError if it is corrupt."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except (ValueError, OSError) as error:
+        raise StartupError(f"{path} cannot be read as JSON ({error}); download the model again") from error
+    if not isinstance(value, dict):
+        raise StartupError(f"{path} is not a JSON object; download the model again")
+    return value
+
+
+def special_token(value: object) -> str | None:
+    """The text of a special token, which JSON files give as a string or as an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _file_digest(path: Path) -> bytes:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE_FILE_BYTES:
+            while chunk := file.read(_WINDOW_BYTES):
+                digest.update(chunk)
+            return digest.digest()
+        header_bytes = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(header_bytes, _WHOLE_FILE_BYTES)))
+        for index in range(_NUM_WINDOWS):
+            file.seek(index * (size - _WINDOW_BYTES) // (_NUM_WINDOWS - 1), os.SEEK_SET)
+            digest.update(file.read(_WINDOW_BYTES))
+    return digest.digest()

@@ -1,0 +1,115 @@
+"""Text to token ids and back, from a model's tokenizer.json alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from pagewire_core.errors import StartupError
+from pagewire_core.model_dir import read_json, special_token
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPIECE_SPACE = "\u2581"
+
+
+class Tokenizer:
+    """The tokenizer in `path`. Raises StartupError if tokenizer.json is missing or corrupt."""
+
+    def __init__(self, path: Path) -> None:
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise StartupError(
+                f"{path} has no tokenizer.json; save the model's fast tokenizer there or use --tokenizer"
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the tokenizers library raises bare Exception for every kind of bad file
+            raise StartupError(f"{file} is not a tokenizer ({error}); download the model again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.settings: dict[str, Any] = read_json(path / "tokenizer_config.json", {})
+        self.bos_token = special_token(self.settings.get("bos_token"))
+        self.eos_token = special_token(self.settings.get("eos_token"))
+        self.bos_token_id = self._id_of(self.bos_token)
+        self.eos_token_id = self._id_of(self.eos_token)
+        self.special_ids = frozenset(i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special)
+        self._prepend = self._missing_bos()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this; added tokens are counted."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of `text`; `add_special_tokens` adds what the post-processor adds, and a bos if the settings ask."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return [*self._prepend, *ids] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary give no text."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, which may be a part of a character."""
+        added = self._added.get(token_id)
+        if added is not None:
+            return added.encode()
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._style == "bytelevel":
+            return b"".join(_BYTES_OF_CHARACTER.get(c, c.encode()) for c in token)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes((int(match[1], 16),))
+        return token.replace(_SPIECE_SPACE, " ").encode() if self._style == "sentencepiece" else token.encode()
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _style(self) -> str:
+        decoder = self._tokenizer.decoder
+        state = decoder.__getstate__().decode() if decoder is not None else "null"
+        kinds = _decoder_kinds(json.loads(state))
+        if "ByteLevel" in kinds:
+            return "bytelevel"
+        return "sentencepiece" if kinds & {"ByteFallback", "Metaspace", "Replace"} else "plain"
+
+    def _id_of(self, token: str | None) -> int | None:
+        return self._tokenizer.token_to_id(token) if token is not None else None
+
+    def _missing_bos(self) -> list[int]:
+        if not self.settings.get("add_bos_token") or self.bos_token_id is None:
+            return []
+        already = self._tokenizer.encode("", add_special_tokens=True).ids[:1] == [self.bos_token_id]
+        return [] if already else [self.bos_token_id]
+
+
+def _decoder_kinds(state: dict[str, Any] | None) -> set[str]:
+    if state is None:
+        return set()
+    kinds = {state["type"]}
+    for part in state.get("decoders", []):
+        kinds |= _decoder_kinds(part)
+    return kinds
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The alphabet of byte-level BPE (GPT-2, Radford et al. 2019): each byte is one printable character.
+
+    Printable Latin-1 bytes stand for themselves; the others take the code points from 256 on, in order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = [b for b in range(256) if b not in printable]
+    alphabet = {chr(b): bytes((b,)) for b in printable}
+    return alphabet | {chr(256 + i): bytes((b,)) for i, b in enumerate(others)}
+
+
+_BYTES_OF_CHARACTER = _byte_alphabet()

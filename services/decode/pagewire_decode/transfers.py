@@ -1,0 +1,167 @@
+"""Prompts on their way in: credits, pages, and the KV that fills them.
+
+    RESERVED --bind--> BOUND --sealed--> READY --take--> (the engine's)
+        any of them --end--> ended: credits and pages are back, the id is remembered for a while
+
+A transfer lives as long as its Decode call, or until its lease ends if that call never comes. Only
+`scatter` runs outside the event loop; its lock makes sure that no page is given back while it is being
+written, and that nothing is written once the transfer has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+import torch
+from pagewire.v1 import common_pb2
+from pagewire_core.errors import Cancelled, ContextLength, InvalidRequest, PagewireError, Unavailable
+from pagewire_engine.engine import Engine
+from pagewire_transfer.receiver import ReceiveStats
+
+log = structlog.get_logger(__name__)
+
+LEASE_S = 10.0
+TOMBSTONE_S = 60.0
+
+
+@dataclass(eq=False)
+class Transfer:
+    """One prompt that a prefill worker computes for this worker."""
+
+    transfer_id: bytes
+    prompt: list[int]
+    local_tokens: int
+    credits: int
+    ready: asyncio.Future[tuple[ReceiveStats, Sequence[common_pb2.SampledToken]]]
+    lease: asyncio.TimerHandle | None = None
+    block_table: list[int] = field(default_factory=list)
+    valid: bool = False  # pages are bound and may be written
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Transfers:
+    """KvSink over the engine. abort_peer tells the prefill side that a transfer is over."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._transfers: dict[bytes, Transfer] = {}
+        self._tombstones: dict[bytes, float] = {}
+        self.abort_peer: Callable[[bytes, PagewireError], None] = lambda transfer_id, error: None
+
+    def __len__(self) -> int:
+        return len(self._transfers)
+
+    def reserve(self, transfer_id: bytes, prompt: list[int], cache_root: bytes, n: int) -> Transfer:
+        """Promises room for a prompt and its first step. Raises Overloaded, ContextLength, Cancelled."""
+        self._check_not_stopped(transfer_id)
+        if transfer_id in self._transfers:
+            return self._transfers[transfer_id]
+        config = self._engine.config
+        if not 0 < len(prompt) < config.max_model_len:
+            raise ContextLength(f"the prompt has {len(prompt)} tokens; this worker holds {config.max_model_len}")
+        if n > config.max_num_seqs:
+            raise ContextLength(f"n={n} is more than --max-num-seqs {config.max_num_seqs}", "n")
+        local_tokens = self._engine.pin_prefix(transfer_id, prompt, cache_root)
+        # Every choice may soon need a block of its own: for its next token, or a copy of the shared last one.
+        credits = config.blocks_for(len(prompt)) - local_tokens // config.block_size + n
+        try:
+            self._engine.reserve(min(credits, config.num_blocks))
+        except PagewireError:
+            self._engine.free_external(transfer_id)
+            raise
+        loop = asyncio.get_running_loop()
+        transfer = Transfer(transfer_id, prompt, local_tokens, min(credits, config.num_blocks), loop.create_future())
+        transfer.lease = loop.call_later(LEASE_S, self.end, transfer_id, Cancelled("the reservation's lease ended"))
+        self._transfers[transfer_id] = transfer
+        return transfer
+
+    def claim(self, transfer_id: bytes) -> Transfer:
+        """The reserved transfer, which now lives as long as the caller wants it."""
+        self._check_not_stopped(transfer_id)
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            raise Unavailable("this transfer has no reservation here; its lease may have ended")
+        if transfer.lease is None:
+            raise InvalidRequest("this transfer already has its Decode call")
+        transfer.lease.cancel()
+        transfer.lease = None
+        return transfer
+
+    def take(self, transfer: Transfer) -> list[int]:
+        """The block table of a ready transfer; its references pass to the caller."""
+        del self._transfers[transfer.transfer_id]
+        return self._engine.unbind(transfer.transfer_id)
+
+    def end(self, transfer_id: bytes, error: PagewireError) -> bool:
+        """Gives back whatever the transfer holds and remembers that it is over. Idempotent."""
+        self._bury(transfer_id)
+        transfer = self._transfers.pop(transfer_id, None)
+        if transfer is None:
+            return False
+        if transfer.lease:
+            transfer.lease.cancel()
+        self.abort_peer(transfer_id, error)
+        with transfer.lock:  # waits for a scatter that is under way
+            transfer.valid = False
+        self._engine.free_external(transfer_id)
+        self._engine.unreserve(transfer.credits)
+        if not transfer.ready.done():
+            transfer.ready.set_exception(error)
+            transfer.ready.exception()  # nobody may be waiting
+        return True
+
+    def _check_not_stopped(self, transfer_id: bytes) -> None:
+        if self._tombstones.get(transfer_id, 0) > time.monotonic():
+            raise Cancelled("this transfer was stopped")
+
+    def _bury(self, transfer_id: bytes) -> None:
+        now = time.monotonic()
+        while self._tombstones and next(iter(self._tombstones.values())) < now:
+            del self._tombstones[next(iter(self._tombstones))]
+        self._tombstones[transfer_id] = now + TOMBSTONE_S
+
+    # ---------------------------------------------------------------- KvSink
+
+    async def bind(self, transfer_id: bytes, token_begin: int, token_end: int) -> None:
+        """Turns credits into pages. Raises Overloaded if they were oversold."""
+        self._check_not_stopped(transfer_id)
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            raise Unavailable("this transfer has no reservation here; its lease may have ended")
+        if (token_begin, token_end) != (transfer.local_tokens, len(transfer.prompt)):
+            raise InvalidRequest(
+                f"tokens [{token_begin}, {token_end}) were offered, "
+                f"[{transfer.local_tokens}, {len(transfer.prompt)}) are missing"
+            )
+        transfer.block_table = self._engine.bind(transfer_id, len(transfer.prompt))
+        self._engine.unreserve(transfer.credits)
+        transfer.credits = 0
+        transfer.valid = True
+
+    def scatter(
+        self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor
+    ) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            raise Cancelled("the transfer has ended")
+        with transfer.lock:
+            if not transfer.valid:
+                raise Cancelled("the transfer has ended or has no pages yet")
+            self._engine.runner.cache.scatter(wire, transfer.block_table, layers, tokens)
+
+    async def sealed(
+        self, transfer_id: bytes, received: ReceiveStats, first_tokens: Sequence[common_pb2.SampledToken]
+    ) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or not transfer.valid or transfer.ready.done():
+            raise Cancelled("the transfer has ended or was never begun")
+        transfer.ready.set_result((received, first_tokens))
+
+    def failed(self, transfer_id: bytes, error: PagewireError) -> None:
+        log.warning("transfer failed", transfer_id=transfer_id.hex(), error=error.message)
+        self.end(transfer_id, error)

@@ -1,0 +1,153 @@
+"""PrefillService: compute a prompt, give its first tokens at once, push its KV to the decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import structlog
+from pagewire.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
+from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
+from pagewire_engine.engine import Engine
+from pagewire_engine.metrics import StageMetrics
+from pagewire_engine.request import Event, Failed, FirstTokens, Progress, Request, Started
+from pagewire_engine.sampling_params import SamplingParams
+from pagewire_engine.wire import to_proto
+from pagewire_transfer.sender import KvSender, Outgoing, SendStats
+
+from pagewire_prefill.source import PromptSource
+
+log = structlog.get_logger(__name__)
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """One call is one prompt; leaving the call in any way gives everything back."""
+
+    def __init__(self, engine: Engine, source: PromptSource, sender: KvSender, stages: StageMetrics) -> None:
+        self._engine, self._source, self._sender, self._stages = engine, source, sender, stages
+        self._cleanups: set[asyncio.Task[None]] = set()
+        self._num_calls = 0
+        self.draining = False  # new calls are refused, running ones go on
+
+    async def Prefill(
+        self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        if self.draining:
+            raise Unavailable("this prefill worker is shutting down")
+        if len(request.transfer_id) != 16 or not request.decode_address:
+            raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        work = Request(
+            request.request_id,
+            list(request.prompt_ids),
+            request.cache_root,
+            SamplingParams.from_proto(request.sampling),
+            max(request.n, 1),
+            events.put_nowait,
+            prefill_only=True,
+        )
+        self._engine.submit(work)
+        self._source.add(request.transfer_id, work)
+        self._num_calls += 1
+        opening: asyncio.Task[Outgoing] | None = None
+        try:
+            started = await _until_started(events)
+            started_at = time.monotonic()
+            yield prefill_pb2.PrefillResponse(
+                started=prefill_pb2.PrefillStarted(cached_tokens=started.cached_tokens)
+            )
+            # Pages are bound on the decode side only now that the prompt is being computed.
+            opening = asyncio.create_task(self._open(request))
+            first = await self._until_first_tokens(events, opening, started.cached_tokens)
+            first_at = time.monotonic()
+            tokens = [to_proto(sampled) for sampled in first.tokens]
+            yield prefill_pb2.PrefillResponse(first_tokens=prefill_pb2.FirstTokens(tokens=tokens))
+            outgoing = await opening
+            stats = await outgoing.seal(tokens)
+            yield self._kv_sent(request, stats, work.arrived, started_at, first_at)
+        finally:
+            self._num_calls -= 1
+            cleanup = asyncio.create_task(self._clean_up(request.transfer_id, work, opening))
+            self._cleanups.add(cleanup)
+            cleanup.add_done_callback(self._cleanups.discard)
+
+    async def _open(self, request: prefill_pb2.PrefillRequest) -> Outgoing:
+        tokens = (request.decode_local_tokens, len(request.prompt_ids))
+        return await self._sender.open(request.transfer_id, request.decode_address, request.decode_instance, tokens)
+
+    async def _until_first_tokens(
+        self, events: asyncio.Queue[Event], opening: asyncio.Task[Outgoing], num_final: int
+    ) -> FirstTokens:
+        """Passes progress on to the transfer as it happens; raises what the transfer raises."""
+        getting: asyncio.Task[Event] | None = None
+        try:
+            while True:
+                if opening.done():
+                    opening.result().extend(num_final)
+                getting = getting or asyncio.create_task(events.get())
+                waiting = {getting} if opening.done() else {getting, opening}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    continue
+                event, getting = getting.result(), None
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, FirstTokens):
+                    return event
+                assert isinstance(event, Progress)
+                num_final = event.num_computed
+        finally:
+            if getting:
+                getting.cancel()
+
+    def _kv_sent(
+        self, request: prefill_pb2.PrefillRequest, stats: SendStats, arrived: float, started: float, first: float
+    ) -> prefill_pb2.PrefillResponse:
+        now = time.monotonic()
+        timings = common_pb2.StageTimings(
+            queue_us=_us(started - arrived),
+            prefill_us=_us(first - started),
+            transfer_us=stats.transfer_us,
+            kv_tail_us=_us(now - first),
+        )
+        num_tokens = len(request.prompt_ids) - request.decode_local_tokens
+        self._stages.observe(queue=started - arrived, prefill=first - started, kv_tail=now - first)
+        log.info("prefill done", request_id=request.request_id, prompt_tokens=len(request.prompt_ids),
+                 transferred_tokens=num_tokens, transferred_bytes=stats.bytes, lane=stats.lane,
+                 queue_ms=timings.queue_us / 1e3, prefill_ms=timings.prefill_us / 1e3,
+                 transfer_ms=timings.transfer_us / 1e3, kv_tail_ms=timings.kv_tail_us / 1e3)  # fmt: skip
+        return prefill_pb2.PrefillResponse(
+            kv_sent=prefill_pb2.KvSent(
+                transferred_tokens=num_tokens, transferred_bytes=stats.bytes, lane=stats.lane, timings=timings
+            )
+        )
+
+    async def _clean_up(self, transfer_id: bytes, work: Request, opening: asyncio.Task[Outgoing] | None) -> None:
+        """Blocks go back only when no lane thread can read them any more."""
+        if opening is not None:
+            opening.cancel()
+            [outgoing] = await asyncio.gather(opening, return_exceptions=True)
+            if isinstance(outgoing, Outgoing):
+                outgoing.abort(Cancelled("the prefill call ended"))  # no effect on a sealed transfer
+                await outgoing.closed()
+        self._source.discard(transfer_id)
+        self._engine.cancel(work)
+
+    @property
+    def num_calls(self) -> int:
+        """Prompts in work, those that are being given back included."""
+        return self._num_calls + len(self._cleanups)
+
+
+async def _until_started(events: asyncio.Queue[Event]) -> Started:
+    event = await events.get()
+    if isinstance(event, Failed):
+        raise event.error
+    assert isinstance(event, Started), event
+    return event
+
+
+def _us(seconds: float) -> int:
+    return int(seconds * 1e6)

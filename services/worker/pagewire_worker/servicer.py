@@ -1,0 +1,58 @@
+"""WorkerService: who this worker is, how loaded it is, what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from pagewire.v1 import worker_pb2, worker_pb2_grpc
+from pagewire_core.telemetry import exposition
+from prometheus_client import CollectorRegistry
+
+_POLL_S = 0.05  # load is looked at this often and sent when it changed
+_AT_LEAST_EVERY_S = 1.0
+_HASHES_PER_MESSAGE = 10_000
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """stats: the load now. snapshot: sequence number and hashes of the prefix cache."""
+
+    def __init__(
+        self,
+        info: worker_pb2.InfoResponse,
+        stats: Callable[[], worker_pb2.StatsResponse],
+        snapshot: Callable[[], tuple[int, list[bytes]]],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._info, self._stats, self._snapshot, self._registry = info, stats, snapshot, registry
+
+    async def Info(
+        self, request: worker_pb2.InfoRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.InfoResponse:
+        return self._info
+
+    async def Stats(
+        self, request: worker_pb2.StatsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.StatsResponse]:
+        sent, sent_at = None, 0.0
+        while True:
+            stats, now = self._stats(), time.monotonic()
+            if stats != sent or now - sent_at >= _AT_LEAST_EVERY_S:
+                yield stats
+                sent, sent_at = stats, now
+            await asyncio.sleep(_POLL_S)
+
+    async def Snapshot(
+        self, request: worker_pb2.SnapshotRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.SnapshotResponse]:
+        sequence, hashes = self._snapshot()
+        for start in range(0, max(len(hashes), 1), _HASHES_PER_MESSAGE):
+            part = hashes[start : start + _HASHES_PER_MESSAGE]
+            yield worker_pb2.SnapshotResponse(hashes=part, sequence=sequence)
+
+    async def Metrics(
+        self, request: worker_pb2.WorkerServiceMetricsRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.WorkerServiceMetricsResponse:
+        return worker_pb2.WorkerServiceMetricsResponse(text=exposition(self._registry))

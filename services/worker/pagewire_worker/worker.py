@@ -1,0 +1,226 @@
+"""The composition root of a worker: everything is made here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import structlog
+from pagewire.v1 import (
+    common_pb2,
+    decode_pb2,
+    decode_pb2_grpc,
+    kv_channel_pb2,
+    kv_channel_pb2_grpc,
+    prefill_pb2,
+    prefill_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+from pagewire_core import rpc
+from pagewire_core.block_events import BlockEventPublisher
+from pagewire_core.registry import Registration
+from pagewire_decode.servicer import DecodeServicer
+from pagewire_decode.transfers import Transfers
+from pagewire_engine.engine import Engine, Outbox, deliver_outbox
+from pagewire_engine.loader import Loaded
+from pagewire_engine.metrics import EngineCollector, StageMetrics
+from pagewire_prefill.servicer import PrefillServicer
+from pagewire_prefill.source import PromptSource
+from pagewire_transfer.identity import WorkerIdentity
+from pagewire_transfer.lanes import available_lanes
+from pagewire_transfer.metrics import TransferMetrics
+from pagewire_transfer.receiver import KvChannelServicer
+from pagewire_transfer.sender import KvSender
+from prometheus_client import CollectorRegistry
+
+from pagewire_worker.servicer import WorkerServicer
+
+log = structlog.get_logger(__name__)
+
+DRAIN_S = 10.0  # how long running calls may go on after SIGTERM
+
+ROLES = {
+    "prefill": common_pb2.WORKER_ROLE_PREFILL,
+    "decode": common_pb2.WORKER_ROLE_DECODE,
+    "both": common_pb2.WORKER_ROLE_BOTH,
+}
+
+
+class Worker:
+    """One engine and the gRPC services of its role, from start to SIGTERM."""
+
+    def __init__(self, args: argparse.Namespace, loaded: Loaded, instance: str) -> None:
+        self._args, self._loaded, self._instance = args, loaded, instance
+        self._registry = CollectorRegistry()
+        self._lanes = available_lanes(args.lanes, loaded.runner.model.config.device)
+        self._publisher: BlockEventPublisher | None = None
+        self._engine = Engine(
+            loaded.runner, loaded.config, deliver=self._deliver, stored=self._stored, removed=self._removed
+        )
+        self._transfers = Transfers(self._engine)
+        self._sender: KvSender | None = None
+        self._receiver: KvChannelServicer | None = None
+        self._roles: list[PrefillServicer | DecodeServicer] = []
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains."""
+        self._loop = asyncio.get_running_loop()
+        stopping = asyncio.Event()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(name, stopping.set)
+        server = rpc.RpcServer()
+        address = f"{self._args.host}:{server.bind(self._args.host, self._args.port)}"
+        info = self._info(address)
+        self._add_services(server, info)
+        await server.serve()
+        thread = threading.Thread(target=self._engine.run_forever, name="engine", daemon=True)
+        thread.start()
+        background = [asyncio.create_task(job) for job in self._redis_jobs(info)]
+        await server.set_serving(True)
+        log.info("worker ready", role=self._args.role, address=address, worker_id=info.worker_id, lanes=self._lanes)
+        await stopping.wait()
+        log.info("draining")
+        await self._stop(server, background, info)
+        self._engine.stop()
+        await asyncio.to_thread(thread.join, 5)
+
+    async def _stop(
+        self, server: rpc.RpcServer, background: list[asyncio.Task[None]], info: worker_pb2.InfoResponse
+    ) -> None:
+        """Refuses new requests, lets running ones end, then closes what never ends by itself."""
+        self._draining = True
+        await server.set_serving(False)
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        if self._args.redis_url:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(Registration(self._args.redis_url, _fields(info)).deregister(), 2)
+        for servicer in self._roles:
+            servicer.draining = True
+        deadline = asyncio.get_running_loop().time() + DRAIN_S
+        while any(s.num_calls for s in self._roles) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        if self._sender:
+            await self._sender.close()
+        await server.stop(0)
+        if self._receiver:
+            await self._receiver.close()
+
+    def _add_services(self, server: rpc.RpcServer, info: worker_pb2.InfoResponse) -> None:
+        registry, role = self._registry, self._args.role
+        registry.register(EngineCollector(self._engine))  # type: ignore[arg-type]
+        stages, transfer_metrics = StageMetrics(registry), TransferMetrics(registry)
+        identity = WorkerIdentity(
+            info.worker_id, self._instance, self._loaded.fingerprint, self._loaded.runner.cache.layout, self._args.host
+        )
+        timeout_s = self._args.transfer_timeout
+        if role in ("prefill", "both"):
+            source = PromptSource(self._engine)
+            self._sender = KvSender(identity, source, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics)
+            prefill = PrefillServicer(self._engine, source, self._sender, stages)
+            self._roles.append(prefill)
+            server.add(
+                prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
+                prefill,
+                prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"],
+            )
+        if role in ("decode", "both"):
+            self._receiver = KvChannelServicer(
+                identity, self._transfers, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics
+            )
+            self._transfers.abort_peer = self._receiver.abort
+            server.add(
+                kv_channel_pb2_grpc.add_KvChannelServiceServicer_to_server,
+                self._receiver,
+                kv_channel_pb2.DESCRIPTOR.services_by_name["KvChannelService"],
+            )
+            decode = DecodeServicer(self._engine, self._transfers, stages, self._instance, info.address)
+            self._roles.append(decode)
+            server.add(
+                decode_pb2_grpc.add_DecodeServiceServicer_to_server,
+                decode,
+                decode_pb2.DESCRIPTOR.services_by_name["DecodeService"],
+            )
+        server.add(
+            worker_pb2_grpc.add_WorkerServiceServicer_to_server,
+            WorkerServicer(info, self._stats, self._snapshot, registry),
+            worker_pb2.DESCRIPTOR.services_by_name["WorkerService"],
+        )
+
+    def _redis_jobs(self, info: worker_pb2.InfoResponse) -> list[Coroutine[Any, Any, None]]:
+        if not self._args.redis_url:
+            log.warning("no --redis-url: this worker is found only by routers that are given its address")
+            return []
+        url, fingerprint = self._args.redis_url, self._loaded.fingerprint
+        self._publisher = BlockEventPublisher(url, fingerprint, info.worker_id, self._instance, self._engine.snapshot)
+        return [Registration(url, _fields(info)).run(), self._publisher.run()]
+
+    def _info(self, address: str) -> worker_pb2.InfoResponse:
+        config = self._loaded.config
+        return worker_pb2.InfoResponse(
+            worker_id=self._args.worker_id or f"{self._args.role}-{address}",
+            instance=self._instance,
+            role=ROLES[self._args.role],
+            address=address,
+            fingerprint=self._loaded.fingerprint,
+            model_digest=self._loaded.model_digest,
+            protocol=rpc.PROTOCOL,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            total_blocks=config.num_blocks,
+            kv_bytes_per_token=self._loaded.runner.cache.bytes_per_token,
+            lanes=self._lanes,
+        )
+
+    def _stats(self) -> worker_pb2.StatsResponse:
+        stats = worker_pb2.StatsResponse(**self._engine.load(), step_cost=self._engine.step_cost.to_proto())
+        stats.open_transfers = len(self._transfers)
+        stats.draining = self._draining
+        if self._sender:
+            stats.open_transfers += self._sender.open_transfers
+            stats.staging_slots += self._sender.staging_slots
+        if self._receiver:
+            stats.open_transfers += self._receiver.open_transfers
+            stats.staging_slots += self._receiver.staging_slots
+        return stats
+
+    def _snapshot(self) -> tuple[int, list[bytes]]:
+        sequence = self._publisher.sequence if self._publisher else 0
+        return sequence, self._engine.snapshot()
+
+    # ------------------------------------------------- called by the engine's thread
+
+    def _deliver(self, outbox: Outbox) -> None:
+        """One wake-up of the event loop for all that a step gave."""
+        if outbox and self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(deliver_outbox, outbox)
+
+    def _stored(self, hashes: Any) -> None:
+        if self._publisher:
+            self._publisher.stored(hashes)
+
+    def _removed(self, hashes: Any) -> None:
+        if self._publisher:
+            self._publisher.removed(hashes)
+
+
+def _fields(info: worker_pb2.InfoResponse) -> dict[str, str | int]:
+    """What the registry says of this worker."""
+    return {
+        "worker_id": info.worker_id,
+        "instance": info.instance,
+        "address": info.address,
+        "role": common_pb2.WorkerRole.Name(info.role).removeprefix("WORKER_ROLE_").lower(),
+        "fingerprint": info.fingerprint.hex(),
+        "protocol": info.protocol,
+    }
+

