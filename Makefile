@@ -1,0 +1,67 @@
+# Everything a checkout needs. `make serve` and `make test` set up .venv by themselves.
+#
+#   make serve MODEL=path-or-hub-id PORT=8000 HOST=127.0.0.1 PREFILL=1 DECODE=1 ARGS='--max-num-seqs 64'
+#   make test ARGS='-k router'      make check      make bench BASE_URL=http://127.0.0.1:8000
+#
+# PYTHON names the interpreter that .venv is made of (3.11 or newer). Where there is no GPU, PIP_EXTRA_INDEX_URL
+# may point at an index with CPU wheels of torch: a far smaller download.
+
+MODEL ?=
+# Not ?=, as some shells export a HOST of their own.
+HOST := 127.0.0.1
+PORT ?= 8000
+PREFILL ?= 1
+DECODE ?= 1
+BASE_URL ?= http://127.0.0.1:$(PORT)
+ARGS ?=
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.installed-runtime
+TESTING := $(VENV)/.installed-test
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
+SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:benchmarks
+
+.PHONY: serve test setup protos lint check bench clean
+.DEFAULT_GOAL := serve
+
+serve: $(RUNTIME)
+	@exec $(BIN)/pagewire serve $(if $(MODEL),'$(MODEL)') --host '$(HOST)' --port '$(PORT)' \
+		--prefill '$(PREFILL)' --decode '$(DECODE)' $(ARGS)
+
+test: $(TESTING)
+	$(BIN)/python -m pytest $(ARGS)
+
+setup: $(TESTING)
+
+protos: $(TESTING)
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos \
+		protos/pagewire/v1/*.proto
+
+lint: $(TESTING)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	MYPYPATH=$(SOURCES) $(BIN)/mypy --explicit-package-bases --ignore-missing-imports --follow-imports=silent \
+		services/core services/cli benchmarks
+
+check: lint test
+
+bench: $(TESTING)
+	$(BIN)/python benchmarks/serve.py --base-url $(BASE_URL) $(ARGS)
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that a CPU wheel that is already there, or on the extra index, is kept.
+$(RUNTIME): pyproject.toml
+	@test -x $(BIN)/python || sh .ci/make_venv $(VENV) $(PYTHON)
+	$(BIN)/python -m pip install --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+$(TESTING): $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@

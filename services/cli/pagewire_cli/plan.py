@@ -1,0 +1,129 @@
+"""What `pagewire serve` will run: one frozen description per process, made before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pagewire_core.errors import StartupError
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS, to_command_line
+
+from pagewire_cli import ports, readiness, redis_server
+
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """One process. `address` is the host:port at which `is_ready` asks whether it can be used."""
+
+    name: str
+    role: str  # redis, prefill, decode, both, router or bridge
+    address: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    is_ready: Callable[[str], Awaitable[bool]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All processes of one `pagewire serve`; services are in the order in which they depend on each other."""
+
+    services: tuple[ServiceSpec, ...]
+    base_url: str
+    redis_url: str
+    model: str  # the name that clients ask for
+    directory: Path
+    verbose: bool
+    state_file: Path | None
+
+    def address_of(self, role: str) -> str:
+        return next(spec.address for spec in self.services if spec.role == role)
+
+
+def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Plan:
+    """Chooses ports and command lines for settled `serve` arguments. Raises StartupError.
+
+    A share of memory or of the cores is meant for the machine: the workers divide it.
+    """
+    names = [(f"{role}-{i}", role) for role in ("prefill", "decode", "both") for i in range(getattr(args, role))]
+    redis_port, router_port, spare, *worker_ports = ports.free_ports(3 + len(names))
+    redis_url = args.redis_url or f"redis://{_LOOPBACK}:{redis_port}/0"
+    bridge_port = args.port or spare
+    directory = _state_directory(environ) / str(bridge_port)
+    shared = {**vars(args), "redis_url": redis_url, "host": _LOOPBACK, **_share(args, len(names))}
+    environment = _environment(environ, shared)
+
+    services: list[ServiceSpec] = []
+    if not args.redis_url:
+        command = redis_server.command(redis_port, directory)
+        address = f"{_LOOPBACK}:{redis_port}"
+        services.append(ServiceSpec("redis", "redis", address, command, environment, readiness.redis_answers))
+    for (name, role), port in zip(names, worker_ports, strict=True):
+        own = {**shared, "role": role, "worker_id": None, "port": port}
+        services.append(_service(name, role, own, WORKER_FLAGS, environment))
+    workers = [args.workers, *(f"{_LOOPBACK}:{port}" for port in worker_ports)]
+    router = {**shared, "port": router_port, "workers": ",".join(filter(None, workers))}
+    services.append(_service("router", "router", router, ROUTER_FLAGS, environment))
+    bridge = {**shared, "host": args.host, "port": bridge_port, "router": f"{_LOOPBACK}:{router_port}"}
+    services.append(_service("bridge", "bridge", bridge, BRIDGE_FLAGS, environment))
+    base_url = f"http://{services[-1].address}"
+    verbose = args.verbose or args.log_level == "debug"
+    model = (args.served_model_name or args.model).partition(",")[0]
+    return Plan(tuple(services), base_url, redis_url, model, directory, verbose, args.state_file)
+
+
+def _service(
+    name: str, role: str, values: Mapping[str, object], flags: tuple[str, ...], environment: Mapping[str, str]
+) -> ServiceSpec:
+    program = role if role in ("router", "bridge") else "worker"
+    if "@" in str(values["redis_url"]):  # a password belongs into the environment, not where `ps` shows it
+        flags = tuple(flag for flag in flags if flag != "redis-url")
+    command = (*_program(program), *to_command_line(argparse.Namespace(**values), flags))
+    is_ready = readiness.http_healthy if role == "bridge" else readiness.grpc_serves
+    return ServiceSpec(name, role, _dialled(str(values["host"]), values["port"]), command, environment, is_ready)
+
+
+def _program(name: str) -> tuple[str, ...]:
+    """The console script beside this interpreter, wherever PATH points; without one, the module it calls."""
+    script = Path(sys.executable).parent / f"pagewire-{name}"
+    if os.access(script, os.X_OK):
+        return (str(script),)
+    return (sys.executable, "-c", f"from pagewire_{name}.main import main; main()")
+
+
+def _share(args: argparse.Namespace, num_workers: int) -> dict[str, object]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "threads": args.threads or max(1, cores // num_workers),
+        "gpu_memory_utilization": round(args.gpu_memory_utilization / num_workers, 4),
+    }
+
+
+def _environment(environ: Mapping[str, str], values: Mapping[str, object]) -> dict[str, str]:
+    """The children's environment. Their settings come by flag: PAGEWIRE_PORT is ours and not each child's."""
+    inherited = {key: value for key, value in environ.items() if not key.startswith("PAGEWIRE_")}
+    return {
+        **inherited,
+        "PAGEWIRE_REDIS_URL": str(values["redis_url"]),
+        "OMP_NUM_THREADS": str(values["threads"]),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _dialled(host: str, port: object) -> str:
+    """The address at which a server that listens on `host` can be reached from this machine."""
+    if host in ("0.0.0.0", "::", ""):
+        host = _LOOPBACK
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _state_directory(environ: Mapping[str, str]) -> Path:
+    try:
+        return Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "pagewire"
+    except RuntimeError:
+        raise StartupError("there is no home directory to keep logs in; set XDG_STATE_HOME") from None

@@ -1,0 +1,51 @@
+"""Is a service ready to be used? One question per protocol; each answers within two seconds."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pagewire_core.rpc import open_channel
+from redis.exceptions import RedisError
+
+from pagewire_cli import redis_server
+
+_TIMEOUT_S = 2.0
+
+
+async def redis_answers(address: str) -> bool:
+    try:
+        await redis_server.ping(f"redis://{address}")
+    except (RedisError, OSError):
+        return False
+    return True
+
+
+async def grpc_serves(address: str) -> bool:
+    """The standard gRPC health service says SERVING."""
+    async with open_channel(address) as channel:
+        try:
+            response = await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError:
+            return False
+    return response.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def http_healthy(address: str) -> bool:
+    """GET /health is answered 200."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            try:
+                writer.write(f"GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+                status_line = await reader.readline()
+            finally:
+                writer.close()
+                await writer.wait_closed()
+    except (OSError, TimeoutError):
+        return False
+    return b" 200 " in status_line

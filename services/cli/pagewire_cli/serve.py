@@ -1,0 +1,97 @@
+"""`pagewire serve`: its flags, and what it says about flags it does not have."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import difflib
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pagewire_core.errors import StartupError
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS, add_flags
+
+from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
+
+# What the supervisor decides for each process itself.
+_OWN = frozenset({"role", "worker-id", "router"})
+SERVE_FLAGS: tuple[str, ...] = tuple(
+    name for name in dict.fromkeys((*ROUTER_FLAGS, *WORKER_FLAGS, *BRIDGE_FLAGS)) if name not in _OWN
+)
+_SERVE_ONLY = ("prefill", "decode", "both", "verbose", "state-file", "help")
+_DEFAULT_PORT = "8000"
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return value
+
+
+def add_subcommand(subcommands: argparse._SubParsersAction[Any], environ: Mapping[str, str] = os.environ) -> None:
+    """Adds `serve` with the flags of all services; --host and --port are those of the HTTP server."""
+    parser = subcommands.add_parser(
+        "serve", help="serve a model on this machine", description="Starts Redis, workers, router and HTTP server."
+    )
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="same as --model; default: the demo model")
+    parser.add_argument("--prefill", type=_count, metavar="N", help="prefill workers; default 1, or 0 with --both")
+    parser.add_argument("--decode", type=_count, metavar="N", help="decode workers; default 1, or 0 with --both")
+    parser.add_argument("--both", type=_count, metavar="N", help="workers that do both; default 0")
+    parser.add_argument("--verbose", action="store_true", help="show the services' logs; --log-level debug does too")
+    parser.add_argument("--state-file", type=Path, metavar="PATH", help="a JSON file that lists the ready services")
+    add_flags(parser, SERVE_FLAGS, {"PAGEWIRE_PORT": _DEFAULT_PORT, **environ})
+    parser.set_defaults(parser=parser, run=_run)
+
+
+def explain_unknown(argument: str) -> str:
+    """The sentence for an argument that no flag took."""
+    flag = argument.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"unexpected argument {argument!r}; there is one MODEL"
+    name = flag.lstrip("-").replace("_", "-")
+    if name.removeprefix("no-") in NOT_IMPLEMENTED:
+        return f"{flag} is not implemented yet"
+    near = difflib.get_close_matches(name, (*SERVE_FLAGS, *_SERVE_ONLY), n=1)
+    return f"unknown flag {flag}" + (f"; did you mean --{near[0]}?" if near else "")
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what depends on several flags: the model, its served name, how many workers of each role.
+
+    Ends with exit code 2 where they contradict each other.
+    """
+    if args.model_tag is not None and args.model is not None and args.model_tag != args.model:
+        args.parser.error(f"MODEL is {args.model_tag} but --model is {args.model}; give one of them")
+    model = args.model_tag or args.model
+    if model is None:
+        model = str(demo_model())
+        args.served_model_name = args.served_model_name or "pagewire-demo"
+    args.model = model
+    args.both = args.both or 0
+    pair = 0 if args.both else 1
+    args.prefill = pair if args.prefill is None else args.prefill
+    args.decode = pair if args.decode is None else args.decode
+    if args.decode + args.both == 0:
+        args.parser.error("no worker can decode; give --decode or --both at least one")
+    return args
+
+
+def demo_model() -> Path:
+    """The demo model of the checkout, or the copy inside the installed package. Raises StartupError if neither is."""
+    package = Path(__file__).resolve().parent
+    candidates = (package.parents[2] / "models" / "pagewire-demo", package / "demo_model")
+    for path in candidates:
+        if (path / "config.json").is_file():
+            return path
+    raise StartupError("the demo model is not installed; name a model: pagewire serve path-or-hub-id")
+
+
+def _run(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    from pagewire_cli.supervisor import serve  # grpc and redis: not wanted by `pagewire version`
+
+    asyncio.run(serve(settle(args), started))

@@ -1,0 +1,187 @@
+"""Starts every service of one machine, keeps them running, and stops them in order.
+
+serve -> checks (port, Redis) -> redis -> workers, router, bridge together -> all ready -> watch
+SIGINT, SIGTERM, SIGHUP: bridge -> router -> workers -> redis; a second one kills all at once
+A service that ends before it was ever ready ends everything; later it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Coroutine
+from itertools import groupby
+from typing import Any
+
+import grpc
+from pagewire.v1 import inference_pb2 as pb
+from pagewire.v1 import inference_pb2_grpc as pb_grpc
+from pagewire_core.errors import StartupError
+from pagewire_core.rpc import open_channel
+
+from pagewire_cli import console, ports, redis_server, state_file
+from pagewire_cli.plan import Plan, make_plan
+from pagewire_cli.service import Service
+from pagewire_cli.version import installed_version
+
+STOP_GRACE_S = 10.0
+FIRST_RESTART_S = 1.0
+LAST_RESTART_S = 30.0
+_STABLE_S = 60.0  # a life this long forgets the deaths before it
+_STOP_ORDER = {"bridge": 0, "router": 1, "redis": 3}  # workers: 2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+async def serve(args: argparse.Namespace, started: float) -> None:
+    """Runs settled `serve` arguments until a signal. `started`: time.monotonic() of the command's start.
+
+    Raises StartupError before anything runs if the port is taken or Redis cannot be reached, and after
+    everything is stopped again if a service does not start.
+    """
+    if args.port:
+        ports.require_free(args.host, args.port)
+    if args.redis_url:
+        await redis_server.require_reachable(args.redis_url)
+    plan = make_plan(args)
+    console.say(f"pagewire {installed_version()} starts {_summary(plan)} for {args.model}; logs: {plan.directory}")
+    await Supervisor(plan, started).run()
+
+
+class Supervisor:
+    def __init__(self, plan: Plan, started: float) -> None:
+        self._plan = plan
+        self._started = started
+        self._services = [Service(spec, plan.directory / f"{spec.name}.log") for spec in plan.services]
+        self._unready = {service.spec.name for service in self._services}
+        self._stop_requested = asyncio.Event()
+
+    async def run(self) -> None:
+        """Returns after a signal, when every process is gone. Raises StartupError as `serve` says."""
+        self._prepare_files()
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            await self._until_stop_requested(self._supervise_all())
+        finally:
+            await self._stop_all()
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _prepare_files(self) -> None:
+        try:
+            self._plan.directory.mkdir(parents=True, exist_ok=True)
+            for service in self._services:
+                service.log_path.write_bytes(b"")
+        except OSError as error:
+            raise StartupError(f"cannot write logs: {error}; set XDG_STATE_HOME to a writable folder") from None
+        self._remove_state_file()
+
+    def _on_signal(self) -> None:
+        if self._stop_requested.is_set():
+            for service in self._services:
+                service.kill()
+        self._stop_requested.set()
+
+    async def _until_stop_requested(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        stop = asyncio.create_task(self._stop_requested.wait())
+        try:
+            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                await task
+        finally:
+            stop.cancel()
+            task.cancel()
+            await asyncio.gather(stop, task, return_exceptions=True)
+
+    async def _supervise_all(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for role, services in groupby(self._services, key=lambda service: service.spec.role):
+                    for service in services:
+                        await self._begin(service, group, wait=role == "redis")
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _begin(self, service: Service, group: asyncio.TaskGroup, wait: bool) -> None:
+        """Spawns a service and watches it from then on; `wait`: returns only when it is ready."""
+        service.spawn()
+        if self._plan.verbose:
+            group.create_task(console.follow(service.spec.name, service.log_path))
+        ready = asyncio.Event()
+        group.create_task(self._supervise(service, ready))
+        if wait:
+            await ready.wait()
+
+    async def _supervise(self, service: Service, ready: asyncio.Event) -> None:
+        console.ready(service, await service.wait_ready())
+        ready.set()
+        self._unready.discard(service.spec.name)
+        if not self._unready:
+            await self._announce()
+        await self._keep_running(service)
+
+    async def _keep_running(self, service: Service) -> None:
+        delay_s = FIRST_RESTART_S
+        while True:
+            await service.wait_exit()
+            if time.monotonic() - service.started_at > _STABLE_S:
+                delay_s = FIRST_RESTART_S
+            console.died(service, delay_s)
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, LAST_RESTART_S)
+            service.spawn()
+            # One that ends before it is ready has its words printed by the next round.
+            with contextlib.suppress(StartupError):
+                console.ready(service, await service.wait_ready())
+                self._write_state_file()
+
+    async def _announce(self) -> None:
+        """Everything is ready: says so, with a command to try it."""
+        is_chat = await self._has_chat_template()
+        self._write_state_file()
+        console.say(f"All ready after {time.monotonic() - self._started:.1f} s. Ctrl-C stops everything. Try:")
+        console.say(console.curl_line(self._plan.base_url, self._plan.model, is_chat))
+
+    async def _has_chat_template(self) -> bool:
+        async with open_channel(self._plan.address_of("router")) as channel:
+            try:
+                response = await pb_grpc.InferenceServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5.0)
+            except grpc.aio.AioRpcError:  # it went away again: its watcher sees to that
+                return True
+        return all(model.is_chat for model in response.models if model.name == self._plan.model)
+
+    def _write_state_file(self) -> None:
+        if self._plan.state_file is not None and not self._unready:
+            state_file.write(self._plan.state_file, self._plan, self._services)
+
+    def _remove_state_file(self) -> None:
+        if self._plan.state_file is not None:
+            self._plan.state_file.unlink(missing_ok=True)
+
+    async def _stop_all(self) -> None:
+        running = [service for service in self._services if service.is_running()]
+        if running:
+            console.say("Stopping; Ctrl-C again kills.")
+        for _, services in groupby(sorted(running, key=_stop_rank), key=_stop_rank):
+            await asyncio.gather(*(self._stop(service) for service in services))
+        self._remove_state_file()
+        if running:
+            console.say("All stopped.")
+
+    async def _stop(self, service: Service) -> None:
+        if not await service.stop(STOP_GRACE_S):
+            console.say(f"{service.spec.name:<12} was killed: it had not stopped after {STOP_GRACE_S:g} s")
+
+
+def _stop_rank(service: Service) -> int:
+    return _STOP_ORDER.get(service.spec.role, 2)
+
+
+def _summary(plan: Plan) -> str:
+    counts = [(role, len(list(specs))) for role, specs in groupby(plan.services, key=lambda spec: spec.role)]
+    return ", ".join(role if role in ("redis", "router", "bridge") else f"{count} {role}" for role, count in counts)

@@ -1,0 +1,27 @@
+"""Flags of `vllm serve` that pagewire does not have yet: known, so that the refusal can say so."""
+
+from __future__ import annotations
+
+NOT_IMPLEMENTED: frozenset[str] = frozenset({
+    # Parallelism.
+    "tensor-parallel-size", "tp", "pipeline-parallel-size", "pp", "data-parallel-size", "dp",
+    "enable-expert-parallel", "distributed-executor-backend", "nnodes", "node-rank",
+    # Weights, memory and execution.
+    "quantization", "q", "kv-cache-dtype", "load-format", "tokenizer-mode", "tokenizer-revision", "hf-overrides",
+    "trust-remote-code", "generation-config", "override-generation-config", "swap-space", "cpu-offload-gb",
+    "enable-chunked-prefill", "enforce-eager", "compilation-config", "attention-backend", "seed",
+    "scheduling-policy", "async-scheduling", "num-gpu-blocks-override", "max-logprobs", "limit-mm-per-prompt",
+    "prefix-caching-hash-algo",
+    # Adapters, speculation, structure.
+    "enable-lora", "lora-modules", "max-loras", "max-lora-rank", "speculative-config",
+    "structured-outputs-config", "enable-auto-tool-choice", "tool-call-parser", "tool-parser-plugin",
+    "reasoning-parser", "watermark-config",
+    # The HTTP server.
+    "uds", "api-key", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "enable-ssl-refresh",
+    "allowed-origins", "allowed-methods", "allowed-headers", "allow-credentials", "root-path", "middleware",
+    "api-server-count", "response-role", "chat-template-content-format", "enable-prompt-tokens-details",
+    "enable-request-id-headers", "enable-server-load-tracking", "enable-log-requests", "max-log-len",
+    "uvicorn-log-level", "disable-fastapi-docs",
+    # Transfer, events, tracing, configuration files.
+    "kv-transfer-config", "kv-events-config", "otlp-traces-endpoint", "collect-detailed-traces", "config",
+})  # fmt: skip

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pagewire_core.flags import (
+    BRIDGE_FLAGS,
+    FLAGS,
+    ROUTER_FLAGS,
+    WORKER_FLAGS,
+    Parser,
+    add_flags,
+    size,
+    to_command_line,
+)
+
+# One value per flag that is not its default: as typed, as parsed.
+VALUES: dict[str, tuple[str, Any]] = {
+    "model": ("org/model", "org/model"),
+    "tokenizer": ("/a dir/with space", "/a dir/with space"),
+    "revision": ("main", "main"),
+    "download-dir": ("/models", "/models"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "device": ("cpu", "cpu"),
+    "served-model-name": ("a,b", "a,b"),
+    "chat-template": ("{% for m in messages %}\n--{{ m }}", "{% for m in messages %}\n--{{ m }}"),
+    "max-model-len": ("4096", 4096),
+    "block-size": ("32", 32),
+    "gpu-memory-utilization": ("0.5", 0.5),
+    "kv-cache-memory-bytes": ("1.5G", 1610612736),
+    "max-num-seqs": ("7", 7),
+    "max-num-batched-tokens": ("512", 512),
+    "enable-prefix-caching": ("", True),
+    "lanes": ("gloo,grpc", "gloo,grpc"),
+    "threads": ("3", 3),
+    "role": ("decode", "decode"),
+    "worker-id": ("w1", "w1"),
+    "host": ("::1", "::1"),
+    "port": ("9000", 9000),
+    "redis-url": ("redis://:p=w@h:1/2", "redis://:p=w@h:1/2"),
+    "router": ("h:1", "h:1"),
+    "workers": ("h:1,h:2", "h:1,h:2"),
+    "max-queued-requests": ("9", 9),
+    "request-timeout": ("1.5", 1.5),
+    "transfer-timeout": ("0.25", 0.25),
+    "log-format": ("json", "json"),
+    "log-level": ("debug", "debug"),
+}
+
+
+def _parser(names: tuple[str, ...] = tuple(FLAGS), environ: dict[str, str] | None = None) -> Parser:
+    parser = Parser(prog="prog")
+    add_flags(parser, names, environ or {})
+    return parser
+
+
+def _attribute(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def test_the_options_are_exactly_these() -> None:
+    """An option is a promise: adding or dropping one must be a decision that shows in a test."""
+    assert set(FLAGS) == set(VALUES)
+    assert set(ROUTER_FLAGS) | set(WORKER_FLAGS) | set(BRIDGE_FLAGS) == set(FLAGS)
+
+
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_a_flag_survives_being_passed_to_another_process(name: str) -> None:
+    text, value = VALUES[name]
+    first = _parser().parse_args([f"--{name}={text}" if text else f"--{name}"])
+    assert getattr(first, _attribute(name)) == value
+    assert _parser().parse_args(to_command_line(first, tuple(FLAGS))) == first
+
+
+def test_a_switch_that_is_off_stays_off_in_the_other_process() -> None:
+    first = _parser().parse_args(["--no-enable-prefix-caching"])
+    assert "--no-enable-prefix-caching" in to_command_line(first, WORKER_FLAGS)
+
+
+def test_an_unset_flag_is_not_passed_on() -> None:
+    assert not [a for a in to_command_line(_parser().parse_args([]), tuple(FLAGS)) if a.startswith("--redis-url")]
+
+
+@pytest.mark.parametrize("name", sorted(set(VALUES) - {"enable-prefix-caching"}))
+def test_the_environment_gives_a_default_and_the_command_line_wins(name: str) -> None:
+    text, value = VALUES[name]
+    environ = {f"PAGEWIRE_{_attribute(name).upper()}": text}
+    assert getattr(_parser(environ=environ).parse_args([]), _attribute(name)) == value
+    flag = FLAGS[name]
+    other = flag.choices[0] if flag.choices else {"gpu-memory-utilization": "1"}.get(name, "1")
+    expected = flag.type(other) if flag.type else None
+    assert getattr(_parser(environ=environ).parse_args([f"--{name}={other}"]), _attribute(name)) == expected
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", False), ("off", False), ("1", True), ("Yes", True)])
+def test_a_switch_reads_the_words_for_yes_and_no_from_the_environment(text: str, value: bool) -> None:
+    parser = _parser(environ={"PAGEWIRE_ENABLE_PREFIX_CACHING": text})
+    assert parser.parse_args([]).enable_prefix_caching is value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("PAGEWIRE_ENABLE_PREFIX_CACHING", "ture"),
+        ("PAGEWIRE_ROLE", "encode"),
+        ("PAGEWIRE_BLOCK_SIZE", "17"),
+        ("PAGEWIRE_MAX_NUM_SEQS", "many"),
+    ],
+)
+def test_a_bad_value_in_the_environment_is_refused(
+    variable: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """argparse checks no choices on a default: PAGEWIRE_ROLE=encode once started a worker without a role."""
+    with pytest.raises(SystemExit) as exit_:
+        _parser(environ={variable: text}).parse_args([])
+    assert exit_.value.code == 2
+    assert repr(text) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--unknown", "--max-num-seq=3", "--port=65536", "--port=x", "--max-num-seqs=0", "--block-size=24",
+        "--gpu-memory-utilization=1.5", "--kv-cache-memory-bytes=lots", "--kv-cache-memory-bytes=1e999G",
+        "--request-timeout=0", "--transfer-timeout=nan", "--dtype=int8", "--role=", "stray",
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_ends_with_one_line_and_exit_code_2(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        _parser().parse_args([argument])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prog: ") and error.count("\n") == 1
+
+
+@given(st.integers(1, 1 << 50))
+def test_a_size_in_bytes_is_exact(number: int) -> None:
+    assert size(str(number)) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("512M", 512 << 20), ("4GiB", 4 << 30), ("1.5k", 1536), (" 2 TB", 2 << 40), ("10B", 10)]
+)
+def test_a_size_may_have_a_unit(text: str, value: int) -> None:
+    assert size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "0", "1X", "1GG1"])
+def test_a_size_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        size(text)

@@ -1,0 +1,146 @@
+"""`pagewire serve`: what it takes, what it refuses, and which processes it makes of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from pagewire_cli import console, main, plan, serve
+from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
+from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, Parser, add_flags
+
+_FLAGS_OF = {"router": ROUTER_FLAGS, "bridge": BRIDGE_FLAGS}
+
+
+def _args(*arguments: str, environ: dict[str, str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="pagewire")
+    serve.add_subcommand(parser.add_subparsers(), environ or {})
+    return serve.settle(parser.parse_args(["serve", *arguments]))
+
+
+def _plan(tmp_path: Path, *arguments: str, environ: dict[str, str] | None = None) -> plan.Plan:
+    return plan.make_plan(_args(*arguments), {"XDG_STATE_HOME": str(tmp_path), **(environ or {})})
+
+
+def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
+    """A service's command line as the service itself would read it."""
+    parser = Parser(prog=spec.name)
+    environ = {key: value for key, value in spec.environment.items() if key.startswith("PAGEWIRE_")}
+    add_flags(parser, _FLAGS_OF.get(spec.role, WORKER_FLAGS), environ)
+    return parser.parse_args([a for a in spec.command if a.startswith("--")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size is not implemented yet"),
+        (["--quantization=fp8"], "--quantization is not implemented yet"),
+        (["--no-enforce-eager"], "--no-enforce-eager is not implemented yet"),
+        (["-tp", "2"], "-tp is not implemented yet"),
+        (["--max_model_len=3"], "unknown flag --max_model_len; did you mean --max-model-len?"),
+        (["--frobnicate"], "unknown flag --frobnicate"),
+        (["a", "b"], "unexpected argument 'b'; there is one MODEL"),
+        (["a", "--model", "b"], "MODEL is a but --model is b; give one of them"),
+        (["--decode", "0"], "no worker can decode"),
+        (["--prefill", "-1"], "argument --prefill: must not be negative"),
+        (["--role", "prefill"], "unknown flag --role"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main.main(["serve", *arguments])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith(f"pagewire serve: {message}")
+
+
+def test_no_flag_is_both_implemented_and_not() -> None:
+    assert not NOT_IMPLEMENTED & set(FLAGS)
+
+
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main.main(["version"])
+    assert capsys.readouterr().out.count(".") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "roles"),
+    [
+        ([], ["prefill", "decode"]),
+        (["--prefill", "2"], ["prefill", "prefill", "decode"]),
+        (["--both", "2"], ["both", "both"]),
+        (["--both", "1", "--prefill", "1"], ["prefill", "both"]),
+        (["--prefill", "0"], ["decode"]),
+    ],
+)
+def test_the_number_of_workers_of_each_role_is_as_asked(tmp_path: Path, arguments: list[str], roles: list[str]) -> None:
+    made = _plan(tmp_path, *arguments)
+    assert [spec.role for spec in made.services] == ["redis", *roles, "router", "bridge"]
+    assert len({spec.address for spec in made.services}) == len(made.services)
+
+
+def test_every_service_takes_its_command_line_and_finds_the_others(tmp_path: Path) -> None:
+    made = _plan(tmp_path, "some/model", "--served-model-name=a,b", "--port=0", "--max-num-seqs=3", "--workers=h:1")
+    taken = {spec.name: _taken(spec) for spec in made.services if spec.role != "redis"}
+    decode, router, bridge = taken["decode-0"], taken["router"], taken["bridge"]
+    assert (decode.role, decode.model, decode.max_num_seqs) == ("decode", "some/model", 3)
+    assert decode.redis_url == router.redis_url == f"redis://{made.address_of('redis')}/0"
+    assert router.workers.split(",") == ["h:1", made.address_of("prefill"), made.address_of("decode")]
+    assert router.served_model_name == "a,b" and made.model == "a"
+    assert bridge.router == made.address_of("router")
+    for spec in made.services[1:]:
+        assert spec.address == f"{taken[spec.name].host}:{taken[spec.name].port}"
+
+
+def test_the_demo_model_is_served_under_its_short_name_by_default(tmp_path: Path) -> None:
+    args = _args()
+    assert Path(args.model).name in ("pagewire-demo", "demo_model")
+    assert args.served_model_name == "pagewire-demo"
+    assert _args("--model", "m").model == _args("m").model == _args(environ={"PAGEWIRE_MODEL": "m"}).model == "m"
+
+
+def test_workers_divide_the_cores_and_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers on one machine that each take 90 % of its memory would not both start."""
+    monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _pid: set(range(9)), raising=False)
+    made = _plan(tmp_path, "m", "--prefill=2", "--decode=2")
+    for spec in made.services[1:5]:
+        assert (_taken(spec).threads, spec.environment["OMP_NUM_THREADS"]) == (2, "2")
+        assert _taken(spec).gpu_memory_utilization == 0.225
+    given = _plan(tmp_path, "m", "--threads=5").services[1]
+    assert (_taken(given).threads, given.environment["OMP_NUM_THREADS"]) == (5, "5")
+
+
+def test_the_supervisors_own_environment_does_not_reach_the_services(tmp_path: Path) -> None:
+    """PAGEWIRE_PORT=8000 once made every worker fight for port 8000."""
+    made = _plan(tmp_path, "m", environ={"PAGEWIRE_PORT": "8000", "PAGEWIRE_HOST": "h", "LANG": "C"})
+    for spec in made.services:
+        assert {key for key in spec.environment if key.startswith("PAGEWIRE_")} == {"PAGEWIRE_REDIS_URL"}
+        assert spec.environment["LANG"] == "C"
+
+
+def test_a_redis_password_does_not_show_in_the_process_list(tmp_path: Path) -> None:
+    url = "redis://:secret@h:1/0"
+    made = _plan(tmp_path, "m", f"--redis-url={url}")
+    assert "redis" not in [spec.role for spec in made.services]
+    assert not [word for spec in made.services for word in spec.command if "secret" in word]
+    assert {_taken(spec).redis_url for spec in made.services if spec.role != "bridge"} == {url}
+
+
+@pytest.mark.parametrize(
+    ("host", "dialled"), [("0.0.0.0", "127.0.0.1:9"), ("::", "127.0.0.1:9"), ("::1", "[::1]:9"), ("box", "box:9")]
+)
+def test_the_address_to_try_is_one_that_can_be_dialled(tmp_path: Path, host: str, dialled: str) -> None:
+    made = _plan(tmp_path, "m", f"--host={host}", "--port=9")
+    assert made.base_url == f"http://{dialled}"
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_the_curl_line_survives_a_shell(is_chat: bool) -> None:
+    words = shlex.split(console.curl_line("http://h:1", "o'brien/model", is_chat))
+    assert words[0] == "curl"
+    assert words[1] == "http://h:1/v1/" + ("chat/completions" if is_chat else "completions")
+    assert json.loads(words[words.index("-d") + 1])["model"] == "o'brien/model"
