@@ -106,6 +106,9 @@ class Cluster:
     # ---------------------------------------------------------------- life
 
     async def start(self) -> None:
+        bridge_port = free_port()
+        self.base_url = f"http://127.0.0.1:{bridge_port}"
+        self.http = httpx.AsyncClient(base_url=self.base_url, timeout=60, trust_env=False)
         redis_port = free_port()
         self.redis_url = f"redis://127.0.0.1:{redis_port}/0"
         arguments = f"--port {redis_port} --bind 127.0.0.1 --save '' --appendonly no".split()
@@ -114,13 +117,11 @@ class Cluster:
         for role in ("prefill", "decode", "both"):
             for _ in range(getattr(self, role)):
                 self.add_worker(role, wait=False)
-        router_port, bridge_port = free_port(), free_port()
+        router_port = free_port()
         self._add("router", [*script("pagewire-router"), f"--model={self.model}", f"--port={router_port}",
                              f"--redis-url={self.redis_url}", *self.router_flags], router_port)  # fmt: skip
         self._add("bridge", [*script("pagewire-bridge"), f"--router=127.0.0.1:{router_port}",
                              f"--port={bridge_port}"], bridge_port)  # fmt: skip
-        self.base_url = f"http://127.0.0.1:{bridge_port}"
-        self.http = httpx.AsyncClient(base_url=self.base_url, timeout=60, trust_env=False)
         await asyncio.gather(*(self.wait_serving(p) for p in self.processes.values() if p.name.partition("-")[0] in (
             "prefill", "decode", "both", "router")))  # fmt: skip
         await self._until(self._healthy, "the bridge is not healthy")
@@ -140,7 +141,6 @@ class Cluster:
         return self._add(name, command, port)
 
     async def stop(self) -> None:
-        await self.http.aclose()
         for name in sorted(self.processes, key=lambda n: ("bridge", "router").index(n) if n in ("bridge", "router")
                            else 3 if n == "redis" else 2):  # fmt: skip
             process = self.processes[name]
@@ -212,14 +212,15 @@ class Cluster:
         return response.json()
 
     async def metrics(self) -> dict[str, float]:
-        """Sum over processes of every sample, by name."""
+        """Sum over processes of every sample: by name, role:name and name{label=value}."""
         response = await self.http.get("/metrics")
         assert response.status_code == 200
         totals: dict[str, float] = {}
         for family in text_string_to_metric_families(response.text):
             for sample in family.samples:
                 role = sample.labels.get("instance", "").partition("-")[0]
-                for key in (sample.name, f"{role}:{sample.name}"):
+                labelled = [f"{sample.name}{{{k}={v}}}" for k, v in sample.labels.items()]
+                for key in (sample.name, f"{role}:{sample.name}", *labelled):
                     totals[key] = totals.get(key, 0) + sample.value
         return totals
 
@@ -277,3 +278,4 @@ async def running(cluster: Cluster) -> AsyncIterator[Cluster]:
         await cluster.stop()
     finally:
         cluster.kill_all()
+        await cluster.http.aclose()

@@ -38,12 +38,15 @@ async def check_greedy(cluster: Cluster, asked: list[list[int]]) -> list[dict[st
 
 
 async def prove_transfer(cluster: Cluster, num_prompt_tokens: int, bytes_per_token: int) -> None:
-    """Bytes crossed, as many as the prompts' KV takes, and no decode worker computed a prompt.
+    """Bytes crossed, at most as many as the prompts' KV takes, and no decode worker recomputed a prompt.
 
     A disaggregated system once passed every test while decode silently recomputed all prompts.
     """
     totals = await cluster.metrics()
-    assert totals["decode:pagewire_engine_prompt_tokens_computed_total"] == 0
+    # A prompt whose blocks are mostly on the decode worker may stay there: less than a hash block is computed.
+    local = totals.get("pagewire_route_total{decision=local}", 0)
+    assert totals["decode:pagewire_engine_prompt_tokens_computed_total"] <= 63 * local
+    assert local < totals["pagewire_route_total{decision=pair}"]
     sent = totals["prefill:pagewire_kv_transfer_bytes_total"]
     assert 0 < sent == totals["decode:pagewire_kv_transfer_bytes_total"]
     assert sent <= num_prompt_tokens * bytes_per_token
@@ -60,11 +63,11 @@ async def test_one_prefill_and_one_decode_worker_equal_the_reference(architectur
         kv_bytes = 3 * 2 * 4 * {"llama": 16, "mistral": 32, "qwen2": 32, "qwen3": 64}[architecture]
         totals = await cluster.metrics()
         assert totals["decode:pagewire_kv_transfer_bytes_total"] == sum(LENGTHS) * kv_bytes
+        assert totals["decode:pagewire_engine_prompt_tokens_computed_total"] == 0
         second = await check_greedy(cluster, asked)  # now with prefix hits on both sides
         hits = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in second]
-        assert hits == [max((n - 1) // 16 * 16, n // 16 * 16 if n % 16 == 0 and n else 0) for n in LENGTHS] or hits == [
-            (n - 1) // 16 * 16 for n in LENGTHS
-        ]
+        # Whole pages; at most all but the last token, whose logits are always computed.
+        assert hits == [(n - 1) // 16 * 16 for n in LENGTHS]
         await prove_transfer(cluster, 2 * sum(LENGTHS), kv_bytes)
 
 

@@ -235,3 +235,16 @@ def test_corrupt_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
 def test_a_pool_too_small_for_one_sequence_is_refused(llama: Path) -> None:
     with pytest.raises(StartupError, match="lower --max-model-len or raise --kv-cache-memory-bytes"):
         make_engine(llama, kv_cache_memory_bytes=384 * 64)
+
+
+def test_dynamic_ntk_equals_the_reference_up_to_the_trained_length(tmp_path: Path) -> None:
+    rope = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}
+    path = make_model(tmp_path, "llama", rope_parameters=rope, max_position_embeddings=128)
+    run = Run(prompts(90)[0])
+    run_all(make_engine(path, max_model_len=None), run)
+    assert run.tokens() == reference_greedy(path, prompts(90)[0], 12)[0]
+
+
+def test_a_length_the_model_was_not_made_for_is_refused(llama: Path) -> None:
+    with pytest.raises(StartupError, match="513 is more than the 512 positions"):
+        make_engine(llama, max_model_len=513)

@@ -1,0 +1,124 @@
+"""Lanes over torch.distributed: a group of two ranks, built directly and never the world group.
+
+Facts that shape this file (measured with Gloo): the constructor blocks until the peer arrives; a send
+with no receive posted never completes; an operation that times out closes the whole group; a killed peer
+ends a waiting operation at once but one in mid-transfer only at its timeout. So gRPC is the failure
+detector, a broken lane is never mended, and receive timeouts are short: a chunk whose sender dies in the
+middle of it keeps one thread and one staging slot for that long, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from pagewire_core.errors import Unavailable
+
+from pagewire_transfer.relay_store import RelayStore
+
+PREFILL_RANK = 0
+DECODE_RANK = 1
+
+# An announced chunk is sent at once, so its receive has no reason to take longer. A send may wait for
+# the peer's pages as long as any transfer may stand still.
+_RECV_TIMEOUT_S = 5.0
+_DATA_TAG = 0
+_INTERRUPT_TAG = 1
+
+
+class _GroupLane:
+    """What the process groups share. Raises Unavailable for every failure of the group."""
+
+    name: str
+    _device: ClassVar[str]
+
+    def __init__(self, store: RelayStore, rank: int, host: str, epoch: int, timeout_s: float) -> None:
+        self._peer = 1 - rank
+        self._send_timeout = timedelta(seconds=timeout_s)
+        self._recv_timeout = timedelta(seconds=min(timeout_s, _RECV_TIMEOUT_S))
+        self._busy = False
+        # A prefix that names the epoch: nobody may connect to the address of an earlier life.
+        prefix = dist.PrefixStore(f"epoch-{epoch}", store)
+        with self._operation():
+            self._group: Any = self._build(prefix, rank, host, self._send_timeout)
+
+    def _build(self, store: dist.Store, rank: int, host: str, timeout: timedelta) -> Any:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        self._busy = True
+        try:
+            yield
+        except RuntimeError as error:
+            raise Unavailable(f"the {self.name} lane failed: {str(error).splitlines()[0]}") from error
+        finally:
+            self._busy = False
+
+    def inline(self, wire: torch.Tensor) -> bytes:
+        return b""
+
+    def send(self, wire: torch.Tensor) -> None:
+        with self._operation():
+            self._group.send([wire.to(self._device)], self._peer, _DATA_TAG).wait(self._send_timeout)
+
+    def recv(self, num_bytes: int, inline: bytes) -> torch.Tensor:
+        if inline:
+            raise Unavailable(f"a chunk for the {self.name} lane came with {len(inline)} bytes of data")
+        with self._operation():
+            wire = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            self._group.recv([wire], self._peer, _DATA_TAG).wait(self._recv_timeout)
+            return wire.cpu()
+
+    def interrupt(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._group = None
+
+
+class GlooLane(_GroupLane):
+    """TCP between the hosts' CPUs."""
+
+    name = "gloo"
+    _device = "cpu"
+
+    def _build(self, store: dist.Store, rank: int, host: str, timeout: timedelta) -> dist.ProcessGroupGloo:
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        # By address, not by name: works without DNS and never picks another interface.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = timeout
+        return dist.ProcessGroupGloo(store, rank, 2, options)
+
+    def interrupt(self) -> None:
+        group = getattr(self, "_group", None)
+        if self._busy and group is not None:
+            # Gloo has no cancel; a timeout of any operation closes the pair and ends the waiting ones.
+            with contextlib.suppress(RuntimeError):
+                probe = group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _INTERRUPT_TAG)
+                probe.wait(timedelta(milliseconds=1))
+
+
+class NcclLane(_GroupLane):
+    """Between GPUs; chunks are copied to and from the device at either end."""
+
+    name = "nccl"
+    _device = "cuda"
+
+    def _build(self, store: dist.Store, rank: int, host: str, timeout: timedelta) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+    def send(self, wire: torch.Tensor) -> None:
+        super().send(wire)
+        torch.cuda.current_stream().synchronize()
+
+    def interrupt(self) -> None:
+        group = getattr(self, "_group", None)
+        if self._busy and group is not None:
+            group.abort()

@@ -1,0 +1,94 @@
+"""How the bytes of a chunk travel from a prefill worker to a decode worker.
+
+A lane belongs to one pair and one direction. Its order is that of the Chunk messages on the control
+stream, so neither tags nor headers are needed: whoever announces a chunk must send it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from pagewire_core.errors import StartupError, Unavailable
+
+from pagewire_transfer.group_lanes import GlooLane, NcclLane
+from pagewire_transfer.relay_store import RelayStore
+
+LANES = ("nccl", "gloo", "grpc")  # best first
+
+
+class Lane(Protocol):
+    """Blocking calls, all on the pair's lane thread but for `interrupt`. Wire tensors are flat uint8 on the CPU.
+
+    Every call raises Unavailable when the peer is lost or too slow; the lane is of no use after that.
+    """
+
+    name: str
+
+    def inline(self, wire: torch.Tensor) -> bytes:
+        """What rides in Chunk.data."""
+
+    def send(self, wire: torch.Tensor) -> None:
+        """Sends what follows the Chunk message; returns when the tensor may be reused."""
+
+    def recv(self, num_bytes: int, inline: bytes) -> torch.Tensor:
+        """The next chunk's bytes; `inline` is its Chunk.data."""
+
+    def interrupt(self) -> None:
+        """From any thread: ends a running operation as soon as can be."""
+
+    def close(self) -> None:
+        """Gives back sockets and threads. Idempotent."""
+
+
+class GrpcLane:
+    """Bytes inside the control message: works wherever the control stream does."""
+
+    name = "grpc"
+
+    def inline(self, wire: torch.Tensor) -> bytes:
+        return wire.numpy().tobytes()
+
+    def send(self, wire: torch.Tensor) -> None:
+        pass
+
+    def recv(self, num_bytes: int, inline: bytes) -> torch.Tensor:
+        if len(inline) != num_bytes:
+            raise Unavailable(f"a chunk of {num_bytes} bytes came with {len(inline)} bytes of data")
+        return torch.frombuffer(bytearray(inline), dtype=torch.uint8)
+
+    def interrupt(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def available_lanes(flag: str, device: torch.device | str) -> list[str]:
+    """The lanes of `--lanes`, best first; "auto" is all that work on this device.
+
+    Raises StartupError for an unknown name, or for one that was asked for and cannot work here.
+    """
+    works = {
+        "nccl": torch.device(device).type == "cuda" and torch.cuda.is_available() and dist.is_nccl_available(),
+        "gloo": dist.is_gloo_available(),
+        "grpc": True,
+    }
+    if flag == "auto":
+        return [name for name in LANES if works[name]]
+    names = list(dict.fromkeys(name.strip() for name in flag.split(",")))
+    for name in names:
+        if name not in works:
+            raise StartupError(f"--lanes: {name!r} is not a lane; choose auto or some of {', '.join(LANES)}")
+        if not works[name]:
+            raise StartupError(f"--lanes: {name} does not work on this machine's device; leave it out or use auto")
+    return names
+
+
+def open_lane(name: str, store: RelayStore, rank: int, host: str, epoch: int, timeout_s: float) -> Lane:
+    """Opens this side's end; blocks until the peer has opened its own. Raises Unavailable."""
+    if name == "grpc":
+        return GrpcLane()
+    lane = {"gloo": GlooLane, "nccl": NcclLane}[name]
+    return lane(store, rank, host, epoch, timeout_s)

@@ -1,0 +1,291 @@
+"""The prefill side of one pair: a control stream, a lane, and the transfers that share them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+import torch
+from pagewire.v1 import kv_channel_pb2 as kv
+from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceStub
+from pagewire_core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Incompatible,
+    Internal,
+    PagewireError,
+    Unavailable,
+    from_proto,
+    from_rpc,
+)
+from pagewire_core.rpc import open_channel
+
+from pagewire_transfer.chunking import ChunkPlan
+from pagewire_transfer.group_lanes import PREFILL_RANK
+from pagewire_transfer.identity import WorkerIdentity
+from pagewire_transfer.lane_thread import LaneThread
+from pagewire_transfer.metrics import StagingSlots, TransferMetrics
+from pagewire_transfer.outgoing import Outgoing
+from pagewire_transfer.source import KvSource
+from pagewire_transfer.wire import ChunkRange, checksum, chunk_bytes, to_bytes
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SendSettings:
+    """What all pairs of one sender share."""
+
+    identity: WorkerIdentity
+    source: KvSource
+    lanes: list[str]
+    metrics: TransferMetrics
+    staging: StagingSlots
+    timeout_s: float
+    chunk_bytes: int
+
+
+class Pair:
+    """Made by KvSender; `connect` before anything else. Any error ends it, and all its transfers, for good."""
+
+    def __init__(self, settings: SendSettings, address: str, instance: str, broken: Callable[[Pair], None]) -> None:
+        self.address = address
+        self.instance = instance
+        self.lane_name = ""
+        self.error: PagewireError | None = None
+        self._settings = settings
+        self._broken = broken
+        self._transfers: dict[bytes, Outgoing] = {}
+        self._turns: deque[Outgoing] = deque()
+        self._awake = asyncio.Event()
+        self._outbox: asyncio.Queue[kv.ConnectRequest] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._thread = LaneThread(self._put, settings.timeout_s)
+        self._channel = open_channel(address)
+        self._call: grpc.aio.StreamStreamCall = KvChannelServiceStub(self._channel).Connect()
+        settings.metrics.pairs.inc()
+
+    @property
+    def num_transfers(self) -> int:
+        return len(self._transfers)
+
+    async def connect(self) -> None:
+        """Shakes hands and opens the lane. Raises nothing: `offer` does, when this has failed."""
+        limit_s = self._settings.timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                welcome = await self._shake_hands()
+                self.lane_name = welcome.lane
+                self._tasks = [self._start(self._read()), self._start(self._write())]
+                host = self._settings.identity.host
+                await asyncio.wrap_future(self._thread.open(welcome.lane, PREFILL_RANK, host, welcome.epoch))
+        except TimeoutError:
+            self.fail(DeadlineExceeded(f"decode worker {self.address} did not answer within {limit_s:.1f} s"))
+        except PagewireError as error:
+            self.fail(error)
+        except asyncio.CancelledError:
+            self.fail(Cancelled("the pair was closed"))
+            raise
+        if self.error is not None:
+            return
+        self._tasks.append(self._start(self._pump()))
+        log.info("kv pair up", peer=self.address, instance=self.instance, lane=self.lane_name, epoch=welcome.epoch)
+
+    async def _shake_hands(self) -> kv.Welcome:
+        hello = self._settings.identity.hello(self.instance, self._settings.lanes)
+        await self._write_now(kv.ConnectRequest(hello=hello))
+        response = await self._next()
+        welcome = response.welcome
+        if response.WhichOneof("message") != "welcome" or welcome.lane not in self._settings.lanes:
+            raise Incompatible(f"decode worker {self.address} answered Hello with no lane of ours: {welcome.lane!r}")
+        if welcome.instance != self.instance:
+            raise Incompatible(f"decode worker {self.address} is {welcome.instance}, not {self.instance}")
+        return welcome
+
+    async def _next(self) -> kv.ConnectResponse:
+        try:
+            response = await self._call.read()
+        except grpc.aio.AioRpcError:
+            raise await self._why_lost() from None
+        except asyncio.CancelledError:
+            if self.error is None:
+                raise
+            raise self.error from None  # `fail` cancelled the call, nobody cancelled this task
+        if response is grpc.aio.EOF:
+            raise await self._why_lost()
+        return response
+
+    async def _write_now(self, request: kv.ConnectRequest) -> None:
+        try:
+            await self._call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            raise await self._why_lost() from None
+
+    async def _why_lost(self) -> PagewireError:
+        """The error behind the end of the stream, which has ended."""
+        trailing = await self._call.trailing_metadata()
+        details = await self._call.details() or "closed"
+        status = grpc.aio.AioRpcError(await self._call.code(), grpc.aio.Metadata(), trailing, details)
+        error = from_rpc(status)
+        if isinstance(error, Incompatible | DeadlineExceeded):
+            return error
+        return Unavailable(f"decode worker {self.address} was lost: {error.message}")
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.create_task(self._guard(work))
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """The end of any of the pair's tasks is the end of the pair."""
+        try:
+            await work
+        except PagewireError as error:
+            self.fail(error)
+        except Exception as error:  # a bug, here or in the source: fails this pair, not the process
+            log.exception("kv pair failed", peer=self.address)
+            self.fail(Internal(f"sending KV failed: {type(error).__name__}"))
+
+    async def offer(self, transfer_id: bytes, tokens: tuple[int, int]) -> Outgoing:
+        """Opens a transfer; returns when the peer has granted it. Raises what KvSender.open does."""
+        if self.error is not None:
+            raise self.error
+        assert transfer_id not in self._transfers, "one transfer, one offer"
+        plan = ChunkPlan(self._settings.identity.layout, tokens, self._settings.chunk_bytes)
+        outgoing = Outgoing(self, transfer_id, plan, self._settings.timeout_s)
+        self._transfers[transfer_id] = outgoing
+        self._turns.append(outgoing)
+        self.post(
+            kv.ConnectRequest(offer=kv.Offer(transfer_id=transfer_id, token_begin=tokens[0], token_end=tokens[1]))
+        )
+        await outgoing.granted()
+        return outgoing
+
+    def post(self, request: kv.ConnectRequest) -> None:
+        if self.error is None:
+            self._outbox.put_nowait(request)
+
+    def _put(self, key: str, value: bytes) -> None:
+        self.post(kv.ConnectRequest(store_put=kv.StorePut(key=key, value=value)))
+
+    def wake(self) -> None:
+        self._awake.set()
+
+    def ended(self, outgoing: Outgoing) -> None:
+        del self._transfers[outgoing.transfer_id]
+        self._turns.remove(outgoing)
+        metrics, stats = self._settings.metrics, outgoing.stats()
+        outcome = type(outgoing.error).__name__ if outgoing.error else "ok"
+        metrics.transfers.labels(direction="sent", outcome=outcome).inc()
+        if outgoing.error is None:
+            metrics.seconds.labels(lane=self.lane_name).observe(stats.transfer_us / 1e6)
+
+    async def _write(self) -> None:
+        while True:
+            await self._write_now(await self._outbox.get())
+            self._outbox.task_done()
+
+    async def _read(self) -> None:
+        while True:
+            self._take(await self._next())
+
+    def _take(self, response: kv.ConnectResponse) -> None:
+        kind = response.WhichOneof("message")
+        if kind == "store_put":
+            self._thread.store.receive(response.store_put.key, response.store_put.value)
+            return
+        if kind in (None, "welcome"):
+            raise Incompatible(f"decode worker {self.address} sent {kind or 'an empty message'} out of turn")
+        message = getattr(response, kind)
+        outgoing = self._transfers.get(message.transfer_id)
+        if outgoing is None:
+            return  # crossed our own Abort on its way
+        if kind == "grant":
+            outgoing.grant(message.window)
+        elif kind == "chunk_ack":
+            outgoing.acknowledge(message.seq, message.resend)
+            self._settings.metrics.resends.inc(message.resend)
+        elif kind == "sealed_ack":
+            outgoing.seal_acknowledged()
+        else:
+            outgoing.fail(from_proto(message.error))
+
+    async def _pump(self) -> None:
+        """Sends one chunk at a time, the transfers taking turns."""
+        while True:
+            self._awake.clear()
+            for _ in range(len(self._turns)):
+                outgoing = self._turns[0]
+                self._turns.rotate(-1)
+                chunk = outgoing.next_chunk()
+                if chunk is not None:
+                    self._awake.set()
+                    await self._send(outgoing, *chunk)
+                    break
+            await self._awake.wait()
+
+    async def _send(self, outgoing: Outgoing, seq: int, part: ChunkRange) -> None:
+        staging = self._settings.staging
+        staging.take()
+        job: Future[Any] = self._thread.submit(self._gather, outgoing.transfer_id, part)
+        outgoing.gathering = job
+        try:
+            chunk, wire = await asyncio.wrap_future(job)
+            if outgoing.error is not None:
+                return
+            chunk.seq = seq
+            outgoing.announced(seq, chunk.num_bytes, chunk.checksum)
+            self.post(kv.ConnectRequest(chunk=chunk))
+            self._settings.metrics.bytes.labels(direction="sent", lane=self.lane_name).inc(chunk.num_bytes)
+            # From here on the bytes must follow, whatever becomes of the transfer.
+            await self._outbox.join()
+            job = self._thread.submit(self._send_bytes, wire)
+            await asyncio.wrap_future(job)
+        except Cancelled as error:
+            outgoing.abort(error)
+        finally:
+            job.add_done_callback(lambda _: staging.give_back())
+
+    def _gather(self, transfer_id: bytes, part: ChunkRange) -> tuple[kv.Chunk, torch.Tensor]:
+        wire = to_bytes(self._settings.source.gather(transfer_id, part.layers, part.tokens))
+        assert wire.numel() == chunk_bytes(self._settings.identity.layout, part), part
+        chunk = kv.Chunk(
+            transfer_id=transfer_id,
+            layer_begin=part.layers[0],
+            layer_end=part.layers[1],
+            token_begin=part.tokens[0],
+            token_end=part.tokens[1],
+            num_bytes=wire.numel(),
+            checksum=checksum(wire),
+            data=self._thread.lane.inline(wire),
+        )
+        return chunk, wire
+
+    def _send_bytes(self, wire: torch.Tensor) -> None:
+        self._thread.lane.send(wire)
+
+    def fail(self, error: PagewireError) -> None:
+        """Ends the pair and every transfer on it. Idempotent."""
+        if self.error is not None:
+            return
+        self.error = error
+        for outgoing in list(self._transfers.values()):
+            outgoing.fail(error)
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        self._thread.close()
+        self._call.cancel()
+        self._settings.metrics.pairs.dec()
+        log.info("kv pair down", peer=self.address, instance=self.instance, error=error.message)
+        self._broken(self)
+
+    async def closed(self) -> None:
+        """Returns when the pair's connection and thread are gone. After `fail`."""
+        await self._channel.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._thread.closed()

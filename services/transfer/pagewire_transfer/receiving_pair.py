@@ -1,0 +1,286 @@
+"""The decode side of one pair: a control stream, a lane, and the transfers that share them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from google.protobuf.message import Message
+from pagewire.v1 import kv_channel_pb2 as kv
+from pagewire_core.errors import (
+    Cancelled,
+    Incompatible,
+    Internal,
+    InvalidRequest,
+    PagewireError,
+    Unavailable,
+    from_proto,
+)
+
+from pagewire_transfer.group_lanes import DECODE_RANK
+from pagewire_transfer.identity import WorkerIdentity
+from pagewire_transfer.incoming import Incoming
+from pagewire_transfer.lane_thread import LaneThread
+from pagewire_transfer.metrics import StagingSlots, TransferMetrics
+from pagewire_transfer.sink import KvSink, ReceiveStats
+from pagewire_transfer.wire import MAX_CHUNK_BYTES, ChunkRange, checksum, from_bytes
+
+log = structlog.get_logger(__name__)
+
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+
+@dataclass(frozen=True)
+class ReceiveSettings:
+    """What all pairs of one servicer share."""
+
+    identity: WorkerIdentity
+    sink: KvSink
+    lanes: list[str]
+    metrics: TransferMetrics
+    staging: StagingSlots
+    timeout_s: float
+    window: int
+
+
+@dataclass
+class _Landing:
+    """A chunk between its announcement and its acknowledgement; without a part it is dropped on arrival."""
+
+    chunk: kv.Chunk
+    incoming: Incoming | None = None
+    part: ChunkRange | None = None
+    refused: Cancelled | None = None
+
+
+class ReceivingPair:
+    """Serves one Connect call. A transfer's failure ends the transfer; a peer that breaks the rules of the
+    stream, or a broken lane, ends the pair and every transfer on it.
+
+    owners: transfer id -> pair, of all open transfers of the servicer.
+    """
+
+    def __init__(
+        self, settings: ReceiveSettings, hello: kv.Hello, lane: str, owners: dict[bytes, ReceivingPair], spawn: Spawn
+    ) -> None:
+        self._settings = settings
+        self._peer = hello.worker_id
+        self._lane_name = lane
+        self._owners = owners
+        self._spawn = spawn
+        self._open: dict[bytes, Incoming | None] = {}  # None: offered, pages not bound yet
+        # Bounded: a peer that sends faster than the lane delivers is held back by the stream's flow control.
+        self._landings: asyncio.Queue[_Landing] = asyncio.Queue(settings.window)
+        self._outbox: asyncio.Queue[kv.ConnectResponse | PagewireError | None] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._thread = LaneThread(self._put, settings.timeout_s)
+        self._closed = False
+        settings.metrics.pairs.inc()
+
+    def start(self, requests: AsyncIterator[kv.ConnectRequest], epoch: int) -> None:
+        self._tasks = [self._spawn(self._guard(self._read(requests))), self._spawn(self._guard(self._receive(epoch)))]
+
+    async def responses(self) -> AsyncIterator[kv.ConnectResponse]:
+        """What is to be sent to the peer, until the pair ends; raises what ended it."""
+        while (item := await self._outbox.get()) is not None:
+            if isinstance(item, PagewireError):
+                raise item
+            yield item
+
+    def _put(self, key: str, value: bytes) -> None:
+        self._send(store_put=kv.StorePut(key=key, value=value))
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """A failure in any of the pair's tasks ends its stream."""
+        try:
+            await work
+        except PagewireError as error:
+            self._outbox.put_nowait(error)
+        except Exception as error:  # a bug, here or in the sink: fails this pair, not the process
+            log.exception("kv pair failed", peer=self._peer)
+            self._outbox.put_nowait(Internal(f"receiving KV failed: {type(error).__name__}"))
+
+    async def _read(self, requests: AsyncIterator[kv.ConnectRequest]) -> None:
+        async for request in requests:
+            kind = request.WhichOneof("message")
+            if kind == "store_put":
+                self._thread.store.receive(request.store_put.key, request.store_put.value)
+            elif kind == "offer":
+                self._offered(request.offer)
+            elif kind == "chunk":
+                await self._announced(request.chunk)
+            elif kind == "sealed":
+                self._sealed(request.sealed)
+            elif kind == "abort":
+                self._end(request.abort.transfer_id, from_proto(request.abort.error))
+            else:
+                raise Incompatible(f"{kind or 'an empty message'} is out of turn")
+        self._outbox.put_nowait(None)
+
+    def _offered(self, offer: kv.Offer) -> None:
+        transfer_id = offer.transfer_id
+        if len(transfer_id) != 16 or offer.token_begin > offer.token_end or transfer_id in self._open:
+            raise Incompatible("an offer names a bad transfer id or range, or a transfer that is open")
+        if transfer_id in self._owners:
+            self._tell(transfer_id, InvalidRequest("another prefill worker has this transfer open"))
+            return
+        self._open[transfer_id] = None
+        self._owners[transfer_id] = self
+        self._spawn(self._guard(self._bind(offer)))
+
+    async def _bind(self, offer: kv.Offer) -> None:
+        transfer_id, tokens = offer.transfer_id, (offer.token_begin, offer.token_end)
+        settings = self._settings
+        try:
+            await settings.sink.bind(transfer_id, *tokens)
+        except PagewireError as error:
+            self.abort(transfer_id, error)
+            return
+        if self._open.get(transfer_id, self) is not None:
+            settings.sink.failed(transfer_id, Cancelled("the transfer ended before its pages were bound"))
+            return
+        self._open[transfer_id] = Incoming(settings.identity.layout, tokens, settings.window)
+        self._send(grant=kv.Grant(transfer_id=transfer_id, window=settings.window))
+
+    async def _announced(self, chunk: kv.Chunk) -> None:
+        if not 0 < chunk.num_bytes <= MAX_CHUNK_BYTES:
+            raise Incompatible(f"a chunk of {chunk.num_bytes} bytes; the limit is {MAX_CHUNK_BYTES}")
+        landing = _Landing(chunk)
+        if chunk.transfer_id in self._open:
+            try:
+                landing.incoming = self._open[chunk.transfer_id]
+                if landing.incoming is None:
+                    raise Incompatible("a chunk came before its grant")
+                landing.part = landing.incoming.announce(chunk)
+            except PagewireError as error:
+                self._fail(chunk.transfer_id, error)
+        await self._landings.put(landing)
+
+    async def _receive(self, epoch: int) -> None:
+        """Takes every announced chunk off the lane, wanted or not: the lane knows only order."""
+        host = self._settings.identity.host
+        await asyncio.wrap_future(self._thread.open(self._lane_name, DECODE_RANK, host, epoch))
+        while True:
+            landing = await self._landings.get()
+            intact = await asyncio.wrap_future(self._thread.submit(self._land, landing))
+            self._settings.metrics.bytes.labels(direction="received", lane=self._lane_name).inc(landing.chunk.num_bytes)
+            if self._wanted(landing):
+                self._acknowledge(landing, intact)
+
+    def _wanted(self, landing: _Landing) -> bool:
+        return landing.part is not None and self._open.get(landing.chunk.transfer_id) is landing.incoming
+
+    def _land(self, landing: _Landing) -> bool:
+        """On the lane thread. Whether the bytes are those that were announced; only then do they reach the sink."""
+        settings, chunk, part = self._settings, landing.chunk, landing.part
+        settings.staging.take()
+        try:
+            wire = self._thread.lane.recv(chunk.num_bytes, chunk.data)
+            if part is None or not self._wanted(landing):
+                return True
+            if checksum(wire) != chunk.checksum:
+                return False
+            shaped = from_bytes(settings.identity.layout, part, wire)
+            try:
+                settings.sink.scatter(chunk.transfer_id, part.layers, part.tokens, shaped)
+            except Cancelled as error:
+                landing.refused = error
+            return True
+        finally:
+            settings.staging.give_back()
+
+    def _acknowledge(self, landing: _Landing, intact: bool) -> None:
+        transfer_id, seq, incoming = landing.chunk.transfer_id, landing.chunk.seq, landing.incoming
+        assert incoming is not None
+        if landing.refused is not None:
+            self._fail(transfer_id, landing.refused)
+            return
+        if intact:
+            incoming.verified(seq)
+        else:
+            self._settings.metrics.checksum_failures.inc()
+            try:
+                incoming.damaged(seq)
+            except Unavailable as error:
+                self._fail(transfer_id, error)
+                return
+        self._send(chunk_ack=kv.ChunkAck(transfer_id=transfer_id, seq=seq, resend=not intact))
+
+    def _sealed(self, sealed: kv.Sealed) -> None:
+        if sealed.transfer_id not in self._open:
+            return  # crossed our own Abort on its way
+        incoming = self._open[sealed.transfer_id]
+        try:
+            if incoming is None:
+                raise Incompatible("a seal came before its grant")
+            incoming.seal(sealed.num_chunks, sealed.root_checksum)
+        except PagewireError as error:
+            self._fail(sealed.transfer_id, error)
+            return
+        # Everything is here: from now on the end of the pair is no failure of this transfer.
+        self._forget(sealed.transfer_id)
+        self._spawn(self._guard(self._deliver(sealed, incoming)))
+
+    async def _deliver(self, sealed: kv.Sealed, incoming: Incoming) -> None:
+        stats = ReceiveStats(incoming.bytes, incoming.chunks, incoming.num_tokens, self._lane_name)
+        try:
+            await self._settings.sink.sealed(sealed.transfer_id, stats, sealed.first_tokens)
+        except PagewireError as error:
+            self._count(error)
+            self._tell(sealed.transfer_id, error)
+            return
+        self._count(None)
+        self._send(sealed_ack=kv.SealedAck(transfer_id=sealed.transfer_id))
+
+    def abort(self, transfer_id: bytes, error: PagewireError) -> None:
+        """Our side ends a transfer: tells the peer, not the sink. Idempotent."""
+        if self._forget(transfer_id):
+            self._count(error)
+            self._tell(transfer_id, error)
+
+    def _fail(self, transfer_id: bytes, error: PagewireError) -> None:
+        self._tell(transfer_id, error)
+        self._end(transfer_id, error)
+
+    def _end(self, transfer_id: bytes, error: PagewireError) -> None:
+        """The transfer has ended by no doing of the sink, which is told."""
+        if self._forget(transfer_id):
+            self._count(error)
+            self._settings.sink.failed(transfer_id, error)
+
+    def _forget(self, transfer_id: bytes) -> bool:
+        if transfer_id not in self._open:
+            return False
+        del self._open[transfer_id], self._owners[transfer_id]
+        return True
+
+    def _count(self, error: PagewireError | None) -> None:
+        outcome = type(error).__name__ if error else "ok"
+        self._settings.metrics.transfers.labels(direction="received", outcome=outcome).inc()
+
+    def _tell(self, transfer_id: bytes, error: PagewireError) -> None:
+        self._send(abort=kv.Abort(transfer_id=transfer_id, error=error.to_proto()))
+
+    def _send(self, **message: Message) -> None:
+        self._outbox.put_nowait(kv.ConnectResponse(**message))
+
+    def close(self, error: PagewireError) -> None:
+        """Ends the pair and every transfer on it. Never waits; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._outbox.put_nowait(error)
+        for transfer_id in list(self._open):
+            self._end(transfer_id, error)
+        for task in self._tasks:
+            task.cancel()
+        self._thread.close()
+        self._settings.metrics.pairs.dec()
+        log.info("kv pair down", peer=self._peer, error=error.message)
+
+    async def closed(self) -> None:
+        """Returns when the pair's thread has nothing to do any more. After `close`."""
+        await self._thread.closed()

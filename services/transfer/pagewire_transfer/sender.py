@@ -1,0 +1,83 @@
+"""The sending half of a worker: one per prefill worker, one pair per decode worker it sends to."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pagewire_core.errors import Unavailable
+
+from pagewire_transfer.identity import WorkerIdentity
+from pagewire_transfer.metrics import StagingSlots, TransferMetrics
+from pagewire_transfer.outgoing import Outgoing, SendStats
+from pagewire_transfer.pair import Pair, SendSettings
+from pagewire_transfer.source import KvSource
+from pagewire_transfer.wire import MAX_CHUNK_BYTES
+
+__all__ = ["KvSender", "KvSource", "Outgoing", "SendStats"]
+
+
+class KvSender:
+    """Opens transfers to decode workers. Lives on the event loop.
+
+    A pair is made on first use, shared by concurrent transfers, and dropped on its first error; the
+    next use makes a new one. timeout_s: how long a peer may stand still before it counts as lost.
+    """
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        source: KvSource,
+        *,
+        lanes: list[str],
+        metrics: TransferMetrics,
+        timeout_s: float,
+        chunk_bytes: int = 4 << 20,
+    ) -> None:
+        assert chunk_bytes <= MAX_CHUNK_BYTES
+        self._staging = StagingSlots(metrics.staging_slots)
+        self._settings = SendSettings(identity, source, lanes, metrics, self._staging, timeout_s, chunk_bytes)
+        self._pairs: dict[tuple[str, str], tuple[Pair, asyncio.Task[None]]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def staging_slots(self) -> int:
+        """Chunks held between the pages and the wire."""
+        return self._staging.held
+
+    @property
+    def open_transfers(self) -> int:
+        return sum(pair.num_transfers for pair, _ in self._pairs.values())
+
+    async def open(self, transfer_id: bytes, address: str, instance: str, tokens: tuple[int, int]) -> Outgoing:
+        """Offers KV of prompt tokens [begin, end) to a decode worker; returns when it has bound its pages.
+
+        address: host:port of its KvChannelService; instance: the incarnation that must answer.
+        Raises Unavailable, Overloaded, Incompatible or DeadlineExceeded, or what the peer refused with.
+        Being cancelled takes the offer back.
+        """
+        if self._closed:
+            raise Unavailable("this prefill worker is shutting down")
+        key = (address, instance)
+        if key not in self._pairs:
+            pair = Pair(self._settings, address, instance, self._drop)
+            self._pairs[key] = pair, asyncio.create_task(pair.connect())
+        pair, connecting = self._pairs[key]
+        await asyncio.shield(connecting)
+        return await pair.offer(transfer_id, tokens)
+
+    def _drop(self, pair: Pair) -> None:
+        self._pairs.pop((pair.address, pair.instance), None)
+        task = asyncio.create_task(pair.closed())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Fails every open transfer and returns when all connections and threads are gone."""
+        self._closed = True
+        pairs = list(self._pairs.values())
+        for pair, _ in pairs:
+            pair.fail(Unavailable("the prefill worker is shutting down"))
+        await asyncio.gather(*(connecting for _, connecting in pairs), return_exceptions=True)
+        while self._closing:
+            await asyncio.wait(self._closing)

@@ -1,0 +1,201 @@
+"""Which chunks make a transfer complete: the pure rules of both sides, under every order of events."""
+
+from __future__ import annotations
+
+import contextlib
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pagewire.v1 import kv_channel_pb2 as kv
+from pagewire_core.errors import Incompatible, PagewireError, Unavailable
+from pagewire_transfer.chunking import ChunkPlan
+from pagewire_transfer.incoming import Incoming
+from pagewire_transfer.wire import ChunkRange, chunk_bytes, root_checksum, token_bytes
+
+LAYOUT = kv.KvLayout(num_layers=3, num_kv_heads=1, head_dim=2, dtype="float32")
+
+
+def chunk_of(part: ChunkRange, seq: int, layout: kv.KvLayout = LAYOUT) -> kv.Chunk:
+    return kv.Chunk(
+        seq=seq,
+        layer_begin=part.layers[0],
+        layer_end=part.layers[1],
+        token_begin=part.tokens[0],
+        token_end=part.tokens[1],
+        num_bytes=max(0, chunk_bytes(layout, part)),
+        checksum=1000 + seq,
+    )
+
+
+def cells(part: ChunkRange) -> set[tuple[int, int]]:
+    return {(layer, token) for layer in range(*part.layers) for token in range(*part.tokens)}
+
+
+@given(
+    layers=st.integers(1, 6),
+    begin=st.integers(0, 5),
+    tokens=st.integers(0, 30),
+    limit=st.integers(1, 3000),
+    steps=st.lists(st.integers(0, 35), max_size=8),
+    takes=st.integers(0, 4),
+)
+def test_a_plan_covers_every_cell_once_within_the_limit(
+    layers: int, begin: int, tokens: int, limit: int, steps: list[int], takes: int
+) -> None:
+    layout = kv.KvLayout(num_layers=layers, num_kv_heads=1, head_dim=3, dtype="bfloat16")
+    end = begin + tokens
+    plan = ChunkPlan(layout, (begin, end), limit)
+    seen: set[tuple[int, int]] = set()
+    ready = begin
+
+    def take() -> None:
+        part = plan.take()
+        new = cells(part)
+        assert new and not new & seen
+        assert chunk_bytes(layout, part) <= max(limit, token_bytes(layout))
+        assert part.tokens[1] <= ready, "a token was sent before it was final"
+        seen.update(new)
+
+    for step in [*(min(step, end) for step in steps), end]:
+        ready = max(ready, step)
+        plan.extend(step)
+        for _ in range(takes):
+            if plan.has_next:
+                take()
+    while plan.has_next:
+        take()
+    assert plan.done
+    assert seen == cells(ChunkRange((0, layers), (begin, end)))
+
+
+Part = st.builds(
+    lambda l0, l1, t0, t1: ChunkRange((l0, l1), (t0, t1)),
+    st.integers(0, 4), st.integers(0, 4), st.integers(0, 7), st.integers(0, 7),
+)  # fmt: skip
+Event = st.one_of(
+    st.tuples(st.just("announce"), Part, st.integers(0, 2)),
+    st.tuples(st.sampled_from(["verified", "damaged"]), st.integers(0, 8), st.none()),
+    st.tuples(st.just("seal"), st.integers(0, 9), st.booleans()),
+)
+
+
+@given(st.lists(Event, max_size=25))
+def test_no_order_of_events_seals_what_is_not_there_exactly_once(events: list[tuple[str, object, object]]) -> None:
+    """An independent model: a set of verified cells. Sealed implies it is the offer, cell for cell."""
+    offer = ChunkRange((0, 3), (1, 6))
+    incoming = Incoming(LAYOUT, offer.tokens, window=3)
+    announced: dict[int, ChunkRange] = {}  # on the lane now
+    refused: dict[int, ChunkRange] = {}
+    verified: list[tuple[int, int]] = []
+    try:
+        for kind, what, extra in events:
+            if kind == "announce":
+                assert isinstance(what, ChunkRange) and isinstance(extra, int)
+                seq = next(iter(refused), incoming.chunks) if extra else incoming.chunks
+                part = refused.get(seq, what)
+                incoming.announce(chunk_of(part, seq))
+                refused.pop(seq, None)
+                announced[seq] = part
+                assert cells(part) <= cells(offer)
+            elif kind == "verified" and what in announced:
+                verified.extend(cells(announced.pop(what)))
+                incoming.verified(what)
+            elif kind == "damaged" and what in announced:
+                incoming.damaged(what)
+                refused[what] = announced.pop(what)
+            elif kind == "seal":
+                sums = [1000 + seq for seq in range(incoming.chunks)]
+                incoming.seal(incoming.chunks if extra else what, root_checksum(sums))
+                assert sorted(verified) == sorted(cells(offer))
+                return
+    except PagewireError:
+        return  # failed closed
+
+
+def partition(data: st.DataObject, offer: ChunkRange) -> list[ChunkRange]:
+    """The offer cut into chunks along random lines, in random order."""
+    layer_cuts = sorted({0, 3, *data.draw(st.sets(st.integers(1, 2)))})
+    token_cuts = sorted({*offer.tokens, *data.draw(st.sets(st.integers(offer.tokens[0] + 1, offer.tokens[1] - 1)))})
+    parts = [ChunkRange(layers, tokens) for layers in pairwise(layer_cuts) for tokens in pairwise(token_cuts)]
+    return data.draw(st.permutations(parts))
+
+
+def deliver(data: st.DataObject, incoming: Incoming, parts: list[ChunkRange], window: int) -> list[int]:
+    """Announces, verifies and damages (once) the chunks in a random order; returns their checksums."""
+    on_the_lane: list[kv.Chunk] = []
+    sums: list[int] = []
+    damaged: set[int] = set()
+    while parts or on_the_lane:
+        may_announce = parts and len(on_the_lane) < window
+        if may_announce and (not on_the_lane or data.draw(st.booleans())):
+            on_the_lane.append(chunk_of(parts.pop(), len(sums)))
+            sums.append(on_the_lane[-1].checksum)
+            incoming.announce(on_the_lane[-1])
+            continue
+        chunk = on_the_lane.pop(data.draw(st.integers(0, len(on_the_lane) - 1)))
+        if chunk.seq not in damaged and data.draw(st.booleans()):
+            damaged.add(chunk.seq)
+            incoming.damaged(chunk.seq)
+            incoming.announce(chunk)
+            on_the_lane.append(chunk)
+        else:
+            incoming.verified(chunk.seq)
+    return sums
+
+
+@given(st.data(), st.integers(1, 4), st.sampled_from(["none", "missing", "twice", "count", "root"]))
+def test_a_transfer_is_sealed_in_every_order_and_only_without_a_fault(
+    data: st.DataObject, window: int, fault: str
+) -> None:
+    offer = ChunkRange((0, 3), (1, 6))
+    parts = partition(data, offer)
+    if fault == "missing":
+        parts.pop()
+    if fault == "twice":
+        parts.append(data.draw(st.sampled_from(parts)))
+    incoming = Incoming(LAYOUT, offer.tokens, window)
+    with contextlib.nullcontext() if fault == "none" else pytest.raises(Incompatible):
+        sums = deliver(data, incoming, parts, window)
+        incoming.seal(len(sums) + (fault == "count"), root_checksum(sums) ^ (fault == "root"))
+    if fault == "none":
+        assert incoming.bytes == len(cells(offer)) * token_bytes(LAYOUT)
+
+
+def test_a_chunk_may_be_damaged_once_only() -> None:
+    incoming = Incoming(LAYOUT, (0, 2), window=2)
+    chunk = chunk_of(ChunkRange((0, 3), (0, 2)), 0)
+    incoming.announce(chunk)
+    incoming.damaged(0)
+    incoming.announce(chunk)
+    with pytest.raises(Unavailable, match="twice"):
+        incoming.damaged(0)
+
+
+def test_a_chunk_does_not_come_again_unasked_nor_as_another() -> None:
+    incoming = Incoming(LAYOUT, (0, 2), window=2)
+    incoming.announce(chunk_of(ChunkRange((0, 3), (0, 1)), 0))
+    with pytest.raises(Incompatible, match="unasked"):
+        incoming.announce(chunk_of(ChunkRange((0, 3), (0, 1)), 0))
+    incoming.damaged(0)
+    with pytest.raises(Incompatible, match="another range"):
+        incoming.announce(chunk_of(ChunkRange((0, 3), (1, 2)), 0))
+
+
+def test_more_chunks_than_the_window_are_refused() -> None:
+    incoming = Incoming(LAYOUT, (0, 2), window=1)
+    incoming.announce(chunk_of(ChunkRange((0, 3), (0, 1)), 0))
+    with pytest.raises(Incompatible, match="window of 1"):
+        incoming.announce(chunk_of(ChunkRange((0, 3), (1, 2)), 1))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_seal_does_not_overtake_a_chunk(refused: bool) -> None:
+    """Announced is not arrived: the ranges are all claimed, but the last bytes are not verified."""
+    incoming = Incoming(LAYOUT, (0, 1), window=2)
+    incoming.announce(chunk_of(ChunkRange((0, 3), (0, 1)), 0))
+    if refused:
+        incoming.damaged(0)
+    with pytest.raises(Incompatible, match="1 chunks were unacknowledged"):
+        incoming.seal(1, root_checksum([1000]))

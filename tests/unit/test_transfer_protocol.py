@@ -1,0 +1,225 @@
+"""A decode worker believes nothing that a prefill worker says: every broken rule fails closed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import torch
+from kv_endpoints import FIRST, LAYOUT, Ends, ends, identity, new_id, random_kv
+from pagewire.v1 import kv_channel_pb2 as kv
+from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceStub
+from pagewire_core.errors import Incompatible, PagewireError, from_proto, from_rpc
+from pagewire_core.rpc import open_channel
+from pagewire_transfer.wire import MAX_CHUNK_BYTES, checksum, root_checksum, to_bytes
+
+TID = b"t" * 16
+TOKENS = 4
+
+
+class Liar:
+    """A prefill worker that says what it is told to, on the lane "grpc"."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
+        self._call = call
+
+    async def say(self, **message: object) -> None:
+        await self._call.write(kv.ConnectRequest(**message))
+
+    async def hear(self) -> kv.ConnectResponse:
+        response = await self._call.read()
+        if response is grpc.aio.EOF:
+            raise AssertionError("the stream ended well")
+        return response
+
+    async def ends_with(self, error: type[PagewireError], sentence: str) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await self.hear()
+        found = from_rpc(ended.value)
+        assert isinstance(found, error) and sentence in found.message, found
+
+    async def hears_abort(self, error: type[PagewireError], sentence: str) -> None:
+        response = await self.hear()
+        assert response.abort.transfer_id == TID, response
+        found = from_proto(response.abort.error)
+        assert isinstance(found, error) and sentence in found.message, found
+
+
+@contextlib.asynccontextmanager
+async def liar(both: Ends, *, hello: bool = True, granted: bool = True) -> AsyncIterator[Liar]:
+    async with open_channel(both.address) as channel:
+        peer = Liar(KvChannelServiceStub(channel).Connect())
+        if hello:
+            await peer.say(hello=identity("liar").hello(both.instance, ["grpc"]))
+            assert (await peer.hear()).welcome.lane == "grpc"
+        if hello and granted:
+            await peer.say(offer=kv.Offer(transfer_id=TID, token_end=TOKENS))
+            assert (await peer.hear()).grant.window == 2
+        yield peer
+
+
+def a_chunk(**changes: object) -> kv.Chunk:
+    """All of the offer in one honest chunk, but for the changes."""
+    wire = to_bytes(random_kv(LAYOUT, TOKENS))
+    honest = kv.Chunk(
+        transfer_id=TID, layer_end=LAYOUT.num_layers, token_end=TOKENS, num_bytes=wire.numel(), checksum=checksum(wire)
+    )
+    honest.data = wire.numpy().tobytes()
+    for name, value in changes.items():
+        setattr(honest, name, value)
+    return honest
+
+
+def the_seal(**changes: object) -> kv.Sealed:
+    honest = kv.Sealed(transfer_id=TID, num_chunks=1, root_checksum=root_checksum([a_chunk().checksum]))
+    honest.first_tokens.extend(FIRST)
+    for name, value in changes.items():
+        setattr(honest, name, value)
+    return honest
+
+
+async def test_an_honest_peer_is_believed() -> None:
+    async with ends("grpc", window=2) as both, liar(both) as peer:
+        await peer.say(chunk=a_chunk())
+        assert (await peer.hear()).chunk_ack == kv.ChunkAck(transfer_id=TID)
+        await peer.say(sealed=the_seal())
+        assert (await peer.hear()).WhichOneof("message") == "sealed_ack"
+        assert torch.equal(both.sink.pages[TID], random_kv(LAYOUT, TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layer_end": 4}, "outside the offer"),
+        ({"layer_begin": 3}, "outside the offer"),
+        ({"token_end": TOKENS + 1}, "outside the offer"),
+        ({"token_begin": TOKENS}, "outside the offer"),
+        ({"token_end": 2}, "bytes, not"),
+        ({"num_bytes": 128}, "bytes, not"),
+        ({"seq": 1}, "where chunk 0 was due"),
+    ],
+)
+async def test_a_chunk_that_is_not_of_the_offer_fails_the_transfer(changes: dict[str, int], sentence: str) -> None:
+    async with ends("grpc", window=2) as both, liar(both) as peer:
+        chunk = a_chunk(**changes)
+        chunk.data = bytes(chunk.num_bytes)
+        await peer.say(chunk=chunk)
+        await peer.hears_abort(Incompatible, sentence)
+        assert isinstance(both.sink.failures[TID], Incompatible)
+        await both.assert_empty()
+
+
+async def test_the_same_chunk_twice_fails_the_transfer() -> None:
+    async with ends("grpc", window=2) as both, liar(both) as peer:
+        await peer.say(chunk=a_chunk())
+        await peer.hear()
+        await peer.say(chunk=a_chunk(seq=1))
+        await peer.hears_abort(Incompatible, "overlaps")
+        await both.assert_empty()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"num_chunks": 2}, "but 1 came"), ({"root_checksum": 5}, "root checksum")],
+)
+async def test_a_seal_that_does_not_fit_its_chunks_fails_the_transfer(changes: dict[str, int], sentence: str) -> None:
+    async with ends("grpc", window=2) as both, liar(both) as peer:
+        await peer.say(chunk=a_chunk())
+        await peer.hear()
+        await peer.say(sealed=the_seal(**changes))
+        await peer.hears_abort(Incompatible, sentence)
+        assert TID in both.sink.failures and not both.sink.done
+        await both.assert_empty()
+
+
+async def test_a_seal_with_tokens_missing_fails_the_transfer() -> None:
+    async with ends("grpc", window=2) as both, liar(both) as peer:
+        await peer.say(sealed=kv.Sealed(transfer_id=TID, root_checksum=root_checksum([])))
+        await peer.hears_abort(Incompatible, "12 cells of KV missing")
+        assert TID in both.sink.failures and not both.sink.done
+
+
+@pytest.mark.parametrize("message", [{"chunk": a_chunk()}, {"sealed": the_seal()}])
+async def test_what_comes_before_its_grant_fails_the_transfer(message: dict[str, object]) -> None:
+    async with ends("grpc", window=2) as both, liar(both, granted=False) as peer:
+        both.sink.hold_bind = asyncio.Event()
+        await peer.say(offer=kv.Offer(transfer_id=TID, token_end=TOKENS))
+        await peer.say(**message)
+        await peer.hears_abort(Incompatible, "before its grant")
+        both.sink.hold_bind.set()
+        await both.assert_empty()
+
+
+@pytest.mark.parametrize(
+    "message", [{"chunk": a_chunk()}, {"sealed": the_seal()}, {"abort": kv.Abort(transfer_id=TID)}]
+)
+async def test_what_belongs_to_no_open_transfer_is_dropped(message: dict[str, object]) -> None:
+    """Both sides may abort at once, so late messages are normal, and must reach nothing."""
+    async with ends("grpc", window=2) as both, liar(both, granted=False) as peer:
+        await peer.say(**message)
+        await peer.say(offer=kv.Offer(transfer_id=new_id(), token_end=TOKENS))
+        assert (await peer.hear()).WhichOneof("message") == "grant"
+        assert not both.sink.done and not both.sink.failures and TID not in both.sink.pages
+
+
+def out_of_turn() -> list[tuple[dict[str, object], str]]:
+    another_hello = identity("liar").hello("decode-life-1", ["grpc"])
+    return [
+        ({"hello": another_hello}, "hello is out of turn"),
+        ({}, "an empty message is out of turn"),
+        ({"offer": kv.Offer(transfer_id=b"short", token_end=1)}, "bad transfer id"),
+        ({"offer": kv.Offer(transfer_id=TID, token_begin=2, token_end=1)}, "bad transfer id or range"),
+        ({"offer": kv.Offer(transfer_id=TID, token_end=1)}, "that is open"),
+        ({"chunk": a_chunk(num_bytes=MAX_CHUNK_BYTES + 1)}, "the limit is"),
+        ({"chunk": a_chunk(num_bytes=0)}, "the limit is"),
+    ]
+
+
+@pytest.mark.parametrize(("message", "sentence"), out_of_turn())
+async def test_a_peer_that_breaks_the_rules_of_the_stream_loses_it(message: dict[str, object], sentence: str) -> None:
+    async with ends("grpc", window=2) as both, liar(both) as peer:
+        await peer.say(**message)
+        await peer.ends_with(Incompatible, sentence)
+        assert TID in both.sink.failures
+        await both.assert_empty()
+
+
+async def test_data_of_another_length_than_announced_ends_the_pair() -> None:
+    async with ends("grpc", window=2) as both, liar(both) as peer:
+        await peer.say(chunk=a_chunk(data=b"too short"))
+        await peer.ends_with(PagewireError, "came with 9 bytes")
+        assert TID in both.sink.failures
+
+
+@pytest.mark.parametrize("first", [{"offer": kv.Offer(transfer_id=TID)}, {}])
+async def test_the_first_message_must_be_hello(first: dict[str, object]) -> None:
+    async with ends("grpc") as both, liar(both, hello=False) as peer:
+        await peer.say(**first)
+        await peer.ends_with(Incompatible, "must be Hello")
+
+
+async def test_a_peer_that_says_nothing_is_let_go() -> None:
+    async with ends("grpc", timeout_s=0.1) as both, liar(both, hello=False) as peer:
+        await peer.ends_with(PagewireError, "no Hello came")
+
+
+class Bug(RuntimeError):
+    pass
+
+
+def raise_bug(_: bytes) -> None:
+    raise Bug
+
+
+@pytest.mark.parametrize("where", ["source", "sink"])
+async def test_a_bug_in_an_engine_fails_its_transfer_and_not_the_process(where: str) -> None:
+    async with ends("gloo") as both:
+        (both.source if where == "source" else both.sink).before = raise_bug
+        outgoing = await both.open(random_kv(LAYOUT, TOKENS))
+        with pytest.raises(PagewireError, match="Bug"):
+            await outgoing.seal(FIRST)
+        assert outgoing.transfer_id not in both.sink.done
+        await both.assert_empty()
