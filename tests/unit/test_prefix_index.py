@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+from fakes import RedisServer
+from hypothesis import given
+from hypothesis import strategies as st
+from pagewire_core import block_events, prefix_index
+from pagewire_core.block_events import (
+    CLEARED,
+    REMOVED,
+    STORED,
+    BlockEventPublisher,
+    pack_event,
+    stream_key,
+    unpack_events,
+)
+from pagewire_core.prefix_index import IndexFollower, PrefixIndex, Snapshot
+from pagewire_core.redis_link import open_redis
+
+MODEL = b"m" * 32
+
+
+def block(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+BLOCKS = [block(i) for i in range(10)]
+
+
+class Cache:
+    """A worker's cache that publishes what happens to it."""
+
+    def __init__(self, url: str, instance: str = "i1") -> None:
+        self.hashes: set[bytes] = set()
+        self.publisher = BlockEventPublisher(url, MODEL, "w", instance, lambda: sorted(self.hashes))
+
+    def store(self, *hashes: bytes) -> None:
+        self.hashes.update(hashes)
+        self.publisher.stored(hashes)
+
+    def remove(self, *hashes: bytes) -> None:
+        self.hashes.difference_update(hashes)
+        self.publisher.removed(hashes)
+
+    async def snapshot(self, worker_id: str) -> Snapshot:
+        return Snapshot(self.publisher.sequence, sorted(self.hashes))
+
+
+async def nobody(worker_id: str) -> Snapshot | None:
+    return None
+
+
+@contextlib.asynccontextmanager
+async def running(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(c) for c in coroutines]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(r, asyncio.CancelledError) for r in results), results
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_match_ends_at_the_first_hole() -> None:
+    index = PrefixIndex()
+    index.join("w", "i", MODEL)
+    index.join("empty", "i", MODEL)
+    index.apply("w", 1, [(STORED, [block(0), block(1), block(3)])])
+    assert index.match(BLOCKS) == {"w": 2}
+    index.apply("w", 2, [(REMOVED, [block(0)])])
+    assert index.match(BLOCKS) == {}
+
+
+def test_events_that_were_applied_are_not_applied_again() -> None:
+    index = PrefixIndex()
+    index.join("w", "i", MODEL)
+    index.apply("w", 1, [(STORED, [block(0)]), (REMOVED, [block(0)])])
+    index.apply("w", 1, [(STORED, [block(0)])])
+    assert index.num_blocks == 0
+    index.apply("w", 3, [(STORED, [block(0)]), (CLEARED, []), (STORED, [block(1)])])
+    assert index.num_blocks == 1
+
+
+def test_a_new_incarnation_starts_empty() -> None:
+    """After a restart on the same address an index kept placing requests on blocks that were gone."""
+    index = PrefixIndex()
+    index.join("w", "old", MODEL)
+    index.load("w", "old", Snapshot(7, BLOCKS))
+    index.join("w", "new", MODEL)
+    assert index.num_blocks == 0
+    assert not index.load("w", "old", Snapshot(8, BLOCKS))
+    index.leave("w")
+    assert index.worker_ids == []
+
+
+@given(st.lists(st.tuples(st.sampled_from([STORED, REMOVED, CLEARED]), st.lists(st.sampled_from(BLOCKS)))))
+def test_events_survive_packing(events: list[tuple[bytes, list[bytes]]]) -> None:
+    packed = b"".join(pack_event(kind, hashes) for kind, hashes in events)
+    assert list(unpack_events(packed)) == events
+    if packed:
+        with pytest.raises(ValueError, match="cut short"):
+            list(unpack_events(packed[:-1]))
+
+
+async def test_what_a_worker_stores_and_drops_is_known_soon(redis_server: RedisServer) -> None:
+    cache, index = Cache(redis_server.url), PrefixIndex()
+    follower = IndexFollower(redis_server.url, index, nobody)
+    async with running(cache.publisher.run(), follower.run()):
+        follower.joined("w", "i1", MODEL)
+        cache.store(*BLOCKS[:4])
+        await until(lambda: index.match(BLOCKS) == {"w": 4})
+        cache.remove(block(3))
+        await until(lambda: index.match(BLOCKS) == {"w": 3})
+        cache.hashes.clear()
+        cache.publisher.cleared()
+        await until(lambda: index.match(BLOCKS) == {})
+        assert follower.connected
+
+
+async def test_a_worker_that_joins_late_is_known_by_its_snapshot(redis_server: RedisServer) -> None:
+    cache, index = Cache(redis_server.url), PrefixIndex()
+    cache.store(*BLOCKS)
+    follower = IndexFollower(None, index, cache.snapshot)
+    async with running(follower.run()):
+        follower.joined("w", "i1", MODEL)
+        await until(lambda: index.match(BLOCKS) == {"w": 10})
+
+
+async def test_a_gap_is_mended_from_the_snapshot_in_redis(redis_server: RedisServer) -> None:
+    cache, index = Cache(redis_server.url), PrefixIndex()
+    async with running(cache.publisher.run()):
+        cache.store(*BLOCKS[:5])
+        await asyncio.sleep(0.15)
+    redis = open_redis(redis_server.url)
+    await redis.delete(stream_key(MODEL))
+    await redis.aclose()
+    follower = IndexFollower(redis_server.url, index, nobody)
+    async with running(cache.publisher.run(), follower.run()):
+        follower.joined("w", "i1", MODEL)
+        await until(lambda: index.match(BLOCKS) == {"w": 5})
+
+
+async def test_a_gap_without_snapshot_is_mended_by_the_worker_or_forgotten(redis_server: RedisServer) -> None:
+    index = PrefixIndex()
+    answers: list[Snapshot | None] = [None, Snapshot(9, BLOCKS[:3])]
+
+    async def resync(worker_id: str) -> Snapshot | None:
+        return answers.pop(0) if answers else None
+
+    redis = open_redis(redis_server.url)
+    follower = IndexFollower(redis_server.url, index, resync)
+
+    async def event(first: int, number: int) -> None:
+        fields: dict[Any, Any] = {"w": "w", "i": "i1", "s": first, "e": pack_event(STORED, [block(number)])}
+        await redis.xadd(stream_key(MODEL), fields)
+
+    async with running(follower.run()):
+        follower.joined("w", "i1", MODEL)
+        await until(lambda: len(answers) == 1)
+        await redis.xadd(stream_key(MODEL), {"not": "ours"})
+        await event(10, 3)
+        await until(lambda: index.match(BLOCKS) == {"w": 4})
+        await event(20, 0)
+        await until(lambda: index.match(BLOCKS) == {"w": 1})
+        assert index.num_blocks == 1
+    await redis.aclose()
+
+
+async def test_events_of_an_earlier_incarnation_are_ignored(redis_server: RedisServer) -> None:
+    old, new, index = Cache(redis_server.url, "old"), Cache(redis_server.url, "new"), PrefixIndex()
+    follower = IndexFollower(redis_server.url, index, nobody)
+    async with running(old.publisher.run()):
+        old.store(*BLOCKS)
+        await asyncio.sleep(0.15)
+        old.store(*BLOCKS)
+        await asyncio.sleep(0.15)
+    async with running(new.publisher.run(), follower.run()):
+        follower.joined("w", "new", MODEL)
+        new.store(block(0))
+        await until(lambda: index.match(BLOCKS) == {"w": 1})
+        assert index.num_blocks == 1
+
+
+async def test_the_index_heals_when_redis_comes_back(redis_server: RedisServer) -> None:
+    """Events of the outage are lost with Redis' memory; only the numbers tell that they were there."""
+    cache, index = Cache(redis_server.url), PrefixIndex()
+    follower = IndexFollower(redis_server.url, index, nobody)
+    async with running(cache.publisher.run(), follower.run()):
+        follower.joined("w", "i1", MODEL)
+        cache.store(*BLOCKS[:2])
+        await until(lambda: index.match(BLOCKS) == {"w": 2})
+        redis_server.kill()
+        cache.store(*BLOCKS[2:6])
+        cache.remove(block(5))
+        await until(lambda: not follower.connected)
+        assert index.match(BLOCKS) == {"w": 2}
+        redis_server.start()
+        await until(lambda: index.match(BLOCKS) == {"w": 5}, seconds=10)
+        assert follower.connected
+
+
+async def test_more_events_than_the_buffer_holds_become_a_snapshot(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_events, "_MAX_PENDING_BYTES", 100)
+    cache, index = Cache(redis_server.url), PrefixIndex()
+    follower = IndexFollower(redis_server.url, index, nobody)
+    async with running(cache.publisher.run(), follower.run()):
+        follower.joined("w", "i1", MODEL)
+        for value in BLOCKS:
+            cache.store(value)
+        await until(lambda: index.match(BLOCKS) == {"w": 10})
+
+
+async def test_workers_are_asked_directly_while_redis_is_away(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_index, "_REFRESH_S", 0.05)
+    redis_server.kill()
+    cache, index = Cache(redis_server.url), PrefixIndex()
+    follower = IndexFollower(redis_server.url, index, cache.snapshot)
+    async with running(follower.run()):
+        follower.joined("w", "i1", MODEL)
+        await asyncio.sleep(0.02)
+        cache.store(*BLOCKS[:3])
+        await until(lambda: index.match(BLOCKS) == {"w": 3})

@@ -1,0 +1,337 @@
+"""Requests through a real router to scripted workers: what goes well, and what is lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from fakes import FakeWorker
+from pagewire.v1 import common_pb2, inference_pb2
+from pagewire_core.errors import Internal, Overloaded, Unavailable, from_rpc
+from pagewire_core.tokenizer import Tokenizer
+from router_scene import EOS, Scene, request, scene, until
+
+STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
+
+
+def kill(worker: FakeWorker) -> Any:
+    """A hook under which the process dies: its connections break and nothing more comes from it."""
+
+    async def die() -> None:
+        asyncio.get_running_loop().create_task(worker.kill())
+        await asyncio.sleep(60)
+
+    return die()
+
+
+def never(worker: FakeWorker) -> Any:
+    return asyncio.sleep(60)
+
+
+def refuse(worker: FakeWorker) -> None:
+    raise Overloaded("no credits", retry_after_s=1)
+
+
+def fail(worker: FakeWorker) -> None:
+    raise Unavailable("lost the pair")
+
+
+def total(name: str, scene: Scene, **labels: str) -> float:
+    return scene.router.services.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+async def test_a_prompt_is_computed_on_one_worker_and_answered_by_another(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1", reply="héllo 🙂") as s:
+        answer = await s.ask("question", request_id="r-1")
+        assert answer.text == {0: "héllo 🙂"}
+        assert answer.ids == {0: [*s.ids("héllo 🙂"), EOS]}
+        assert (answer.finish[0].finish_reason, answer.finish[0].stop_token_id) == (STOP, EOS)
+        summary = answer.summary
+        assert summary is not None
+        assert (summary.prefill_worker, summary.decode_worker, summary.attempts) == ("p1", "d1", 1)
+        assert (summary.prompt_tokens, summary.transferred_tokens, summary.transferred_bytes) == (8, 8, 8000)
+        assert (summary.cached_tokens, summary.computed_tokens, summary.lane) == (0, 8, "grpc")
+        assert summary.completion_tokens == len(s.ids("héllo 🙂")) + 1
+        assert 0 < summary.time_to_first_token_us <= summary.total_us
+        await s.settle()
+        assert s.workers["d1"].stopped == []
+        prefill, decode = s.workers["p1"].requests[0], s.workers["d1"].requests[0]
+        assert prefill.transfer_id == decode.transfer_id
+        assert (prefill.request_id, prefill.decode_address) == ("r-1", s.workers["d1"].address)
+        assert prefill.sampling.seed == decode.sampling.seed
+        assert total("pagewire_requests_total", s, outcome="ok") == 1
+        assert total("pagewire_route_total", s, decision="pair") == 1
+
+
+async def test_the_first_token_reaches_the_client_before_the_kv_reaches_its_worker(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        go = asyncio.Event()
+        s.workers["p1"].script.hooks["first_token"] = lambda worker: go.wait()
+        call = s.stub.Generate(request())
+        assert (await call.read()).HasField("accepted")
+        assert (await call.read()).delta.text == "h"
+        assert s.workers["d1"].seen == ["reserve"]
+        go.set()
+        rest = ""
+        while (response := await call.read()) is not grpc.aio.EOF:
+            rest += response.delta.text
+        assert rest == "ello world"
+
+
+async def test_without_a_prefill_worker_the_decode_worker_does_it_all(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "d1") as s:
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None
+        assert (answer.summary.prefill_worker, answer.summary.transferred_tokens) == ("", 0)
+        assert total("pagewire_route_total", s, decision="local") == 1
+
+
+async def test_length_and_choices_and_echo(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        answer = await s.ask("Q:", n=3, echo=True, sampling={"max_tokens": 4})
+        assert answer.text == {c: "Q:hell" for c in range(3)}
+        assert {d.finish_reason for d in answer.finish.values()} == {LENGTH}
+        assert answer.summary is not None
+        assert answer.summary.completion_tokens == 12
+        one = await s.ask(sampling={"max_tokens": 1})
+        assert (one.text, one.finish[0].finish_reason) == ({0: "h"}, LENGTH)
+
+
+async def test_a_stop_string_across_tokens_ends_the_choice_and_the_work(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1", reply="hello world and more") as s:
+        s.workers["d1"].script.step_s = 0.005
+        answer = await s.ask(sampling={"stop": ["zz", "o w"]})
+        assert answer.text == {0: "hell"}
+        assert (answer.finish[0].finish_reason, answer.finish[0].stop_string) == (STOP, "o w")
+        assert answer.summary is not None
+        assert answer.summary.completion_tokens == len("hello w")
+        await s.settle()
+        assert s.workers["d1"].stopped == [()]
+
+
+async def test_an_end_of_sequence_as_first_token_is_an_empty_answer(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1", reply="") as s:
+        answer = await s.ask()
+        assert (answer.text, answer.ids, answer.finish[0].finish_reason) == ({0: ""}, {0: [EOS]}, STOP)
+
+
+async def test_cached_tokens_are_those_that_nobody_computed(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["p1"].script.cached_tokens = 3
+        summary = (await s.ask("x" * 10)).summary
+        assert summary is not None
+        assert (summary.cached_tokens, summary.computed_tokens, summary.transferred_tokens) == (3, 7, 10)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "first_token"])
+@pytest.mark.parametrize("names", ["p1 p2 d1", "p1 d1"])
+async def test_a_killed_prefill_worker_costs_nothing_but_time(
+    byte_tokenizer: Tokenizer, stage: str, names: str
+) -> None:
+    """Before and after the first token: the replay must not repeat what the client has."""
+    async with scene(byte_tokenizer, names) as s:
+        s.workers["p1"].script.hooks[stage] = kill
+        answers = await asyncio.gather(*(s.ask() for _ in range(4)))
+        assert [a.text for a in answers] == [{0: "hello world"}] * 4
+        assert all(a.summary is not None and a.error is None for a in answers)
+        s.workers["p1"].open_calls = 0
+        await s.settle()
+        if names == "p1 d1":
+            assert {a.summary.attempts for a in answers if a.summary} == {2}
+            assert total("pagewire_retries_total", s, leg="prefill") == 4
+
+
+async def test_a_prefill_worker_lost_after_the_kv_arrived_is_not_missed(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        go = asyncio.Event()
+        s.workers["d1"].script.hooks["decode_started"] = lambda worker: go.wait()
+
+        async def lose(worker: FakeWorker) -> None:
+            s.workers["d1"].kv_arrived(s.workers["d1"].requests[0].transfer_id).set()
+            await until(lambda: "decode_started" in s.workers["d1"].seen)
+            await asyncio.sleep(0.05)
+            go.set()
+            raise Unavailable("gone")
+
+        s.workers["p1"].script.hooks["first_token"] = lose
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None
+        assert answer.summary.attempts == 1
+
+
+async def test_a_decode_worker_without_room_is_passed_over(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1 d2") as s:
+        s.workers["d1"].script.hooks["reserve"] = refuse
+        for _ in range(4):
+            answer = await s.ask()
+            assert answer.summary is not None
+            assert (answer.summary.decode_worker, answer.summary.attempts) == ("d2", 1)
+        await s.settle()
+        assert total("pagewire_retries_total", s, leg="reserve") == 0
+
+
+async def test_a_request_waits_until_a_decode_worker_has_room(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        refusals = iter([refuse, refuse, refuse])
+        s.workers["d1"].script.hooks["reserve"] = lambda worker: next(refusals, lambda w: None)(worker)
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert s.workers["d1"].seen.count("reserve") == 4
+
+
+async def test_a_retry_that_finds_no_room_waits_for_it(byte_tokenizer: Tokenizer) -> None:
+    """The client had its first token, the pair broke, and the decode worker was full for a moment: that is no end."""
+    async with scene(byte_tokenizer, "p1 p2 d1") as s:
+        refusals = iter([lambda w: None, refuse, refuse, refuse, refuse])
+        s.workers["d1"].script.hooks["reserve"] = lambda worker: next(refusals, lambda w: None)(worker)
+        once = iter([fail])
+        for name in ("p1", "p2"):
+            s.workers[name].script.hooks["first_token"] = lambda worker: next(once, lambda w: None)(worker)
+        answer = await s.ask()
+        assert (answer.text, answer.error) == ({0: "hello world"}, None)
+        assert s.workers["d1"].seen.count("reserve") == 6
+
+
+async def test_waiting_for_room_ends_with_the_deadline(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1", request_timeout=0.3) as s:
+        s.workers["d1"].script.hooks["reserve"] = refuse
+        with pytest.raises(grpc.RpcError) as caught:
+            await s.ask()
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_decode_worker_lost_before_it_gave_anything_is_replaced(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1 d2") as s:
+        s.workers["d1"].script.hooks["decode_started"] = kill
+        answers = [await s.ask() for _ in range(6)]
+        assert [a.text for a in answers] == [{0: "hello world"}] * 6
+        assert s.workers["d1"].requests, "the lost worker was never tried"
+
+
+async def test_a_decode_worker_lost_in_mid_stream_ends_with_an_error(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        seen: list[int] = []
+
+        def at_the_third(worker: FakeWorker) -> Any:
+            seen.append(1)
+            return kill(worker) if len(seen) == 3 else None
+
+        s.workers["d1"].script.hooks["decode"] = at_the_third
+        answer = await s.ask()
+        assert answer.text == {0: "hel"}
+        assert answer.summary is None
+        assert answer.error is not None
+        assert answer.error.code == common_pb2.ERROR_CODE_UNAVAILABLE
+        assert "decode worker was lost" in answer.error.message
+
+
+async def test_three_lost_attempts_are_enough(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["d1"].script.hooks["reserve"] = fail
+        with pytest.raises(grpc.RpcError) as caught:
+            await s.ask()
+        error = from_rpc(caught.value)
+        assert isinstance(error, Unavailable)
+        assert error.retry_after_s > 0
+        assert s.workers["d1"].seen == ["reserve"] * 3
+        assert total("pagewire_requests_total", s, outcome="unavailable") == 1
+
+
+async def test_a_replay_that_samples_otherwise_is_an_error_and_not_a_wrong_answer(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["p1"].script.hooks["first_token"] = fail
+        s.workers["d1"].script.tokens = s.ids("other")
+        answer = await s.ask()
+        assert answer.summary is None
+        assert answer.error is not None
+        assert answer.error.code == Internal.code
+
+
+@pytest.mark.parametrize(
+    ("worker", "stage"),
+    [("d1", "reserve"), ("p1", "prefill"), ("p1", "first_token"), ("d1", "decode_started"), ("d1", "decode")],
+)
+async def test_a_client_that_leaves_frees_both_workers(byte_tokenizer: Tokenizer, worker: str, stage: str) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers[worker].script.hooks[stage] = never
+        call = s.stub.Generate(request())
+        await until(lambda: stage in s.workers[worker].seen)
+        call.cancel()
+        await s.settle()
+        assert s.workers["d1"].stopped == [()]
+        assert "decode" in s.workers["d1"].cancelled or stage == "reserve"
+        assert ("prefill" in s.workers["p1"].cancelled) == (worker == "p1")
+        await until(lambda: total("pagewire_requests_total", s, outcome="cancelled") == 1)
+
+
+async def test_a_client_that_leaves_the_queue_is_forgotten(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["d1"].script.hooks["decode_started"] = never
+        calls = [s.stub.Generate(request(n=8)) for _ in range(3)]
+        await until(lambda: s.router.admission.num_queued == 2)
+        for call in reversed(calls):
+            call.cancel()
+        await s.settle()
+        assert s.router.admission.num_queued == 0
+
+
+async def test_a_full_router_answers_overloaded_with_a_time(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1", max_queued_requests=1) as s:
+        s.workers["d1"].script.hooks["decode_started"] = never
+        calls = [s.stub.Generate(request(n=8)) for _ in range(2)]
+        await until(lambda: s.router.admission.num_queued == 1)
+        with pytest.raises(grpc.RpcError) as caught:
+            await s.ask()
+        error = from_rpc(caught.value)
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_s >= 1
+        for call in calls:
+            call.cancel()
+        await s.settle()
+
+
+async def test_a_request_that_takes_too_long_ends_with_an_error_event(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1", request_timeout=0.3) as s:
+        s.workers["d1"].script.hooks["decode_started"] = never
+        answer = await s.ask()
+        assert answer.error is not None
+        assert answer.error.code == common_pb2.ERROR_CODE_DEADLINE
+        await s.settle()
+        assert s.workers["d1"].stopped == [()]
+
+
+async def test_a_transfer_that_stands_still_is_tried_elsewhere(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1", transfer_timeout=0.1) as s:
+        s.workers["p1"].script.hooks["first_token"] = never
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None
+        assert answer.summary.attempts == 2
+        await s.settle()
+
+
+async def test_logprobs_come_with_their_tokens(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        answer = await s.ask(sampling={"logprobs": 2, "max_tokens": 2})
+        tokens = [t for r in answer.responses if r.HasField("delta") for t in r.delta.tokens]
+        assert [t.bytes for t in tokens] == [b"h", b"e"]
+        assert all(t.HasField("logprob") for t in tokens)
+        plain = await s.ask(sampling={"max_tokens": 2})
+        assert not any(t.HasField("logprob") for r in plain.responses for t in r.delta.tokens)
+
+
+async def test_a_bad_request_never_reaches_a_worker(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        with pytest.raises(grpc.RpcError) as caught:
+            await s.ask(model="other")
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.RpcError) as caught:
+            await s.ask("x" * 300)
+        assert "maximum context length is 256" in from_rpc(caught.value).message
+        assert not s.workers["d1"].seen
+        models = await s.stub.ListModels(inference_pb2.ListModelsRequest())
+        assert [(m.name, m.ready, m.max_model_len) for m in models.models] == [("demo", True, 256)]

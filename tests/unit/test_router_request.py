@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from fakes import DIGEST, TEMPLATE
+from pagewire.v1 import common_pb2, inference_pb2
+from pagewire_core.chat_template import ChatTemplate
+from pagewire_core.errors import ContextLength, InvalidRequest, ModelNotFound
+from pagewire_core.tokenizer import Tokenizer
+from pagewire_router.model import ServedModel
+from pagewire_router.request import ValidRequest, validate
+
+LIMIT = 100
+
+
+@pytest.fixture
+def model(byte_tokenizer: Tokenizer) -> ServedModel:
+    template = ChatTemplate(TEMPLATE, "<s>", "</s>")
+    return ServedModel(("demo", "alias"), "demo", DIGEST, LIMIT, 258, (257,), byte_tokenizer, template)
+
+
+def ask(served: ServedModel, **fields: Any) -> ValidRequest:
+    fields.setdefault("text", "hello")
+    return validate(inference_pb2.GenerateRequest(**fields), served, LIMIT)
+
+
+def chat(*messages: tuple[str, str], **fields: Any) -> inference_pb2.Chat:
+    return inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role=r, content=c) for r, c in messages], **fields)
+
+
+def test_what_is_not_said_is_filled_in(model: ServedModel) -> None:
+    valid = ask(model)
+    assert (valid.model, valid.n, len(valid.prompt_ids), valid.sampling.max_tokens) == ("demo", 1, 5, LIMIT - 5)
+    assert valid.sampling.HasField("seed")
+    assert list(valid.sampling.eos_token_ids) == [257]
+    assert len(valid.request_id) == 32
+    assert ask(model).sampling.seed != valid.sampling.seed
+
+
+def test_max_tokens_default_to_the_context_for_chat_and_16_for_completions(model: ServedModel) -> None:
+    assert ask(model, completion_default_length=True).sampling.max_tokens == 16
+    assert ask(model, completion_default_length=True, text="x" * 95).sampling.max_tokens == 5
+    assert ask(model, text="x" * 99).sampling.max_tokens == 1
+
+
+def test_a_chat_goes_through_the_template_without_a_second_bos(model: ServedModel) -> None:
+    valid = validate(inference_pb2.GenerateRequest(chat=chat(("user", "hi"))), model, LIMIT)
+    assert model.tokenizer.decode(valid.prompt_ids, False) == "<s><user>hi</s><assistant>"
+    assert valid.prompt_ids.count(256) == 1
+
+
+def test_a_final_message_can_be_continued(model: ServedModel) -> None:
+    request = chat(("user", "hi"), ("assistant", "We"), continue_final_message=True)
+    valid = validate(inference_pb2.GenerateRequest(chat=request), model, LIMIT)
+    assert model.tokenizer.decode(valid.prompt_ids, False).endswith("<assistant>We")
+
+
+def test_echo_is_the_prompts_text(model: ServedModel) -> None:
+    assert ask(model).echo_text is None
+    assert ask(model, echo=True).echo_text == "hello"
+    ids = model.tokenizer.encode("abc", False)
+    request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=ids), echo=True)
+    assert validate(request, model, LIMIT).echo_text == "abc"
+
+
+def test_an_unknown_model_is_told_in_the_words_that_clients_know(model: ServedModel) -> None:
+    assert ask(model, model="alias").model == "alias"
+    with pytest.raises(ModelNotFound, match=r"^The model `gpt` does not exist\.$"):
+        ask(model, model="gpt")
+
+
+@pytest.mark.parametrize(("text", "max_tokens"), [("x" * 100, 0), ("x" * 90, 11), ("x" * 200, 1)])
+def test_what_does_not_fit_is_refused_with_the_words_that_clients_look_for(
+    model: ServedModel, text: str, max_tokens: int
+) -> None:
+    with pytest.raises(ContextLength, match="maximum context length is 100 tokens"):
+        ask(model, text=text, sampling=common_pb2.SamplingParams(max_tokens=max_tokens))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0), ("top_p", 1.1),
+        ("min_p", 1.5), ("min_p", -0.1), ("top_k", -2), ("repetition_penalty", 0.0), ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1), ("logprobs", 21), ("stop", [""]), ("stop", ["x"] * 65),
+        ("stop_token_ids", [258]), ("logit_bias", {258: 1.0}), ("logit_bias", {1: 101.0}), ("min_tokens", 96),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_by_name(model: ServedModel, field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ask(model, sampling=common_pb2.SamplingParams(**{field: value}))
+    assert caught.value.param == field
+    assert field in caught.value.message or field == "stop"
+
+
+def test_values_at_the_edges_are_allowed(model: ServedModel) -> None:
+    ask(model, sampling=common_pb2.SamplingParams(temperature=0, top_p=1, min_p=1, top_k=-1, logprobs=0, stop=["x"]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": ""},
+        {"token_ids": inference_pb2.TokenIds()},
+        {"token_ids": inference_pb2.TokenIds(ids=[258])},
+        {"chat": inference_pb2.Chat()},
+        {"chat": chat(("", "hi"))},
+        {"chat": chat(("user", "hi"), template_kwargs_json="[]")},
+        {"chat": chat(("user", "hi"), template_kwargs_json="{")},
+        {"chat": chat(("user", "hi"), template_kwargs_json='{"messages": 1}')},
+        {"n": 129, "text": "x"},
+        {},
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(model: ServedModel, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        validate(inference_pb2.GenerateRequest(**fields), model, LIMIT)
+
+
+def test_a_model_without_template_says_what_to_do(model: ServedModel) -> None:
+    with pytest.raises(InvalidRequest, match="--chat-template"):
+        request = inference_pb2.GenerateRequest(chat=chat(("user", "hi")))
+        validate(request, dataclasses.replace(model, chat_template=None), LIMIT)

@@ -1,0 +1,212 @@
+"""Who the router knows: workers that join, leave, come back, or are not fit to join."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from fakes import FakeWorker, RedisServer, Script, make_model, write_byte_tokenizer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pagewire.v1 import inference_pb2
+from pagewire_core.block_events import BlockEventPublisher
+from pagewire_core.block_hash import block_hashes, chain_root
+from pagewire_core.registry import Registration
+from pagewire_core.rpc import open_channel
+from pagewire_core.tokenizer import Tokenizer
+from prometheus_client.parser import text_string_to_metric_families
+from router_scene import EOS, ROLES, Scene, scene, until
+
+
+@contextlib.asynccontextmanager
+async def one_more(s: Scene, name: str, address: str = "") -> AsyncIterator[FakeWorker]:
+    """A worker that nobody told the router of."""
+    peers = next(iter(s.workers.values())).peers if s.workers else {}
+    worker = FakeWorker(name, ROLES[name[0]], Script([*s.ids("hello world"), EOS]), peers)
+    worker.address = address
+    yield worker
+    await worker.kill()
+
+
+@contextlib.asynccontextmanager
+async def registered(server: RedisServer, worker: FakeWorker) -> AsyncIterator[None]:
+    fields = {"worker_id": worker.worker_id, "instance": worker.instance, "address": worker.address, "role": "x"}
+    registration = Registration(server.url, fields)
+    task = asyncio.create_task(registration.run())
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await registration.deregister()
+
+
+def live(s: Scene) -> list[str]:
+    return sorted(w.worker_id for w in s.router.services.workers.live)
+
+
+async def test_a_registered_worker_joins_serves_and_leaves_while_the_router_runs(
+    byte_tokenizer: Tokenizer, redis_server: RedisServer
+) -> None:
+    async with scene(byte_tokenizer, "p1", redis_url=redis_server.url) as s, one_more(s, "d1") as d1:
+        await d1.start()
+        async with registered(redis_server, d1):
+            await until(lambda: live(s) == ["d1", "p1"])
+            assert (await s.ask()).text == {0: "hello world"}
+            redis_server.kill()
+            await until(lambda: not s.router.redis_connected)
+            assert (await s.ask()).text == {0: "hello world"}
+            assert live(s) == ["d1", "p1"]
+            redis_server.start()
+            await until(lambda: s.router.redis_connected)
+            await d1.kill()
+            await until(lambda: live(s) == ["p1"])
+
+
+async def test_a_worker_that_comes_back_on_its_address_is_a_new_one(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        d1 = s.workers["d1"]
+        d1.hashes = [bytes(16)]
+        await d1.kill()
+        await until(lambda: live(s) == ["p1"])
+        async with one_more(s, "d1", d1.address) as again:
+            again.instance = "d1-2"
+            await again.start()
+            await until(lambda: live(s) == ["d1", "p1"])
+            assert s.router.index.instance_of("d1") == "d1-2"
+            assert (await s.ask()).text == {0: "hello world"}
+            assert "decode" in again.seen
+
+
+@pytest.mark.parametrize(("field", "value"), [("digest", b"x" * 32), ("protocol", 99)])
+async def test_a_worker_with_other_weights_or_another_protocol_never_joins(
+    byte_tokenizer: Tokenizer, redis_server: RedisServer, field: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with scene(byte_tokenizer, "p1", redis_url=redis_server.url) as s, one_more(s, "d1") as d1:
+        setattr(d1, field, value)
+        await d1.start()
+        async with registered(redis_server, d1):
+            await asyncio.sleep(1.0)
+            assert live(s) == ["p1"]
+        assert capsys.readouterr().out.count("worker refused") == 1
+
+
+async def test_two_processes_with_one_worker_id_are_one_worker(
+    byte_tokenizer: Tokenizer, redis_server: RedisServer
+) -> None:
+    async with scene(byte_tokenizer, "p1 d1", redis_url=redis_server.url) as s, one_more(s, "d1") as double:
+        double.instance = "another"
+        await double.start()
+        async with registered(redis_server, double):
+            await asyncio.sleep(0.8)
+            assert live(s) == ["d1", "p1"]
+            assert s.router.index.instance_of("d1") == "d1-1"
+
+
+async def test_without_a_decode_worker_the_router_is_not_serving(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        models = await s.stub.ListModels(inference_pb2.ListModelsRequest())
+        assert models.models[0].ready
+        await s.workers["d1"].kill()
+        await until(lambda: not s.router.services.workers.usable)
+        models = await s.stub.ListModels(inference_pb2.ListModelsRequest())
+        assert not models.models[0].ready
+
+
+async def test_a_request_goes_where_its_prefix_is(byte_tokenizer: Tokenizer, redis_server: RedisServer) -> None:
+    async with scene(byte_tokenizer, "p1 p2 d1", redis_url=redis_server.url) as s:
+        prompt = "x" * 200
+        hashes = block_hashes(chain_root(b"f" * 32), s.ids(prompt))
+        publisher = BlockEventPublisher(redis_server.url, b"f" * 32, "p2", "p2-1", lambda: hashes)
+        task = asyncio.create_task(publisher.run())
+        publisher.stored(hashes)
+        await until(lambda: s.router.index.match(hashes) == {"p2": 3})
+        for _ in range(4):
+            summary = (await s.ask(prompt)).summary
+            assert summary is not None
+            assert summary.prefill_worker == "p2"
+        salted = [(await s.ask(prompt, cache_salt="mine")).summary for _ in range(8)]
+        assert {x.prefill_worker for x in salted if x is not None} == {"p1", "p2"}
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_status_and_metrics_tell_of_the_router_and_its_workers(
+    byte_tokenizer: Tokenizer, redis_server: RedisServer
+) -> None:
+    async with scene(byte_tokenizer, "p1 d1", redis_url=redis_server.url) as s:
+        await s.ask()
+        await s.settle()
+        await until(lambda: s.router.redis_connected)
+        status = await s.stub.Status(inference_pb2.StatusRequest())
+        assert sorted(w.worker_id for w in status.workers) == ["d1", "p1"]
+        assert all(w.ready and w.total_blocks == 64 for w in status.workers)
+        assert (status.queued_requests, status.running_requests, status.redis_connected) == (0, 0, True)
+        text = (await s.stub.Metrics(inference_pb2.MetricsRequest())).text
+        families = {f.name: f for f in text_string_to_metric_families(text)}
+        assert {x.labels["instance"] for x in families["pagewire_fake"].samples} == {"p1", "d1"}
+        assert families["pagewire_redis_connected"].samples[0].value == 1
+
+
+async def test_every_metric_keeps_its_name(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        text = (await s.stub.Metrics(inference_pb2.MetricsRequest())).text
+        names = {f.name for f in text_string_to_metric_families(text) if not f.name.endswith("_created")}
+        assert names == {
+            "pagewire_fake", "pagewire_requests", "pagewire_router_queue_seconds",
+            "pagewire_time_to_first_token_seconds", "pagewire_inter_token_latency_seconds", "pagewire_e2e_seconds",
+            "pagewire_prompt_tokens", "pagewire_generation_tokens", "pagewire_cached_tokens", "pagewire_route",
+            "pagewire_retries", "pagewire_running_requests", "pagewire_queued_requests", "pagewire_index_blocks",
+            "pagewire_redis_connected",
+        }  # fmt: skip
+
+
+def start_router(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pagewire_router.main", "--log-format=json", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "no model"),
+        (["--model=/nowhere", "--workers=127.0.0.1:1"], "no directory /nowhere"),
+        (["--model=/nowhere"], "no workers to know of"),
+        (["--model={model}", "--redis-url=http://x"], "is not a URL"),
+        (["--model={model}", "--workers=127.0.0.1:1", "--chat-template=/none"], "cannot be read"),
+    ],
+)
+def test_a_router_that_cannot_start_says_why_in_one_sentence(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    write_byte_tokenizer(make_model(tmp_path / "m"))
+    router = start_router(*(a.format(model=tmp_path / "m") for a in arguments))
+    _, told = router.communicate(timeout=20)
+    assert router.returncode == 1
+    assert sentence in told
+    assert len(told.splitlines()) == 1
+
+
+async def test_the_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    write_byte_tokenizer(make_model(tmp_path / "m"))
+    router = start_router(f"--model={tmp_path / 'm'}", "--workers=127.0.0.1:1", "--served-model-name=a,b")
+    assert router.stderr is not None
+    line = await asyncio.to_thread(router.stderr.readline)
+    assert "router ready" in line
+    address = line.split('"address": "')[1].split('"')[0]
+    async with open_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            await health.Check(health_pb2.HealthCheckRequest(service="nothing"), timeout=5)
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    router.send_signal(signal.SIGTERM)
+    _, rest = await asyncio.to_thread(router.communicate, timeout=15)
+    assert router.returncode == 0, rest
+    assert "Traceback" not in rest
