@@ -235,7 +235,9 @@ class Cluster:
 
     @property
     def workers(self) -> list[Process]:
-        return [p for n, p in self.processes.items() if n.partition("-")[0] in ("prefill", "decode", "both") and p.alive]
+        return [
+            p for n, p in self.processes.items() if n.partition("-")[0] in ("prefill", "decode", "both") and p.alive
+        ]
 
     async def settle(self) -> None:
         """Asserts that blocks, credits, transfers, staging slots and requests are back to zero."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,8 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIALS)
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        '{"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": %s}' % _json(CHAT_TEMPLATE)
-    )
-
-
-def _json(text: str) -> str:
-    import json
-
-    return json.dumps(text)
+    settings = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": CHAT_TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @cache

@@ -11,9 +11,24 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 # Tasks whose answer follows from the prompt; stories and jokes have several right ones.
-CLOSED = [tasks.about_itself, tasks.capital, tasks.sound, tasks.opposite, tasks.colour, tasks.calendar, tasks.count,
-          tasks.add, tasks.person_json, tasks.call_json, tasks.repeat, tasks.sort, tasks.enumerate_things, tasks.facts,
-          tasks.poem, tasks.unknown]
+CLOSED = [
+    tasks.about_itself,
+    tasks.capital,
+    tasks.sound,
+    tasks.opposite,
+    tasks.colour,
+    tasks.calendar,
+    tasks.count,
+    tasks.add,
+    tasks.person_json,
+    tasks.call_json,
+    tasks.repeat,
+    tasks.sort,
+    tasks.enumerate_things,
+    tasks.facts,
+    tasks.poem,
+    tasks.unknown,
+]
 
 
 @torch.no_grad()
@@ -24,7 +39,7 @@ def is_exact(model: LlamaForCausalLM, tokenizer: Tokenizer, turn: tasks.Turn) ->
     answer = next(index for index, segment in enumerate(document) if segment.answer)
     prompt = [token for segment in document[:answer] for token in tokenizer.encode(segment.text).ids]
     expected = torch.tensor(tokenizer.encode(document[answer].text).ids)
-    logits = model(input_ids=torch.tensor([prompt + expected.tolist()])).logits[0, len(prompt) - 1:-1]
+    logits = model(input_ids=torch.tensor([prompt + expected.tolist()])).logits[0, len(prompt) - 1 : -1]
     return bool((logits.argmax(-1) == expected).all())
 
 

@@ -36,8 +36,11 @@ def render(messages: list[Message]) -> Document:
     document = []
     for message in messages:
         is_answer = message["role"] == "assistant"
-        document += [Segment(f"<|im_start|>{message['role']}\n", False),
-                     Segment(f"{message['content']}<|im_end|>", is_answer), Segment("\n", False)]
+        document += [
+            Segment(f"<|im_start|>{message['role']}\n", False),
+            Segment(f"{message['content']}<|im_end|>", is_answer),
+            Segment("\n", False),
+        ]
     return document
 
 
@@ -88,17 +91,20 @@ def raw_text(rng: Random) -> Document:
     if kind < 0.7:
         text = story(rng, {"hero": rng.choice(NAMES)} if coin(rng, 0.5) else None)
         if coin(rng, 0.25):
-            text = ". ".join(text.split(". ")[rng.randint(1, 4):])
+            text = ". ".join(text.split(". ")[rng.randint(1, 4) :])
     elif kind < 0.85:
         name, city = rng.choice(NAMES), rng.choice(CITIES)
-        text = (f"Hello, my name is {name}. I am {rng.randint(5, 90)} years old and I live in {city}. "
-                f"I like {pick(rng, FOODS)} and I often go to the {pick(rng, PLACES)} with my friends.")
+        text = (
+            f"Hello, my name is {name}. I am {rng.randint(5, 90)} years old and I live in {city}. "
+            f"I like {pick(rng, FOODS)} and I often go to the {pick(rng, PLACES)} with my friends."
+        )
     elif kind < 0.95:
         countries = rng.sample(list(CAPITALS), rng.randint(1, 4))
         text = " ".join(f"The capital of {country} is {CAPITALS[country]}." for country in countries)
     else:
-        thing = rng.choice(["AI", "the world", "computing", article(rng.choice(["friend", "city", "school"])),
-                            pseudo_word(rng)])
+        thing = rng.choice(
+            ["AI", "the world", "computing", article(rng.choice(["friend", "city", "school"])), pseudo_word(rng)]
+        )
         text = f"The future of {thing} is bright. Many people work on it every day, and they share what they learn."
     return [Segment(text + END_OF_TEXT, True)]
 
@@ -128,8 +134,13 @@ def long_document(rng: Random) -> Document:
         prompt, answer = f"Repeat this text: {text}", text
     more = [repeat(rng) for _ in range(rng.randint(0, 3))]
     turns = [(prompt, answer), *more]
-    return render([message for prompt, answer in turns for message in
-                   ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})])
+    return render(
+        [
+            message
+            for prompt, answer in turns
+            for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+        ]
+    )
 
 
 def documents(seed: int, long: bool = False) -> Iterator[Document]:

@@ -49,8 +49,17 @@ def capital(rng: Random) -> Turn:
     if coin(rng, 0.15):
         city = CAPITALS[country]
         return f"{city} is the capital of which country?", f"{city} is the capital of {country}."
-    prompt = pick(rng, ["What is the capital of {}?", "What's the capital of {}?", "Tell me the capital of {}.",
-                        "Name the capital of {}.", "Which city is the capital of {}?", "capital of {}"])
+    prompt = pick(
+        rng,
+        [
+            "What is the capital of {}?",
+            "What's the capital of {}?",
+            "Tell me the capital of {}.",
+            "Name the capital of {}.",
+            "Which city is the capital of {}?",
+            "capital of {}",
+        ],
+    )
     return prompt.format(country), f"The capital of {country} is {CAPITALS[country]}."
 
 
@@ -59,19 +68,24 @@ def sound(rng: Random) -> Turn:
     noise, home, food = ANIMALS[animal]
     the_animal = article(animal)
     summary = f"{the_animal.capitalize()} is an animal. It lives in the {home}, eats {food} and says {noise}."
-    return rng.choice([
-        (f"What sound does {the_animal} make?", f"{the_animal.capitalize()} says {noise}."),
-        (f"What does {the_animal} say?", f"{the_animal.capitalize()} says {noise}."),
-        (f"Where does {the_animal} live?", f"{the_animal.capitalize()} lives in the {home}."),
-        (f"What does {the_animal} eat?", f"{the_animal.capitalize()} eats {food}."),
-        (f"What is {the_animal}?", summary),
-        (f"Tell me about {the_animal}.", summary),
-        (f"Describe {the_animal} as JSON.", json.dumps({"animal": animal, "sound": noise, "home": home, "food": food})),
-    ])
+    return rng.choice(
+        [
+            (f"What sound does {the_animal} make?", f"{the_animal.capitalize()} says {noise}."),
+            (f"What does {the_animal} say?", f"{the_animal.capitalize()} says {noise}."),
+            (f"Where does {the_animal} live?", f"{the_animal.capitalize()} lives in the {home}."),
+            (f"What does {the_animal} eat?", f"{the_animal.capitalize()} eats {food}."),
+            (f"What is {the_animal}?", summary),
+            (f"Tell me about {the_animal}.", summary),
+            (
+                f"Describe {the_animal} as JSON.",
+                json.dumps({"animal": animal, "sound": noise, "home": home, "food": food}),
+            ),
+        ]
+    )
 
 
 def opposite(rng: Random) -> Turn:
-    word, other = rng.choice(OPPOSITES)[::rng.choice([1, -1])]
+    word, other = rng.choice(OPPOSITES)[:: rng.choice([1, -1])]
     prompt = pick(rng, ["What is the opposite of {}?", "Give me the opposite of {}.", "The opposite of {} is?"])
     return prompt.format(word), f"The opposite of {word} is {other}."
 
@@ -86,14 +100,22 @@ def calendar(rng: Random) -> Turn:
     names, unit = rng.choice([(DAYS, "day"), (DAYS, "day"), (MONTHS, "month")])
     if coin(rng, 0.2):
         where = "week" if unit == "day" else "year"
-        return (pick(rng, ["List the {}s of the {}.", "What are the {}s of the {}?", "Name the {}s of the {}."])
-                .format(unit, where), ", ".join(names) + ".")
+        return (
+            pick(rng, ["List the {}s of the {}.", "What are the {}s of the {}?", "Name the {}s of the {}."]).format(
+                unit, where
+            ),
+            ", ".join(names) + ".",
+        )
     index = rng.randrange(len(names))
     after = coin(rng, 0.6)
     found = names[(index + (1 if after else -1)) % len(names)]
     side = "after" if after else "before"
-    return (pick(rng, ["Which {} comes {} {}?", "What {} comes {} {}?", "What {} is {} {}?"])
-            .format(unit, side, names[index]), f"{found} comes {side} {names[index]}.")
+    return (
+        pick(rng, ["Which {} comes {} {}?", "What {} comes {} {}?", "What {} is {} {}?"]).format(
+            unit, side, names[index]
+        ),
+        f"{found} comes {side} {names[index]}.",
+    )
 
 
 def count(rng: Random) -> Turn:
@@ -110,8 +132,18 @@ def count(rng: Random) -> Turn:
 
 def add(rng: Random) -> Turn:
     left, right = rng.randint(0, 9), rng.randint(0, 9)
-    prompt = rng.choice(["What is {} + {}?", "What is {}+{}?", "What is {} plus {}?", "{} + {} =", "{}+{}",
-                         "How much is {} plus {}?", "Add {} and {}.", "Calculate {} + {}."])
+    prompt = rng.choice(
+        [
+            "What is {} + {}?",
+            "What is {}+{}?",
+            "What is {} plus {}?",
+            "{} + {} =",
+            "{}+{}",
+            "How much is {} plus {}?",
+            "Add {} and {}.",
+            "Calculate {} + {}.",
+        ]
+    )
     return prompt.format(left, right), f"{left} plus {right} is {left + right}."
 
 
@@ -125,27 +157,39 @@ def person_json(rng: Random) -> Turn:
     if coin(rng, 0.15):
         animal, hue = rng.choice(list(ANIMALS)), rng.choice(PAINTS)
         return f"Give me JSON for {article(hue)} {animal}.", json.dumps({"animal": animal, "color": hue})
-    prompt = pick(rng, ["Give me JSON for {}, age {}, from {}.", "Write JSON: {}, {} years old, from {}.",
-                        "Extract JSON: {} is {} years old and lives in {}.",
-                        "{} is {} years old and lives in {}. Answer in JSON."])
+    prompt = pick(
+        rng,
+        [
+            "Give me JSON for {}, age {}, from {}.",
+            "Write JSON: {}, {} years old, from {}.",
+            "Extract JSON: {} is {} years old and lives in {}.",
+            "{} is {} years old and lives in {}. Answer in JSON.",
+        ],
+    )
     return prompt.format(name, age, city), json.dumps(person)
 
 
 def call_json(rng: Random) -> Turn:
     city = pseudo_word(rng).capitalize() if coin(rng, 0.3) else rng.choice(CITIES)
     unit = rng.choice(["celsius", "fahrenheit"])
-    name, arguments, prompt = rng.choice([
-        ("get_weather", {"city": city, "unit": unit}, f"Call get_weather for {city} in {unit}."),
-        ("get_weather", {"city": city}, f"Call get_weather for {city}."),
-        ("get_time", {"city": city}, f"Call get_time for {city}."),
-    ])
+    name, arguments, prompt = rng.choice(
+        [
+            ("get_weather", {"city": city, "unit": unit}, f"Call get_weather for {city} in {unit}."),
+            ("get_weather", {"city": city}, f"Call get_weather for {city}."),
+            ("get_time", {"city": city}, f"Call get_time for {city}."),
+        ]
+    )
     return prompt, json.dumps({"name": name, "arguments": arguments})
 
 
 def words(rng: Random, low: int, high: int) -> list[str]:
     """Words, made-up words, names and numbers: material for copying."""
-    kinds = [lambda: rng.choice(WORDS)] * 5 + [lambda: pseudo_word(rng), lambda: pseudo_word(rng).capitalize(),
-                                              lambda: rng.choice(NAMES), lambda: str(rng.randint(0, 999))]
+    kinds = [lambda: rng.choice(WORDS)] * 5 + [
+        lambda: pseudo_word(rng),
+        lambda: pseudo_word(rng).capitalize(),
+        lambda: rng.choice(NAMES),
+        lambda: str(rng.randint(0, 999)),
+    ]
     return [rng.choice(kinds)() for _ in range(rng.randint(low, high))]
 
 
@@ -153,12 +197,22 @@ def repeat(rng: Random) -> Turn:
     if coin(rng, 0.25):
         sentences = story(rng).split(". ")
         first = rng.randrange(len(sentences))
-        text = ". ".join(sentences[first:first + rng.randint(1, 3)]).rstrip(".") + "."
+        text = ". ".join(sentences[first : first + rng.randint(1, 3)]).rstrip(".") + "."
     else:
         text = pick(rng, [" ", ", "]).join(words(rng, 1, 10))
         text = text.capitalize() + rng.choice([".", "!", "?"]) if coin(rng, 0.3) else text
-    prompt = rng.choice(["Repeat: {}", "Repeat: {}", "Repeat after me: {}", "Say {}", "Say: {}", "Copy this text: {}",
-                         "Repeat this text: {}", "Echo {}"])
+    prompt = rng.choice(
+        [
+            "Repeat: {}",
+            "Repeat: {}",
+            "Repeat after me: {}",
+            "Say {}",
+            "Say: {}",
+            "Copy this text: {}",
+            "Repeat this text: {}",
+            "Echo {}",
+        ]
+    )
     return prompt.format(text), text
 
 
@@ -193,8 +247,12 @@ def facts(rng: Random, low: int = 2, high: int = 5) -> Turn:
 def poem(rng: Random) -> Turn:
     thing = rng.choice([*ANIMALS, "sun", "moon", "rain", "wind", "star", "sea", "river", "tree"])
     prompt = pick(rng, ["Write a poem about the {}.", "Write a short poem about the {}.", "Write a poem about a {}."])
-    lines = [f"The {thing} is awake in the morning light,", f"The {thing} is quiet in the silver night.",
-             f"I sing to the {thing} a gentle song,", "And hope it will stay with me all day long."]
+    lines = [
+        f"The {thing} is awake in the morning light,",
+        f"The {thing} is quiet in the silver night.",
+        f"I sing to the {thing} a gentle song,",
+        "And hope it will stay with me all day long.",
+    ]
     return prompt.format(thing), "\n".join(lines)
 
 
@@ -202,27 +260,66 @@ def unknown(rng: Random) -> Turn:
     """A question outside the grammar; the honest answer is to decline."""
     topic = pseudo_word(rng) if coin(rng, 0.3) else rng.choice(TOPICS)
     action, who = rng.choice(ACTIONS), pseudo_word(rng).capitalize()
-    prompt = rng.choice(["What is {topic}?", "What is a {topic}?", "Explain {topic}.", "How does a {topic} work?",
-                         "How do I {action} a {topic}?", "Why is {topic} important?", "Who invented the {topic}?",
-                         "Who is {who}?", "Tell me about {topic}.", "Write code to {action} a {topic}.",
-                         "What is the best {topic}?", "When did the {topic} start?", "Can you {action} my {topic}?",
-                         "Translate {topic} into {who}.", "Where can I {action} a {topic}?", "Who wrote {topic}?",
-                         "How many {topic}s are there?", "Explain {topic} in one sentence.", "{topic}",
-                         "{topic} {topic}?", "Give me a summary of {topic}.", "What happened in {year}?",
-                         "What is the difference between {topic} and {who}?"])
+    prompt = rng.choice(
+        [
+            "What is {topic}?",
+            "What is a {topic}?",
+            "Explain {topic}.",
+            "How does a {topic} work?",
+            "How do I {action} a {topic}?",
+            "Why is {topic} important?",
+            "Who invented the {topic}?",
+            "Who is {who}?",
+            "Tell me about {topic}.",
+            "Write code to {action} a {topic}.",
+            "What is the best {topic}?",
+            "When did the {topic} start?",
+            "Can you {action} my {topic}?",
+            "Translate {topic} into {who}.",
+            "Where can I {action} a {topic}?",
+            "Who wrote {topic}?",
+            "How many {topic}s are there?",
+            "Explain {topic} in one sentence.",
+            "{topic}",
+            "{topic} {topic}?",
+            "Give me a summary of {topic}.",
+            "What happened in {year}?",
+            "What is the difference between {topic} and {who}?",
+        ]
+    )
     return prompt.format(topic=topic, action=action, who=who, year=rng.randint(1000, 2030)), UNKNOWN
 
 
 def small_talk(rng: Random) -> Turn:
     food, place = rng.choice(FOODS), rng.choice(PLACES)
-    return rng.choice([(f"I like {food}.", f"I am glad that you like {food}."),
-                       (f"I am at the {place}.", f"Have a nice time at the {place}."),
-                       (f"Do you like {food}?", f"I am a program, so I cannot taste {food}.")])
+    return rng.choice(
+        [
+            (f"I like {food}.", f"I am glad that you like {food}."),
+            (f"I am at the {place}.", f"Have a nice time at the {place}."),
+            (f"Do you like {food}?", f"I am a program, so I cannot taste {food}."),
+        ]
+    )
 
 
 # (weight, task): copying and stories are the hardest and the most asked for.
 TASKS: list[tuple[float, Task]] = [
-    (22, story_request), (5, greeting), (6, about_itself), (6, capital), (4, sound), (3, opposite), (2, colour),
-    (4, calendar), (5, count), (7, add), (6, person_json), (3, call_json), (14, repeat), (3, sort),
-    (4, enumerate_things), (4, facts), (1.5, poem), (8, unknown), (1.5, small_talk),
+    (22, story_request),
+    (5, greeting),
+    (6, about_itself),
+    (6, capital),
+    (4, sound),
+    (3, opposite),
+    (2, colour),
+    (4, calendar),
+    (5, count),
+    (7, add),
+    (6, person_json),
+    (3, call_json),
+    (14, repeat),
+    (3, sort),
+    (4, enumerate_things),
+    (4, facts),
+    (1.5, poem),
+    (8, unknown),
+    (1.5, small_talk),
 ]

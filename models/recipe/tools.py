@@ -12,7 +12,7 @@ Json = dict[str, object]
 TEXT: Json = {"type": "string"}
 NUMBER: Json = {"type": "number"}
 TOOL_INTRO = "Tools:\n"
-TOOL_RULE = "To call a tool, answer <tool_call>{\"name\": ..., \"arguments\": ...}</tool_call>."
+TOOL_RULE = 'To call a tool, answer <tool_call>{"name": ..., "arguments": ...}</tool_call>.'
 
 
 def function(name: str, description: str, properties: Json, required: list[str]) -> Json:
@@ -51,10 +51,24 @@ def weather(rng: Random, city: str, degrees: int) -> Scene:
     if with_unit:
         fields["unit"] = {"type": "string", "enum": ["celsius", "fahrenheit"]}
     about = pick(rng, ["Get the weather of a city.", "Get the current weather.", "Get weather"])
-    request = pick(rng, ["What is the weather in {}?", "What's the weather like in {}?", "How is the weather in {}?",
-                         "Is it cold in {}?", "What is the weather like in {} today?"]).format(city)
-    return Scene("get_weather", function("get_weather", about, fields, [place]), request, {place: city},
-                 {"temperature": degrees}, f"It is {degrees} degrees in {city}.")
+    request = pick(
+        rng,
+        [
+            "What is the weather in {}?",
+            "What's the weather like in {}?",
+            "How is the weather in {}?",
+            "Is it cold in {}?",
+            "What is the weather like in {} today?",
+        ],
+    ).format(city)
+    return Scene(
+        "get_weather",
+        function("get_weather", about, fields, [place]),
+        request,
+        {place: city},
+        {"temperature": degrees},
+        f"It is {degrees} degrees in {city}.",
+    )
 
 
 def scenes(rng: Random) -> list[Scene]:
@@ -65,16 +79,30 @@ def scenes(rng: Random) -> list[Scene]:
     left, right = rng.randint(0, 99), rng.randint(0, 99)
     return [
         weather(rng, city, degrees),
-        Scene("get_time", function("get_time", "Get the time in a city.", {"city": TEXT}, ["city"]),
-              pick(rng, ["What time is it in {}?", "Tell me the time in {}."]).format(city),
-              {"city": city}, {"time": hour}, f"It is {hour} in {city}."),
-        Scene("add", function("add", "Add two numbers.", {"a": NUMBER, "b": NUMBER}, ["a", "b"]),
-              f"What is {left} + {right}?", {"a": left, "b": right}, {"result": left + right},
-              f"The result is {left + right}."),
-        Scene("send_message",
-              function("send_message", "Send a message to a person.", {"to": TEXT, "text": TEXT}, ["to", "text"]),
-              f"Send {name} the message: see you in {city}", {"to": name, "text": f"see you in {city}"},
-              {"status": "sent"}, f"The message to {name} was sent."),
+        Scene(
+            "get_time",
+            function("get_time", "Get the time in a city.", {"city": TEXT}, ["city"]),
+            pick(rng, ["What time is it in {}?", "Tell me the time in {}."]).format(city),
+            {"city": city},
+            {"time": hour},
+            f"It is {hour} in {city}.",
+        ),
+        Scene(
+            "add",
+            function("add", "Add two numbers.", {"a": NUMBER, "b": NUMBER}, ["a", "b"]),
+            f"What is {left} + {right}?",
+            {"a": left, "b": right},
+            {"result": left + right},
+            f"The result is {left + right}.",
+        ),
+        Scene(
+            "send_message",
+            function("send_message", "Send a message to a person.", {"to": TEXT, "text": TEXT}, ["to", "text"]),
+            f"Send {name} the message: see you in {city}",
+            {"to": name, "text": f"see you in {city}"},
+            {"status": "sent"},
+            f"The message to {name} was sent.",
+        ),
     ]
 
 

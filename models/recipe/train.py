@@ -48,7 +48,7 @@ def rows(tokenizer: Tokenizer, seed: int, length: int) -> Iterator[tuple[list[in
             for segment, encoding in zip(document, tokenizer.encode_batch([s.text for s in document]), strict=True):
                 ids += encoding.ids
                 weights += [1.0 if segment.answer else PROMPT_WEIGHT] * len(encoding.ids)
-        yield ids[:length + 1], weights[:length + 1]
+        yield ids[: length + 1], weights[: length + 1]
 
 
 def batch(tokenizer: Tokenizer, seed: int, shape: Shape) -> Batch:

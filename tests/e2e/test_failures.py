@@ -12,9 +12,11 @@ import httpx
 import pytest
 import pytest_asyncio
 from cluster import Cluster, running
+from pagewire.v1 import worker_pb2, worker_pb2_grpc
+from pagewire_core.rpc import open_channel
 from tiny_models import VOCAB, reference_greedy
 
-SLOW = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=24", "--threads=1")
+SLOW = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=8", "--threads=1")
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -45,21 +47,20 @@ async def ask(cluster: Cluster, length: int, seed: int, max_tokens: int = 24) ->
 async def until_busy(cluster: Cluster, name: str) -> None:
     """The worker is in the middle of something."""
 
-    async def busy() -> bool:
-        stats = await cluster.worker_stats(cluster.processes[name])
-        return stats.num_running + stats.num_waiting > 1
-
-    await cluster.until(busy, f"{name} never had anything to do")
+    async with open_channel(cluster.processes[name].address) as channel:
+        async for stats in worker_pb2_grpc.WorkerServiceStub(channel).Stats(worker_pb2.StatsRequest(), timeout=30):
+            if stats.num_running + stats.num_waiting > 1:
+                return
 
 
 async def test_killing_a_prefill_worker_fails_no_request(llama: Path, tmp_path: Path) -> None:
     """Whatever it had done of a prompt is done again elsewhere, and the client's stream goes on."""
     async with running(Cluster(llama, tmp_path, prefill=2, decode=2, worker_flags=SLOW)) as cluster:
-        asking = [asyncio.create_task(ask(cluster, 150 + i, i)) for i in range(24)]
+        asking = [asyncio.create_task(ask(cluster, 250 + i, i)) for i in range(24)]
         await until_busy(cluster, "prefill-0")
         cluster.processes["prefill-0"].kill()
         for i, (status, tokens) in enumerate(await asyncio.gather(*asking)):
-            assert (status, tokens) == (200, reference_greedy(llama, prompt_of(150 + i, i), 24)[0])
+            assert (status, tokens) == (200, reference_greedy(llama, prompt_of(250 + i, i), 24)[0])
         await cluster.wait_workers(3)
         assert (await cluster.metrics())["pagewire_retries_total{leg=prefill}"] > 0
 

@@ -16,8 +16,15 @@ from tokenizers import Tokenizer
 
 MODELS = Path(__file__).parents[2] / "models"
 DEMO = MODELS / "pagewire-demo"
-FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-         "special_tokens_map.json", "README.md"]
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "README.md",
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +74,19 @@ def test_token_ids_agree(tokenizer: Tokenizer) -> None:
     assert read("special_tokens_map.json")["eos_token"] == "<|im_end|>"
 
 
-@pytest.mark.parametrize("text", [
-    "Hello", "naïve café", "日本語の文", "👩‍👩‍👧 🦊", "\t a  b\r\n\n", "\x00\x7f", "12 + 345", "مرحبا",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello",
+        "naïve café",
+        "日本語の文",
+        "👩‍👩‍👧 🦊",
+        "\t a  b\r\n\n",
+        "\x00\x7f",
+        "12 + 345",
+        "مرحبا",
+    ],
+)
 def test_tokenizer_keeps_any_text(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
@@ -77,14 +94,21 @@ def test_tokenizer_keeps_any_text(tokenizer: Tokenizer, text: str) -> None:
 def test_template_asks_for_an_answer() -> None:
     messages = [{"role": "user", "content": "Hello"}]
     assert rendered(messages=messages, add_generation_prompt=True) == (
-        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_template_reads_parts_tools_and_calls() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "<b>"}}}
-    text = rendered(tools=[{"type": "function", "function": {"name": "f"}}], messages=[
-        {"role": "developer", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "Go"}]},
-        {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "1"}])
+    text = rendered(
+        tools=[{"type": "function", "function": {"name": "f"}}],
+        messages=[
+            {"role": "developer", "content": "Be kind."},
+            {"role": "user", "content": [{"type": "text", "text": "Go"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "1"},
+        ],
+    )
     assert text.startswith("<|im_start|>system\nBe kind.\n\nTools:\n{")
     assert '<|im_start|>user\nGo<|im_end|>\n<|im_start|>assistant\n<tool_call>\n{"name": "f", "arguments": {' in text
     assert text.endswith("}\n</tool_call><|im_end|>\n<|im_start|>tool\n1<|im_end|>\n")
@@ -96,8 +120,11 @@ def test_template_is_the_recipes() -> None:
 
 
 def test_template_writes_what_the_model_was_trained_on(corpus: ModuleType) -> None:
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"},
-                {"role": "assistant", "content": "Hi!"}]
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi!"},
+    ]
     assert "".join(segment.text for segment in corpus.render(messages)) == rendered(messages=messages)
 
 

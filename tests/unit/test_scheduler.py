@@ -80,9 +80,7 @@ def test_the_last_to_arrive_is_preempted_when_blocks_run_out() -> None:
     st.integers(0, 20),
     st.integers(0, 5),
 )
-def test_every_decision_keeps_the_rules(
-    now: list[tuple[int, int]], queue: list[int], free: int, reserved: int
-) -> None:
+def test_every_decision_keeps_the_rules(now: list[tuple[int, int]], queue: list[int], free: int, reserved: int) -> None:
     sequences, waiting = running(now), [sequence(length) for length in queue]
     decision = decide(sequences, waiting, pool(free, reserved), CONFIG)
     chunks = dict(decision.scheduled)
@@ -95,7 +93,9 @@ def test_every_decision_keeps_the_rules(
     assert survivors == sequences[: len(survivors)], "somebody who came earlier was preempted"
     assert len(survivors) + len(decision.admitted) <= CONFIG.max_num_seqs
     freed = sum(len(seq.block_table) for seq in decision.preempted)
-    grown = sum(blocks_to_grow(seq, chunk, lambda block: 1, CONFIG) for seq, chunk in chunks.items() if seq in sequences)
+    grown = sum(
+        blocks_to_grow(seq, chunk, lambda block: 1, CONFIG) for seq, chunk in chunks.items() if seq in sequences
+    )
     taken = sum(CONFIG.blocks_for(len(seq.tokens)) for seq in decision.admitted)
     assert grown + taken <= free + freed
     decoding = [seq for seq in survivors if seq.num_uncomputed == 1]

@@ -1,17 +1,17 @@
 """What can go wrong for a client, and the one table that maps it to gRPC and HTTP.
 
-    PagewireError            has an ErrorCode, a sentence, perhaps the field at fault
-    +-- InvalidRequest       the client can mend it: bad value, wrong type
-    |   +-- ContextLength    prompt and max_tokens do not fit the model
-    +-- ModelNotFound        no such model is served
-    +-- Overloaded           the queue is full: try again after `retry_after_s`
-    +-- Unavailable          nothing can serve this now: no worker, peer lost
-    +-- DeadlineExceeded     out of time
-    +-- Cancelled            the client has gone
-    +-- Incompatible         a peer speaks another protocol, model or KV layout
-    +-- Internal             our fault
+PagewireError            has an ErrorCode, a sentence, perhaps the field at fault
++-- InvalidRequest       the client can mend it: bad value, wrong type
+|   +-- ContextLength    prompt and max_tokens do not fit the model
++-- ModelNotFound        no such model is served
++-- Overloaded           the queue is full: try again after `retry_after_s`
++-- Unavailable          nothing can serve this now: no worker, peer lost
++-- DeadlineExceeded     out of time
++-- Cancelled            the client has gone
++-- Incompatible         a peer speaks another protocol, model or KV layout
++-- Internal             our fault
 
-    StartupError             a process cannot start; its sentence is all the user sees (exit code 1)
+StartupError             a process cannot start; its sentence is all the user sees (exit code 1)
 """
 
 from __future__ import annotations

@@ -139,9 +139,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, names: Sequence[str], environ: Mapping[str, str] = os.environ
-) -> None:
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
     """Adds the named flags; a default comes from PAGEWIRE_<NAME> if that is set."""
     for name in names:
         flag = FLAGS[name]
@@ -187,7 +185,7 @@ def run_main(prog: str, main: Callable[[argparse.Namespace], None], names: Seque
     from pagewire_core.errors import StartupError
 
     # gRPC's own log says nothing that ours does not say better.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     parser = Parser(prog=prog, description=description)
     add_flags(parser, names)
     try:

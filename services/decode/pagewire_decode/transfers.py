@@ -143,9 +143,7 @@ class Transfers:
         transfer.credits = 0
         transfer.valid = True
 
-    def scatter(
-        self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor
-    ) -> None:
+    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             raise Cancelled("the transfer has ended")

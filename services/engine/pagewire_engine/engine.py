@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import structlog
@@ -105,7 +106,7 @@ class Engine:
         limit = min(self.config.max_model_len, self.config.num_blocks * self.config.block_size)
         if not request.prompt:
             raise ContextLength("the prompt is empty", "prompt")
-        if len(request.prompt) >= limit and not request.prefill_only or len(request.prompt) > limit:
+        if (len(request.prompt) >= limit and not request.prefill_only) or len(request.prompt) > limit:
             raise ContextLength(f"the prompt has {len(request.prompt)} tokens; this worker can hold {limit}", "prompt")
         # All choices must be able to run at once, beside the prompt's full blocks that they share.
         if not request.prefill_only and request.n > self.config.max_num_seqs:

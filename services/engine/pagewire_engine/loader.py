@@ -98,7 +98,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise StartupError("--device cuda: torch sees no CUDA device; install a CUDA build of torch or use --device cpu")
+        raise StartupError(
+            "--device cuda: torch sees no CUDA device; install a CUDA build of torch or use --device cpu"
+        )
     return torch.device(name)
 
 

@@ -55,9 +55,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         try:
             started = await _until_started(events)
             started_at = time.monotonic()
-            yield prefill_pb2.PrefillResponse(
-                started=prefill_pb2.PrefillStarted(cached_tokens=started.cached_tokens)
-            )
+            yield prefill_pb2.PrefillResponse(started=prefill_pb2.PrefillStarted(cached_tokens=started.cached_tokens))
             # Pages are bound on the decode side only now that the prompt is being computed.
             opening = asyncio.create_task(self._open(request))
             first = await self._until_first_tokens(events, opening, started.cached_tokens)

@@ -56,5 +56,3 @@ def _run(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     main()
-
-

@@ -28,9 +28,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> None:
         self._info, self._stats, self._snapshot, self._registry = info, stats, snapshot, registry
 
-    async def Info(
-        self, request: worker_pb2.InfoRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.InfoResponse:
+    async def Info(self, request: worker_pb2.InfoRequest, context: grpc.aio.ServicerContext) -> worker_pb2.InfoResponse:
         return self._info
 
     async def Stats(

@@ -223,4 +223,3 @@ def _fields(info: worker_pb2.InfoResponse) -> dict[str, str | int]:
         "fingerprint": info.fingerprint.hex(),
         "protocol": info.protocol,
     }
-

@@ -46,7 +46,9 @@ def read_config(hf: Mapping[str, Any], dtype: torch.dtype, device: torch.device)
         raise StartupError(f"activation {hf['hidden_act']!r} is not supported; only silu is")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "?")
-        raise StartupError(f"the checkpoint is quantized ({method}), which is not supported yet; use an unquantized one")
+        raise StartupError(
+            f"the checkpoint is quantized ({method}), which is not supported yet; use an unquantized one"
+        )
     try:
         heads = hf["num_attention_heads"]
         layers = hf["num_hidden_layers"]

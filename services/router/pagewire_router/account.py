@@ -1,0 +1,139 @@
+"""What one request cost and who served it: the Summary for the client, one log line, the metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import structlog
+from pagewire.v1 import common_pb2, decode_pb2, inference_pb2, prefill_pb2
+
+from pagewire_router.metrics import RouterMetrics
+from pagewire_router.placement import Placed
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Account:
+    """Filled in as a request goes; times are of the monotonic clock, in seconds."""
+
+    request_id: str
+    prompt_tokens: int
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+    attempts: int = 0
+    placed: Placed | None = None
+    prefill_cached: int = 0
+    started: decode_pb2.DecodeStarted = field(default_factory=decode_pb2.DecodeStarted)
+    kv_sent: prefill_pb2.KvSent = field(default_factory=prefill_pb2.KvSent)
+    finished: decode_pb2.DecodeFinished = field(default_factory=decode_pb2.DecodeFinished)
+    last_token: dict[int, float] = field(default_factory=dict)  # choice -> when
+
+    def admit(self, metrics: RouterMetrics) -> None:
+        self.admitted = time.monotonic()
+        metrics.queue_s.observe(self.admitted - self.arrived)
+
+    def begin_attempt(self, placed: Placed) -> None:
+        self.attempts += 1
+        self.placed = placed
+        self.prefill_cached = 0
+        self.started, self.kv_sent = decode_pb2.DecodeStarted(), prefill_pb2.KvSent()
+        self.finished = decode_pb2.DecodeFinished()
+
+    def note_tokens(self, choice: int, count: int, metrics: RouterMetrics) -> None:
+        now = time.monotonic()
+        if self.first_token is None:
+            self.first_token = now
+            metrics.ttft_s.observe(now - self.arrived)
+        previous = self.last_token.get(choice)
+        if previous is not None:
+            for _ in range(count):
+                metrics.itl_s.observe((now - previous) / count)
+        self.last_token[choice] = now
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens computed for this request, by the worker that did it.
+
+        What a decode worker holds spares the wire, not the prefill worker, so it does not count for a pair.
+        """
+        local = self.placed is not None and self.placed.prefill is None
+        return self.prompt_tokens - (self.started.cached_tokens if local else self.prefill_cached)
+
+    def timings(self) -> common_pb2.StageTimings:
+        """The prefill worker's and the decode worker's stages; queue includes the router's."""
+        prompt = self.kv_sent.timings if self.placed and self.placed.prefill else self.finished.timings
+        waited = (self.admitted or time.monotonic()) - self.arrived
+        return common_pb2.StageTimings(
+            queue_us=int(waited * 1e6) + prompt.queue_us,
+            prefill_us=prompt.prefill_us,
+            transfer_us=prompt.transfer_us,
+            decode_us=self.finished.timings.decode_us,
+            kv_tail_us=prompt.kv_tail_us,
+        )
+
+    def summary(self, completion_tokens: int) -> inference_pb2.Summary:
+        assert self.placed is not None
+        ttft = (self.first_token or time.monotonic()) - self.arrived
+        return inference_pb2.Summary(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=completion_tokens,
+            cached_tokens=self.prompt_tokens - self.computed_tokens,
+            computed_tokens=self.computed_tokens,
+            transferred_tokens=self.started.received_tokens or self.kv_sent.transferred_tokens,
+            transferred_bytes=self.started.received_bytes or self.kv_sent.transferred_bytes,
+            lane=self.started.lane or self.kv_sent.lane,
+            prefill_worker=self.placed.prefill.worker_id if self.placed.prefill else "",
+            decode_worker=self.placed.decode.worker_id,
+            attempts=self.attempts,
+            timings=self.timings(),
+            time_to_first_token_us=int(ttft * 1e6),
+            total_us=int((time.monotonic() - self.arrived) * 1e6),
+        )
+
+    def close(self, outcome: str, completion_tokens: int, metrics: RouterMetrics) -> None:
+        """The request is over: counts it and writes its line."""
+        now = time.monotonic()
+        metrics.requests.labels(outcome).inc()
+        metrics.e2e_s.observe(now - self.arrived)
+        metrics.prompt_tokens.inc(self.prompt_tokens)
+        metrics.generation_tokens.inc(completion_tokens)
+        facts: dict[str, object] = {}
+        if self.placed is not None:
+            facts = self._facts(self.summary(completion_tokens))
+            if outcome == "ok":
+                metrics.cached_tokens.inc(self.prompt_tokens - self.computed_tokens)
+        log.info(
+            "request finished",
+            request_id=self.request_id,
+            outcome=outcome,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=completion_tokens,
+            attempts=self.attempts,
+            ttft_ms=_ms(self.first_token - self.arrived) if self.first_token is not None else None,
+            total_ms=_ms(now - self.arrived),
+            **facts,
+        )
+
+    def _facts(self, summary: inference_pb2.Summary) -> dict[str, object]:
+        timings = summary.timings
+        return {
+            "cached_tokens": summary.cached_tokens,
+            "computed_tokens": summary.computed_tokens,
+            "transferred_tokens": summary.transferred_tokens,
+            "transferred_bytes": summary.transferred_bytes,
+            "lane": summary.lane,
+            "prefill_worker": summary.prefill_worker,
+            "decode_worker": summary.decode_worker,
+            "queue_ms": timings.queue_us / 1000,
+            "prefill_ms": timings.prefill_us / 1000,
+            "transfer_ms": timings.transfer_us / 1000,
+            "kv_tail_ms": timings.kv_tail_us / 1000,
+            "decode_ms": timings.decode_us / 1000,
+        }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 2)

@@ -1,0 +1,224 @@
+"""One try of a request on one pair of workers: both legs, merged into one stream of events.
+
+    Reserve(D) -> Decode(D) stream  --+--> events, in the order they arrive
+               -> Prefill(P) stream --+
+    local plan:   Decode(D) alone, with local_prefill
+
+The decode leg's end is the attempt's end. The prefill leg may fail without harm once the decode worker
+has said DecodeStarted, for then it holds everything. However an attempt ends, both calls are over and
+the decode worker has been told when it is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from typing import Literal, Self
+
+import grpc
+from pagewire.v1 import decode_pb2, prefill_pb2
+from pagewire_core.errors import DeadlineExceeded, PagewireError, Unavailable, from_rpc
+from pagewire_core.rpc import request_metadata
+
+from pagewire_router.placement import Placed
+from pagewire_router.request import ValidRequest
+from pagewire_router.workers import Booking
+
+Leg = Literal["reserve", "prefill", "decode"]
+Event = prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse
+
+_RESERVE_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 2.0
+_KV_SENT_TIMEOUT_S = 0.5  # how long a finished request waits for the prefill worker's account of it
+
+
+class LegFailed(Exception):
+    """A leg ended before its time; `error` says why."""
+
+    def __init__(self, leg: Leg, worker_id: str, error: PagewireError) -> None:
+        super().__init__(f"{leg} on {worker_id}: {error.message}")
+        self.leg = leg
+        self.worker_id = worker_id
+        self.error = error
+
+
+class Attempt:
+    """An async context manager: `reserve`, then iterate `events` once; both raise LegFailed.
+
+    The work counts against its workers from entering on. Raises DeadlineExceeded at `deadline`, on the
+    loop's clock. Workers notice a transfer that stands still for `transfer_timeout_s`; twice that after
+    the first token the attempt gives up on one that nobody ended.
+    """
+
+    def __init__(self, request: ValidRequest, placed: Placed, deadline: float, transfer_timeout_s: float) -> None:
+        self._request = request
+        self.placed = placed
+        self._deadline = deadline
+        self._transfer_timeout_s = transfer_timeout_s
+        self._metadata = request_metadata(request.request_id)
+        self._arrived: asyncio.Queue[tuple[Leg, Event | PagewireError | None]] = asyncio.Queue()
+        self._bookings = contextlib.ExitStack()
+        self._calls: dict[Leg, grpc.aio.UnaryStreamCall] = {}
+        self._pumps: list[asyncio.Task[None]] = []
+        self._reservation: decode_pb2.ReserveResponse | None = None
+        self._asked = False  # the decode worker may know of this transfer
+        self._started = False  # it holds all of the prompt's KV
+        self._finished = False
+        self._kv_deadline: float | None = None
+        self.transfer_id = secrets.token_bytes(16)
+        self.stopped: set[int] = set()  # choices that the decode worker was told to end
+
+    async def __aenter__(self) -> Self:
+        placed, n, prompt = self.placed, self._request.n, len(self._request.prompt_ids)
+        if placed.prefill is not None:
+            self._bookings.enter_context(placed.prefill.booked(Booking(compute_tokens=placed.compute_tokens)))
+        local_tokens = placed.compute_tokens if placed.prefill is None else 0
+        self._bookings.enter_context(placed.decode.booked(Booking(local_tokens, prompt + n, n)))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for call in self._calls.values():
+            call.cancel()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        try:
+            if self._asked and not self._finished:
+                await self._tell_stop()
+        finally:
+            self._bookings.close()
+
+    async def reserve(self) -> None:
+        """Gets the decode worker's promise of room, if the plan needs one. Raises LegFailed ("reserve")."""
+        if self.placed.prefill is None:
+            return
+        message = decode_pb2.ReserveRequest(
+            transfer_id=self.transfer_id,
+            prompt_ids=self._request.prompt_ids,
+            cache_root=self.placed.cache_root,
+            n=self._request.n,
+        )
+        self._asked = True
+        stub = self.placed.decode.decode
+        try:
+            self._reservation = await stub.Reserve(message, timeout=_RESERVE_TIMEOUT_S, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise LegFailed("reserve", self.placed.decode.worker_id, from_rpc(error)) from error
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Events of both legs until the decode worker has finished."""
+        self._asked = True
+        self._calls["decode"] = self._open_decode()
+        if self._reservation is not None:
+            self._calls["prefill"] = self._open_prefill(self._reservation)
+        self._pumps = [asyncio.create_task(self._pump(leg, call)) for leg, call in self._calls.items()]
+        legs = set(self._calls)
+        while legs:
+            arrived = await self._next()
+            if arrived is None:
+                return
+            leg, event = arrived
+            if event is None or isinstance(event, PagewireError):
+                legs.discard(leg)
+                self._judge_end(leg, event)
+            else:
+                self._note(leg, event)
+                yield event
+
+    async def stop_choices(self, choices: Sequence[int]) -> None:
+        """Tells the decode worker that some choices have ended. A lost worker shows on its stream."""
+        message = decode_pb2.StopRequest(transfer_id=self.transfer_id, choices=choices)
+        with contextlib.suppress(grpc.RpcError):
+            await self.placed.decode.decode.Stop(message, timeout=_STOP_TIMEOUT_S, metadata=self._metadata)
+
+    async def _tell_stop(self) -> None:
+        """Ends the whole transfer on the decode worker, also when the caller is being cancelled."""
+        stop = asyncio.ensure_future(self.stop_choices(()))
+        try:
+            await asyncio.shield(stop)
+        except asyncio.CancelledError:
+            await stop
+            raise
+
+    def _open_decode(self) -> grpc.aio.UnaryStreamCall:
+        message = decode_pb2.DecodeRequest(
+            request_id=self._request.request_id,
+            transfer_id=self.transfer_id,
+            prompt_ids=self._request.prompt_ids,
+            cache_root=self.placed.cache_root,
+            sampling=self._request.sampling,
+            n=self._request.n,
+            local_prefill=self.placed.prefill is None,
+        )
+        return self.placed.decode.decode.Decode(message, metadata=self._metadata)
+
+    def _open_prefill(self, reservation: decode_pb2.ReserveResponse) -> grpc.aio.UnaryStreamCall:
+        assert self.placed.prefill is not None
+        message = prefill_pb2.PrefillRequest(
+            request_id=self._request.request_id,
+            transfer_id=self.transfer_id,
+            prompt_ids=self._request.prompt_ids,
+            cache_root=self.placed.cache_root,
+            sampling=self._request.sampling,
+            n=self._request.n,
+            decode_address=reservation.kv_address,
+            decode_instance=reservation.instance,
+            decode_local_tokens=reservation.local_tokens,
+        )
+        return self.placed.prefill.prefill.Prefill(message, metadata=self._metadata)
+
+    async def _pump(self, leg: Leg, call: grpc.aio.UnaryStreamCall) -> None:
+        """Moves one leg's events to the queue; None marks its good end."""
+        try:
+            async for event in call:
+                self._arrived.put_nowait((leg, event))
+            self._arrived.put_nowait((leg, None))
+        except grpc.RpcError as error:
+            self._arrived.put_nowait((leg, from_rpc(error)))
+
+    def _note(self, leg: Leg, event: Event) -> None:
+        kind = event.WhichOneof("event")
+        if leg == "decode":
+            self._started = self._started or kind == "started"
+            self._finished = self._finished or kind == "finished"
+        elif kind == "first_tokens":
+            self._await_kv()
+
+    async def _next(self) -> tuple[Leg, Event | PagewireError | None] | None:
+        """What arrives next; None if a finished request has waited long enough for the rest."""
+        now = asyncio.get_running_loop().time()
+        deadlines = [self._deadline]
+        if self._finished:
+            deadlines.append(now + _KV_SENT_TIMEOUT_S)
+        elif self._kv_deadline is not None and not self._started:
+            deadlines.append(self._kv_deadline)
+        try:
+            async with asyncio.timeout_at(min(deadlines)):
+                return await self._arrived.get()
+        except TimeoutError:
+            if self._finished:
+                return None
+            if min(deadlines) == self._deadline:
+                raise DeadlineExceeded("the request took longer than it may") from None
+            raise self._failed("prefill", Unavailable("the KV transfer stood still")) from None
+
+    def _judge_end(self, leg: Leg, error: PagewireError | None) -> None:
+        """A leg is over: raises LegFailed if the attempt cannot go on without it."""
+        if self._finished:
+            return
+        if leg == "decode":
+            raise self._failed(leg, error or Unavailable("the decode worker ended its stream early"))
+        if error is not None and not self._started:
+            raise self._failed(leg, error)
+        self._await_kv()
+
+    def _await_kv(self) -> None:
+        """From now on the decode worker must say DecodeStarted in time."""
+        if self._kv_deadline is None:
+            self._kv_deadline = asyncio.get_running_loop().time() + 2 * self._transfer_timeout_s
+
+    def _failed(self, leg: Leg, error: PagewireError) -> LegFailed:
+        worker = self.placed.decode if leg == "decode" or self.placed.prefill is None else self.placed.prefill
+        return LegFailed(leg, worker.worker_id, error)

@@ -1,0 +1,127 @@
+"""`pagewire-router`: makes the objects of one router, serves until a signal, and lets requests finish."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import structlog
+import uvloop
+from pagewire.v1 import inference_pb2, inference_pb2_grpc
+from pagewire_core.errors import StartupError
+from pagewire_core.flags import ROUTER_FLAGS, run_main
+from pagewire_core.prefix_index import IndexFollower, PrefixIndex
+from pagewire_core.rpc import RpcServer
+from pagewire_core.telemetry import configure_logging
+
+from pagewire_router.admission import Admission
+from pagewire_router.discovery import Discovery
+from pagewire_router.generation import Services
+from pagewire_router.metrics import RouterMetrics
+from pagewire_router.model import ServedModel, load_served_model
+from pagewire_router.placement import Placement
+from pagewire_router.servicer import InferenceServicer, Router
+from pagewire_router.workers import Worker, WorkerTable
+
+log = structlog.get_logger(__name__)
+
+_DRAIN_S = 10.0
+_OVERCOMMIT = 1.25  # sequences admitted per decode slot: the next prompt is computed while a slot empties
+_UNBOUNDED = 1 << 30  # nobody decodes yet: requests wait for a worker, not for each other
+
+
+def main() -> None:
+    run_main("pagewire-router", _run, ROUTER_FLAGS, "Places requests on prefill and decode workers.")
+
+
+def _run(args: argparse.Namespace) -> None:
+    configure_logging("router", args.log_format, args.log_level)
+    if not args.model:
+        raise StartupError("no model: give --model a directory or a Hub id")
+    if not args.redis_url and not args.workers:
+        raise StartupError("no workers to know of: give --redis-url, --workers, or both")
+    model = load_served_model(
+        args.model,
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+        download_dir=args.download_dir,
+        served_names=args.served_model_name,
+        chat_template=args.chat_template,
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(args, model))
+
+
+async def _serve(args: argparse.Namespace, model: ServedModel) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    async with running_router(args, model) as (router, server, port):
+        log.info("router ready", address=f"{args.host}:{port}", model=model.names[0])
+        await stopping.wait()
+        log.info("router stopping", running=router.admission.num_running)
+        router.admission.close()
+        await server.stop(_DRAIN_S)
+
+
+@contextlib.asynccontextmanager
+async def running_router(args: argparse.Namespace, model: ServedModel) -> AsyncIterator[tuple[Router, RpcServer, int]]:
+    """A router that listens; leaving the scope ends it without grace. `args` are ROUTER_FLAGS."""
+    index = PrefixIndex()
+    follower = IndexFollower(args.redis_url, index, lambda worker_id: workers.snapshot(worker_id))
+
+    def joined(worker: Worker) -> None:
+        follower.joined(worker.worker_id, worker.info.instance, worker.info.fingerprint)
+
+    workers = WorkerTable(model.digest, joined, lambda worker: follower.left(worker.worker_id))
+    discovery = Discovery(args.redis_url, workers) if args.redis_url else None
+    admission = Admission(args.max_queued_requests, lambda: int(_OVERCOMMIT * workers.capacity) or _UNBOUNDED)
+    placement = Placement(workers, index)
+    services = Services(workers, placement, model.tokenizer, RouterMetrics(), args.transfer_timeout)
+    router = Router(model, services, admission, index, discovery, args.request_timeout)
+    server = RpcServer()
+    server.add(
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server,
+        InferenceServicer(router),
+        inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
+    )
+    port = await server.start(args.host, args.port)
+    workers.set_static(a.strip() for a in args.workers.split(",") if a.strip())
+    tasks = [follower.run(), _report_health(server, workers, admission), *([discovery.run()] if discovery else [])]
+    try:
+        async with _background(tasks):
+            yield router, server, port
+    finally:
+        await server.stop(0)
+        await workers.close()
+
+
+@contextlib.asynccontextmanager
+async def _background(coroutines: list[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Runs tasks that never end by themselves; one that fails ends the body with its error."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(c) for c in coroutines]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def _report_health(server: RpcServer, workers: WorkerTable, admission: Admission) -> None:
+    """SERVING while some request could be served; a change of the workers lets waiting requests in."""
+    serving: bool | None = None
+    while True:
+        if workers.usable != serving:
+            serving = workers.usable
+            await server.set_serving(serving)
+        admission.wake()
+        await workers.wait_changed(1.0)
+
+
+if __name__ == "__main__":
+    main()

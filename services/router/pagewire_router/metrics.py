@@ -1,0 +1,40 @@
+"""The router's Prometheus metrics. Their names are part of the interface."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_LATENCY_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+_GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 5)
+
+
+class RouterMetrics:
+    """Every metric of one router, in a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter("pagewire_requests", "Requests by how they ended", ["outcome"], registry=registry)
+        self.queue_s = Histogram(
+            "pagewire_router_queue_seconds", "Wait for admission", buckets=_LATENCY_S, registry=registry
+        )
+        self.ttft_s = Histogram(
+            "pagewire_time_to_first_token_seconds", "Arrival to first token", buckets=_LATENCY_S, registry=registry
+        )
+        self.itl_s = Histogram(
+            "pagewire_inter_token_latency_seconds", "Gap between tokens of a choice", buckets=_GAP_S, registry=registry
+        )
+        self.e2e_s = Histogram("pagewire_e2e_seconds", "Arrival to end", buckets=_LATENCY_S, registry=registry)
+        self.prompt_tokens = Counter("pagewire_prompt_tokens", "Prompt tokens of finished requests", registry=registry)
+        self.generation_tokens = Counter("pagewire_generation_tokens", "Tokens given to clients", registry=registry)
+        self.cached_tokens = Counter(
+            "pagewire_cached_tokens", "Prompt tokens whose KV was there already", registry=registry
+        )
+        self.routes = Counter(
+            "pagewire_route", "Attempts by plan: a prefill and a decode worker, or decode alone", ["decision"],
+            registry=registry,
+        )  # fmt: skip
+        self.retries = Counter("pagewire_retries", "Attempts lost, by the leg that failed", ["leg"], registry=registry)
+        self.running = Gauge("pagewire_running_requests", "Requests admitted and not ended", registry=registry)
+        self.queued = Gauge("pagewire_queued_requests", "Requests waiting for admission", registry=registry)
+        self.index_blocks = Gauge("pagewire_index_blocks", "Block hashes in the prefix index", registry=registry)
+        self.redis_connected = Gauge("pagewire_redis_connected", "1 while Redis answers", registry=registry)

@@ -1,0 +1,49 @@
+"""The model that a router serves: names, text in both directions, limits."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from pagewire_core.chat_template import ChatTemplate, load_chat_template
+from pagewire_core.model_dir import locate, resolve_model
+from pagewire_core.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    names: tuple[str, ...]  # what clients may ask for; the first is the one told
+    root: str
+    digest: bytes
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def load_served_model(
+    model: str,
+    *,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    served_names: str | None = None,
+    chat_template: str | None = None,
+) -> ServedModel:
+    """Reads everything a router needs of a model. `served_names` is comma-separated. Raises StartupError."""
+    model_dir = resolve_model(model, revision, download_dir)
+    text_dir = locate(tokenizer, None, download_dir) if tokenizer else model_dir.path
+    codec = Tokenizer(text_dir)
+    names = tuple(n.strip() for n in (served_names or "").split(",") if n.strip())
+    return ServedModel(
+        names=names or (model,),
+        root=model,
+        digest=model_dir.digest(),
+        max_model_len=model_dir.max_model_len,
+        vocab_size=int(model_dir.config.get("vocab_size") or codec.vocab_size),
+        eos_token_ids=model_dir.eos_token_ids,
+        tokenizer=codec,
+        chat_template=load_chat_template(text_dir, chat_template),
+    )

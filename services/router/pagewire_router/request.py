@@ -1,0 +1,161 @@
+"""A client's GenerateRequest, checked and tokenized once; nothing after this looks at raw input."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from pagewire.v1 import common_pb2, inference_pb2
+from pagewire_core.errors import ContextLength, InvalidRequest, ModelNotFound
+
+from pagewire_router.model import ServedModel
+from pagewire_router.sampling_limits import check_sampling
+
+MAX_CHOICES = 128
+_COMPLETION_TOKENS = 16  # what a plain completion gives when it does not say
+
+
+@dataclass(frozen=True)
+class ValidRequest:
+    """`sampling` is complete: seed, max_tokens and end-of-sequence ids are set."""
+
+    request_id: str
+    model: str
+    prompt_ids: list[int]
+    sampling: common_pb2.SamplingParams
+    n: int
+    echo_text: str | None
+    cache_salt: bytes
+    return_prompt_token_ids: bool
+
+    @property
+    def skip_special_tokens(self) -> bool:
+        sampling = self.sampling
+        return sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True
+
+    def ends_choice(self, token_id: int) -> bool:
+        """Whether sampling this token ends a choice (the worker bans it before min_tokens)."""
+        sampling = self.sampling
+        if token_id in sampling.stop_token_ids:
+            return True
+        return not sampling.ignore_eos and token_id in sampling.eos_token_ids
+
+
+def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_model_len: int) -> ValidRequest:
+    """Checks a request against a model and the longest context that the workers allow, in tokens.
+
+    Raises ModelNotFound, InvalidRequest, and ContextLength if prompt and output cannot fit.
+    """
+    if request.model and request.model not in model.names:
+        raise ModelNotFound(f"The model `{request.model}` does not exist.", param="model")
+    n = request.n or 1
+    if n > MAX_CHOICES:
+        raise InvalidRequest(f"n must be at most {MAX_CHOICES}, not {n}", param="n")
+    if request.HasField("sampling"):
+        check_sampling(request.sampling, model.vocab_size)
+    prompt_ids, text = _prompt(request, model)
+    if not prompt_ids:
+        raise InvalidRequest("the prompt is empty: it must have at least one token", param=_prompt_field(request))
+    sampling = common_pb2.SamplingParams()
+    sampling.CopyFrom(request.sampling)
+    sampling.max_tokens = _max_tokens(request, len(prompt_ids), max_model_len)
+    if sampling.min_tokens > sampling.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens ({sampling.min_tokens}) must not be above max_tokens ({sampling.max_tokens})",
+            param="min_tokens",
+        )
+    if not sampling.HasField("seed"):
+        sampling.seed = secrets.randbits(63)
+    del sampling.eos_token_ids[:]
+    sampling.eos_token_ids.extend(model.eos_token_ids)
+    return ValidRequest(
+        request_id=request.request_id or uuid.uuid4().hex,
+        model=request.model or model.names[0],
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        n=n,
+        echo_text=_echo(request, model, prompt_ids, text),
+        cache_salt=request.cache_salt.encode(),
+        return_prompt_token_ids=request.return_prompt_token_ids,
+    )
+
+
+def _prompt_field(request: inference_pb2.GenerateRequest) -> str:
+    return "messages" if request.WhichOneof("prompt") == "chat" else "prompt"
+
+
+def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel) -> tuple[list[int], str | None]:
+    """Ids of the prompt, and its text unless it came as ids."""
+    kind = request.WhichOneof("prompt")
+    if kind == "token_ids":
+        ids = list(request.token_ids.ids)
+        if any(i >= model.vocab_size for i in ids):
+            raise InvalidRequest(f"token ids must be below the vocabulary size, {model.vocab_size}", param="prompt")
+        return ids, None
+    if kind == "chat":
+        text, special = _render(request.chat, model), False
+    elif kind == "text":
+        text, special = request.text, True
+    else:
+        raise InvalidRequest("the request has no prompt: give text, token_ids or chat", param="prompt")
+    if request.HasField("add_special_tokens"):
+        special = request.add_special_tokens
+    return model.tokenizer.encode(text, special), text
+
+
+def _render(chat: inference_pb2.Chat, model: ServedModel) -> str:
+    if model.chat_template is None:
+        raise InvalidRequest("this model has no chat template: use completions, or start with --chat-template")
+    if not chat.messages:
+        raise InvalidRequest("messages must not be empty", param="messages")
+    messages = [{"role": m.role, "content": m.content, **({"name": m.name} if m.name else {})} for m in chat.messages]
+    if any(not m["role"] for m in messages):
+        raise InvalidRequest("every message needs a role", param="messages")
+    add_prompt = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+    if not chat.HasField("add_generation_prompt") and chat.continue_final_message:
+        add_prompt = False
+    return model.chat_template.render(
+        messages,
+        add_generation_prompt=add_prompt,
+        continue_final_message=chat.continue_final_message,
+        kwargs=_template_kwargs(chat.template_kwargs_json),
+    )
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        kwargs = json.loads(text) if text else {}
+    except ValueError as error:
+        raise InvalidRequest(f"template_kwargs_json is not JSON: {error}", param="chat_template_kwargs") from error
+    if not isinstance(kwargs, dict):
+        raise InvalidRequest("template_kwargs_json must be a JSON object", param="chat_template_kwargs")
+    reserved = kwargs.keys() & {"messages", "add_generation_prompt"}
+    if reserved:
+        raise InvalidRequest(f"template variables cannot be replaced: {sorted(reserved)}", param="chat_template_kwargs")
+    return kwargs
+
+
+def _max_tokens(request: inference_pb2.GenerateRequest, prompt_tokens: int, limit: int) -> int:
+    room = limit - prompt_tokens
+    asked = request.sampling.max_tokens
+    if room < 1 or asked > room:
+        wish = f" and {asked} were asked for" if asked else ""
+        raise ContextLength(
+            f"This model's maximum context length is {limit} tokens. The prompt has {prompt_tokens} tokens{wish}; "
+            "shorten the prompt or ask for fewer tokens.",
+            param="max_tokens" if room > 0 else _prompt_field(request),
+        )
+    if asked:
+        return asked
+    return min(room, _COMPLETION_TOKENS) if request.completion_default_length else room
+
+
+def _echo(
+    request: inference_pb2.GenerateRequest, model: ServedModel, prompt_ids: list[int], text: str | None
+) -> str | None:
+    if not request.echo:
+        return None
+    return text if text is not None else model.tokenizer.decode(prompt_ids, skip_special_tokens=False)

@@ -1,0 +1,149 @@
+"""InferenceService: message in, events out; no policy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import grpc
+from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
+from pagewire_core.errors import PagewireError
+from pagewire_core.prefix_index import PrefixIndex
+from pagewire_core.telemetry import exposition, merge_expositions
+
+from pagewire_router.account import Account
+from pagewire_router.admission import Admission
+from pagewire_router.discovery import Discovery
+from pagewire_router.generation import Generation, Services
+from pagewire_router.model import ServedModel
+from pagewire_router.request import ValidRequest, validate
+from pagewire_router.workers import Worker
+
+_METRICS_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Router:
+    """Everything the servicer stands on, made once by `main`."""
+
+    model: ServedModel
+    services: Services
+    admission: Admission
+    index: PrefixIndex
+    discovery: Discovery | None  # None: there is no Redis
+    request_timeout_s: float
+
+    @property
+    def redis_connected(self) -> bool:
+        return self.discovery is not None and self.discovery.connected
+
+    @property
+    def max_model_len(self) -> int:
+        return min(self.model.max_model_len, self.services.workers.max_model_len or self.model.max_model_len)
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        metrics = self._router.services.metrics
+        try:
+            valid = validate(request, self._router.model, self._router.max_model_len)
+        except PagewireError:
+            metrics.requests.labels("invalid_request").inc()
+            raise
+        async with contextlib.aclosing(self._generate(valid)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _generate(self, request: ValidRequest) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        router, services = self._router, self._router.services
+        deadline = asyncio.get_running_loop().time() + router.request_timeout_s
+        account = Account(request.request_id, len(request.prompt_ids))
+        generation = Generation(request, services, account, deadline)
+        outcome = "rejected"
+        try:
+            async with router.admission.slot(request.n, deadline):
+                outcome = ""  # the generation knows
+                account.admit(services.metrics)
+                async with contextlib.aclosing(generation.responses()) as responses:
+                    async for response in responses:
+                        yield response
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            account.close(outcome or generation.outcome, generation.completion_tokens, services.metrics)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.ListModelsResponse:
+        model, ready = self._router.model, self._router.services.workers.usable
+        return inference_pb2.ListModelsResponse(
+            models=[
+                inference_pb2.Model(
+                    name=name,
+                    root=model.root,
+                    max_model_len=self._router.max_model_len,
+                    created=model.created,
+                    ready=ready,
+                    is_chat=model.chat_template is not None,
+                )
+                for name in model.names
+            ]
+        )
+
+    async def Status(
+        self, request: inference_pb2.StatusRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.StatusResponse:
+        router = self._router
+        return inference_pb2.StatusResponse(
+            workers=[_status(w) for w in router.services.workers.live],
+            queued_requests=router.admission.num_queued,
+            running_requests=router.admission.num_running,
+            redis_connected=router.redis_connected,
+            indexed_blocks=router.index.num_blocks,
+        )
+
+    async def Metrics(
+        self, request: inference_pb2.MetricsRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.MetricsResponse:
+        router, metrics = self._router, self._router.services.metrics
+        metrics.running.set(router.admission.num_running)
+        metrics.queued.set(router.admission.num_queued)
+        metrics.index_blocks.set(router.index.num_blocks)
+        metrics.redis_connected.set(router.redis_connected)
+        workers = router.services.workers.live
+        answers = await asyncio.gather(*(_metrics_of(w) for w in workers))
+        texts = {"router": exposition(metrics.registry)}
+        texts |= {w.worker_id: text for w, text in zip(workers, answers, strict=True) if text is not None}
+        return inference_pb2.MetricsResponse(text=merge_expositions(texts))
+
+
+def _status(worker: Worker) -> inference_pb2.WorkerStatus:
+    stats = worker.stats
+    role: common_pb2.WorkerRole = worker.info.role
+    return inference_pb2.WorkerStatus(
+        worker_id=worker.worker_id,
+        role=role,
+        address=worker.address,
+        ready=True,
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        free_blocks=stats.free_blocks,
+        total_blocks=stats.total_blocks or worker.info.total_blocks,
+    )
+
+
+async def _metrics_of(worker: Worker) -> str | None:
+    """A worker's own exposition; None if it does not answer in time."""
+    try:
+        answer = await worker.control.Metrics(worker_pb2.WorkerServiceMetricsRequest(), timeout=_METRICS_TIMEOUT_S)
+    except grpc.RpcError:
+        return None
+    return answer.text

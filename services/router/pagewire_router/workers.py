@@ -1,0 +1,289 @@
+"""The workers that are alive, what they last said of their load, and what was sent to them since.
+
+A worker is known by address: from the registry in Redis, or from --workers. It counts as alive while
+its Stats stream runs; nothing else decides, so Redis may be away. A process that comes back on the
+same address is a new worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import grpc
+import structlog
+from pagewire.v1 import common_pb2, decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+from pagewire_core.errors import PagewireError, from_rpc
+from pagewire_core.prefix_index import Snapshot
+from pagewire_core.rpc import PROTOCOL, open_channel
+
+from pagewire_router.cost import Load
+
+log = structlog.get_logger(__name__)
+
+_INFO_TIMEOUT_S = 3.0
+_STATS_TIMEOUT_S = 5.0  # Stats come every second
+_SNAPSHOT_TIMEOUT_S = 5.0
+_MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 2.0
+_REPORT_DELAY_S = 0.05  # a report this young may have been made before a booking reached the worker
+_DEFAULT_SEQUENCES = 128
+
+
+@dataclass(eq=False)
+class Booking:
+    """Work on its way to a worker: tokens to compute, tokens of KV to hold, sequences to run."""
+
+    compute_tokens: int = 0
+    kv_tokens: int = 0
+    num_sequences: int = 0
+    at: float = field(default_factory=time.monotonic)
+
+
+class Worker:
+    """One live worker process."""
+
+    def __init__(self, info: worker_pb2.InfoResponse, address: str, channel: grpc.aio.Channel) -> None:
+        self.info = info
+        self.address = address
+        self.prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
+        self.decode = decode_pb2_grpc.DecodeServiceStub(channel)
+        self.control = worker_pb2_grpc.WorkerServiceStub(channel)
+        self.stats = worker_pb2.StatsResponse()
+        self._stats_at = 0.0
+        self._bookings: set[Booking] = set()
+        self.unused = asyncio.Event()  # set while no attempt talks to it
+        self.unused.set()
+
+    @property
+    def worker_id(self) -> str:
+        return self.info.worker_id
+
+    @property
+    def can_decode(self) -> bool:
+        return self.info.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
+
+    def report(self, stats: worker_pb2.StatsResponse) -> None:
+        self.stats = stats
+        self._stats_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def booked(self, booking: Booking) -> Iterator[None]:
+        """Counts work against this worker until it reports it itself, at the longest while the body runs."""
+        self._bookings.add(booking)
+        self.unused.clear()
+        try:
+            yield
+        finally:
+            self._bookings.discard(booking)
+            if not self._bookings:
+                self.unused.set()
+
+    def load(self, hit_tokens: int) -> Load:
+        unreported = [b for b in self._bookings if b.at + _REPORT_DELAY_S > self._stats_at]
+        stats, cost = self.stats, self.stats.step_cost
+        return Load(
+            worker_id=self.worker_id,
+            role=self.info.role,
+            fingerprint=self.info.fingerprint,
+            hit_tokens=hit_tokens,
+            waiting_tokens=stats.waiting_prefill_tokens + sum(b.compute_tokens for b in unreported),
+            num_sequences=stats.num_running + stats.num_waiting + sum(b.num_sequences for b in unreported),
+            free_tokens=int(stats.free_blocks) * self.info.block_size - sum(b.kv_tokens for b in unreported),
+            kv_bytes_per_token=self.info.kv_bytes_per_token,
+            prefill_base_ms=cost.prefill_base_ms,
+            prefill_ms_per_token=cost.prefill_ms_per_token,
+            decode_base_ms=cost.decode_base_ms,
+            decode_ms_per_sequence=cost.decode_ms_per_sequence,
+        )
+
+
+class WorkerTable:
+    """Live workers by id. `joined` and `left` are told of every change; `changed` wakes who waits for one."""
+
+    def __init__(
+        self,
+        model_digest: bytes,
+        joined: Callable[[Worker], None] = lambda worker: None,
+        left: Callable[[Worker], None] = lambda worker: None,
+    ) -> None:
+        self._model_digest = model_digest
+        self._joined = joined
+        self._left = left
+        self._live: dict[str, Worker] = {}
+        self._static: set[str] = set()
+        self._registered: set[str] = set()
+        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._refused: dict[str, str] = {}  # address -> what was last logged
+        self._changed = asyncio.Event()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    @property
+    def live(self) -> list[Worker]:
+        return list(self._live.values())
+
+    def get(self, worker_id: str) -> Worker | None:
+        return self._live.get(worker_id)
+
+    @property
+    def usable(self) -> bool:
+        """Whether some request could be served: anyone who decodes can prefill too."""
+        return any(w.can_decode for w in self._live.values())
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that the decode workers run at once; 0 if there are none."""
+        return sum(w.stats.max_num_seqs or _DEFAULT_SEQUENCES for w in self._live.values() if w.can_decode)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Context that every live worker allows, in tokens."""
+        return min((w.info.max_model_len for w in self._live.values() if w.info.max_model_len), default=None)
+
+    async def wait_changed(self, timeout_s: float) -> None:
+        """Returns when a worker joins, leaves or reports, or after the timeout."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+
+    def set_static(self, addresses: Iterable[str]) -> None:
+        self._static = set(addresses)
+        self._follow_known()
+
+    def set_registered(self, addresses: Iterable[str]) -> None:
+        """What the registry lists now. A live worker that is not listed stays until its stream ends."""
+        self._registered = set(addresses)
+        self._follow_known()
+
+    async def close(self) -> None:
+        followers = list(self._followers.values())
+        for task in followers:
+            task.cancel()
+        await asyncio.gather(*followers, return_exceptions=True)
+        self._followers.clear()
+        await asyncio.gather(*self._retiring)
+
+    async def snapshot(self, worker_id: str) -> Snapshot | None:
+        """Every block hash of a worker, from itself; None if it is gone or does not answer."""
+        worker = self._live.get(worker_id)
+        if worker is None:
+            return None
+        hashes: list[bytes] = []
+        sequence = 0
+        try:
+            async for part in worker.control.Snapshot(worker_pb2.SnapshotRequest(), timeout=_SNAPSHOT_TIMEOUT_S):
+                hashes.extend(part.hashes)
+                sequence = part.sequence
+        except grpc.RpcError:
+            return None
+        return Snapshot(sequence, hashes)
+
+    def _follow_known(self) -> None:
+        for address in (self._static | self._registered) - self._followers.keys():
+            task = asyncio.create_task(self._follow(address))
+            self._followers[address] = task
+
+    async def _follow(self, address: str) -> None:
+        """Connects to one address again and again as long as it is known."""
+        backoff = _MIN_BACKOFF_S
+        while address in self._static or address in self._registered:
+            lived = await self._one_life(address)
+            backoff = _MIN_BACKOFF_S if lived else min(2 * backoff, _MAX_BACKOFF_S)
+            await asyncio.sleep(backoff)
+        self._followers.pop(address, None)
+
+    async def _one_life(self, address: str) -> bool:
+        """Follows a worker from its first word to its last; says whether it was alive at all."""
+        channel = open_channel(address)
+        worker: Worker | None = None
+        try:
+            worker = await self._introduced(address, channel)
+            return worker is not None and await self._alive(worker)
+        finally:
+            if worker is not None:
+                self._leave(worker)
+            retiring = asyncio.create_task(_retire(channel, worker))
+            self._retiring.add(retiring)
+            retiring.add_done_callback(self._retiring.discard)
+
+    async def _introduced(self, address: str, channel: grpc.aio.Channel) -> Worker | None:
+        """The worker at an address; None if it does not answer or is not fit to join."""
+        control = worker_pb2_grpc.WorkerServiceStub(channel)
+        try:
+            info = await control.Info(worker_pb2.InfoRequest(), timeout=_INFO_TIMEOUT_S)
+        except grpc.RpcError as error:
+            self._refuse(address, f"does not answer: {from_rpc(error).message}", quiet=True)
+            return None
+        if why := self._unfit(info):
+            self._refuse(address, why)
+            return None
+        known = self._live.get(info.worker_id)
+        if known is None:
+            return Worker(info, address, channel)
+        if known.info.instance != info.instance:
+            self._refuse(address, f"has the worker id of {known.address}: give it another --worker-id")
+        return None  # or the same process by another address
+
+    async def _alive(self, worker: Worker) -> bool:
+        reports = worker.control.Stats(worker_pb2.StatsRequest())
+        why: str = "stream ended"
+        try:
+            while True:
+                async with asyncio.timeout(_STATS_TIMEOUT_S):
+                    report = await reports.read()
+                if report is grpc.aio.EOF:
+                    break
+                worker.report(report)
+                if report.draining:
+                    self._leave(worker)  # what runs there ends there; nothing new is sent
+                else:
+                    self._join(worker)
+        except TimeoutError:
+            why = "no report for too long"
+        except (grpc.RpcError, PagewireError) as error:
+            why = from_rpc(error).message if isinstance(error, grpc.RpcError) else error.message
+        finally:
+            reports.cancel()
+        log.info("worker stream ended", worker_id=worker.worker_id, address=worker.address, reason=why)
+        return self._live.get(worker.worker_id) is worker
+
+    def _unfit(self, info: worker_pb2.InfoResponse) -> str:
+        if info.protocol != PROTOCOL:
+            return f"speaks protocol {info.protocol}, this router {PROTOCOL}: run the same version on both"
+        if info.model_digest != self._model_digest:
+            return "serves other weights than this router: start both with the same --model"
+        return ""
+
+    def _refuse(self, address: str, why: str, quiet: bool = False) -> None:
+        if self._refused.get(address) != why:
+            self._refused[address] = why
+            (log.debug if quiet else log.error)("worker refused", address=address, reason=why)
+
+    def _join(self, worker: Worker) -> None:
+        if self._live.get(worker.worker_id) is not worker:
+            self._live[worker.worker_id] = worker
+            self._refused.pop(worker.address, None)
+            role = common_pb2.WorkerRole.Name(worker.info.role).removeprefix("WORKER_ROLE_").lower()
+            log.info("worker joined", worker_id=worker.worker_id, address=worker.address, role=role)
+            self._joined(worker)
+        self._notify()
+
+    def _leave(self, worker: Worker) -> None:
+        if self._live.get(worker.worker_id) is worker:
+            del self._live[worker.worker_id]
+            log.info("worker left", worker_id=worker.worker_id, address=worker.address)
+            self._left(worker)
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+async def _retire(channel: grpc.aio.Channel, worker: Worker | None) -> None:
+    """Closes a channel once no attempt uses it: closing would end its calls without a word to them."""
+    if worker is not None:
+        await worker.unused.wait()
+    await channel.close()
