@@ -58,7 +58,7 @@ class Workload(RuleBasedStateMachine):
     @rule(table=consumes(tables))
     def release(self, table: list[int]) -> None:
         self.blocks.release(table)
-        self.live.remove(table)
+        self.live = [other for other in self.live if other is not table]
         table.clear()
 
     @rule()

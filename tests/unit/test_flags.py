@@ -34,6 +34,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max-num-seqs": ("7", 7),
     "max-num-batched-tokens": ("512", 512),
     "enable-prefix-caching": ("", True),
+    "enable-chunked-prefill": ("", True),
     "lanes": ("gloo,grpc", "gloo,grpc"),
     "threads": ("3", 3),
     "role": ("decode", "decode"),
@@ -84,7 +85,7 @@ def test_an_unset_flag_is_not_passed_on() -> None:
     assert not [a for a in to_command_line(_parser().parse_args([]), tuple(FLAGS)) if a.startswith("--redis-url")]
 
 
-@pytest.mark.parametrize("name", sorted(set(VALUES) - {"enable-prefix-caching"}))
+@pytest.mark.parametrize("name", sorted(set(VALUES) - {"enable-prefix-caching", "enable-chunked-prefill"}))
 def test_the_environment_gives_a_default_and_the_command_line_wins(name: str) -> None:
     text, value = VALUES[name]
     environ = {f"PAGEWIRE_{_attribute(name).upper()}": text}

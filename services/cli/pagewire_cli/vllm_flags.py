@@ -9,7 +9,7 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     # Weights, memory and execution.
     "quantization", "q", "kv-cache-dtype", "load-format", "tokenizer-mode", "tokenizer-revision", "hf-overrides",
     "trust-remote-code", "generation-config", "override-generation-config", "swap-space", "cpu-offload-gb",
-    "enable-chunked-prefill", "enforce-eager", "compilation-config", "attention-backend", "seed",
+    "enforce-eager", "compilation-config", "attention-backend", "seed",
     "scheduling-policy", "async-scheduling", "num-gpu-blocks-override", "max-logprobs", "limit-mm-per-prompt",
     "prefix-caching-hash-algo",
     # Adapters, speculation, structure.

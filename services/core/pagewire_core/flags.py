@@ -88,6 +88,7 @@ FLAGS: dict[str, Flag] = {
     "max-num-seqs": Flag(128, "sequences in one step", positive),
     "max-num-batched-tokens": Flag(2048, "tokens in one step", positive),
     "enable-prefix-caching": Flag(True, "reuse KV of equal prefixes", None),
+    "enable-chunked-prefill": Flag(True, "compute prompts in chunks beside decoding; cannot be turned off", None),
     "lanes": Flag("auto", "how KV travels, best first, of nccl, gloo, grpc; auto: nccl,gloo,grpc where they exist"),
     "threads": Flag(None, "CPU threads of the engine; default: the cores divided by the workers", positive),
     # The services.
@@ -112,8 +113,8 @@ ROUTER_FLAGS = (
 WORKER_FLAGS = (
     "role", "model", "revision", "download-dir", "dtype", "device", "max-model-len", "block-size",
     "gpu-memory-utilization", "kv-cache-memory-bytes", "max-num-seqs", "max-num-batched-tokens",
-    "enable-prefix-caching", "lanes", "threads", "worker-id", "host", "port", "redis-url", "transfer-timeout",
-    "log-format", "log-level",
+    "enable-prefix-caching", "enable-chunked-prefill", "lanes", "threads", "worker-id", "host", "port", "redis-url",
+    "transfer-timeout", "log-format", "log-level",
 )  # fmt: skip
 BRIDGE_FLAGS = ("router", "host", "port", "request-timeout", "log-format", "log-level")
 

@@ -10,6 +10,7 @@ import uuid
 import structlog
 import torch
 import uvloop
+from pagewire_core.errors import StartupError
 from pagewire_core.flags import WORKER_FLAGS, run_main
 from pagewire_core.model_dir import resolve_model
 from pagewire_core.telemetry import configure_logging
@@ -26,6 +27,8 @@ def main() -> None:
 
 def _run(args: argparse.Namespace) -> None:
     started = time.monotonic()
+    if not args.enable_chunked_prefill:
+        raise StartupError("--no-enable-chunked-prefill: prompts are always computed in chunks; leave the flag out")
     configure_logging(f"worker-{args.role}", args.log_format, args.log_level)
     if args.threads:
         torch.set_num_threads(args.threads)

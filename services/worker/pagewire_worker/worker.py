@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Coroutine
@@ -81,7 +82,7 @@ class Worker:
         info = self._info(address)
         self._add_services(server, info)
         await server.serve()
-        thread = threading.Thread(target=self._engine.run_forever, name="engine", daemon=True)
+        thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         thread.start()
         background = [asyncio.create_task(job) for job in self._redis_jobs(info)]
         await server.set_serving(True)
@@ -91,6 +92,14 @@ class Worker:
         await self._stop(server, background, info)
         self._engine.stop()
         await asyncio.to_thread(thread.join, 5)
+
+    def _run_engine(self) -> None:
+        """A worker whose engine has a bug must be seen to be dead, not look healthy and answer nothing."""
+        try:
+            self._engine.run_forever()
+        except BaseException:
+            log.critical("the engine's loop failed", exc_info=True)
+            os._exit(70)
 
     async def _stop(
         self, server: rpc.RpcServer, background: list[asyncio.Task[None]], info: worker_pb2.InfoResponse
