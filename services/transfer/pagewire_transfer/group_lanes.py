@@ -26,6 +26,8 @@ DECODE_RANK = 1
 # An announced chunk is sent at once, so its receive has no reason to take longer. A send may wait for
 # the peer's pages as long as any transfer may stand still.
 _RECV_TIMEOUT_S = 5.0
+# Both sides are there when the group is built; a peer killed just then is retried until this ends.
+_BUILD_TIMEOUT_S = 5.0
 _DATA_TAG = 0
 _INTERRUPT_TAG = 1
 
@@ -44,7 +46,7 @@ class _GroupLane:
         # A prefix that names the epoch: nobody may connect to the address of an earlier life.
         prefix = dist.PrefixStore(f"epoch-{epoch}", store)
         with self._operation():
-            self._group: Any = self._build(prefix, rank, host, self._send_timeout)
+            self._group: Any = self._build(prefix, rank, host, timedelta(seconds=min(timeout_s, _BUILD_TIMEOUT_S)))
 
     def _build(self, store: dist.Store, rank: int, host: str, timeout: timedelta) -> Any:
         raise NotImplementedError

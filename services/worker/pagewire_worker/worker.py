@@ -45,6 +45,7 @@ from pagewire_worker.servicer import WorkerServicer
 log = structlog.get_logger(__name__)
 
 DRAIN_S = 10.0  # how long running calls may go on after SIGTERM
+CLOSE_S = 2.0  # how long connections may take to close after that
 
 ROLES = {
     "prefill": common_pb2.WORKER_ROLE_PREFILL,
@@ -118,11 +119,14 @@ class Worker:
         deadline = asyncio.get_running_loop().time() + DRAIN_S
         while any(s.num_calls for s in self._roles) and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        if self._sender:
-            await self._sender.close()
-        await server.stop(0)
-        if self._receiver:
-            await self._receiver.close()
+        # A lane thread may sit for seconds in an operation with a peer that died: the exit of the process ends it.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                if self._sender:
+                    await self._sender.close()
+                await server.stop(0)
+                if self._receiver:
+                    await self._receiver.close()
 
     def _add_services(self, server: rpc.RpcServer, info: worker_pb2.InfoResponse) -> None:
         registry, role = self._registry, self._args.role
