@@ -140,4 +140,4 @@ async def test_a_worker_added_while_running_is_used(llama: Path, tmp_path: Path)
         cluster.processes["decode-0"].stop()
         await cluster.wait_workers(2)
         await check_greedy(cluster, prompts(*LENGTHS, seed=5))
-        assert (await cluster.worker_stats(added)).step_cost.decode_ms_per_sequence > 0
+        assert '"decode done"' in added.log.read_text()

@@ -49,7 +49,7 @@ async def until_busy(cluster: Cluster, name: str) -> None:
 
     async with open_channel(cluster.processes[name].address) as channel:
         async for stats in worker_pb2_grpc.WorkerServiceStub(channel).Stats(worker_pb2.StatsRequest(), timeout=30):
-            if stats.num_running + stats.num_waiting > 1:
+            if stats.num_running + stats.num_waiting > 0:
                 return
 
 

@@ -12,9 +12,11 @@ class LinearFit:
 
     def __init__(self) -> None:
         self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self.num_samples = 0
 
     def add(self, x: float, y: float) -> None:
         k = self._KEEP
+        self.num_samples += 1
         self._n, self._x, self._y = k * self._n + 1, k * self._x + x, k * self._y + y
         self._xx, self._xy = k * self._xx + x * x, k * self._xy + x * y
 
@@ -31,16 +33,29 @@ class LinearFit:
 
 
 class StepCost:
-    """Prefill steps by their tokens, decode steps by their sequences; mixed steps tell neither."""
+    """Prefill steps by their tokens, decode steps by their sequences; mixed steps tell neither.
+
+    A step that took far longer than the ones before it tells of the machine, not of the model, and counts
+    as OUTLIER times the expected: a worker that was held up once must not look slow for a hundred steps.
+    """
+
+    _OUTLIER = 3.0
+    _ENOUGH = 4  # steps after which something is expected
 
     def __init__(self) -> None:
         self._prefill, self._decode = LinearFit(), LinearFit()
 
     def add(self, num_prefill_tokens: int, num_decode: int, milliseconds: float) -> None:
         if num_prefill_tokens and not num_decode:
-            self._prefill.add(num_prefill_tokens, milliseconds)
+            self._add(self._prefill, num_prefill_tokens, milliseconds)
         elif num_decode and not num_prefill_tokens:
-            self._decode.add(num_decode, milliseconds)
+            self._add(self._decode, num_decode, milliseconds)
+
+    def _add(self, fit: LinearFit, x: float, milliseconds: float) -> None:
+        base, slope = fit.fit()
+        if fit.num_samples >= self._ENOUGH:
+            milliseconds = min(milliseconds, self._OUTLIER * (base + slope * x))
+        fit.add(x, milliseconds)
 
     def to_proto(self) -> pb.StepCost:
         prefill, decode = self._prefill.fit(), self._decode.fit()

@@ -31,6 +31,7 @@ from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine, Outbox, deliver_outbox
 from pagewire_engine.loader import Loaded
 from pagewire_engine.metrics import EngineCollector, StageMetrics
+from pagewire_engine.warm_up import warm_up
 from pagewire_prefill.servicer import PrefillServicer
 from pagewire_prefill.source import PromptSource
 from pagewire_transfer.identity import WorkerIdentity
@@ -82,6 +83,7 @@ class Worker:
         address = f"{self._args.host}:{server.bind(self._args.host, self._args.port)}"
         info = self._info(address)
         self._add_services(server, info)
+        warm_up(self._engine)
         await server.serve()
         thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         thread.start()
