@@ -83,6 +83,14 @@ def test_a_redis_that_cannot_be_reached(llama: Path) -> None:
     assert code == 1 and f"cannot reach Redis at {address}" in last_line(stderr) and "Traceback" not in stderr
 
 
+@pytest.mark.parametrize("program", ["pagewire-worker", "pagewire-router"])
+def test_a_service_whose_redis_is_not_there_does_not_start(program: str, llama: Path) -> None:
+    """A worker that nobody can find would look healthy and never get a request."""
+    address = f"127.0.0.1:{free_port()}"
+    code, stderr = run(program, f"--model={llama}", f"--redis-url=redis://{address}/0")
+    assert code == 1 and f"cannot reach Redis at {address}" in last_line(stderr) and "Traceback" not in stderr
+
+
 @pytest.mark.parametrize(
     "flag", ["--tensor-parallel-size=2", "--no-such-flag", "--quantization=awq", "--max-num-seqs=0"]
 )

@@ -21,6 +21,7 @@ from pagewire_cli import ports, readiness, redis_server, supervisor
 from pagewire_cli.plan import Plan, ServiceSpec
 from pagewire_cli.supervisor import Supervisor
 from pagewire_core.errors import StartupError
+from pagewire_core.redis_link import require_reachable
 
 # Listens, writes its name down when it is told to stop, and ends (unless it is stubborn).
 SERVER = """
@@ -210,7 +211,7 @@ async def test_redis_that_is_killed_comes_back_on_its_port(tmp_path: Path, monke
         before = await _state(plan)
         os.kill(before["redis"], signal.SIGKILL)
         await _state(plan, unlike=before)
-        await redis_server.require_reachable(f"redis://127.0.0.1:{port}/0")
+        await require_reachable(f"redis://127.0.0.1:{port}/0")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")

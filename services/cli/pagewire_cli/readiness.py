@@ -6,18 +6,16 @@ import asyncio
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pagewire_core.redis_link import REDIS_ERRORS, ping
 from pagewire_core.rpc import open_channel
-from redis.exceptions import RedisError
-
-from pagewire_cli import redis_server
 
 _TIMEOUT_S = 2.0
 
 
 async def redis_answers(address: str) -> bool:
     try:
-        await redis_server.ping(f"redis://{address}")
-    except (RedisError, OSError):
+        await ping(f"redis://{address}")
+    except REDIS_ERRORS:
         return False
     return True
 

@@ -1,17 +1,12 @@
-"""The Redis of one machine: our own server process, or somebody else's behind a URL."""
+"""The Redis server process that comes with a checkout."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import redis.asyncio
 from pagewire_core.errors import StartupError
-from redis.exceptions import RedisError
-
-_CONNECT_TIMEOUT_S = 3.0
 
 
 def find_binary() -> str:
@@ -32,30 +27,3 @@ def command(port: int, directory: Path) -> tuple[str, ...]:
         find_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory),
         "--save", "", "--appendonly", "no",
     )  # fmt: skip
-
-
-def redacted(url: str) -> str:
-    """host:port of a Redis URL, without its password."""
-    parts = urlsplit(url)
-    return f"{parts.hostname or 'localhost'}:{parts.port or 6379}" if parts.scheme != "unix" else parts.path
-
-
-async def ping(url: str) -> None:
-    """Raises what redis-py raises unless the server answers."""
-    async with redis.asyncio.from_url(
-        url, socket_connect_timeout=_CONNECT_TIMEOUT_S, socket_timeout=_CONNECT_TIMEOUT_S
-    ) as client:
-        await client.ping()
-
-
-async def require_reachable(url: str) -> None:
-    """Raises StartupError unless `url` names a Redis that answers us."""
-    try:
-        await ping(url)
-    except ValueError as error:
-        raise StartupError(f"--redis-url is not a Redis URL ({error}); write redis://host:port/db") from None
-    except (RedisError, OSError) as error:
-        raise StartupError(
-            f"cannot reach Redis at {redacted(url)} ({type(error).__name__}); start it, correct --redis-url, "
-            "or leave the flag out to have one started"
-        ) from None

@@ -20,9 +20,10 @@ import grpc
 from pagewire.v1 import inference_pb2 as pb
 from pagewire.v1 import inference_pb2_grpc as pb_grpc
 from pagewire_core.errors import StartupError
+from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import open_channel
 
-from pagewire_cli import console, ports, redis_server, state_file
+from pagewire_cli import console, ports, state_file
 from pagewire_cli.plan import Plan, make_plan
 from pagewire_cli.service import Service
 from pagewire_cli.version import installed_version
@@ -44,7 +45,7 @@ async def serve(args: argparse.Namespace, started: float) -> None:
     if args.port:
         ports.require_free(args.host, args.port)
     if args.redis_url:
-        await redis_server.require_reachable(args.redis_url)
+        await require_reachable(args.redis_url)
     plan = make_plan(args)
     console.say(f"pagewire {installed_version()} starts {_summary(plan)} for {args.model}; logs: {plan.directory}")
     await Supervisor(plan, started).run()

@@ -44,6 +44,24 @@ def _without_password(url: str) -> str:
     return url.replace(f":{parts.password}@", ":***@") if parts.password else url
 
 
+async def ping(url: str) -> None:
+    """Raises one of REDIS_ERRORS unless the server answers."""
+    async with open_redis(url) as client:
+        await client.ping()
+
+
+async def require_reachable(url: str) -> None:
+    """For the start of a process: raises StartupError unless a Redis answers at `url`."""
+    try:
+        await ping(url)
+    except REDIS_ERRORS as error:
+        parts = urlsplit(url)
+        where = parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+        raise StartupError(
+            f"cannot reach Redis at {where} ({type(error).__name__}); start it or correct --redis-url"
+        ) from None
+
+
 class RedisLink:
     """Runs one conversation with Redis for ever, again from its start after each failure.
 

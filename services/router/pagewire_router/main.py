@@ -15,6 +15,7 @@ from pagewire.v1 import inference_pb2, inference_pb2_grpc
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import ROUTER_FLAGS, run_main
 from pagewire_core.prefix_index import IndexFollower, PrefixIndex
+from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import RpcServer
 from pagewire_core.telemetry import configure_logging
 
@@ -57,6 +58,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 async def _serve(args: argparse.Namespace, model: ServedModel) -> None:
+    if args.redis_url and not args.workers:  # with a list of workers it can do without from the start
+        await require_reachable(args.redis_url)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

@@ -25,6 +25,7 @@ from pagewire.v1 import (
 )
 from pagewire_core import rpc
 from pagewire_core.block_events import BlockEventPublisher
+from pagewire_core.redis_link import require_reachable
 from pagewire_core.registry import Registration
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
@@ -79,6 +80,8 @@ class Worker:
         stopping = asyncio.Event()
         for name in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(name, stopping.set)
+        if self._args.redis_url:
+            await require_reachable(self._args.redis_url)  # later it may come and go
         server = rpc.RpcServer()
         address = f"{self._args.host}:{server.bind(self._args.host, self._args.port)}"
         info = self._info(address)
