@@ -116,7 +116,7 @@ def prefill_kernel(
 
 
 def launch(head_dim: int, itemsize: int, group: int) -> dict[str, int]:
-    """Tile sizes, num_warps and num_stages, chosen by compiling: no spills on sm_80, 90 and 100 (see aot.py).
+    """Tile sizes, num_warps and num_stages, chosen by compiling: no spills on sm_80 and sm_90 (see aot.py).
 
     fp32 runs without tensor cores and keeps whole rows in registers: with 32 keys it spilled 350 bytes.
     """

@@ -52,9 +52,13 @@ def test_a_parameter_nobody_typed_is_refused() -> None:
         aot._entry("broken", broken_kernel, {"x_ptr": "*fp32"}, {"num_warps": 4})
 
 
+# Tiles are chosen for sm_80 and sm_90. sm_100 must compile; how far it spills depends on the version of triton.
+MAX_SPILL_BYTES = {80: 0, 90: 0, 100: 64}
+
+
 def problems(used: aot.ResourceUsage) -> list[str]:
     found = []
-    if used.spill_bytes:
+    if used.spill_bytes > MAX_SPILL_BYTES[used.sm]:
         found.append(f"spills {used.spill_bytes} bytes a thread with {used.registers} registers")
     if used.shared_bytes > MAX_SHARED_BYTES[used.sm]:
         found.append(f"{used.shared_bytes} bytes of shared memory, {MAX_SHARED_BYTES[used.sm]} there are")

@@ -28,12 +28,12 @@ def test_steps_of_one_size_are_all_slope() -> None:
     assert fit.fit() == (0.0, 2.0)
 
 
-def test_neither_part_is_ever_negative() -> None:
+def test_more_work_never_looks_free_and_no_part_is_negative() -> None:
     falling, steep = LinearFit(), LinearFit()
     for x in range(1, 20):
         falling.add(x, 100 - x)
         steep.add(x, x * 10 - 9)
-    assert falling.fit()[1] == 0 and steep.fit()[0] == 0
+    assert falling.fit()[1] > 0 and steep.fit()[0] == 0
 
 
 def test_one_held_up_step_does_not_make_a_worker_look_slow() -> None:

@@ -9,6 +9,7 @@ class LinearFit:
     """y = base + slope * x by least squares with exponential forgetting (half-life about 70 steps)."""
 
     _KEEP = 0.99
+    _LEAST_SLOPE = 0.05  # of y / x: noise must not make more work look free, or all of it goes to one worker
 
     def __init__(self) -> None:
         self._n = self._x = self._y = self._xx = self._xy = 0.0
@@ -28,7 +29,8 @@ class LinearFit:
         variance = self._xx / self._n - mean_x**2
         if variance <= 1e-9 * max(mean_x**2, 1.0):  # one size only: all of it is slope
             return 0.0, mean_y / mean_x if mean_x else 0.0
-        slope = max((self._xy / self._n - mean_x * mean_y) / variance, 0.0)
+        least = self._LEAST_SLOPE * mean_y / mean_x
+        slope = max((self._xy / self._n - mean_x * mean_y) / variance, least)
         return max(mean_y - slope * mean_x, 0.0), slope
 
 

@@ -17,6 +17,7 @@ from pagewire_core.flags import ROUTER_FLAGS, run_main
 from pagewire_core.prefix_index import IndexFollower, PrefixIndex
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import RpcServer
+from pagewire_core.shutdown import exit_within
 from pagewire_core.telemetry import configure_logging
 
 from pagewire_router.admission import Admission
@@ -30,7 +31,8 @@ from pagewire_router.workers import Worker, WorkerTable
 
 log = structlog.get_logger(__name__)
 
-_DRAIN_S = 10.0
+_DRAIN_S = 10.0  # how long running requests may go on after SIGTERM
+_CLOSE_S = 3.0  # how long connections may take to close after that
 _OVERCOMMIT = 1.25  # sequences admitted per decode slot: the next prompt is computed while a slot empties
 _UNBOUNDED = 1 << 30  # nobody decodes yet: requests wait for a worker, not for each other
 
@@ -67,6 +69,7 @@ async def _serve(args: argparse.Namespace, model: ServedModel) -> None:
         log.info("router ready", address=f"{args.host}:{port}", model=model.names[0])
         await stopping.wait()
         log.info("router stopping", running=router.admission.num_running)
+        exit_within(_DRAIN_S + _CLOSE_S)
         router.admission.close()
         await server.stop(_DRAIN_S)
 

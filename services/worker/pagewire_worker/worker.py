@@ -27,6 +27,7 @@ from pagewire_core import rpc
 from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.registry import Registration
+from pagewire_core.shutdown import exit_within
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine, Outbox, deliver_outbox
@@ -95,6 +96,7 @@ class Worker:
         log.info("worker ready", role=self._args.role, address=address, worker_id=info.worker_id, lanes=self._lanes)
         await stopping.wait()
         log.info("draining")
+        exit_within(DRAIN_S + 2 * CLOSE_S)
         await self._stop(server, background, info)
         self._engine.stop()
         await asyncio.to_thread(thread.join, 5)
