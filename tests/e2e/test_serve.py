@@ -112,6 +112,23 @@ async def test_a_conversation_reuses_its_prefix(served: Served) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens
 
 
+async def test_log_probabilities_of_chosen_and_best_tokens_cross_the_hand_off(served: Served) -> None:
+    """The first token is sampled by one worker and the others by another; all must carry them."""
+    answer = await served.client.chat.completions.create(
+        model="pagewire-demo", messages=[{"role": "user", "content": "What is the capital of Japan?"}],
+        temperature=0, logprobs=True, top_logprobs=3, n=2,
+    )  # fmt: skip
+    assert [choice.message.content for choice in answer.choices] == ["The capital of Japan is Tokyo."] * 2
+    for choice in answer.choices:
+        assert choice.logprobs is not None and choice.logprobs.content
+        text = b"".join(bytes(token.bytes or []) for token in choice.logprobs.content)
+        assert text.decode().startswith("The capital of Japan is Tokyo.")
+        for token in choice.logprobs.content:
+            values = [top.logprob for top in token.top_logprobs]
+            assert values == sorted(values, reverse=True) and len(values) == 3
+            assert token.logprob == values[0] and token.token == token.top_logprobs[0].token
+
+
 async def test_no_part_of_a_stop_string_gets_out(served: Served) -> None:
     ask: dict[str, Any] = {"model": "pagewire-demo", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 60}
     full = (await served.client.completions.create(**ask)).choices[0].text
