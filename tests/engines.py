@@ -8,9 +8,10 @@ from typing import Any
 
 from pagewire_core.model_dir import resolve_model
 from pagewire_engine.engine import Engine
+from pagewire_engine.events import Event, Failed, Token
 from pagewire_engine.loader import EngineOptions, load
-from pagewire_engine.request import Event, Failed, Request, Token
 from pagewire_engine.sampling_params import SamplingParams
+from pagewire_engine.sequence import Request
 
 ROOT = b"r" * 32
 

@@ -182,7 +182,7 @@ async def _interleave(engine: Engine, steps: list[tuple[str, int]]) -> None:
                         engine.blocks.release(transfers.take(ready.pop(name)))
         except PagewireError:
             pass
-        tables = engine._external.values()
+        tables = engine.external.tables
         engine.blocks.check(tables)
     for name in names:
         transfers.end(name, Cancelled("over"))

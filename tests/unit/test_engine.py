@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from engines import Run, assert_empty, make_engine, run_all
 from pagewire_core.errors import ContextLength, Internal, StartupError
-from pagewire_engine.request import Failed, Finished, FirstTokens, Progress, Started, Token
+from pagewire_engine.events import Failed, Finished, FirstTokens, Progress, Started, Token
 from tiny_models import ARCHITECTURES, ROPES, VOCAB, make_model, reference_greedy
 
 LENGTHS = (1, 5, 16, 33, 100)  # one token, less than a block, a block, a bit more than two, several chunks

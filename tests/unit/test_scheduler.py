@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pagewire_core.block_hash import PageKeys
 from pagewire_engine.config import EngineConfig
-from pagewire_engine.request import Request
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.scheduler import Decision, Pool, blocks_to_grow, decide
-from pagewire_engine.sequence import Sequence
+from pagewire_engine.sequence import Request, Sequence
 
 CONFIG = EngineConfig(max_model_len=512, block_size=16, num_blocks=64, max_num_seqs=6, max_num_batched_tokens=50)
 

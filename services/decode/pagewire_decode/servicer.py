@@ -12,10 +12,11 @@ import structlog
 from pagewire.v1 import common_pb2, decode_pb2, decode_pb2_grpc
 from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
 from pagewire_engine.engine import Engine
+from pagewire_engine.events import Event, Failed, Finished, Started, Token
 from pagewire_engine.metrics import StageMetrics
-from pagewire_engine.request import Event, Failed, Finished, Request, Started, Token
 from pagewire_engine.sampler import Sampled
 from pagewire_engine.sampling_params import SamplingParams
+from pagewire_engine.sequence import Request
 from pagewire_engine.wire import from_proto, to_proto
 
 from pagewire_decode.transfers import Transfers

@@ -66,13 +66,13 @@ class Transfers:
             raise ContextLength(f"the prompt has {len(prompt)} tokens; this worker holds {config.max_model_len}")
         if n > config.max_num_seqs:
             raise ContextLength(f"n={n} is more than --max-num-seqs {config.max_num_seqs}", "n")
-        local_tokens = self._engine.pin_prefix(transfer_id, prompt, cache_root)
+        local_tokens = self._engine.external.pin_prefix(transfer_id, prompt, cache_root)
         # Every choice may soon need a block of its own: for its next token, or a copy of the shared last one.
         credits = config.blocks_for(len(prompt)) - local_tokens // config.block_size + n
         try:
-            self._engine.reserve(min(credits, config.num_blocks))
+            self._engine.external.reserve(min(credits, config.num_blocks))
         except PagewireError:
-            self._engine.free_external(transfer_id)
+            self._engine.external.free(transfer_id)
             raise
         loop = asyncio.get_running_loop()
         transfer = Transfer(transfer_id, prompt, local_tokens, min(credits, config.num_blocks), loop.create_future())
@@ -95,7 +95,7 @@ class Transfers:
     def take(self, transfer: Transfer) -> list[int]:
         """The block table of a ready transfer; its references pass to the caller."""
         del self._transfers[transfer.transfer_id]
-        return self._engine.unbind(transfer.transfer_id)
+        return self._engine.external.unbind(transfer.transfer_id)
 
     def end(self, transfer_id: bytes, error: PagewireError) -> bool:
         """Gives back whatever the transfer holds and remembers that it is over. Idempotent."""
@@ -108,8 +108,8 @@ class Transfers:
         self.abort_peer(transfer_id, error)
         with transfer.lock:  # waits for a scatter that is under way
             transfer.valid = False
-        self._engine.free_external(transfer_id)
-        self._engine.unreserve(transfer.credits)
+        self._engine.external.free(transfer_id)
+        self._engine.external.unreserve(transfer.credits)
         if not transfer.ready.done():
             transfer.ready.set_exception(error)
             transfer.ready.exception()  # nobody may be waiting
@@ -138,8 +138,8 @@ class Transfers:
                 f"tokens [{token_begin}, {token_end}) were offered, "
                 f"[{transfer.local_tokens}, {len(transfer.prompt)}) are missing"
             )
-        transfer.block_table = self._engine.bind(transfer_id, len(transfer.prompt))
-        self._engine.unreserve(transfer.credits)
+        transfer.block_table = self._engine.external.bind(transfer_id, len(transfer.prompt))
+        self._engine.external.unreserve(transfer.credits)
         transfer.credits = 0
         transfer.valid = True
 

@@ -18,25 +18,17 @@ from dataclasses import dataclass
 import structlog
 from pagewire.v1 import common_pb2 as pb
 from pagewire_core.block_hash import HASH_BLOCK, PageKeys
-from pagewire_core.errors import ContextLength, Internal, Overloaded, PagewireError
+from pagewire_core.errors import ContextLength, Internal, PagewireError
 
 from pagewire_engine.batch import Batch, build_batch
-from pagewire_engine.block_manager import BlockManager, OutOfBlocks
+from pagewire_engine.block_manager import BlockManager
 from pagewire_engine.config import EngineConfig
+from pagewire_engine.events import Event, Failed, Finished, FirstTokens, Progress, Started, Token
+from pagewire_engine.external_blocks import ExternalBlocks
 from pagewire_engine.model_runner import ModelRunner
-from pagewire_engine.request import (
-    Event,
-    Failed,
-    Finished,
-    FirstTokens,
-    Progress,
-    Request,
-    Started,
-    Token,
-)
 from pagewire_engine.sampler import Sampled
 from pagewire_engine.scheduler import Decision, Pool, decide, must_copy
-from pagewire_engine.sequence import Sequence
+from pagewire_engine.sequence import Request, Sequence
 from pagewire_engine.step_cost import StepCost
 
 log = structlog.get_logger(__name__)
@@ -83,12 +75,11 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._holding: set[Request] = set()  # prefill-only requests whose blocks wait to be sent
-        self._external: dict[object, list[int]] = {}  # blocks held by transfers, by owner
-        self._reserved = 0
         self._in_step: frozenset[Sequence] = frozenset()
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._stopping = False
+        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake)
 
     # ---------------------------------------------------------------- requests
 
@@ -152,52 +143,6 @@ class Engine:
                 self._holding.discard(request)
                 self._drop(request.sequences[0])
 
-    # ---------------------------------------------------------------- blocks for transfers
-
-    def pin_prefix(self, owner: object, prompt: Seq[int], cache_root: bytes) -> int:
-        """Holds the blocks of the prompt's locally cached prefix for `owner`; returns its tokens."""
-        with self._lock:
-            keys = PageKeys(cache_root, self.config.block_size).extend(prompt, len(prompt))
-            blocks = self.blocks.match(keys) if self.config.enable_prefix_caching else []
-            self._external[owner] = blocks
-            return len(blocks) * self.config.block_size
-
-    def reserve(self, num_blocks: int) -> None:
-        """Promises blocks without binding them. Raises Overloaded if there are not as many."""
-        with self._lock:
-            if num_blocks > self.blocks.num_free - self._reserved:
-                raise Overloaded(
-                    f"{num_blocks} KV blocks wanted, {self.blocks.num_free - self._reserved} free", retry_after_s=1.0
-                )
-            self._reserved += num_blocks
-
-    def unreserve(self, num_blocks: int) -> None:
-        with self._lock:
-            self._reserved -= num_blocks
-            assert self._reserved >= 0
-            self._wake.notify()
-
-    def bind(self, owner: object, num_tokens: int) -> list[int]:
-        """Extends the blocks of `owner` to hold `num_tokens`; returns its block table. Raises Overloaded."""
-        with self._lock:
-            table = self._external[owner]
-            try:
-                table += self.blocks.allocate(self.config.blocks_for(num_tokens) - len(table))
-            except OutOfBlocks as error:
-                raise Overloaded(f"out of KV blocks: {error}", retry_after_s=1.0) from None
-            return list(table)
-
-    def unbind(self, owner: object) -> list[int]:
-        """Hands the blocks of `owner` to the caller, who now holds the references."""
-        with self._lock:
-            return self._external.pop(owner)
-
-    def free_external(self, owner: object) -> None:
-        """Gives back whatever `owner` holds. Idempotent."""
-        with self._lock:
-            self.blocks.release(self._external.pop(owner, []))
-            self._wake.notify()
-
     def snapshot(self) -> list[bytes]:
         """Hash blocks in the prefix cache, parents before children."""
         with self._lock:
@@ -230,7 +175,7 @@ class Engine:
     def step(self) -> bool:
         """One turn of the loop; False if nothing could be scheduled."""
         with self._lock:
-            pool = Pool(self.blocks.num_free, self._reserved, self._lookup, self.blocks.ref_count)
+            pool = Pool(self.blocks.num_free, self.external.reserved, self._lookup, self.blocks.ref_count)
             decision = decide(self._running, self._waiting, pool, self.config)
             outbox, batch = self._apply(decision)
             self._in_step = frozenset(seq for seq, _ in batch.scheduled) if batch else frozenset()
@@ -415,15 +360,15 @@ class Engine:
         with self._lock:
             tables = [seq.block_table for seq in (*self._running, *self._waiting)]
             tables += [request.sequences[0].block_table for request in self._holding]
-            self.blocks.check([*tables, *self._external.values()])
+            self.blocks.check([*tables, *self.external.tables])
 
     def load(self) -> dict[str, int]:
         """The numbers of WorkerService.Stats that the engine knows."""
         with self._lock:
             return {
-                "free_blocks": max(self.blocks.num_free - self._reserved, 0),
+                "free_blocks": max(self.blocks.num_free - self.external.reserved, 0),
                 "total_blocks": self.blocks.num_blocks,
-                "reserved_blocks": self._reserved,
+                "reserved_blocks": self.external.reserved,
                 "num_running": len(self._running),
                 "num_waiting": len(self._waiting),
                 "waiting_prefill_tokens": sum(s.num_uncomputed for s in (*self._waiting, *self._running)

@@ -1,14 +1,15 @@
-"""One sequence: its tokens, its KV blocks and how far they are filled. No policy."""
+"""A request and its sequences: tokens, KV blocks and how far they are filled. No policy."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from pagewire_core.block_hash import PageKeys
 
-if TYPE_CHECKING:
-    from pagewire_engine.request import Request
+from pagewire_engine.events import Event
+from pagewire_engine.sampling_params import SamplingParams
 
 
 @dataclass(eq=False)
@@ -55,3 +56,29 @@ class Sequence:
             num_registered=self.num_registered,
             block_table=list(self.block_table),
         )
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with n continuations.
+
+    emit is called with each event, in order. prefill_only: the engine stops
+    after FirstTokens and holds the prompt's blocks until `Engine.release`.
+    """
+
+    request_id: str
+    prompt: list[int]
+    cache_root: bytes
+    params: SamplingParams
+    n: int
+    emit: Callable[[Event], None]
+    prefill_only: bool = False
+    sequences: list[Sequence] = field(default_factory=list)  # one, the prompt's, until it is computed; then n
+    cancelled: bool = False
+    forked: bool = False
+    done: bool = False  # Finished was emitted
+    arrived: float = field(default_factory=time.monotonic)
+
+    def choices_to_sample(self, seq: Sequence) -> Iterable[int]:
+        """Choices whose next token `seq`'s logits give: all of them at the end of the shared prompt."""
+        return (seq.choice,) if self.forked else range(self.n)

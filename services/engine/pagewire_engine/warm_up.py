@@ -11,8 +11,8 @@ import time
 import structlog
 
 from pagewire_engine.engine import Counters, Engine
-from pagewire_engine.request import Request
 from pagewire_engine.sampling_params import SamplingParams
+from pagewire_engine.sequence import Request
 from pagewire_engine.step_cost import StepCost
 
 log = structlog.get_logger(__name__)

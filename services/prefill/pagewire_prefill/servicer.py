@@ -11,9 +11,10 @@ import structlog
 from pagewire.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
 from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
 from pagewire_engine.engine import Engine
+from pagewire_engine.events import Event, Failed, FirstTokens, Progress, Started
 from pagewire_engine.metrics import StageMetrics
-from pagewire_engine.request import Event, Failed, FirstTokens, Progress, Request, Started
 from pagewire_engine.sampling_params import SamplingParams
+from pagewire_engine.sequence import Request
 from pagewire_engine.wire import to_proto
 from pagewire_transfer.sender import KvSender, Outgoing, SendStats
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pagewire_core.errors import Cancelled
 from pagewire_engine.engine import Engine
-from pagewire_engine.request import Request
+from pagewire_engine.sequence import Request
 
 
 class PromptSource:

@@ -1,0 +1,56 @@
+"""What the engine says of a request while it works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagewire.v1 import common_pb2 as pb
+from pagewire_core.errors import PagewireError
+
+from pagewire_engine.sampler import Sampled
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request is in a batch; `cached_tokens` of its prompt were in the prefix cache."""
+
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The KV of the first `num_computed` prompt tokens is final (prefill-only requests)."""
+
+    num_computed: int
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """The first token of every choice, choices in order."""
+
+    tokens: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One more token of one choice (the first one too), with the end of the choice if it is its last."""
+
+    choice: int
+    sampled: Sampled
+    finish_reason: pb.FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Every choice has ended."""
+
+    num_preemptions: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: PagewireError
+
+
+Event = Started | Progress | FirstTokens | Token | Finished | Failed

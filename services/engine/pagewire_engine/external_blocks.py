@@ -1,0 +1,75 @@
+"""Blocks that incoming transfers hold beside the engine's own sequences: promised, pinned and bound."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as Seq
+
+from pagewire_core.block_hash import PageKeys
+from pagewire_core.errors import Overloaded
+
+from pagewire_engine.block_manager import BlockManager, OutOfBlocks
+from pagewire_engine.config import EngineConfig
+
+
+class ExternalBlocks:
+    """Part of the engine's books, under the engine's lock; any thread may call.
+
+    reserved: blocks that are promised and not yet bound. wake: notified when something is given back.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, config: EngineConfig, lock: threading.RLock, wake: threading.Condition
+    ) -> None:
+        self._blocks, self._config, self._lock, self._wake = blocks, config, lock, wake
+        self._held: dict[object, list[int]] = {}  # by owner
+        self.reserved = 0
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """The block tables of all owners."""
+        return list(self._held.values())
+
+    def pin_prefix(self, owner: object, prompt: Seq[int], cache_root: bytes) -> int:
+        """Holds the blocks of the prompt's locally cached prefix for `owner`; returns its tokens."""
+        with self._lock:
+            keys = PageKeys(cache_root, self._config.block_size).extend(prompt, len(prompt))
+            blocks = self._blocks.match(keys) if self._config.enable_prefix_caching else []
+            self._held[owner] = blocks
+            return len(blocks) * self._config.block_size
+
+    def reserve(self, num_blocks: int) -> None:
+        """Promises blocks without binding them. Raises Overloaded if there are not as many."""
+        with self._lock:
+            if num_blocks > self._blocks.num_free - self.reserved:
+                raise Overloaded(
+                    f"{num_blocks} KV blocks wanted, {self._blocks.num_free - self.reserved} free", retry_after_s=1.0
+                )
+            self.reserved += num_blocks
+
+    def unreserve(self, num_blocks: int) -> None:
+        with self._lock:
+            self.reserved -= num_blocks
+            assert self.reserved >= 0
+            self._wake.notify()
+
+    def bind(self, owner: object, num_tokens: int) -> list[int]:
+        """Extends the blocks of `owner` to hold `num_tokens`; returns its block table. Raises Overloaded."""
+        with self._lock:
+            table = self._held[owner]
+            try:
+                table += self._blocks.allocate(self._config.blocks_for(num_tokens) - len(table))
+            except OutOfBlocks as error:
+                raise Overloaded(f"out of KV blocks: {error}", retry_after_s=1.0) from None
+            return list(table)
+
+    def unbind(self, owner: object) -> list[int]:
+        """Hands the blocks of `owner` to the caller, who now holds the references."""
+        with self._lock:
+            return self._held.pop(owner)
+
+    def free(self, owner: object) -> None:
+        """Gives back whatever `owner` holds. Idempotent."""
+        with self._lock:
+            self._blocks.release(self._held.pop(owner, []))
+            self._wake.notify()
