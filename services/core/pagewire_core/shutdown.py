@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import threading
 
@@ -17,8 +19,13 @@ def exit_within(seconds: float) -> None:
     nothing that a client waits for, and an orchestrator's next step is SIGKILL.
     """
 
+    loop: asyncio.AbstractEventLoop | None = None
+    with contextlib.suppress(RuntimeError):
+        loop = asyncio.get_running_loop()
+
     def end() -> None:
-        log.warning("something would not close; ending the process", after_s=seconds)
+        tasks = [repr(task.get_coro()) for task in asyncio.all_tasks(loop)] if loop else []
+        log.warning("something would not close; ending the process", after_s=seconds, tasks=tasks)
         os._exit(0)
 
     timer = threading.Timer(seconds, end)
