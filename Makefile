@@ -44,7 +44,7 @@ lint: $(TESTING)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	MYPYPATH=$(SOURCES) $(BIN)/mypy --explicit-package-bases --ignore-missing-imports --follow-imports=silent \
-		services/core services/cli benchmarks
+		services benchmarks
 
 check: lint test
 

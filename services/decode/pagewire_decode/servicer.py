@@ -123,8 +123,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         )
 
     async def _responses(
-        self, call: _Call, started: decode_pb2.DecodeStarted
+        self, call: _Call, known: decode_pb2.DecodeStarted
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        """`known`: what DecodeStarted will say beside the first tokens."""
+        started = False
         finished: Finished | None = None
         while finished is None:
             events = [await call.events.get()]
@@ -141,10 +143,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                         finished = event
                     case Token():
                         self._add_token(call, event, choices)
-            if started is not None and len(call.first) == call.work.n:
-                yield decode_pb2.DecodeResponse(started=self._started(call, started))
-                started = None
-            if started is None and choices:
+            if not started and len(call.first) == call.work.n:
+                yield decode_pb2.DecodeResponse(started=self._started(call, known))
+                started = True
+            if started and choices:
                 yield decode_pb2.DecodeResponse(tokens=decode_pb2.DecodeTokens(choices=choices.values()))
         yield decode_pb2.DecodeResponse(finished=self._finished(call, finished))
 

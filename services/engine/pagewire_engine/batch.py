@@ -59,19 +59,22 @@ def build_batch(
                 sample_from.append(len(input_ids) - 1)
                 sample_rows.append(SampleRow(seq.request.params, choice, seq.tokens, seq.num_prompt))
     num_decode = sum(1 for _, chunk in ordered if chunk == 1)
-    long = {"dtype": torch.int64, "device": device}
     return Batch(
         scheduled=tuple(ordered),
-        input_ids=torch.tensor(input_ids, **long),
-        positions=torch.tensor(positions, **long),
-        slot_mapping=torch.tensor(slots, **long),
+        input_ids=_tensor(input_ids, torch.int64, device),
+        positions=_tensor(positions, torch.int64, device),
+        slot_mapping=_tensor(slots, torch.int64, device),
         num_decode=num_decode,
         decode=_rows(ordered[:num_decode], device),
         prefill=_rows(ordered[num_decode:], device),
-        sample_from=torch.tensor(sample_from, **long),
+        sample_from=_tensor(sample_from, torch.int64, device),
         sample_rows=tuple(sample_rows),
         copies=tuple(copies),
     )
+
+
+def _tensor(values: list[int] | list[list[int]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _rows(scheduled: Seq[tuple[Sequence, int]], device: torch.device) -> Rows | None:
@@ -82,9 +85,8 @@ def _rows(scheduled: Seq[tuple[Sequence, int]], device: torch.device) -> Rows | 
     starts = [0]
     for _, chunk in scheduled:
         starts.append(starts[-1] + chunk)
-    int32 = {"dtype": torch.int32, "device": device}
     return Rows(
-        block_tables=torch.tensor(tables, **int32),
-        seq_lens=torch.tensor([seq.num_computed + chunk for seq, chunk in scheduled], **int32),
-        cu_seqlens_q=torch.tensor(starts, **int32),
+        block_tables=_tensor(tables, torch.int32, device),
+        seq_lens=_tensor([seq.num_computed + chunk for seq, chunk in scheduled], torch.int32, device),
+        cu_seqlens_q=_tensor(starts, torch.int32, device),
     )

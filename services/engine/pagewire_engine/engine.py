@@ -183,6 +183,7 @@ class Engine:
         if batch is None:
             return bool(decision.preempted)
         started = time.perf_counter()
+        sampled: list[Sampled] | PagewireError
         try:
             sampled = self.runner.run(batch)
         except Exception as error:  # the step is lost, not the worker: its requests fail, the others go on

@@ -202,7 +202,8 @@ class Worker:
         )
 
     def _stats(self) -> worker_pb2.StatsResponse:
-        stats = worker_pb2.StatsResponse(**self._engine.load(), step_cost=self._engine.step_cost.to_proto())
+        load: dict[str, Any] = dict(self._engine.load())
+        stats = worker_pb2.StatsResponse(**load, step_cost=self._engine.step_cost.to_proto())
         stats.open_transfers = len(self._transfers)
         stats.draining = self._draining
         if self._sender:

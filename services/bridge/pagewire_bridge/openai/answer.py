@@ -117,9 +117,9 @@ async def whole(answer: Answer, generation: Generation) -> dict[str, Any]:
     ]
     if answer.prompt_token_ids is not None:
         per_prompt = answer.num_choices // len(answer.prompt_token_ids)
-        for i, (choice, c) in enumerate(zip(choices, collected, strict=True)):
-            choice["token_ids"] = c.token_ids
-            choice["prompt_token_ids"] = answer.prompt_token_ids[i // per_prompt]
+        for i, (shaped, c) in enumerate(zip(choices, collected, strict=True)):
+            shaped["token_ids"] = c.token_ids
+            shaped["prompt_token_ids"] = answer.prompt_token_ids[i // per_prompt]
     return {
         **answer.head,
         "object": answer.shape.object,
