@@ -67,6 +67,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._names: list[str] = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+        self._stopping: asyncio.Task[None] | None = None
 
     def add(self, adder: Callable[[Any, grpc.aio.Server], None], servicer: object, descriptor: Any) -> None:
         """Registers a servicer with the generated `add_...Servicer_to_server`; descriptor names the service."""
@@ -99,6 +100,14 @@ class RpcServer:
             await self._health.set(name, status)
 
     async def stop(self, grace_s: float = 0.0) -> None:
+        """Ends the server; calls that still run after `grace_s` are cancelled. The first call's grace counts."""
+        # One stop only: in grpc.aio a second one that is still waiting when the first has freed the server
+        # touches freed memory.
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, grace_s: float) -> None:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
