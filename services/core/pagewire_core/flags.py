@@ -23,8 +23,6 @@ class Flag:
     help: str
     type: Callable[[str], Any] | None = str  # None: a switch with a --no- form
     choices: tuple[str, ...] | None = None
-    metavar: str | None = None
-    aliases: tuple[str, ...] = ()
 
 
 def size(text: str) -> int:
@@ -149,7 +147,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], environ: Ma
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=flag.help)
             continue
         parser.add_argument(
-            f"--{name}", type=flag.type, default=default, help=flag.help, metavar=flag.metavar,
+            f"--{name}", type=flag.type, default=default, help=flag.help,
             choices=[flag.type(c) for c in flag.choices] if flag.choices else None,
         )  # fmt: skip
 

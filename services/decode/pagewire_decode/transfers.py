@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import structlog
 import torch
 from pagewire.v1 import common_pb2
-from pagewire_core.errors import Cancelled, ContextLength, InvalidRequest, PagewireError, Unavailable
+from pagewire_core.errors import Cancelled, InvalidRequest, PagewireError, Unavailable
 from pagewire_engine.engine import Engine
 from pagewire_transfer.receiver import ReceiveStats
 
@@ -62,10 +62,7 @@ class Transfers:
         if transfer_id in self._transfers:
             return self._transfers[transfer_id]
         config = self._engine.config
-        if not 0 < len(prompt) < config.max_model_len:
-            raise ContextLength(f"the prompt has {len(prompt)} tokens; this worker holds {config.max_model_len}")
-        if n > config.max_num_seqs:
-            raise ContextLength(f"n={n} is more than --max-num-seqs {config.max_num_seqs}", "n")
+        self._engine.check_fits(len(prompt), n)
         local_tokens = self._engine.external.pin_prefix(transfer_id, prompt, cache_root)
         # Every choice may soon need a block of its own: for its next token, or a copy of the shared last one.
         credits = config.blocks_for(len(prompt)) - local_tokens // config.block_size + n

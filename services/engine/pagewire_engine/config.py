@@ -25,7 +25,6 @@ class EngineConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_prefix_caching: bool = True
-    poison_free_blocks: bool = False  # tests: a free block holds NaN, so that any stale read shows
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens occupy."""

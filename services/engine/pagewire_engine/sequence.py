@@ -29,7 +29,6 @@ class Sequence:
     num_prompt: int
     keys: PageKeys
     num_computed: int = 0
-    num_cached: int = 0  # of the first admission: prompt tokens found in the prefix cache
     num_registered: int = 0  # blocks already offered to the prefix cache
     block_table: list[int] = field(default_factory=list)
     finished: bool = False
@@ -52,7 +51,6 @@ class Sequence:
             num_prompt=self.num_prompt,
             keys=self.keys.copy(),
             num_computed=self.num_computed,
-            num_cached=self.num_cached,
             num_registered=self.num_registered,
             block_table=list(self.block_table),
         )

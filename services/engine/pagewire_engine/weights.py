@@ -28,12 +28,6 @@ class Checkpoint:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._open.clear()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        return self._read(name).dtype
-
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor called `name`, checked against the shape that config.json implies."""
         tensor = self._read(name)
