@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _INTEGER = (torch.int32, torch.int64)
+_FP8 = torch.float8_e4m3fn
 
 
 def check(condition: bool, message: str) -> None:
@@ -49,7 +50,7 @@ def check_attention(
     num_kv_heads = k_cache.shape[2]
     check(head_dim == k_cache.shape[3], f"q has head_dim {head_dim}, the cache {k_cache.shape[3]}")
     check(num_heads % num_kv_heads == 0, f"{num_heads} query heads cannot share {num_kv_heads} kv heads evenly")
-    check(q.dtype == k_cache.dtype, f"dtypes differ: q {q.dtype}, k_cache {k_cache.dtype}")
+    check(k_cache.dtype in (q.dtype, _FP8), f"dtypes differ: q {q.dtype}, k_cache {k_cache.dtype}")
     check(
         block_tables.dim() == 2 and block_tables.dtype == torch.int32,
         f"block_tables must be int32 [num_seqs, max_blocks], got {block_tables.dtype} {tuple(block_tables.shape)}",

@@ -1,16 +1,7 @@
-"""The public functions: tensors in, tensors out, one signature, two implementations.
+"""The public functions: tensors in, tensors out, one signature, two implementations (see dispatch.py).
 
-CUDA tensors go to the Triton kernels and CPU tensors to plain torch (reference.py). The choice is made once for each
-device type and logged; PAGEWIRE_KERNELS=torch or =triton forces it. Triton on CPU tensors needs TRITON_INTERPRET=1.
-Triton is imported only when it is chosen, so a machine without it works.
+Attention and the movement of keys and values are here; step_ops.py, linear_ops.py and sampling_ops.py hold the rest.
 """
-
-import functools
-import importlib.util
-import logging
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -22,20 +13,55 @@ from pagewire_kernels.checks import (
     check_pack,
     check_write_kv,
 )
+from pagewire_kernels.decode_workspace import DecodeWorkspace, decode_workspace
+from pagewire_kernels.dispatch import implementation
+from pagewire_kernels.int4 import pack_int4, unpack_int4
+from pagewire_kernels.linear_ops import gemm_fp8, gemm_w4, gemm_w8, gemv
+from pagewire_kernels.sampling_ops import count_tokens, sample
+from pagewire_kernels.sampling_tensors import IN_PROMPT, SamplingTensors
+from pagewire_kernels.step_ops import (
+    quantize_fp8_rows,
+    resolve_input_ids,
+    rms_norm_residual,
+    rms_norm_residual_fp8,
+    rope_write_kv,
+    silu_and_mul,
+    silu_and_mul_fp8,
+)
 
-logger = logging.getLogger("pagewire.kernels")
+__all__ = [
+    "IN_PROMPT",
+    "DecodeWorkspace",
+    "SamplingTensors",
+    "count_tokens",
+    "decode_workspace",
+    "gemm_fp8",
+    "gemm_w4",
+    "gemm_w8",
+    "gemv",
+    "implementation",
+    "pack_int4",
+    "pack_kv",
+    "paged_decode",
+    "paged_prefill",
+    "quantize_fp8_rows",
+    "resolve_input_ids",
+    "rms_norm",
+    "rms_norm_residual",
+    "rms_norm_residual_fp8",
+    "rope",
+    "rope_write_kv",
+    "sample",
+    "silu_and_mul",
+    "silu_and_mul_fp8",
+    "unpack_int4",
+    "unpack_kv",
+    "write_kv",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Implementation:
-    """The five ops that exist both as Triton kernels and in plain torch."""
-
-    name: str
-    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    paged_decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
-    paged_prefill: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
-    pack_kv: Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
-    unpack_kv: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], None]
+# Plain torch on every device: what TorchRunner, the reference, is made of.
+rms_norm = reference.rms_norm
+rope = reference.rope
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -56,17 +82,40 @@ def paged_decode(
     seq_lens: Tensor,
     scale: float,
     window: int = 0,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
 ) -> Tensor:
     """Attention of one query token per sequence, q [B, H, D], over the paged cache. Returns [B, H, D] in q.dtype.
 
     The query of sequence b sits at position seq_lens[b] - 1 and sees the keys [max(0, seq_len - window), seq_len), all
     of them for window 0. block_tables int32 [B, max_blocks], seq_lens int32 or int64 [B]. Query head h uses kv head
     h // (H // KVH). seq_lens[b] == 0 marks batch padding and gives zeros. Slots outside the visible range are never
-    mixed in, whatever they hold. ValueError: shapes or dtypes that do not fit.
+    mixed in, whatever they hold.
+
+    An e4m3 cache holds key / k_scale and value / v_scale. With a workspace (and `out`, like q) nothing is allocated and
+    the launch depends on shapes alone, so that a captured graph holds for any seq_lens. ValueError: shapes or dtypes
+    that do not fit.
     """
     check_attention(q, k_cache, v_cache, block_tables, seq_lens, window)
     check(q.shape[0] == seq_lens.shape[0], f"{q.shape[0]} queries for {seq_lens.shape[0]} sequences")
-    return implementation(q.device.type).paged_decode(q, k_cache, v_cache, block_tables, seq_lens, scale, window)
+    check(out is None or (out.shape == q.shape and out.dtype == q.dtype), "out must be like q")
+    result: Tensor = implementation(q.device.type).paged_decode(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        scale,
+        window,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+        workspace=workspace,
+    )
+    return result
 
 
 def paged_prefill(
@@ -78,6 +127,10 @@ def paged_prefill(
     seq_lens: Tensor,
     scale: float,
     window: int = 0,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed chunks, q [T, H, D], over the paged cache. Returns [T, H, D] in q.dtype.
 
@@ -88,9 +141,21 @@ def paged_prefill(
     """
     check_attention(q, k_cache, v_cache, block_tables, seq_lens, window)
     check_cu_seqlens_q(cu_seqlens_q, seq_lens.shape[0])
-    return implementation(q.device.type).paged_prefill(
-        q, k_cache, v_cache, block_tables, cu_seqlens_q, seq_lens, scale, window
+    check(out is None or (out.shape == q.shape and out.dtype == q.dtype), "out must be like q")
+    result: Tensor = implementation(q.device.type).paged_prefill(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        cu_seqlens_q,
+        seq_lens,
+        scale,
+        window,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
     )
+    return result
 
 
 def pack_kv(kv_cache: Tensor, slot_mapping: Tensor, layers: tuple[int, int]) -> Tensor:
@@ -100,7 +165,8 @@ def pack_kv(kv_cache: Tensor, slot_mapping: Tensor, layers: tuple[int, int]) -> 
     slot_mapping int64 [T]. ValueError: shapes that do not fit or an empty layer range.
     """
     check_pack(kv_cache, slot_mapping, layers)
-    return implementation(kv_cache.device.type).pack_kv(kv_cache, slot_mapping, layers)
+    wire: Tensor = implementation(kv_cache.device.type).pack_kv(kv_cache, slot_mapping, layers)
+    return wire
 
 
 def unpack_kv(wire: Tensor, kv_cache: Tensor, slot_mapping: Tensor, layers: tuple[int, int]) -> None:
@@ -110,58 +176,3 @@ def unpack_kv(wire: Tensor, kv_cache: Tensor, slot_mapping: Tensor, layers: tupl
     """
     check_pack(kv_cache, slot_mapping, layers, wire)
     implementation(kv_cache.device.type).unpack_kv(wire, kv_cache, slot_mapping, layers)
-
-
-# Torch on every device for now: memory-bound, and one launch each would not change a decode step.
-rms_norm = reference.rms_norm
-rope = reference.rope
-silu_and_mul = reference.silu_and_mul
-
-
-@functools.cache
-def implementation(device_type: str) -> Implementation:
-    """The implementation for tensors on `device_type` ("cuda", "cpu"), chosen and logged on the first call.
-
-    RuntimeError: PAGEWIRE_KERNELS holds an unknown value, or asks for Triton where it cannot run.
-    """
-    forced = os.environ.get("PAGEWIRE_KERNELS", "")
-    if forced not in ("", "torch", "triton"):
-        raise RuntimeError(f"PAGEWIRE_KERNELS={forced!r}: expected 'torch' or 'triton'")
-    installed = importlib.util.find_spec("triton") is not None
-    if forced == "triton":
-        if not installed:
-            raise RuntimeError("PAGEWIRE_KERNELS=triton, but triton is not installed")
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError("PAGEWIRE_KERNELS=triton runs on CPU tensors only under TRITON_INTERPRET=1")
-    if forced == "triton" or (not forced and device_type == "cuda" and installed):
-        logger.info("%s tensors: Triton kernels", device_type)
-        return _triton()
-    if device_type == "cuda" and not forced:
-        logger.warning("cuda tensors: triton is not installed, falling back to plain torch, which is much slower")
-    else:
-        logger.info("%s tensors: plain torch%s", device_type, " (forced by PAGEWIRE_KERNELS)" if forced else "")
-    return _torch()
-
-
-def _torch() -> Implementation:
-    return Implementation(
-        "torch",
-        reference.write_kv,
-        reference.paged_decode,
-        reference.paged_prefill,
-        reference.pack_kv,
-        reference.unpack_kv,
-    )
-
-
-def _triton() -> Implementation:
-    from pagewire_kernels import kv_copy, paged_decode, paged_prefill
-
-    return Implementation(
-        "triton",
-        kv_copy.write_kv,
-        paged_decode.paged_decode,
-        paged_prefill.paged_prefill,
-        kv_copy.pack_kv,
-        kv_copy.unpack_kv,
-    )

@@ -1,12 +1,13 @@
-"""Attention of one query token per sequence over a paged cache, the keys of a sequence split over several programs.
+"""Attention of one query token per sequence over a paged cache, the work divided evenly whatever the lengths.
 
-Flash-decoding (Dao et al., "Flash-Decoding for long-context inference", 2023): one program attends to one slice of one
-sequence's keys for one kv head and leaves a normalised partial output with its log-sum-exp; a second kernel weighs the
-partials. Few sequences with long contexts fill the GPU that way. The softmax is online (Milakov and Gimelshein, 2018)
-and in base 2. All query heads that share a kv head ride in one tile, padded to the 16 rows that tl.dot needs.
+The keys of every (sequence, kv head) are cut into tiles of BLOCK_N, and the tiles of the whole batch, laid end to end,
+into equal runs, one for each of a fixed number of programs (stream-K: Osama et al., 2023). So one long sequence fills
+the GPU as well as 128 uneven ones do, and the grid knows neither batch nor lengths: a captured graph holds for all. A
+program that meets a (sequence, kv head) from its first tile to its last writes the output; one that meets a part leaves
+a normalised partial output with its log-sum-exp for the second kernel to weigh (flash-decoding, Dao et al., 2023). The
+softmax is online (Milakov and Gimelshein, 2018) and in base 2. All query heads that share a kv head ride in one tile,
+padded to the 16 rows that tl.dot needs.
 """
-
-import functools
 
 import torch
 import triton
@@ -14,24 +15,33 @@ import triton.language as tl
 from torch import Tensor
 
 from pagewire_kernels.checks import check, check_kernel_layout
+from pagewire_kernels.decode_workspace import PROGRAMS_PER_PROCESSOR, DecodeWorkspace, decode_workspace
 
 _LOG2_E = 1.4426950408889634
-# A split of fewer keys does not pay for its partial; more splits than this make the second kernel the slow one.
-_MIN_SPLIT_KEYS = 256
-_MAX_SPLITS = 32
 
 
-@triton.jit(do_not_specialize=["stride_tb"])
-def decode_split_kernel(
-    out_ptr,  # [B, H, D], written if SPLITS == 1
-    partial_ptr,  # fp32 [B, H, SPLITS, D]
-    lse_ptr,  # fp32 [B, H, SPLITS], base 2
+@triton.jit
+def _num_tiles(seq_lens, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles of one kv head: of the window if there is one."""
+    keys = seq_lens
+    if WINDOW > 0:
+        keys = tl.minimum(keys, WINDOW)
+    return tl.cdiv(keys, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "stride_tb"])
+def decode_kernel(
+    out_ptr,  # [B, H, D]
+    partial_ptr,  # fp32 [P, 2, H // KVH, D]
+    lse_ptr,  # fp32 [P, 2, H // KVH], base 2
     q_ptr,  # [B, H, D]
     k_cache_ptr,  # [num_blocks, BLOCK_SIZE, KVH, D]
     v_cache_ptr,  # [num_blocks, BLOCK_SIZE, KVH, D]
     block_tables_ptr,  # int32 [B, max_blocks]
     seq_lens_ptr,  # int [B]
-    scale_log2,  # softmax scale * log2(e)
+    scale_log2,  # softmax scale * k_scale * log2(e)
+    v_scale,
+    num_seqs,
     stride_qb,
     stride_kb,
     stride_vb,
@@ -41,115 +51,169 @@ def decode_split_kernel(
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,  # of one program
+    BLOCK_B: tl.constexpr,  # num_seqs, padded
     BLOCK_G: tl.constexpr,  # H // KVH, padded
     BLOCK_D: tl.constexpr,  # D, padded
-    BLOCK_N: tl.constexpr,  # keys of one iteration
+    BLOCK_N: tl.constexpr,  # keys of one tile
     UPCAST: tl.constexpr,  # the interpreter multiplies the raw bits of bf16: give it fp32
 ):
-    seq = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    program = tl.program_id(0)
     group: tl.constexpr = H // KVH
-
-    seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
-    first_key = 0
-    if WINDOW > 0:
-        first_key = tl.maximum(seq_len - WINDOW, 0)
-    split_len = tl.cdiv(tl.cdiv(seq_len - first_key, SPLITS), BLOCK_N) * BLOCK_N
-    begin = first_key + split * split_len
-    end = tl.minimum(begin + split_len, seq_len)
-
+    b = tl.arange(0, BLOCK_B)
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
-    heads = kv_head * group + g
-    head_mask = g < group
-    tile_mask = head_mask[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + seq * stride_qb + heads[:, None] * D + d[None, :], mask=tile_mask, other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
+    tile_mask = (g < group)[:, None] & (d < D)[None, :]
 
-    row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        keys = start + n
-        # The same mask guards K, V and the scores: what lies past the end may be NaN, and 0 * NaN is NaN.
-        seen = keys < end
-        blocks = tl.load(block_tables_ptr + seq * stride_tb + keys // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-        inside = ((keys % BLOCK_SIZE) * KVH + kv_head) * D
-        k_offsets = (blocks * stride_kb + inside)[None, :] + d[:, None]
-        k = tl.load(k_cache_ptr + k_offsets, mask=seen[None, :] & (d < D)[:, None], other=0.0)
-        v_offsets = (blocks * stride_vb + inside)[:, None] + d[None, :]
-        v = tl.load(v_cache_ptr + v_offsets, mask=seen[:, None] & (d < D)[None, :], other=0.0)
+    tiles = _num_tiles(tl.load(seq_lens_ptr + b, mask=b < num_seqs, other=0).to(tl.int32), WINDOW, BLOCK_N)
+    ends = tl.cumsum(tiles, 0) * KVH
+    total = tl.sum(tiles, 0) * KVH
+    run = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
+    begin = program * run
+    stop = tl.minimum(begin + run, total)
+    at = begin
+    while at < stop:
+        before = ends <= at
+        seq = tl.sum(before.to(tl.int32), 0)
+        seq_begin = tl.sum(tl.where(before, tiles, 0), 0) * KVH
+        seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
+        seq_tiles = _num_tiles(seq_len, WINDOW, BLOCK_N)
+        kv_head = (at - seq_begin) // seq_tiles
+        first_tile = (at - seq_begin) % seq_tiles
+        num_tiles = tl.minimum(seq_tiles - first_tile, stop - at)
+        first_key = first_tile * BLOCK_N
+        if WINDOW > 0:
+            first_key += tl.maximum(seq_len - WINDOW, 0)
+        end_key = tl.minimum(first_key + num_tiles * BLOCK_N, seq_len)
+
+        row = seq.to(tl.int64)
+        heads = kv_head * group + g
+        q = tl.load(q_ptr + row * stride_qb + heads[:, None] * D + d[None, :], mask=tile_mask, other=0.0)
         if UPCAST:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * scale_log2
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        # Every iteration sees at least one key, so the maximum is finite.
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        p = tl.exp2(scores - new_max[:, None])
-        correction = tl.exp2(row_max - new_max)
-        row_sum = row_sum * correction + tl.sum(p, 1)
-        acc = acc * correction[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        row_max = new_max
+            q = q.to(tl.float32)
+        table_ptr = block_tables_ptr + row * stride_tb
+        row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        for start in range(first_key, end_key, BLOCK_N):
+            keys = start + n
+            # The same mask guards K, V and the scores: what lies past the end may be NaN, and 0 * NaN is NaN.
+            seen = keys < end_key
+            blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+            inside = ((keys % BLOCK_SIZE) * KVH + kv_head) * D
+            k_offsets = (blocks * stride_kb + inside)[None, :] + d[:, None]
+            k = tl.load(k_cache_ptr + k_offsets, mask=seen[None, :] & (d < D)[:, None], other=0.0)
+            v_offsets = (blocks * stride_vb + inside)[:, None] + d[None, :]
+            v = tl.load(v_cache_ptr + v_offsets, mask=seen[:, None] & (d < D)[None, :], other=0.0)
+            scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            # Every tile sees at least one key, so the maximum is finite.
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            p = tl.exp2(scores - new_max[:, None])
+            correction = tl.exp2(row_max - new_max)
+            row_sum = row_sum * correction + tl.sum(p, 1)
+            acc = acc * correction[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+            row_max = new_max
 
-    # An empty split has row_sum == 0 and row_max == -inf: it leaves zeros with no weight.
-    divisor = tl.where(row_sum > 0, row_sum, 1.0)
-    acc = acc / divisor[:, None]
-    if SPLITS == 1:
-        tl.store(
-            out_ptr + (seq * H + heads)[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=tile_mask
-        )
-    else:
-        rows = (seq * H + heads) * SPLITS + split
-        tl.store(partial_ptr + rows[:, None] * D + d[None, :], acc, mask=tile_mask)
-        tl.store(lse_ptr + rows, row_max + tl.log2(divisor), mask=head_mask)
+        acc = acc * (v_scale / row_sum)[:, None]
+        if num_tiles == seq_tiles:
+            out_rows = out_ptr + (row * H + heads)[:, None] * D + d[None, :]
+            tl.store(out_rows, acc.to(out_ptr.dtype.element_ty), mask=tile_mask)
+        else:
+            # Only the first and the last that a program meets can be parts.
+            slots = (program.to(tl.int64) * 2 + (at != begin).to(tl.int32)) * group + g
+            tl.store(partial_ptr + slots[:, None] * D + d[None, :], acc, mask=tile_mask)
+            tl.store(lse_ptr + slots, row_max + tl.log2(row_sum), mask=g < group)
+        at += num_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_programs"])
 def decode_reduce_kernel(
     out_ptr,  # [B, H, D]
-    partial_ptr,  # fp32 [B, H, SPLITS, D]
-    lse_ptr,  # fp32 [B, H, SPLITS], base 2
+    partial_ptr,  # fp32 [P, 2, H // KVH, D]
+    lse_ptr,  # fp32 [P, 2, H // KVH], base 2
+    seq_lens_ptr,  # int [B]
+    num_seqs,
+    num_programs,  # of decode_kernel
+    H: tl.constexpr,
+    KVH: tl.constexpr,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # partial outputs of one iteration
 ):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
+    seq = tl.program_id(0)
+    head = tl.program_id(1)
+    group: tl.constexpr = H // KVH
+    b = tl.arange(0, BLOCK_B)
     d = tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + row * SPLITS + split)
-    # A padding sequence of length 0 has no keys in any split.
-    top = tl.max(lse, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2(lse - top)
-    total = tl.sum(weights, 0)
-    partial = tl.load(partial_ptr + (row * SPLITS + split)[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-    out = tl.sum(partial * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    row_ptr = out_ptr + (seq.to(tl.int64) * H + head) * D + d
+
+    seq_tiles = _num_tiles(tl.load(seq_lens_ptr + seq).to(tl.int32), WINDOW, BLOCK_N)
+    if seq_tiles == 0:
+        # A padding sequence of length 0, which no program met.
+        tl.store(row_ptr, tl.zeros([BLOCK_D], out_ptr.dtype.element_ty), mask=d < D)
+        return
+    tiles = _num_tiles(tl.load(seq_lens_ptr + b, mask=b < num_seqs, other=0).to(tl.int32), WINDOW, BLOCK_N)
+    run = tl.maximum(tl.cdiv(tl.sum(tiles, 0) * KVH, num_programs), MIN_TILES)
+    begin = tl.sum(tl.where(b < seq, tiles, 0), 0) * KVH + (head // group) * seq_tiles
+    first = begin // run
+    last = (begin + seq_tiles - 1) // run
+    if first == last:
+        return
+
+    top = float("-inf")
+    weight_sum = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(first, last + 1, BLOCK_P):
+        programs = start + tl.arange(0, BLOCK_P)
+        parts = programs <= last
+        slots = (programs.to(tl.int64) * 2 + (programs * run < begin).to(tl.int32)) * group + head % group
+        lse = tl.load(lse_ptr + slots, mask=parts, other=float("-inf"))
+        partial = tl.load(
+            partial_ptr + slots[:, None] * D + d[None, :], mask=parts[:, None] & (d < D)[None, :], other=0.0
+        )
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_top)
+        correction = tl.exp2(top - new_top)
+        weight_sum = weight_sum * correction + tl.sum(weights, 0)
+        acc = acc * correction + tl.sum(partial * weights[:, None], 0)
+        top = new_top
+    tl.store(row_ptr, (acc / weight_sum).to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def launch(head_dim: int, itemsize: int, group: int) -> dict[str, int]:
-    """Tile sizes, num_warps and num_stages, chosen by compiling: no spills on sm_80, 90 and 100 (see aot.py).
+    """Tile sizes, num_warps and num_stages, chosen by compiling: no spills on sm_90 and sm_100 (see aot.py).
 
-    fp32 runs without tensor cores and keeps whole rows in registers: with the 16-bit tiles it spilled 300 bytes.
+    itemsize is the query's. Keys wait for their block numbers, so five stages are what it takes to have the next tile
+    on its way while one is multiplied. fp32 runs without tensor cores and keeps whole rows in registers: with the
+    16-bit tiles it spilled 300 bytes.
     """
     block_g = max(16, triton.next_power_of_2(group))
     num_warps = 4 if block_g <= 32 else 8
     if itemsize == 4:
-        return {"BLOCK_G": block_g, "BLOCK_N": 16, "num_warps": num_warps, "num_stages": 1}
-    return {"BLOCK_G": block_g, "BLOCK_N": 64 if head_dim <= 128 else 32, "num_warps": num_warps, "num_stages": 3}
+        return {"BLOCK_G": block_g, "BLOCK_N": 16, "MIN_TILES": 8, "num_warps": num_warps, "num_stages": 1}
+    block_n = 64 if head_dim <= 128 else 32
+    return {
+        "BLOCK_G": block_g,
+        "BLOCK_N": block_n,
+        "MIN_TILES": 128 // block_n,  # fewer keys do not pay for a partial output
+        "num_warps": num_warps,
+        "num_stages": 5,
+    }
 
 
-def choose_num_splits(num_programs: int, max_keys: int, num_processors: int) -> int:
-    """A power of two that gives each processor about two programs, without splits of a few keys."""
-    wanted = triton.cdiv(2 * num_processors, num_programs)
-    useful = triton.cdiv(max_keys, _MIN_SPLIT_KEYS)
-    num_splits: int = triton.next_power_of_2(max(1, min(wanted, useful, _MAX_SPLITS)))
-    return num_splits
+def choose_num_programs(head_dim: int, group: int, same_dtype: bool, workspace: DecodeWorkspace) -> int:
+    """As many as are resident at once, by the registers of aot.py's table: a second wave would idle half the time."""
+    if triton.next_power_of_2(group) > 32:
+        resident = 1
+    else:
+        resident = 3 if head_dim <= 128 and same_dtype else 2
+    return max(1, workspace.partial.shape[0] * resident // PROGRAMS_PER_PROCESSOR)
 
 
 def paged_decode(
@@ -160,60 +224,64 @@ def paged_decode(
     seq_lens: Tensor,
     scale: float,
     window: int = 0,
-    num_splits: int = 0,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
 ) -> Tensor:
-    """As ops.paged_decode; num_splits is a power of two, 0 to choose it.
-
-    The choice reads shapes, never seq_lens, so that nothing waits for the GPU and the launch can be captured in a CUDA
-    graph: pass block_tables no wider than the batch needs.
-    """
+    """As ops.paged_decode."""
     check_kernel_layout({"q": q}, {"k_cache": k_cache, "v_cache": v_cache}, q.device)
     check(block_tables.stride(1) == 1, "the rows of block_tables must be contiguous")
     batch, num_heads, head_dim = q.shape
-    block_size, num_kv_heads = k_cache.shape[1:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_kv_heads = k_cache.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    check(out.is_contiguous() and seq_lens.is_contiguous(), "out and seq_lens must be contiguous")
     if batch == 0:
         return out
-    if num_splits == 0:
-        max_keys = block_tables.shape[1] * block_size
-        max_keys = min(max_keys, window) if window else max_keys
-        num_splits = choose_num_splits(batch * num_kv_heads, max_keys, _num_processors(q.device))
-    partial, lse = out, out
-    if num_splits > 1:
-        partial = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    decode_split_kernel[(batch, num_kv_heads, num_splits)](
+    workspace = workspace or decode_workspace(num_heads, num_kv_heads, head_dim, q.device)
+    num_programs = choose_num_programs(head_dim, num_heads // num_kv_heads, k_cache.dtype == q.dtype, workspace)
+    config = launch(head_dim, q.element_size(), num_heads // num_kv_heads)
+    shapes = {
+        "H": num_heads,
+        "KVH": num_kv_heads,
+        "D": head_dim,
+        "WINDOW": window,
+        "BLOCK_B": triton.next_power_of_2(batch),
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+    }
+    decode_kernel[(num_programs,)](
         out,
-        partial,
-        lse,
+        workspace.partial,
+        workspace.lse,
         q,
         k_cache,
         v_cache,
         block_tables,
         seq_lens,
-        scale * _LOG2_E,
+        scale * k_scale * _LOG2_E,
+        v_scale,
+        batch,
         q.stride(0),
         k_cache.stride(0),
         v_cache.stride(0),
         block_tables.stride(0),
-        H=num_heads,
-        KVH=num_kv_heads,
-        D=head_dim,
-        BLOCK_SIZE=block_size,
-        WINDOW=window,
-        SPLITS=num_splits,
-        BLOCK_D=block_d,
+        BLOCK_SIZE=k_cache.shape[1],
         UPCAST=not q.is_cuda,
-        **launch(head_dim, q.element_size(), num_heads // num_kv_heads),
+        **shapes,
+        **config,
     )
-    if num_splits > 1:
-        decode_reduce_kernel[(batch * num_heads,)](
-            out, partial, lse, D=head_dim, SPLITS=num_splits, BLOCK_D=block_d, num_warps=4
-        )
+    decode_reduce_kernel[(batch, num_heads)](
+        out,
+        workspace.partial,
+        workspace.lse,
+        seq_lens,
+        batch,
+        num_programs,
+        BLOCK_N=config["BLOCK_N"],
+        MIN_TILES=config["MIN_TILES"],
+        BLOCK_P=16,
+        num_warps=4,
+        **shapes,
+    )
     return out
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -16,6 +16,61 @@ from pagewire_kernels.checks import check, check_kernel_layout
 _LOG2_E = 1.4426950408889634
 
 
+@triton.jit
+def _attend_tile(
+    q,
+    row_max,
+    row_sum,
+    acc,
+    keys,
+    end,
+    positions,
+    kv_head,
+    d,
+    table_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    scale_log2,
+    stride_kb,
+    stride_vb,
+    KVH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,  # some row does not see some key
+):
+    """One online softmax step over `keys` [BLOCK_N]; MASKED: those before `end` that each row's position sees."""
+    inside_d = d < D
+    if MASKED:
+        written = keys < end
+        blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=written, other=0).to(tl.int64)
+        k_mask = written[None, :] & inside_d[:, None]
+        v_mask = written[:, None] & inside_d[None, :]
+    else:
+        blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
+        k_mask = inside_d[:, None]
+        v_mask = inside_d[None, :]
+    inside = ((keys % BLOCK_SIZE) * KVH + kv_head) * D
+    k = tl.load(k_cache_ptr + (blocks * stride_kb + inside)[None, :] + d[:, None], mask=k_mask, other=0.0)
+    v = tl.load(v_cache_ptr + (blocks * stride_vb + inside)[:, None] + d[None, :], mask=v_mask, other=0.0)
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
+    if MASKED:
+        seen = (keys < end)[None, :] & (keys[None, :] <= positions[:, None])
+        if WINDOW > 0:
+            seen = seen & (keys[None, :] > positions[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    safe_max = new_max
+    if WINDOW > 0:
+        # A row whose window starts further on has seen nothing yet: -inf - -inf would be NaN.
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores - safe_max[:, None])
+    correction = tl.exp2(row_max - safe_max)
+    row_sum = row_sum * correction + tl.sum(p, 1)
+    acc = acc * correction[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+    return new_max, row_sum, acc
+
+
 @triton.jit(do_not_specialize=["num_seqs", "stride_tb"])
 def prefill_kernel(
     out_ptr,  # [T, H, D]
@@ -25,7 +80,8 @@ def prefill_kernel(
     block_tables_ptr,  # int32 [num_seqs, max_blocks]
     cu_seqlens_q_ptr,  # int [num_seqs + 1]
     seq_lens_ptr,  # int [num_seqs]
-    scale_log2,  # softmax scale * log2(e)
+    scale_log2,  # softmax scale * k_scale * log2(e)
+    v_scale,
     num_seqs,
     stride_qt,
     stride_kb,
@@ -86,32 +142,58 @@ def prefill_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        keys = start + n
-        written = keys < end
-        blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=written, other=0).to(tl.int64)
-        inside = ((keys % BLOCK_SIZE) * KVH + kv_head) * D
-        k_offsets = (blocks * stride_kb + inside)[None, :] + d[:, None]
-        k = tl.load(k_cache_ptr + k_offsets, mask=written[None, :] & (d < D)[:, None], other=0.0)
-        v_offsets = (blocks * stride_vb + inside)[:, None] + d[None, :]
-        v = tl.load(v_cache_ptr + v_offsets, mask=written[:, None] & (d < D)[None, :], other=0.0)
-        if UPCAST:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        seen = written[None, :] & (keys[None, :] <= positions[:, None])
-        if WINDOW > 0:
-            seen = seen & (keys[None, :] > positions[:, None] - WINDOW)
-        scores = tl.where(seen, tl.dot(q, k, input_precision="ieee") * scale_log2, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row whose window starts further on has seen nothing yet: -inf - -inf would be NaN.
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(scores - safe_max[:, None])
-        correction = tl.exp2(row_max - safe_max)
-        row_sum = row_sum * correction + tl.sum(p, 1)
-        acc = acc * correction[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        row_max = new_max
+    # Most tiles of a long context are seen whole by every row, and need no mask at all.
+    whole = begin
+    if WINDOW == 0:
+        whole = (context_len + first_token + 1) // BLOCK_N * BLOCK_N
+    for start in range(begin, whole, BLOCK_N):
+        row_max, row_sum, acc = _attend_tile(
+            q,
+            row_max,
+            row_sum,
+            acc,
+            start + n,
+            end,
+            positions,
+            kv_head,
+            d,
+            table_ptr,
+            k_cache_ptr,
+            v_cache_ptr,
+            scale_log2,
+            stride_kb,
+            stride_vb,
+            KVH,
+            D,
+            BLOCK_SIZE,
+            WINDOW,
+            False,
+        )
+    for start in range(whole, end, BLOCK_N):
+        row_max, row_sum, acc = _attend_tile(
+            q,
+            row_max,
+            row_sum,
+            acc,
+            start + n,
+            end,
+            positions,
+            kv_head,
+            d,
+            table_ptr,
+            k_cache_ptr,
+            v_cache_ptr,
+            scale_log2,
+            stride_kb,
+            stride_vb,
+            KVH,
+            D,
+            BLOCK_SIZE,
+            WINDOW,
+            True,
+        )
 
-    acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    acc = acc * (v_scale / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
     tl.store(out_ptr + ((rows * H + heads) * D)[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=tile_mask)
 
 
@@ -145,6 +227,10 @@ def paged_prefill(
     seq_lens: Tensor,
     scale: float,
     window: int = 0,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """As ops.paged_prefill."""
     check_kernel_layout({"q": q}, {"k_cache": k_cache, "v_cache": v_cache}, q.device)
@@ -152,7 +238,8 @@ def paged_prefill(
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     num_seqs = seq_lens.shape[0]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    check(out.is_contiguous(), "out must be contiguous")
     if num_tokens == 0:
         return out
     config = launch(head_dim, q.element_size(), num_heads // num_kv_heads)
@@ -164,7 +251,8 @@ def paged_prefill(
         block_tables,
         cu_seqlens_q,
         seq_lens,
-        scale * _LOG2_E,
+        scale * k_scale * _LOG2_E,
+        v_scale,
         num_seqs,
         q.stride(0),
         k_cache.stride(0),

@@ -9,7 +9,8 @@ import os
 import pytest
 import torch
 from paged_case import TOLERANCE, PagedCase
-from pagewire_kernels import kv_copy, paged_decode, paged_prefill, reference
+from pagewire_kernels import kv_copy, paged_decode, paged_prefill, reference, reference_paged
+from pagewire_kernels.decode_workspace import DecodeWorkspace
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,32 +31,53 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("window", [0, 21])
-@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("num_programs", [1, 3, 40])
 @pytest.mark.parametrize(("heads", "head_dim", "block_size"), SHAPES)
-def test_decode(heads: tuple[int, int], head_dim: int, block_size: int, num_splits: int, window: int) -> None:
-    """Lengths around a block and a tile; four splits of a short sequence leave some of them empty."""
-    check_decode([1, block_size, block_size + 1, 150], heads, head_dim, block_size, torch.float32, num_splits, window)
+def test_decode(heads: tuple[int, int], head_dim: int, block_size: int, num_programs: int, window: int) -> None:
+    """Lengths around a block and a tile; runs that end inside a sequence, between two, and where nothing is left."""
+    check_decode([1, block_size, block_size + 1, 150], heads, head_dim, block_size, torch.float32, num_programs, window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_in_every_dtype(dtype: torch.dtype) -> None:
-    for num_splits in (1, 2):
-        check_decode([7, 8, 9, 130], (6, 2), 64, 8, dtype, num_splits, 0)
+    for num_programs in (2, 9):
+        check_decode([7, 8, 9, 260], (6, 2), 64, 8, dtype, num_programs, 0)
 
 
-def test_decode_with_the_number_of_splits_it_chooses() -> None:
+def test_decode_of_one_long_sequence_by_many_programs() -> None:
+    """More partial outputs of one head than the second kernel takes at once."""
+    check_decode([2600], (2, 1), 16, 16, torch.float32, 20, 0)
+
+
+def test_decode_with_a_workspace_of_its_own() -> None:
     check_decode([600, 3], (4, 2), 16, 16, torch.float32, 0, 0)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2])
-def test_decode_of_a_padding_row_is_zero(num_splits: int) -> None:
-    case = on_device(PagedCase.random([5, 20], [1, 1], heads=(4, 2), block_size=8))
-    seq_lens = torch.tensor([0, 20], dtype=torch.int32, device=DEVICE)
-    out = paged_decode.paged_decode(
-        case.q, case.k_cache, case.v_cache, case.block_tables, seq_lens, case.scale, 0, num_splits
+@pytest.mark.parametrize("num_programs", [1, 2])
+def test_decode_of_a_padding_row_is_zero(num_programs: int) -> None:
+    """Padding at both ends and in the middle: rows that no program meets."""
+    case = on_device(PagedCase.random([5, 20, 3, 30, 7], [1] * 5, heads=(4, 2), block_size=8))
+    case.seq_lens[::2] = 0
+    args = case.q, case.k_cache, case.v_cache, case.block_tables, case.seq_lens, case.scale, 0
+    out = paged_decode.paged_decode(*args, workspace=poisoned_workspace(case, num_programs))
+    assert out[::2].eq(0).all()
+    torch.testing.assert_close(out, reference.paged_decode(*args), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_attention_over_an_e4m3_cache(window: int) -> None:
+    """Scales that differ, so that one in the place of the other shows."""
+    case = on_device(PagedCase.random([9, 75, 33], [1, 1, 1], heads=(4, 2), block_size=16, head_dim=32))
+    case.k_cache, case.v_cache = (cache.to(torch.float8_e4m3fn) for cache in (case.k_cache, case.v_cache))
+    scales = {"k_scale": 0.75, "v_scale": 2.5}
+    args = case.q, case.k_cache, case.v_cache, case.block_tables
+    decoded = paged_decode.paged_decode(
+        *args, case.seq_lens, case.scale, window, **scales, workspace=poisoned_workspace(case, 3)
     )
-    assert out[0].eq(0).all()
-    assert out[1].isfinite().all()
+    prefilled = paged_prefill.paged_prefill(*args, case.cu_seqlens_q, case.seq_lens, case.scale, window, **scales)
+    expected = reference_paged.paged_decode(*args, case.seq_lens, case.scale, window, **scales)
+    torch.testing.assert_close(decoded, expected, **TOLERANCE[torch.float32])
+    torch.testing.assert_close(prefilled, expected, **TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("window", [0, 21])
@@ -148,7 +170,7 @@ def check_decode(
     head_dim: int,
     block_size: int,
     dtype: torch.dtype,
-    num_splits: int,
+    num_programs: int,
     window: int,
 ) -> None:
     case = on_device(
@@ -157,7 +179,8 @@ def check_decode(
         )
     )
     args = case.q, case.k_cache, case.v_cache, case.block_tables, case.seq_lens, case.scale, window
-    out = paged_decode.paged_decode(*args, num_splits)
+    workspace = poisoned_workspace(case, num_programs) if num_programs else None
+    out = paged_decode.paged_decode(*args, workspace=workspace)
     assert out.dtype == dtype
     torch.testing.assert_close(out, reference.paged_decode(*args), **TOLERANCE[dtype])
 
@@ -186,6 +209,14 @@ def check_prefill(
     )
     assert out.dtype == dtype
     torch.testing.assert_close(out, reference_prefill(case, window), **TOLERANCE[dtype])
+
+
+def poisoned_workspace(case: PagedCase, num_programs: int) -> DecodeWorkspace:
+    """NaN wherever no program writes."""
+    num_heads, head_dim = case.q.shape[1:]
+    group = num_heads // case.k_cache.shape[2]
+    partial = torch.full((num_programs, 2, group, head_dim), torch.nan, device=DEVICE)
+    return DecodeWorkspace(partial, partial[..., 0].contiguous())
 
 
 def reference_prefill(case: PagedCase, window: int) -> torch.Tensor:

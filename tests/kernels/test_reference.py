@@ -182,7 +182,7 @@ def test_a_wrong_argument_is_a_value_error_that_names_it() -> None:
 
 
 def test_a_cpu_tensor_gets_the_reference() -> None:
-    assert ops.implementation("cpu").paged_decode is reference.paged_decode
+    assert ops.implementation("cpu").write_kv is reference.write_kv
 
 
 def assert_dense(out: torch.Tensor, case: PagedCase, window: int) -> None:

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_kernels_match_the_reference_under_the_interpreter() -> None:
-    run_pytest("kernels_vs_reference.py", interpret="1")
+@pytest.mark.parametrize("kernels", ["kernels", "step_kernels", "linear_kernels", "sampling_kernels"])
+def test_kernels_match_the_reference_under_the_interpreter(kernels: str) -> None:
+    run_pytest(f"{kernels}_vs_reference.py", interpret="1")
 
 
 def test_kernels_compile_ahead_of_time() -> None:
