@@ -60,6 +60,7 @@ $(RUNTIME): pyproject.toml
 	@test -x $(BIN)/python || sh .ci/make_venv $(VENV) $(PYTHON)
 	$(BIN)/python -m pip install --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	$(BIN)/python -m pagewire_kernels.cpu.build
 	@touch $@
 
 $(TESTING): $(RUNTIME)

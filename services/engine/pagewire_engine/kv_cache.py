@@ -20,12 +20,16 @@ class KVCache:
     """Pages for every layer. Gather and scatter may run on any thread, on blocks no step writes."""
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, *, poison: bool = False) -> None:
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        shape = self._shape(config, num_blocks, block_size)
         self.kv = torch.empty(shape, dtype=config.dtype, device=config.device)
-        self.block_size = block_size
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._config = config
         self._poison = poison
         if poison:
             self.kv.fill_(torch.nan)
+
+    def _shape(self, config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        return (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, [num_blocks, block_size, num_kv_heads, head_dim] each."""
@@ -33,14 +37,13 @@ class KVCache:
 
     @property
     def layout(self) -> pb.KvLayout:
-        layers, _, _, _, heads, dim = self.kv.shape
-        dtype = str(self.kv.dtype).removeprefix("torch.")
-        return pb.KvLayout(num_layers=layers, num_kv_heads=heads, head_dim=dim, dtype=dtype)
+        c, dtype = self._config, str(self.kv.dtype).removeprefix("torch.")
+        return pb.KvLayout(num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, dtype=dtype)
 
     @property
     def bytes_per_token(self) -> int:
-        layers, _, _, _, heads, dim = self.kv.shape
-        return layers * 2 * heads * dim * self.kv.element_size()
+        c = self._config
+        return c.num_layers * 2 * c.num_kv_heads * c.head_dim * self.kv.element_size()
 
     def freed(self, blocks: Sequence[int]) -> None:
         """Told which blocks became free; poisons them if that is asked for."""
@@ -61,12 +64,18 @@ class KVCache:
 
     def gather(self, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:
         """The tokens' KV in wire layout, on the CPU."""
-        return ops.pack_kv(self.kv, self.slots(block_table, *tokens), layers).cpu()
+        return self._pack(self.slots(block_table, *tokens), layers)
 
     def scatter(
         self, wire: torch.Tensor, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]
     ) -> None:
         """Writes wire-layout KV into the tokens' slots and returns when it is there."""
-        ops.unpack_kv(wire.to(self.kv.device), self.kv, self.slots(block_table, *tokens), layers)
+        self._unpack(wire, self.slots(block_table, *tokens), layers)
+
+    def _pack(self, slots: torch.Tensor, layers: tuple[int, int]) -> torch.Tensor:
+        return ops.pack_kv(self.kv, slots, layers).cpu()
+
+    def _unpack(self, wire: torch.Tensor, slots: torch.Tensor, layers: tuple[int, int]) -> None:
+        ops.unpack_kv(wire.to(self.kv.device), self.kv, slots, layers)
         if self.kv.is_cuda:
             torch.cuda.current_stream().synchronize()

@@ -1,0 +1,140 @@
+"""Compiles the CPU step for the machine at hand, once, and keeps the result.
+
+One source, one library per variant: the instruction sets that the compiler may use. The library is kept under a name
+that a change of source, flags or compiler changes, so a second start compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "step.cpp"
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+)
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+
+# Best first: compiler flags, and what /proc/cpuinfo must list for the code to run.
+VARIANTS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "avx512-bf16-vnni": (
+        (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma"}),
+    ),
+    "avx512-vnni": (
+        (*_AVX512, "-mavx512vnni"),
+        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}),
+    ),
+    "avx512": (_AVX512, frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})),
+    "avx2": (("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})),
+    "neon": (("-march=armv8.2-a+dotprod",), frozenset({"asimd", "asimddp"})),
+    "portable": ((), frozenset()),
+}
+
+
+class BuildError(Exception):
+    """The CPU step cannot be compiled or run here; the message says why."""
+
+
+def runnable() -> list[str]:
+    """Variants that this CPU can run, best first."""
+    features = _cpu_features()
+    names = [name for name, (_, needed) in VARIANTS.items() if needed <= features]
+    return [name for name in names if name != "neon" or platform.machine() in ("aarch64", "arm64")]
+
+
+def library_path(variant: str) -> Path:
+    """The compiled library of `variant`, built first if it is not there. Raises BuildError."""
+    path = _cache_dir() / f"cpu-step-{variant}-{_digest(variant)}.so"
+    if not path.exists():
+        _compile(variant, path)
+    return path
+
+
+def is_built(variant: str) -> bool:
+    """Whether `library_path` would compile nothing."""
+    return (_cache_dir() / f"cpu-step-{variant}-{_digest(variant)}.so").exists()
+
+
+def _cpu_features() -> frozenset[str]:
+    if platform.machine() in ("arm64",):  # macOS names no flags; every such machine has both
+        return frozenset({"asimd", "asimddp"})
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pagewire"
+
+
+@functools.cache
+def _compiler() -> tuple[str, str]:
+    """The C++ compiler and what it says of itself. Raises BuildError."""
+    for name in filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")):
+        path = shutil.which(name)
+        if path:
+            said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            return path, said.stdout
+    raise BuildError("there is no C++ compiler (install g++, or set CXX)")
+
+
+def _digest(variant: str) -> str:
+    """Names what the library is made of."""
+    digest = hashlib.sha256(_compiler()[1].encode())
+    for part in (*_FLAGS, *VARIANTS[variant][0]):
+        digest.update(part.encode())
+    for file in [*sorted(SOURCE.parent.glob("*.h")), SOURCE]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(variant: str, path: Path) -> None:
+    """Compiles beside the final place and renames: two processes may do so at once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(suffix=".so", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise BuildError(f"{path.parent} cannot be written: {error.strerror}") from None
+    try:
+        command = [_compiler()[0], *_FLAGS, *VARIANTS[variant][0], str(SOURCE), "-o", part]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:])
+            raise BuildError(f"the compiler failed: {reason.strip()}")
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Builds the variant that this machine will use: `python -m pagewire_kernels.cpu.build`."""
+    variant = runnable()[0]
+    try:
+        print(f"CPU step, {variant}: {library_path(variant)}")
+    except BuildError as error:
+        print(f"No compiled CPU step: {error}. Models will run on plain torch, several times slower.")
+
+
+if __name__ == "__main__":
+    main()

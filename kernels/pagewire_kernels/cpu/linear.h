@@ -1,0 +1,252 @@
+// Linear layers over packed weights: y[row] = W x[row], any number of rows, from one to a whole prompt.
+//
+// Weights are packed in strips of 32 outputs, so that a strip is one contiguous stream:
+//
+//     F32   [N/32][K][2][16]             one k a step
+//     BF16  [N/32][K/2][2][16][2]        two k a step (the operand of vdpbf16ps)
+//     INT8  [N/32][K/4][2][16][4]        four k a step (vpdpbusd)
+//     INT4  [N/32][K/8][2][16][4]        eight k a step: low nibbles hold k..k+3, high nibbles k+4..k+7, all + 8
+//
+// A tile keeps rows x 32 sums in registers and walks k once. Every output is one sum in ascending k, whatever the
+// number of rows: a row's result does not depend on its batch.
+
+#pragma once
+
+#include "vec.h"
+
+namespace pw {
+
+constexpr int STRIP = 32;
+
+enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT8_GROUPED = 3, INT4 = 4 };
+
+struct Linear {
+    int32_t kind;
+    int32_t n, k;   // outputs (a multiple of 32 as packed), inputs (a multiple of the group or of 8 as packed)
+    int32_t group;  // inputs that share a scale; grouped kinds only
+    const uint8_t* weight;
+    const float* scales;  // INT8: [n]; grouped: [n/32][k/group][32]
+    const int32_t* sums;  // INT8: -128 * sum of each output's weights, [n]; grouped INT8: [n/32][k/group][32]
+    const float* bias;    // [n] or null
+};
+
+// Rows as a layer reads them. One of these is filled, as the layer's kind wants.
+struct Rows {
+    const float* f32;
+    const uint16_t* bf16;
+    const int8_t* int8;     // shifted by 128 (as unsigned) where SHIFTED and the kind is INT8*
+    const float* scales;    // INT8: [rows]; grouped: [rows][k/group]
+    const int32_t* sums;    // INT4: sum of each group's int8 values, [rows][k/group]
+    int64_t stride;         // elements from row to row
+    int64_t group_stride;   // scales (and sums) from row to row
+};
+
+constexpr int ALONE_AHEAD = 2048;
+
+PW_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// What a tile fetches while it computes: `stride` bytes further at every step.
+struct Ahead {
+    const char* p;
+    int64_t stride;
+    PW_INLINE void operator()() { prefetch(p), prefetch(p + 64), p += stride; }
+};
+
+PW_INLINE uint32_t load32(const void* p) {
+    uint32_t x;
+    std::memcpy(&x, p, 4);
+    return x;
+}
+
+// c[M][16 V] = rows x (steps of b0, b1), on top of what c holds if `more`. A step is one k (float rows) or two (bf16).
+template <int M, int V>
+PW_INLINE void tile_f32(bool more, const float* a, int64_t lda, const float* b0, const float* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    F16 acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) acc[m][v] = more ? load(c + m * ldc + 16 * v) : splat(0.0f);
+    for (int s = 0; s < steps; s++) {
+        F16 w0 = load(b0 + s * ldb), w1 = V > 1 ? load(b1 + s * ldb) : w0;
+        if (ahead.stride) ahead();
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            F16 x = splat(a[m * lda + s]);
+            acc[m][0] = fma(w0, x, acc[m][0]);
+            if (V > 1) acc[m][V - 1] = fma(w1, x, acc[m][V - 1]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) store(c + m * ldc + 16 * v, acc[m][v]);
+}
+
+template <int M, int V>
+PW_INLINE void tile_bf16(bool more, const uint16_t* a, int64_t lda, const uint16_t* b0, const uint16_t* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    F16 acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) acc[m][v] = more ? load(c + m * ldc + 16 * v) : splat(0.0f);
+    for (int s = 0; s < steps; s++) {
+        Weights w0 = load_weights(b0 + s * ldb), w1 = V > 1 ? load_weights(b1 + s * ldb) : w0;
+        if (ahead.stride) ahead();
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            uint32_t x = load32(a + m * lda + 2 * s);
+            acc[m][0] = dot_bf16(acc[m][0], w0, x);
+            if (V > 1) acc[m][V - 1] = dot_bf16(acc[m][V - 1], w1, x);
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) store(c + m * ldc + 16 * v, acc[m][v]);
+}
+
+PW_INLINE I16 load_int(const int32_t* p) {
+    I16 r;
+    std::memcpy(&r, p, 64);
+    return r;
+}
+
+// Row scales and output scales over the whole of k.
+template <int M>
+PW_INLINE void tile_int8(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
+    I16 acc[M][2];
+    const uint8_t* b = w.weight + int64_t(strip) * w.k * STRIP;
+    const int8_t* a = x.int8 + row * x.stride;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+        acc[m][0] = SHIFTED ? load_int(w.sums + strip * STRIP) : splat(int32_t(0));
+        acc[m][1] = SHIFTED ? load_int(w.sums + strip * STRIP + 16) : splat(int32_t(0));
+    }
+    for (int s = 0; s < w.k / 4; s++, b += 128) {
+        Weights w0 = load_weights(b), w1 = load_weights(b + 64);
+        ahead();
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            int32_t xs = int32_t(load32(a + m * x.stride + 4 * s));
+            acc[m][0] = dot_int8(acc[m][0], w0, xs);
+            acc[m][1] = dot_int8(acc[m][1], w1, xs);
+        }
+    }
+    F16 scale0 = load(w.scales + strip * STRIP), scale1 = load(w.scales + strip * STRIP + 16);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+        F16 scale = splat(x.scales[row + m]);
+        store(c + m * STRIP, to_float(acc[m][0]) * scale0 * scale);
+        store(c + m * STRIP + 16, to_float(acc[m][1]) * scale1 * scale);
+    }
+}
+
+// One scale for each group of inputs, of the row and of the output; sums of a group are exact integers.
+template <int M, bool NIBBLES>
+PW_INLINE void tile_grouped(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
+    F16 acc[M][2];
+    int groups = w.k / w.group, per_step = NIBBLES ? 8 : 4;
+    const uint8_t* b = w.weight + int64_t(strip) * (w.k / per_step) * 128;
+    const int8_t* a = x.int8 + row * x.stride;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = splat(0.0f);
+    for (int g = 0; g < groups; g++) {
+        I16 part[M][2];
+        int64_t at = (int64_t(strip) * groups + g) * STRIP;
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            if (NIBBLES) {
+                part[m][0] = part[m][1] = splat(int32_t(-8 * x.sums[(row + m) * x.group_stride + g]));
+            } else if (SHIFTED) {
+                part[m][0] = load_int(w.sums + at), part[m][1] = load_int(w.sums + at + 16);  // packed negative
+            } else {
+                part[m][0] = part[m][1] = splat(int32_t(0));
+            }
+        }
+        for (int s = 0; s < w.group / per_step; s++, b += 128) {
+            Weights w0 = load_weights(b), w1 = load_weights(b + 64);
+            ahead();
+            const int8_t* at_k = a + g * w.group + s * per_step;
+            if (NIBBLES) {
+                Weights l0 = low_nibbles(w0), l1 = low_nibbles(w1), h0 = high_nibbles(w0), h1 = high_nibbles(w1);
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++) {
+                    int32_t low = int32_t(load32(at_k + m * x.stride)), high = int32_t(load32(at_k + m * x.stride + 4));
+                    part[m][0] = dot_nibbles(dot_nibbles(part[m][0], l0, low), h0, high);
+                    part[m][1] = dot_nibbles(dot_nibbles(part[m][1], l1, low), h1, high);
+                }
+            } else {
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++) {
+                    int32_t xs = int32_t(load32(at_k + m * x.stride));
+                    part[m][0] = dot_int8(part[m][0], w0, xs);
+                    part[m][1] = dot_int8(part[m][1], w1, xs);
+                }
+            }
+        }
+        F16 scale0 = load(w.scales + at), scale1 = load(w.scales + at + 16);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            F16 scale = splat(x.scales[(row + m) * x.group_stride + g]);
+            acc[m][0] = fma(to_float(part[m][0]), scale0 * scale, acc[m][0]);
+            acc[m][1] = fma(to_float(part[m][1]), scale1 * scale, acc[m][1]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) store(c + m * STRIP, acc[m][0]), store(c + m * STRIP + 16, acc[m][1]);
+}
+
+inline int rows_per_tile(int kind) { return kind <= BF16 ? ROWS : kind == INT8 ? ROWS_INT8 : ROWS_GROUPED; }
+
+inline int64_t strip_bytes(const Linear& w) {
+    static const int bits[] = {32, 16, 8, 8, 4};
+    return int64_t(w.k) * STRIP * bits[w.kind] / 8;
+}
+
+template <int M>
+__attribute__((noinline)) void tile_of(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
+    if (w.kind == F32) {
+        const float* b = (const float*)w.weight + int64_t(strip) * w.k * STRIP;
+        return tile_f32<M, 2>(false, x.f32 + row * x.stride, x.stride, b, b + 16, 32, w.k, ahead, c, STRIP);
+    }
+    if (w.kind == BF16) {
+        const uint16_t* b = (const uint16_t*)w.weight + int64_t(strip) * w.k * STRIP;
+        return tile_bf16<M, 2>(false, x.bf16 + row * x.stride, x.stride, b, b + 32, 64, w.k / 2, ahead, c, STRIP);
+    }
+    if constexpr (M <= ROWS_INT8)
+        if (w.kind == INT8) return tile_int8<M>(w, strip, x, row, ahead, c);
+    if constexpr (M <= ROWS_GROUPED) {
+        if (w.kind == INT8_GROUPED) return tile_grouped<M, false>(w, strip, x, row, ahead, c);
+        if (w.kind == INT4) return tile_grouped<M, true>(w, strip, x, row, ahead, c);
+    }
+    __builtin_unreachable();
+}
+
+// c[rows][32]: one strip for rows [row, row + rows), rows <= rows_per_tile(kind).
+inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int rows, Ahead ahead, float* c) {
+    using Tile = void (*)(const Linear&, int, const Rows&, int64_t, Ahead, float*);
+#if defined(__AVX512F__)
+    static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>, tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
+#elif defined(__AVX2__) || defined(__ARM_NEON)
+    static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>};
+#else
+    static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>};
+#endif
+    tiles[rows - 1](w, strip, x, row, ahead, c);
+}
+
+// Calls done(row, rows, c) with c[rows][32] for every tile of a strip over `count` rows.
+// The first tile takes the strip from memory; a single one fetches a little ahead of itself, and several share the
+// fetching of the next strip, whose turn comes when the last is done.
+template <class Done>
+PW_INLINE void strip_times_rows(const Linear& w, int strip, const Rows& x, int64_t first, int count, Done done) {
+    alignas(64) float c[ROWS * STRIP];
+    const int most = rows_per_tile(w.kind), tiles = (count + most - 1) / most;
+    const int64_t bytes = strip_bytes(w), bytes_per_step = 128;
+    const char* at = (const char*)w.weight + strip * bytes;
+    for (int i = 0, row = 0; i < tiles; i++) {
+        int rows = (count - row) / (tiles - i) + ((count - row) % (tiles - i) != 0);
+        Ahead ahead = tiles == 1 ? Ahead{at + ALONE_AHEAD, bytes_per_step} : Ahead{at + bytes + i * bytes / tiles, bytes_per_step / tiles + 1};
+        tile(w, strip, x, first + row, rows, ahead, c);
+        done(first + row, rows, c);
+        row += rows;
+    }
+}
+
+}  // namespace pw

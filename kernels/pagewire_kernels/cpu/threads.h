@@ -1,0 +1,140 @@
+// A few threads that run the phases of a step together.
+//
+// Work is claimed item by item, so that a thread which the system took off its core holds up only the item it has.
+// Waiting spins for a short while, then sleeps in the kernel: threads that spin on a core that another process
+// needs make both slow.
+
+#pragma once
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace pw {
+
+inline void pause_a_little() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Spins up to `spins` times, then sleeps until `value` is no longer `old`.
+inline void wait_while_equal(std::atomic<uint32_t>& value, uint32_t old, int spins) {
+    for (int i = 0; i < spins; i++) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        pause_a_little();
+    }
+    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+class Threads {
+   public:
+    explicit Threads(int count) : count_(count) {
+        for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+    }
+
+    ~Threads() {
+        stopping_ = true;
+        wake();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
+    int count() const { return count_; }
+
+    // Runs body(thread) on every thread, the caller's being number 0; returns when all are done. alone: on the
+    // caller's only, for work that is shorter than waking the others.
+    void run(const std::function<void(int)>& body, bool alone = false) {
+        active_ = alone ? 1 : count_;
+        if (active_ == 1) return body(0);
+        body_ = &body;
+        wake();
+        body(0);
+        barrier();
+    }
+
+    // Inside run: returns when every thread has arrived. `arrived_` counts, `turn_` says which barrier it is.
+    void barrier() {
+        if (active_ == 1) return;
+        uint32_t turn = turn_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            next_item_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            turn_.notify_all();
+        } else {
+            wait_while_equal(turn_, turn, BARRIER_SPINS);
+        }
+    }
+
+    // Inside run, on every thread: calls body(begin, end) for pieces of [0, items), then waits for the others.
+    template <class Body>
+    void share(int items, int piece, Body body) {
+        if (active_ == 1) {
+            if (items) body(0, items);
+            return;
+        }
+        for (;;) {
+            int begin = next_item_.fetch_add(piece, std::memory_order_relaxed);
+            if (begin >= items) break;
+            body(begin, begin + piece < items ? begin + piece : items);
+        }
+        barrier();
+    }
+
+   private:
+    static constexpr int BARRIER_SPINS = 2000, IDLE_SPINS = 1000;
+
+    void wake() {
+        start_.fetch_add(1, std::memory_order_release);
+        start_.notify_all();
+    }
+
+    void work(int thread) {
+        uint32_t seen = 0;
+        for (;;) {
+            wait_while_equal(start_, seen, IDLE_SPINS);
+            seen++;
+            if (stopping_) return;
+            (*body_)(thread);
+            barrier();
+        }
+    }
+
+    const int count_;
+    int active_ = 1;
+    const std::function<void(int)>* body_ = nullptr;
+    std::atomic<bool> stopping_{false};
+    alignas(64) std::atomic<uint32_t> start_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> turn_{0};
+    alignas(64) std::atomic<int> next_item_{0};
+    std::vector<std::thread> workers_;
+};
+
+// Ties the calling thread to one core; does nothing where the system does not allow it.
+inline void pin_to_core(int core) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
+#endif
+}
+
+inline bool is_first_thread() {
+#if defined(__linux__)
+    return gettid() == getpid();
+#else
+    return false;
+#endif
+}
+
+}  // namespace pw

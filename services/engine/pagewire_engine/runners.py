@@ -1,0 +1,123 @@
+"""Which runner a model gets: the compiled CPU step, the GPU's, or plain torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import structlog
+import torch
+from pagewire_core.errors import StartupError
+from pagewire_kernels import ops
+from pagewire_kernels.cpu import library as cpu_library
+from pagewire_kernels.cpu.build import BuildError
+
+from pagewire_engine.cpu.kv_cache import PackedKVCache
+from pagewire_engine.cpu.model import CpuModel
+from pagewire_engine.cpu.runner import CpuRunner
+from pagewire_engine.gpu.kv_cache import GpuKVCache, cache_dtype
+from pagewire_engine.gpu.model import GpuModel
+from pagewire_engine.gpu.runner import GpuRunner
+from pagewire_engine.kv_cache import KVCache
+from pagewire_engine.model_runner import Runner, TorchRunner
+from pagewire_engine.models.config import ModelConfig
+from pagewire_engine.models.dense import DenseModel
+from pagewire_engine.options import EngineOptions
+from pagewire_engine.quantization import SCHEMES
+from pagewire_engine.weights import Checkpoint
+
+log = structlog.get_logger(__name__)
+
+
+def make_runner(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    max_model_len: int,
+    num_blocks: Callable[[], int],
+) -> Runner:
+    """Loads the weights and makes the pool. num_blocks is asked once the weights have their memory."""
+    if config.device.type == "cpu":
+        _check_cpu_can(options)
+        reason = _why_not_compiled(config, options)
+        if not reason:
+            return _cpu_runner(config, checkpoint, options, max_model_len, num_blocks)
+        log.warning("no compiled CPU step: plain torch, several times slower", reason=reason)
+    elif ops.implementation("cuda").name == "triton" and config.dtype in (torch.bfloat16, torch.float16):
+        return _gpu_runner(config, checkpoint, options, max_model_len, num_blocks)
+    if options.quantization:
+        raise StartupError(f"--quantization {options.quantization} needs the compiled CPU step, or a GPU")
+    if options.kv_cache_dtype != "auto":
+        raise StartupError(
+            f"--kv-cache-dtype {options.kv_cache_dtype} needs a CUDA device with Triton, and bfloat16 or float16 to "
+            "compute in; leave it out"
+        )
+    with torch.inference_mode():
+        model = DenseModel(config, checkpoint, max_model_len)
+    cache = KVCache(config, num_blocks(), options.block_size, poison=options.poison_free_blocks)
+    return TorchRunner(model, cache)
+
+
+def _cpu_runner(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    max_model_len: int,
+    num_blocks: Callable[[], int],
+) -> CpuRunner:
+    torch.set_num_threads(1)  # small things are left for torch, and its waiting threads would spin beside the step's
+    library = cpu_library.best()
+    scheme = SCHEMES[options.quantization] if options.quantization else None
+    with torch.inference_mode():
+        model = CpuModel(library, config, checkpoint, max_model_len, scheme)
+    cache = PackedKVCache(library, config, num_blocks(), options.block_size, poison=options.poison_free_blocks)
+    threads = len(options.cpus) or options.threads or available_cpus()
+    log.info("compiled CPU step", variant=library.pw_variant().decode(), threads=threads,
+             weights=f"{model.weight_bytes / 2**20:.0f} MiB", quantization=options.quantization)  # fmt: skip
+    return CpuRunner(library, model, cache, threads, options.cpus)
+
+
+def available_cpus() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu_runner(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    max_model_len: int,
+    num_blocks: Callable[[], int],
+) -> GpuRunner:
+    with torch.inference_mode():
+        scheme = SCHEMES[options.quantization] if options.quantization else None
+        model = GpuModel(config, checkpoint, max_model_len, scheme)
+    dtype = cache_dtype(options.kv_cache_dtype, config)
+    cache = GpuKVCache(config, num_blocks(), options.block_size, dtype, poison=options.poison_free_blocks)
+    runner = GpuRunner(model, cache, options.max_num_seqs, max_model_len)
+    if not options.enforce_eager:
+        runner.capture_graphs()
+    return runner
+
+
+def _check_cpu_can(options: EngineOptions) -> None:
+    for flag, value in (("quantization", options.quantization), ("kv-cache-dtype", options.kv_cache_dtype)):
+        if value and value.startswith("fp8"):
+            raise StartupError(f"--{flag} {value} needs a CUDA device; on a CPU, --quantization is int8 or int4")
+
+
+def _why_not_compiled(config: ModelConfig, options: EngineOptions) -> str | None:
+    """What keeps the compiled step from running this model here; None: nothing."""
+    if os.environ.get("PAGEWIRE_KERNELS") in ("torch", "triton"):
+        return f"PAGEWIRE_KERNELS={os.environ['PAGEWIRE_KERNELS']}"
+    if config.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32 or bfloat16, not {config.dtype}"
+    if config.head_dim % 16 or config.hidden_size % 16 or config.head_dim > cpu_library.MAX_HEAD_DIM:
+        return "hidden size and head dimension must be multiples of 16"
+    if options.block_size % cpu_library.PAGE:
+        return f"--block-size {options.block_size} is no multiple of {cpu_library.PAGE}"
+    try:
+        cpu_library.best()
+    except BuildError as error:
+        return str(error)
+    return None
