@@ -9,7 +9,8 @@ from typing import Any
 from pagewire_core.model_dir import resolve_model
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Event, Failed, Token
-from pagewire_engine.loader import EngineOptions, load
+from pagewire_engine.loader import load
+from pagewire_engine.options import EngineOptions
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request
 
@@ -17,10 +18,10 @@ ROOT = b"r" * 32
 
 
 def make_engine(path: Path, **options: Any) -> Engine:
-    """Poisoned free pages and a small pool unless told otherwise."""
+    """Poisoned free pages, a small pool and chunks that do not depend on the clock, unless told otherwise."""
     settings: dict[str, Any] = {
         "block_size": 16, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 40, "max_model_len": 256,
-        "poison_free_blocks": True, "device": "cpu",
+        "poison_free_blocks": True, "device": "cpu", "max_prefill_delay_ms": 0.0,
     }  # fmt: skip
     loaded = load(resolve_model(str(path)), EngineOptions(**(settings | options)))
     return Engine(loaded.runner, loaded.config)

@@ -171,19 +171,19 @@ def test_a_stopped_choice_leaves_the_others_alone(llama: Path) -> None:
 
 def test_a_step_that_fails_ends_its_requests_and_not_the_engine(llama: Path) -> None:
     engine = make_engine(llama)
-    good = engine.runner.run
+    good = engine.runner.launch
     run = Run(prompts(20)[0])
     engine.submit(run.request)
 
     def broken(batch: Any) -> Any:
         raise RuntimeError("device lost")
 
-    engine.runner.run = broken  # type: ignore[method-assign]
+    engine.runner.launch = broken  # type: ignore[method-assign]
     engine.step()
     [event] = [e for e in run.events if isinstance(e, Failed)]
     assert isinstance(event.error, Internal)
     assert_empty(engine)
-    engine.runner.run = good  # type: ignore[method-assign]
+    engine.runner.launch = good  # type: ignore[method-assign]
     again = Run(prompts(20)[0])
     run_all(engine, again)
     assert again.tokens() == reference_greedy(llama, prompts(20)[0], 12)[0]
@@ -252,14 +252,14 @@ def test_a_length_the_model_was_not_made_for_is_refused(llama: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bfloat16_differs_from_the_reference_only_at_near_ties(architecture: str, tmp_path: Path) -> None:
-    """bfloat16 has 8 bits of mantissa: products of another shape may round otherwise, and only that may show."""
+    """The reference runs the same rounded weights in float32; only what it holds for nearly equal may be exchanged."""
     import torch
     from transformers import AutoModelForCausalLM
 
     path = make_model(tmp_path, architecture)
     engine = make_engine(path, dtype="bfloat16")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager").eval()
-    near_ties = 0
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager").float().eval()
+    near_ties = num_tokens = 0
     for prompt in prompts(*LENGTHS, seed=9):
         run = Run(prompt)
         run_all(engine, run)
@@ -270,7 +270,9 @@ def test_bfloat16_differs_from_the_reference_only_at_near_ties(architecture: str
             gap = (logits.max() - logits[token]).item()
             assert gap <= 0.15, f"token {len(tokens)} is {gap} below the reference's best"
             near_ties += gap > 0
+            num_tokens += 1
             tokens.append(token)
+    print(f"{architecture}: {near_ties} of {num_tokens} tokens are near-ties")
     assert near_ties <= 3, "more near-ties than rounding explains"
 
 

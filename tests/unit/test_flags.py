@@ -25,18 +25,25 @@ VALUES: dict[str, tuple[str, Any]] = {
     "download-dir": ("/models", "/models"),
     "dtype": ("bfloat16", "bfloat16"),
     "device": ("cpu", "cpu"),
+    "quantization": ("int4", "int4"),
     "served-model-name": ("a,b", "a,b"),
     "chat-template": ("{% for m in messages %}\n--{{ m }}", "{% for m in messages %}\n--{{ m }}"),
     "max-model-len": ("4096", 4096),
     "block-size": ("32", 32),
     "gpu-memory-utilization": ("0.5", 0.5),
     "kv-cache-memory-bytes": ("1.5G", 1610612736),
+    "kv-cache-dtype": ("fp8", "fp8"),
+    "enforce-eager": ("", True),
     "max-num-seqs": ("7", 7),
     "max-num-batched-tokens": ("512", 512),
+    "max-prefill-delay-ms": ("0", 0.0),
     "enable-prefix-caching": ("", True),
     "enable-chunked-prefill": ("", True),
+    "speculative-config": ('{"method": "ngram"}', '{"method": "ngram"}'),
+    "speculate": ("4", 4),
     "lanes": ("gloo,grpc", "gloo,grpc"),
     "threads": ("3", 3),
+    "cpus": ("0,2-3", (0, 2, 3)),
     "role": ("decode", "decode"),
     "worker-id": ("w1", "w1"),
     "host": ("::1", "::1"),
@@ -85,7 +92,7 @@ def test_an_unset_flag_is_not_passed_on() -> None:
     assert not [a for a in to_command_line(_parser().parse_args([]), tuple(FLAGS)) if a.startswith("--redis-url")]
 
 
-@pytest.mark.parametrize("name", sorted(set(VALUES) - {"enable-prefix-caching", "enable-chunked-prefill"}))
+@pytest.mark.parametrize("name", sorted(name for name in VALUES if FLAGS[name].type is not None))
 def test_the_environment_gives_a_default_and_the_command_line_wins(name: str) -> None:
     text, value = VALUES[name]
     environ = {f"PAGEWIRE_{_attribute(name).upper()}": text}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pagewire_core.block_hash import PageKeys
 from pagewire_engine.config import EngineConfig
+from pagewire_engine.decode_rows import DecodeRows
 from pagewire_engine.sampling_params import SamplingParams
-from pagewire_engine.scheduler import Decision, Pool, blocks_to_grow, decide
+from pagewire_engine.scheduler import Decision, Pool, Running, decide
 from pagewire_engine.sequence import Request, Sequence
 
 CONFIG = EngineConfig(max_model_len=512, block_size=16, num_blocks=64, max_num_seqs=6, max_num_batched_tokens=50)
@@ -16,86 +19,156 @@ CONFIG = EngineConfig(max_model_len=512, block_size=16, num_blocks=64, max_num_s
 def sequence(num_tokens: int, num_computed: int = 0, blocks: range = range(0), n: int = 1) -> Sequence:
     request = Request("r", [0] * num_tokens, b"r" * 32, SamplingParams(), n, lambda event: None)
     request.forked = num_computed > 0
-    return Sequence(request, 0, [0] * num_tokens, num_tokens, PageKeys(b"r" * 32, 16), num_computed,
+    return Sequence(request, 0, [0] * num_tokens, num_tokens, PageKeys(b"r" * 32, 16), num_computed, num_computed,
                     block_table=list(blocks))  # fmt: skip
 
 
-def running(seed: list[tuple[int, int]]) -> list[Sequence]:
-    """(tokens, uncomputed) each, with all the blocks that its computed tokens need, none shared."""
-    sequences, start = [], 0
+def running(seed: Seq[tuple[int, int]], drafts: Seq[int] = ()) -> Running:
+    """(tokens, uncomputed) each, with all the blocks that its computed tokens need, none shared.
+
+    One uncomputed token: it decodes, with as many draft tokens as `drafts` says.
+    """
+    rows, order, prompts, drafted, start = DecodeRows(1), dict[Sequence, None](), [], [], 0
     for num_tokens, uncomputed in seed:
         num_computed = max(num_tokens - uncomputed, 0)
         held = CONFIG.blocks_for(num_tokens if uncomputed > 1 else num_computed)
-        sequences.append(sequence(num_tokens, num_computed, range(start, start + held)))
+        seq = sequence(num_tokens, num_computed, range(start, start + held))
         start += held
-    return sequences
+        order[seq] = None
+        if uncomputed > 1:
+            prompts.append(seq)
+            continue
+        rows.join(seq, (0, 0, num_computed, held * 16, 512, 0, 0, 0))
+        seq.draft = [0] * (drafts[seq.row] if seq.row < len(drafts) else 0)
+        drafted += [seq] * bool(seq.draft)
+    return Running(rows, rows.ready(0), drafted, order, prompts)
 
 
-def pool(free: int, reserved: int = 0) -> Pool:
-    return Pool(free, reserved, lookup=lambda seq: [], ref_count=lambda block: 1)
+def pool(free: int, reserved: int = 0, recheck: bool = True) -> Pool:
+    return Pool(free, reserved, lookup=lambda seq: [], ref_count=lambda block: 1, recheck=recheck)
+
+
+def decode(state: Running, decision: Decision) -> list[Sequence]:
+    return [state.rows.sequences[row] for row in decision.decode]
+
+
+def admitted(decision: Decision) -> list[tuple[Sequence, int]]:
+    return [(admission.seq, admission.chunk) for admission in decision.admitted]
+
+
+def is_nothing_but_preempted(decision: Decision) -> bool:
+    return not (len(decision.decode) or decision.growing or decision.drafted or decision.chunks or decision.admitted)
 
 
 def test_decoding_sequences_go_first_and_prompts_fill_the_budget() -> None:
-    prefilling, decoding = running([(90, 60), (33, 1)])
-    decision = decide([prefilling, decoding], [], pool(9), CONFIG)
-    assert decision.scheduled == ((decoding, 1), (prefilling, 49))
+    state = running([(90, 60), (33, 1)])
+    prefilling, decoding = state.order
+    decision = decide(state, [], pool(9), CONFIG)
+    assert decode(state, decision) == [decoding]
+    assert decision.chunks == ((prefilling, 49),)
 
 
 def test_waiting_prompts_join_in_order_while_budget_and_blocks_last() -> None:
     waiting = [sequence(30), sequence(30), sequence(5)]
-    decision = decide([], waiting, pool(64), CONFIG)
-    assert decision.admitted == tuple(waiting[:2])
-    assert decision.scheduled == ((waiting[0], 30), (waiting[1], 20))
+    decision = decide(running([]), waiting, pool(64), CONFIG)
+    assert admitted(decision) == [(waiting[0], 30), (waiting[1], 20)]
 
 
 def test_a_prompt_that_does_not_fit_holds_up_those_behind_it() -> None:
     """First come, first served: a stream of short prompts must not starve a long one."""
-    decision = decide([], [sequence(400), sequence(5)], pool(8), CONFIG)
-    assert decision == Decision()
+    waiting = [sequence(400), sequence(5)]
+    decision = decide(running([]), waiting, pool(8), CONFIG)
+    assert not decision.admitted and decision.refused == (waiting[0], 25)
+
+
+def test_a_refused_prompt_is_looked_up_again_only_when_it_might_fit() -> None:
+    """The lookup of a long prompt that waits cost its length in every step."""
+    looked_up: list[Sequence] = []
+    refused = sequence(400)
+    refused.wanted_blocks = 25
+
+    def lookup(seq: Sequence) -> list[int]:
+        looked_up.append(seq)
+        return []
+
+    for free, recheck, times in ((24, False, 0), (24, True, 1), (25, False, 2)):
+        decision = decide(running([]), [refused], Pool(free, 0, lookup, lambda block: 1, recheck), CONFIG)
+        assert bool(decision.admitted) == (free == 25)
+        assert len(looked_up) == times
 
 
 def test_blocks_promised_to_transfers_are_not_given_to_new_prompts() -> None:
-    assert decide([], [sequence(30)], pool(3, reserved=2), CONFIG).admitted == ()
-    assert len(decide([], [sequence(30)], pool(3, reserved=1), CONFIG).admitted) == 1
+    assert not decide(running([]), [sequence(30)], pool(3, reserved=2), CONFIG).admitted
+    assert len(decide(running([]), [sequence(30)], pool(3, reserved=1), CONFIG).admitted) == 1
 
 
 def test_a_prompt_with_n_choices_needs_n_seats() -> None:
-    assert decide(running([(20, 1)] * 4), [sequence(5, n=3)], pool(60), CONFIG).admitted == ()
+    assert not decide(running([(20, 1)] * 4), [sequence(5, n=3)], pool(60), CONFIG).admitted
     assert len(decide(running([(20, 1)] * 3), [sequence(5, n=3)], pool(60), CONFIG).admitted) == 1
 
 
 def test_the_last_to_arrive_is_preempted_when_blocks_run_out() -> None:
-    first, last = running([(17, 1), (40, 1)])  # the first needs a second block and none is free
-    decision = decide([first, last], [sequence(5)], pool(0), CONFIG)
+    state = running([(17, 1), (40, 1)])  # the first needs a second block and none is free
+    _, last = state.order
+    decision = decide(state, [sequence(5)], pool(0), CONFIG)
     assert decision.preempted == (last,)
-    assert decision.scheduled == ((first, 1),)
-    assert decision.admitted == ()
+    assert is_nothing_but_preempted(decision)
+
+
+def test_prompts_beside_decoding_sequences_keep_to_their_limit() -> None:
+    state, alone = running([(90, 60), (33, 1)]), running([(90, 60)])
+    [prefilling, _] = state.order
+    assert decide(state, [sequence(5)], pool(9), CONFIG, 16).chunks == ((prefilling, 16),)
+    assert decide(alone, [], pool(9), CONFIG, 16).chunks[0][1] == 50
+    joining = decide(running([(33, 1)]), [sequence(30)], pool(9), CONFIG, 16)
+    assert [chunk for _, chunk in admitted(joining)] == [16]
+
+
+def test_drafts_take_what_is_left_and_nobody_goes_for_them() -> None:
+    state = running([(17, 1), (33, 1)], drafts=[3, 16])
+    first, second = state.order
+    decision = decide(state, [], pool(2), CONFIG)  # each needs a block anyway; the second's draft another one
+    assert decision.drafted == (first,) and decode(state, decision) == [second]
+    assert decision.growing == (second,) and not decision.preempted
+    assert set(decide(state, [], pool(3), CONFIG).drafted) == {first, second}
+    assert set(decide(state, [], pool(3, reserved=1), CONFIG).drafted) == {first}
+
+
+STATES = st.lists(st.tuples(st.integers(1, 120), st.integers(1, 80)).map(lambda t: (max(t), min(t))), max_size=6)
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 120), st.integers(1, 80)).map(lambda t: (max(t), min(t))), max_size=6),
+    STATES,
+    st.lists(st.integers(0, 20), max_size=6),
     st.lists(st.integers(1, 150), max_size=6),
     st.integers(0, 20),
     st.integers(0, 5),
+    st.sampled_from([None, 16, 32]),
 )
-def test_every_decision_keeps_the_rules(now: list[tuple[int, int]], queue: list[int], free: int, reserved: int) -> None:
-    sequences, waiting = running(now), [sequence(length) for length in queue]
-    decision = decide(sequences, waiting, pool(free, reserved), CONFIG)
-    chunks = dict(decision.scheduled)
-    assert sum(chunks.values()) <= CONFIG.max_num_batched_tokens
-    assert all(0 < chunk <= seq.num_uncomputed for seq, chunk in chunks.items())
-    assert list(decision.admitted) == waiting[: len(decision.admitted)]
-    assert not set(decision.preempted) & set(chunks)
-    assert not (decision.preempted and decision.admitted)
-    survivors = [seq for seq in sequences if seq not in decision.preempted]
-    assert survivors == sequences[: len(survivors)], "somebody who came earlier was preempted"
-    assert len(survivors) + len(decision.admitted) <= CONFIG.max_num_seqs
-    freed = sum(len(seq.block_table) for seq in decision.preempted)
-    grown = sum(
-        blocks_to_grow(seq, chunk, lambda block: 1, CONFIG) for seq, chunk in chunks.items() if seq in sequences
-    )
-    taken = sum(CONFIG.blocks_for(len(seq.tokens)) for seq in decision.admitted)
-    assert grown + taken <= free + freed
-    decoding = [seq for seq in survivors if seq.num_uncomputed == 1]
-    assert all(seq in chunks for seq in decoding), "a decoding sequence was held up"
+def test_every_decision_keeps_the_rules(
+    now: list[tuple[int, int]], drafts: list[int], queue: list[int], free: int, reserved: int, limit: int | None
+) -> None:
+    state, waiting = running(now, drafts), [sequence(length) for length in queue]
+    sequences = list(state.order)
+    decision = decide(state, waiting, pool(free, reserved), CONFIG, limit)
+    if decision.preempted:
+        survivors = [seq for seq in sequences if seq not in decision.preempted]
+        assert survivors == sequences[: len(survivors)], "somebody who came earlier was preempted"
+        assert is_nothing_but_preempted(decision)
+        return
+    chunks = [*decision.chunks, *admitted(decision)]
+    prefill = sum(chunk for _, chunk in chunks)
+    rows = len(decision.decode) + sum(1 + len(seq.draft) for seq in decision.drafted)
+    assert rows + prefill <= CONFIG.max_num_batched_tokens
+    assert prefill <= (limit or 50) or not rows
+    assert all(0 < chunk <= len(seq.tokens) - seq.num_scheduled for seq, chunk in chunks)
+    assert [admission.seq for admission in decision.admitted] == waiting[: len(decision.admitted)]
+    assert len(sequences) + len(decision.admitted) <= CONFIG.max_num_seqs
+    need = {seq: seq.num_computed + 1 for seq in decode(state, decision)}
+    need |= {seq: seq.num_computed + 1 + len(seq.draft) for seq in decision.drafted}
+    grown = {seq: CONFIG.blocks_for(tokens) - len(seq.block_table) for seq, tokens in need.items()}
+    assert {seq for seq in grown if grown[seq] > 0} - {*decision.drafted} == {*decision.growing}
+    taken = sum(CONFIG.blocks_for(len(admission.seq.tokens)) for admission in decision.admitted)
+    assert sum(max(blocks, 0) for blocks in grown.values()) + taken <= free
+    assert need.keys() == {*state.rows.sequences}, "a decoding sequence was held up"

@@ -37,8 +37,8 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
     ("arguments", "message"),
     [
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size is not implemented yet"),
-        (["--quantization=fp8"], "--quantization is not implemented yet"),
-        (["--no-enforce-eager"], "--no-enforce-eager is not implemented yet"),
+        (["--load-format=dummy"], "--load-format is not implemented yet"),
+        (["--no-enable-log-requests"], "--no-enable-log-requests is not implemented yet"),
         (["-tp", "2"], "-tp is not implemented yet"),
         (["--max_model_len=3"], "unknown flag --max_model_len; did you mean --max-model-len?"),
         (["--frobnicate"], "unknown flag --frobnicate"),

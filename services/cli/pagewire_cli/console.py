@@ -7,6 +7,7 @@ import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pagewire_cli.service import Service
@@ -21,9 +22,11 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def ready(service: Service, seconds: float) -> None:
+def ready(service: Service, seconds: float, phases: Mapping[str, float]) -> None:
+    """One line, with the phases of the start where they are known."""
     spec = service.spec
-    say(f"{spec.name:<12} ready  pid {service.pid:<8} {spec.address:<22} {seconds:5.1f} s")
+    details = f"  ({', '.join(f'{name} {spent:.1f}' for name, spent in phases.items())})" if phases else ""
+    say(f"{spec.name:<12} ready  pid {service.pid:<8} {spec.address:<22} {seconds:5.1f} s{details}")
 
 
 def died(service: Service, restart_in_s: float) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS, to_command_line
+from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, to_command_line
 
 from pagewire_cli import ports, readiness, redis_server
 
 _LOOPBACK = "127.0.0.1"
+WORKER_ROLES = ("prefill", "decode", "both")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
 
     A share of memory or of the cores is meant for the machine: the workers divide it.
     """
-    names = [(f"{role}-{i}", role) for role in ("prefill", "decode", "both") for i in range(getattr(args, role))]
+    names = [(f"{role}-{i}", role) for role in WORKER_ROLES for i in range(getattr(args, role))]
     redis_port, router_port, spare, *worker_ports = ports.free_ports(3 + len(names))
     redis_url = args.redis_url or f"redis://{_LOOPBACK}:{redis_port}/0"
     bridge_port = args.port or spare
@@ -63,8 +64,9 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
         command = redis_server.command(redis_port, directory)
         address = f"{_LOOPBACK}:{redis_port}"
         services.append(ServiceSpec("redis", "redis", address, command, environment, readiness.redis_answers))
-    for (name, role), port in zip(names, worker_ports, strict=True):
-        own = {**shared, "role": role, "worker_id": None, "port": port}
+    for index, ((name, role), port) in enumerate(zip(names, worker_ports, strict=True)):
+        cpus = _own_cpus(args, index, shared["threads"], len(names))
+        own = {**shared, "role": role, "worker_id": None, "port": port, "cpus": cpus}
         services.append(_service(name, role, own, WORKER_FLAGS, environment))
     workers = [args.workers, *(f"{_LOOPBACK}:{port}" for port in worker_ports)]
     router = {**shared, "port": router_port, "workers": ",".join(filter(None, workers))}
@@ -97,16 +99,29 @@ def _program(name: str) -> tuple[str, ...]:
 
 
 def _share(args: argparse.Namespace, num_workers: int) -> dict[str, object]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "threads": args.threads or max(1, cores // num_workers),
+        "threads": args.threads or max(1, len(_cpus()) // num_workers),
         "gpu_memory_utilization": round(args.gpu_memory_utilization / num_workers, 4),
     }
 
 
+def _cpus() -> list[int]:
+    """Cores that this process and its children may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _own_cpus(args: argparse.Namespace, index: int, threads: int, num_workers: int) -> tuple[int, ...]:
+    """Cores for the threads of worker `index` alone; none if there are not enough for all, or the user chose."""
+    cpus = _cpus()
+    if args.cpus or args.threads or threads * num_workers > len(cpus):
+        return args.cpus
+    return tuple(cpus[index * threads : (index + 1) * threads])
+
+
 def _environment(environ: Mapping[str, str], values: Mapping[str, object]) -> dict[str, str]:
     """The children's environment. Their settings come by flag: PAGEWIRE_PORT is ours and not each child's."""
-    inherited = {key: value for key, value in environ.items() if not key.startswith("PAGEWIRE_")}
+    settings = {f"PAGEWIRE_{name.upper().replace('-', '_')}" for name in FLAGS}
+    inherited = {key: value for key, value in environ.items() if key not in settings}
     return {
         **inherited,
         "PAGEWIRE_REDIS_URL": str(values["redis_url"]),

@@ -6,6 +6,7 @@ import asyncio
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pagewire.v1 import worker_pb2, worker_pb2_grpc
 from pagewire_core.redis_link import REDIS_ERRORS, ping
 from pagewire_core.rpc import open_channel
 
@@ -30,6 +31,16 @@ async def grpc_serves(address: str) -> bool:
         except grpc.aio.AioRpcError:
             return False
     return response.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def startup_phases(address: str) -> dict[str, float]:
+    """What a worker says of its start, name -> seconds; nothing if it does not say."""
+    async with open_channel(address) as channel:
+        try:
+            info = await worker_pb2_grpc.WorkerServiceStub(channel).Info(worker_pb2.InfoRequest(), timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return {}
+    return {phase.name: phase.seconds for phase in info.startup}
 
 
 async def http_healthy(address: str) -> bool:

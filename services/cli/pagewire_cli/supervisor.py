@@ -23,8 +23,8 @@ from pagewire_core.errors import StartupError
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import open_channel
 
-from pagewire_cli import console, ports, state_file
-from pagewire_cli.plan import Plan, make_plan
+from pagewire_cli import console, ports, readiness, state_file
+from pagewire_cli.plan import WORKER_ROLES, Plan, make_plan
 from pagewire_cli.service import Service
 from pagewire_cli.version import installed_version
 
@@ -119,12 +119,17 @@ class Supervisor:
             await ready.wait()
 
     async def _supervise(self, service: Service, ready: asyncio.Event) -> None:
-        console.ready(service, await service.wait_ready())
+        await self._say_ready(service)
         ready.set()
         self._unready.discard(service.spec.name)
         if not self._unready:
             await self._announce()
         await self._keep_running(service)
+
+    async def _say_ready(self, service: Service) -> None:
+        seconds = await service.wait_ready()
+        is_worker = service.spec.role in WORKER_ROLES
+        console.ready(service, seconds, await readiness.startup_phases(service.spec.address) if is_worker else {})
 
     async def _keep_running(self, service: Service) -> None:
         delay_s = FIRST_RESTART_S
@@ -138,7 +143,7 @@ class Supervisor:
             service.spawn()
             # One that ends before it is ready has its words printed by the next round.
             with contextlib.suppress(StartupError):
-                console.ready(service, await service.wait_ready())
+                await self._say_ready(service)
                 self._write_state_file()
 
     async def _announce(self) -> None:

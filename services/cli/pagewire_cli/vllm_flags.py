@@ -7,13 +7,13 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "tensor-parallel-size", "tp", "pipeline-parallel-size", "pp", "data-parallel-size", "dp",
     "enable-expert-parallel", "distributed-executor-backend", "nnodes", "node-rank",
     # Weights, memory and execution.
-    "quantization", "q", "kv-cache-dtype", "load-format", "tokenizer-mode", "tokenizer-revision", "hf-overrides",
+    "q", "load-format", "tokenizer-mode", "tokenizer-revision", "hf-overrides",
     "trust-remote-code", "generation-config", "override-generation-config", "swap-space", "cpu-offload-gb",
-    "enforce-eager", "compilation-config", "attention-backend", "seed",
+    "compilation-config", "attention-backend", "seed",
     "scheduling-policy", "async-scheduling", "num-gpu-blocks-override", "max-logprobs", "limit-mm-per-prompt",
     "prefix-caching-hash-algo",
-    # Adapters, speculation, structure.
-    "enable-lora", "lora-modules", "max-loras", "max-lora-rank", "speculative-config",
+    # Adapters, structure.
+    "enable-lora", "lora-modules", "max-loras", "max-lora-rank",
     "structured-outputs-config", "enable-auto-tool-choice", "tool-call-parser", "tool-parser-plugin",
     "reasoning-parser", "watermark-config",
     # The HTTP server.

@@ -45,6 +45,13 @@ def positive(text: str) -> int:
     return value
 
 
+def milliseconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be finite and not negative")
+    return value
+
+
 def port(text: str) -> int:
     value = int(text)
     if not 0 <= value <= 65535:
@@ -66,6 +73,17 @@ def seconds(text: str) -> float:
     return value
 
 
+def cpus(text: str) -> tuple[int, ...]:
+    """'0,2-3' -> (0, 2, 3)."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.strip().isdigit() or (last and not last.strip().isdigit()):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of cores; write 0,2-3")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)
+
+
 FLAGS: dict[str, Flag] = {
     # The model.
     "model": Flag(None, "a local directory or a Hugging Face Hub id"),
@@ -75,6 +93,8 @@ FLAGS: dict[str, Flag] = {
     "dtype": Flag("auto", "compute and KV dtype; auto: the checkpoint's, float32 for float16 on a CPU",
                   choices=("auto", "float32", "bfloat16", "float16", "half", "float")),
     "device": Flag("auto", "auto: cuda if there is one", choices=("auto", "cpu", "cuda")),
+    "quantization": Flag(None, "store the weights in fewer bits, made at load from an unquantized checkpoint",
+                         choices=("int8", "int4", "fp8")),
     "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
     "chat-template": Flag(None, "a Jinja file or template; default: the model's"),
     "max-model-len": Flag(None, "longest prompt + output in tokens; default: the model's", positive),
@@ -83,12 +103,21 @@ FLAGS: dict[str, Flag] = {
     "gpu-memory-utilization": Flag(0.9, "share of the device's memory for weights and KV (of free RAM on a CPU, "
                                         "bounded to 4 GiB of KV unless --kv-cache-memory-bytes says more)", fraction),
     "kv-cache-memory-bytes": Flag(None, "size of the KV pool; overrides --gpu-memory-utilization", size),
+    "kv-cache-dtype": Flag("auto", "dtype of the KV pool; auto: the compute dtype; fp8 (e4m3) halves it, on CUDA only",
+                           choices=("auto", "fp8", "fp8_e4m3")),
+    "enforce-eager": Flag(False, "no CUDA graphs: faster start, slower decoding; without effect on a CPU", None),
     "max-num-seqs": Flag(128, "sequences in one step", positive),
     "max-num-batched-tokens": Flag(2048, "tokens in one step", positive),
+    "max-prefill-delay-ms": Flag(50.0, "milliseconds that chunks of prompts may add to a step in which others decode; "
+                                       "0: no limit", milliseconds),
+    "speculative-config": Flag(None, "draft tokens, as JSON: method (ngram, draft_model), num_speculative_tokens, "
+                                     "prompt_lookup_max, prompt_lookup_min, model, disable_by_batch_size"),
+    "speculate": Flag(None, "as many draft tokens by prompt lookup; short for --speculative-config", positive),
     "enable-prefix-caching": Flag(True, "reuse KV of equal prefixes", None),
     "enable-chunked-prefill": Flag(True, "compute prompts in chunks beside decoding; cannot be turned off", None),
     "lanes": Flag("auto", "how KV travels, best first, of nccl, gloo, grpc; auto: nccl,gloo,grpc where they exist"),
     "threads": Flag(None, "CPU threads of the engine; default: the cores divided by the workers", positive),
+    "cpus": Flag((), "cores that the engine's threads are pinned to, one each (0,2-3); default: not pinned", cpus),
     # The services.
     "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
     "worker-id": Flag(None, "a stable name; default: role, host and port"),
@@ -109,9 +138,10 @@ ROUTER_FLAGS = (
     "redis-url", "workers", "max-queued-requests", "request-timeout", "transfer-timeout", "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
-    "role", "model", "revision", "download-dir", "dtype", "device", "max-model-len", "block-size",
-    "gpu-memory-utilization", "kv-cache-memory-bytes", "max-num-seqs", "max-num-batched-tokens",
-    "enable-prefix-caching", "enable-chunked-prefill", "lanes", "threads", "worker-id", "host", "port", "redis-url",
+    "role", "model", "revision", "download-dir", "dtype", "device", "quantization", "max-model-len", "block-size",
+    "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
+    "max-num-batched-tokens", "max-prefill-delay-ms", "enable-prefix-caching", "enable-chunked-prefill",
+    "speculative-config", "speculate", "lanes", "threads", "cpus", "worker-id", "host", "port", "redis-url",
     "transfer-timeout", "log-format", "log-level",
 )  # fmt: skip
 BRIDGE_FLAGS = ("router", "host", "port", "request-timeout", "log-format", "log-level")
@@ -174,6 +204,8 @@ def to_command_line(values: argparse.Namespace, names: Sequence[str]) -> list[st
         value = getattr(values, name.replace("-", "_"))
         if isinstance(value, bool):
             line.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            line += [f"--{name}={','.join(map(str, value))}"] if value else []
         elif value is not None:
             line.append(f"--{name}={value}")
     return line

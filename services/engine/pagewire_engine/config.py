@@ -25,6 +25,7 @@ class EngineConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_prefix_caching: bool = True
+    max_prefill_delay_ms: float = 0.0  # that prompts may add to a decode step; 0: no limit
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens occupy."""

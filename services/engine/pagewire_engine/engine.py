@@ -2,8 +2,11 @@
 
 One thread runs `run_forever`. Everything else may be called from any thread: the lock guards the
 books (sequences, blocks) and is never held while the device works, so admission and transfers do not
-wait for a step. A sequence in the step that is running is only marked when it is cancelled; its blocks
-are given back after the step, so that nothing else can be written over.
+wait for a step. What a step in flight reads and writes is given back when it has landed, so that nothing
+else can be written over.
+
+With a runner that overlaps, step n + 1 is decided and launched before the tokens of step n are known, on
+the assumption that no sequence ends with them; a sequence that did end has computed one row for nothing.
 """
 
 from __future__ import annotations
@@ -11,71 +14,64 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
-import structlog
-from pagewire.v1 import common_pb2 as pb
-from pagewire_core.block_hash import HASH_BLOCK, PageKeys
-from pagewire_core.errors import ContextLength, Internal, PagewireError
+from pagewire_core.block_hash import PageKeys
+from pagewire_core.errors import ContextLength, PagewireError
 
-from pagewire_engine.batch import Batch, build_batch
+from pagewire_engine.announced_blocks import AnnouncedBlocks
+from pagewire_engine.batch import Batch
 from pagewire_engine.block_manager import BlockManager
+from pagewire_engine.books import Books
+from pagewire_engine.composition import compose
 from pagewire_engine.config import EngineConfig
-from pagewire_engine.events import Event, Failed, Finished, FirstTokens, Progress, Started, Token
+from pagewire_engine.events import Started
 from pagewire_engine.external_blocks import ExternalBlocks
-from pagewire_engine.model_runner import ModelRunner
+from pagewire_engine.flight import Flight
+from pagewire_engine.model_runner import Runner
+from pagewire_engine.outbox import Outbox, deliver_outbox
+from pagewire_engine.proposer import Proposer, bounded
+from pagewire_engine.publishing import Counters, Publisher
 from pagewire_engine.sampler import Sampled
-from pagewire_engine.scheduler import Decision, Pool, decide, must_copy
+from pagewire_engine.scheduler import Decision, Pool, Running, decide
 from pagewire_engine.sequence import Request, Sequence
 from pagewire_engine.step_cost import StepCost
 
-log = structlog.get_logger(__name__)
-
-Outbox = list[tuple[Request, Event]]
-
-
-@dataclass
-class Counters:
-    """Totals since start, for metrics and for proof."""
-
-    prompt_tokens_computed: int = 0
-    prompt_tokens_cached: int = 0
-    tokens_sampled: int = 0
-    preemptions: int = 0
-    steps: int = 0
+_RECHECK = 32  # steps after which a sequence that was refused a place is looked up again
 
 
 class Engine:
-    """Continuous batching over one model runner.
+    """Continuous batching over one runner.
 
     deliver: hands a step's events to their requests, `deliver_outbox` on a thread of its choice; called
     without the lock held. stored / removed: told the hashes of hash blocks that this engine's prefix cache gains and
-    loses.
+    loses. proposer: guesses tokens for decoding sequences; with one, steps do not overlap.
     """
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         config: EngineConfig,
         *,
         deliver: Callable[[Outbox], None] | None = None,
         stored: Callable[[Seq[bytes]], None] = lambda hashes: None,
         removed: Callable[[Seq[bytes]], None] = lambda hashes: None,
+        proposer: Proposer | None = None,
     ) -> None:
         self.config = config
         self._deliver = deliver or deliver_outbox
         self.runner = runner
         self.counters = Counters()
         self.step_cost = StepCost()
-        self.blocks = BlockManager(config.num_blocks, removed=self._on_removed, freed=runner.cache.freed)
-        self._stored, self._removed = stored, removed
-        self._published: dict[bytes, None] = {}  # hash blocks that peers were told of, parents first
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        self._holding: set[Request] = set()  # prefill-only requests whose blocks wait to be sent
-        self._in_step: frozenset[Sequence] = frozenset()
+        self._announced = AnnouncedBlocks(stored, removed)
+        self.blocks = BlockManager(config.num_blocks, removed=self._announced.lost, freed=runner.cache.freed)
+        self._proposer = proposer
+        self._books = Books(config, self.blocks, self._announced, proposer.ended if proposer else lambda seq: None)
+        self._publisher = Publisher(self._books, self.counters)
+        self._flights: deque[Flight] = deque()
+        self._depth = 1 if runner.overlaps and not proposer else 0  # steps in flight while the next is composed
+        self._landed_at = 0.0
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._stopping = False
@@ -86,12 +82,18 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ContextLength if it can never fit."""
         self.check_fits(len(request.prompt), request.n, request.prefill_only)
+        prompt = self._prompt(request, 0)
         with self._lock:
-            keys = PageKeys(request.cache_root, self.config.block_size)
-            prompt = Sequence(request, 0, list(request.prompt), len(request.prompt), keys)
             request.sequences = [prompt]
-            self._waiting.append(prompt)
+            self._books.enqueue(prompt)
             self._wake.notify()
+
+    def _prompt(self, request: Request, num_computed: int) -> Sequence:
+        """The request's prompt as a sequence; its keys are computed here, not under the lock."""
+        keys, num_prompt = PageKeys(request.cache_root, self.config.block_size), len(request.prompt)
+        if self.config.enable_prefix_caching:
+            keys.extend(request.prompt, num_prompt)
+        return Sequence(request, 0, list(request.prompt), num_prompt, keys, num_computed)
 
     def check_fits(self, num_prompt: int, n: int, prefill_only: bool = False) -> None:
         """Raises ContextLength for what this engine can never hold. A prompt that decodes needs room for a token."""
@@ -106,17 +108,15 @@ class Engine:
     def start_transferred(self, request: Request, block_table: Seq[int], first: Seq[Sampled]) -> None:
         """Starts decoding a prompt whose KV is already in `block_table`; the references pass to the engine."""
         outbox: Outbox = []
+        prompt = self._prompt(request, len(request.prompt))
         with self._lock:
-            keys = PageKeys(request.cache_root, self.config.block_size)
-            num_prompt = len(request.prompt)
-            prompt = Sequence(request, 0, list(request.prompt), num_prompt, keys, num_computed=num_prompt)
             prompt.block_table = list(block_table)
             request.sequences = [prompt]
-            self._register(prompt)
+            self._books.register(prompt)
             if request.cancelled:
-                self._drop(prompt)
+                self._books.drop(prompt)
             else:
-                self._running += self._fork(prompt, first, outbox)
+                self._publisher.fork(prompt, first, outbox)
             self._wake.notify()
         self._deliver(outbox)
 
@@ -129,24 +129,22 @@ class Engine:
                 self.release(request)
             for seq in request.sequences:
                 if not choices or (request.forked and seq.choice in choices):
-                    seq.finished = True
-                    if seq not in self._in_step:
-                        self._drop(seq)
-            self._finish_if_all_ended(request, outbox)
+                    self._books.drop(seq)
+            self._publisher.finish_if_all_ended(request, outbox)
             self._wake.notify()
         self._deliver(outbox)
 
     def release(self, request: Request) -> None:
         """Gives back the prompt blocks of a prefill-only request that has its first tokens. Idempotent."""
         with self._lock:
-            if request in self._holding:
-                self._holding.discard(request)
-                self._drop(request.sequences[0])
+            if request in self._books.holding:
+                self._books.holding.discard(request)
+                self._books.drop(request.sequences[0])
 
     def snapshot(self) -> list[bytes]:
         """Hash blocks in the prefix cache, parents before children."""
         with self._lock:
-            return list(self._published)
+            return self._announced.hashes
 
     def block_table(self, request: Request) -> list[int]:
         """Blocks of a prefill-only request's prompt; empty once they are given back."""
@@ -159,7 +157,7 @@ class Engine:
         """Steps until `stop`; sleeps while there is nothing to do."""
         while True:
             with self._lock:
-                while not (self._stopping or self._waiting or self._running):
+                while not (self._stopping or self._books.waiting or self._books.running or self._flights):
                     self._wake.wait()
                 if self._stopping:
                     return
@@ -173,194 +171,95 @@ class Engine:
             self._wake.notify_all()
 
     def step(self) -> bool:
-        """One turn of the loop; False if nothing could be scheduled."""
+        """One turn of the loop; False if nothing could be scheduled and nothing was in flight."""
+        proposed = self._propose()
         with self._lock:
-            pool = Pool(self.blocks.num_free, self.external.reserved, self._lookup, self.blocks.ref_count)
-            decision = decide(self._running, self._waiting, pool, self.config)
+            decision, preempted = self._decide(bounded(proposed, self.config.max_model_len))
             outbox, batch = self._apply(decision)
-            self._in_step = frozenset(seq for seq, _ in batch.scheduled) if batch else frozenset()
         self._deliver(outbox)
-        if batch is None:
-            return bool(decision.preempted)
-        started = time.perf_counter()
-        sampled: list[Sampled] | PagewireError
-        try:
-            sampled = self.runner.run(batch)
-        except Exception as error:  # the step is lost, not the worker: its requests fail, the others go on
-            log.exception("step failed")
-            sampled = Internal(f"a step of the engine failed: {type(error).__name__}")
-        milliseconds = (time.perf_counter() - started) * 1e3
-        with self._lock:
-            outbox = self._fail_step(batch, sampled) if isinstance(sampled, PagewireError) else (
-                self._publish(batch, sampled)
-            )  # fmt: skip
-            self._in_step = frozenset()
-            self.counters.steps += 1
-            num_prefill = sum(chunk for _, chunk in batch.scheduled if chunk > 1)
-            self.step_cost.add(num_prefill, batch.num_decode, milliseconds)
-        self._deliver(outbox)
-        return True
+        if batch:
+            drafts = tuple(tuple(seq.draft) for seq in decision.drafted)
+            self._flights.append(Flight.launch(self.runner, self._books.launched, batch, drafts))
+        progress = bool(batch or self._flights or preempted)
+        while len(self._flights) > (self._depth if batch else 0):
+            self._land(self._flights.popleft())
+        return progress
 
-    def _lookup(self, seq: Sequence) -> list[int]:
-        """Blocks of a waiting sequence's cached prefix; its last token is always computed, for its logits."""
-        if not self.config.enable_prefix_caching:
+    def _propose(self) -> list[tuple[Sequence, list[int]]]:
+        """Guesses for the sequences that decode; without the lock, for it may take as long as a small step."""
+        if not self._proposer:
             return []
-        return self.blocks.lookup(seq.keys.extend(seq.tokens, len(seq.tokens) - 1))
+        with self._lock:
+            sequences = list(self._books.rows.sequences)
+        return list(zip(sequences, self._proposer.propose(sequences), strict=True)) if sequences else []
+
+    def _decide(self, drafted: Seq[Sequence]) -> tuple[Decision, bool]:
+        """The next step, and whether somebody was preempted for it."""
+        decision, preempted = self._decide_once(drafted, self._books.waiting), False
+        while decision.preempted:
+            if self._flights:  # what they hold is in use: first see what the steps in flight free
+                return Decision(), preempted
+            for seq in decision.preempted:
+                self._books.preempt(seq)
+            self.counters.preemptions += len(decision.preempted)
+            preempted = True
+            decision = self._decide_once([seq for seq in drafted if seq.row >= 0], ())
+        return decision, preempted
+
+    def _decide_once(self, drafted: Seq[Sequence], waiting: Iterable[Sequence]) -> Decision:
+        books = self._books
+        running = Running(books.rows, books.rows.ready(books.landed), drafted, books.running, books.prompts)
+        recheck = not books.running or self.counters.steps % _RECHECK == 0
+        pool = Pool(self.blocks.num_free, self.external.reserved, books.lookup, self.blocks.ref_count, recheck)
+        return decide(running, waiting, pool, self.config, self._prefill_limit())
+
+    def _prefill_limit(self) -> int | None:
+        """Prompt tokens in a step with decoding sequences: whole blocks, at least one, so that prompts get on."""
+        if not self.config.max_prefill_delay_ms:
+            return None
+        blocks = self.step_cost.prefill_tokens(self.config.max_prefill_delay_ms) // self.config.block_size
+        return max(blocks, 1) * self.config.block_size
 
     def _apply(self, decision: Decision) -> tuple[Outbox, Batch | None]:
         """Binds the blocks that the decision needs and builds its batch."""
         outbox: Outbox = []
-        for seq in decision.preempted:
-            self._preempt(seq)
-        for seq in decision.admitted:
-            self._admit(seq, outbox)
-        copies: list[tuple[int, int]] = []
-        for seq, chunk in decision.scheduled:
-            self._grow(seq, chunk, copies)
-        if not decision.scheduled:
-            return outbox, None
-        device = self.runner.model.config.device
-        return outbox, build_batch(decision.scheduled, self.config.block_size, copies, device)
+        copies = self._books.bind(decision)
+        for seq, cached in ((admission.seq, admission.seq.num_computed) for admission in decision.admitted):
+            if not seq.request.forked and not seq.num_preemptions:
+                self.counters.prompt_tokens_cached += cached
+                outbox.append((seq.request, Started(cached)))
+        return outbox, compose(self._books, decision, copies)
 
-    def _preempt(self, seq: Sequence) -> None:
-        self._running.remove(seq)
-        self.blocks.release(seq.block_table)
-        seq.block_table, seq.num_computed, seq.num_registered = [], 0, 0
-        seq.num_preemptions += 1
-        self.counters.preemptions += 1
-        self._waiting.appendleft(seq)
+    def _land(self, flight: Flight) -> None:
+        """Waits for a step's tokens and publishes them."""
+        sampled = flight.tokens()
+        now = time.perf_counter()
+        milliseconds = (now - max(flight.started, self._landed_at)) * 1e3
+        self._landed_at = now
+        accepted = self.counters.accepted_tokens
+        with self._lock:
+            self._books.land(flight.number)
+            if isinstance(sampled, PagewireError):
+                outbox = self._publisher.fail(flight.batch, sampled)
+            else:
+                outbox = self._publisher.publish(flight.batch, flight.drafts, sampled)
+            self.counters.steps += 1
+        self._deliver(outbox)
+        self._observe(flight, self.counters.accepted_tokens - accepted, milliseconds)
 
-    def _admit(self, seq: Sequence, outbox: Outbox) -> None:
-        self._waiting.remove(seq)
-        cached = self._lookup(seq)
-        for block in cached:
-            self.blocks.acquire(block)
-        seq.block_table = cached + self.blocks.allocate(self.config.blocks_for(len(seq.tokens)) - len(cached))
-        seq.num_computed = len(cached) * self.config.block_size
-        seq.num_registered = len(cached)
-        self._running.append(seq)
-        if not seq.request.forked and not seq.num_preemptions:
-            self.counters.prompt_tokens_cached += seq.num_computed
-            outbox.append((seq.request, Started(seq.num_computed)))
-
-    def _grow(self, seq: Sequence, chunk: int, copies: list[tuple[int, int]]) -> None:
-        if must_copy(seq, self.blocks.ref_count, self.config):
-            index = seq.num_computed // self.config.block_size
-            [copy] = self.blocks.allocate(1)
-            copies.append((seq.block_table[index], copy))
-            self.blocks.release([seq.block_table[index]])
-            seq.block_table[index] = copy
-        need = self.config.blocks_for(seq.num_computed + chunk) - len(seq.block_table)
-        seq.block_table += self.blocks.allocate(max(need, 0))
-
-    # ---------------------------------------------------------------- after a step
-
-    def _publish(self, batch: Batch, sampled: list[Sampled]) -> Outbox:
-        """Books what the step computed and says so to the requests."""
-        outbox: Outbox = []
-        tokens = iter(sampled)
-        for seq, chunk in batch.scheduled:
-            if seq.num_computed < seq.num_prompt:
-                self.counters.prompt_tokens_computed += min(chunk, seq.num_prompt - seq.num_computed)
-            seq.num_computed += chunk
-            complete = seq.num_computed == len(seq.tokens)
-            chosen = [next(tokens) for _ in seq.request.choices_to_sample(seq)] if complete else []
-            self._register(seq)
-            if seq.finished:
-                self._drop(seq)
-            elif seq.request.prefill_only:
-                self._publish_prefill(seq, chosen, outbox)
-            elif chosen and not seq.request.forked:
-                self._running.remove(seq)
-                self._running += self._fork(seq, chosen, outbox)
-            elif chosen:
-                self._append(seq, chosen[0], outbox)
-        return outbox
-
-    def _publish_prefill(self, seq: Sequence, chosen: list[Sampled], outbox: Outbox) -> None:
-        outbox.append((seq.request, Progress(seq.num_computed)))
-        if chosen:
-            self.counters.tokens_sampled += len(chosen)
-            outbox.append((seq.request, FirstTokens(tuple(chosen))))
-            self._running.remove(seq)
-            self._holding.add(seq.request)
-
-    def _fork(self, prompt: Sequence, first: Seq[Sampled], outbox: Outbox) -> list[Sequence]:
-        """Turns a computed prompt into one sequence per choice, sharing its blocks; returns the live ones."""
-        request = prompt.request
-        request.forked = True
-        siblings = [prompt.fork(choice) for choice in range(1, request.n)]
-        for sibling in siblings:
-            for block in sibling.block_table:
-                self.blocks.acquire(block)
-        request.sequences = [prompt, *siblings]
-        for seq, sampled in zip(list(request.sequences), first, strict=True):
-            self._append(seq, sampled, outbox)
-        return [seq for seq in (prompt, *siblings) if not seq.finished]
-
-    def _append(self, seq: Sequence, sampled: Sampled, outbox: Outbox) -> None:
-        """One more token; ends the sequence if that was its last."""
-        seq.tokens.append(sampled.token)
-        self.counters.tokens_sampled += 1
-        end = seq.request.params.finish(sampled.token, seq.num_output)
-        if end is None and len(seq.tokens) >= self.config.max_model_len:
-            end = pb.FINISH_REASON_LENGTH, None
-        reason, stop_token = end or (None, None)
-        outbox.append((seq.request, Token(seq.choice, sampled, reason, stop_token)))
-        if end:
-            self._drop(seq)
-            self._finish_if_all_ended(seq.request, outbox)
-
-    def _finish_if_all_ended(self, request: Request, outbox: Outbox) -> None:
-        if request.forked and not request.done and all(seq.finished for seq in request.sequences):
-            request.done = True
-            outbox.append((request, Finished(sum(seq.num_preemptions for seq in request.sequences))))
-
-    def _register(self, seq: Sequence) -> None:
-        """Makes the sequence's newly full blocks findable."""
-        if not self.config.enable_prefix_caching:
-            return
-        keys = seq.keys.extend(seq.tokens, seq.num_computed)
-        stored = []
-        for index in range(seq.num_registered, len(keys)):
-            seq.block_table[index] = self.blocks.register(seq.block_table[index], keys[index])
-            if (index + 1) * self.config.block_size % HASH_BLOCK == 0 and keys[index] not in self._published:
-                self._published[keys[index]] = None
-                stored.append(keys[index])
-        seq.num_registered = len(keys)
-        if stored:
-            self._stored(stored)
-
-    def _on_removed(self, key: bytes) -> None:
-        if key in self._published:
-            del self._published[key]
-            self._removed([key])
-
-    def _drop(self, seq: Sequence) -> None:
-        """Takes a sequence out of wherever it is and gives its blocks back. Idempotent."""
-        seq.finished = True
-        if seq in self._running:
-            self._running.remove(seq)
-        elif seq in self._waiting:
-            self._waiting.remove(seq)
-        self.blocks.release(seq.block_table)
-        seq.block_table = []
-
-    def _fail_step(self, batch: Batch, error: PagewireError) -> Outbox:
-        failed = {seq.request for seq, _ in batch.scheduled}
-        for request in failed:
-            for seq in request.sequences:
-                self._drop(seq)
-        return [(request, Failed(error)) for request in failed if not request.cancelled]
+    def _observe(self, flight: Flight, accepted: int, milliseconds: float) -> None:
+        """Learns from how long a step took."""
+        self.step_cost.add(flight.num_prefill_tokens, flight.num_decode, milliseconds)
+        if self._proposer and not flight.num_prefill_tokens:
+            self._proposer.observe(sum(map(len, flight.drafts)), accepted, flight.num_decode, milliseconds)
 
     # ---------------------------------------------------------------- what others see
 
     def check(self) -> None:
         """Raises AssertionError if any block is lost, doubled or held by nobody we know."""
         with self._lock:
-            tables = [seq.block_table for seq in (*self._running, *self._waiting)]
-            tables += [request.sequences[0].block_table for request in self._holding]
-            self.blocks.check([*tables, *self.external.tables])
+            self._books.check()
+            self.blocks.check([*self._books.tables(), *self.external.tables])
 
     def load(self) -> dict[str, int]:
         """The numbers of WorkerService.Stats that the engine knows."""
@@ -369,17 +268,9 @@ class Engine:
                 "free_blocks": max(self.blocks.num_free - self.external.reserved, 0),
                 "total_blocks": self.blocks.num_blocks,
                 "reserved_blocks": self.external.reserved,
-                "num_running": len(self._running),
-                "num_waiting": len(self._waiting),
-                "waiting_prefill_tokens": sum(s.num_uncomputed for s in (*self._waiting, *self._running)
-                                              if s.num_uncomputed > 1),
-                "running_kv_tokens": sum(s.num_computed for s in self._running),
+                "num_running": len(self._books.running),
+                "num_waiting": len(self._books.waiting),
+                "waiting_prefill_tokens": self._books.num_prefill_tokens,
+                "running_kv_tokens": self._books.num_kv_tokens,
                 "max_num_seqs": self.config.max_num_seqs,
-            }  # fmt: skip
-
-
-def deliver_outbox(outbox: Outbox) -> None:
-    """Emits each event, unless its request was cancelled meanwhile."""
-    for request, event in outbox:
-        if not request.cancelled:
-            request.emit(event)
+            }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import PagewireError
@@ -31,8 +32,7 @@ class FirstTokens:
     tokens: tuple[Sampled, ...]
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One more token of one choice (the first one too), with the end of the choice if it is its last."""
 
     choice: int

@@ -32,9 +32,11 @@ class ExternalBlocks:
 
     def pin_prefix(self, owner: object, prompt: Seq[int], cache_root: bytes) -> int:
         """Holds the blocks of the prompt's locally cached prefix for `owner`; returns its tokens."""
-        with self._lock:
+        keys: list[bytes] = []
+        if self._config.enable_prefix_caching:
             keys = PageKeys(cache_root, self._config.block_size).extend(prompt, len(prompt))
-            blocks = self._blocks.match(keys) if self._config.enable_prefix_caching else []
+        with self._lock:
+            blocks = self._blocks.match(keys)
             self._held[owner] = blocks
             return len(blocks) * self._config.block_size
 

@@ -12,10 +12,11 @@ from pagewire_core.errors import StartupError
 from pagewire_core.model_dir import ModelDir
 
 from pagewire_engine.config import DTYPES, EngineConfig
-from pagewire_engine.kv_cache import KVCache
-from pagewire_engine.model_runner import ModelRunner
+from pagewire_engine.gpu.kv_cache import cache_dtype
+from pagewire_engine.model_runner import Runner
 from pagewire_engine.models.config import ModelConfig, read_config
-from pagewire_engine.models.dense import DenseModel
+from pagewire_engine.options import EngineOptions
+from pagewire_engine.runners import make_runner
 from pagewire_engine.weights import Checkpoint
 
 log = structlog.get_logger(__name__)
@@ -24,45 +25,32 @@ DEFAULT_CPU_KV_BYTES = 4 << 30  # a KV pool that fills all of a laptop's memory 
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """The engine's flags, as given."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    block_size: int = 16
-    gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = None
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 2048
-    enable_prefix_caching: bool = True
-    poison_free_blocks: bool = False  # tests: a free block holds NaN, so that any stale read shows
-
-
-@dataclass(frozen=True)
 class Loaded:
     """A model ready to run."""
 
-    runner: ModelRunner
+    runner: Runner
     config: EngineConfig
     fingerprint: bytes
     model_digest: bytes
 
 
-def load(model: ModelDir, options: EngineOptions) -> Loaded:
-    """Loads the weights and sizes the pool. Raises StartupError with a remedy for everything a user can mend."""
-    device = _device(options.device)
-    with torch.inference_mode():
-        dtype = _dtype(options.dtype, model, device)
-        config = read_config(model.config, dtype, device)
-        max_model_len = _max_model_len(options, config)
-        _check_memory(model, device)
-        with Checkpoint(model.path, dtype, device) as checkpoint:
-            dense = DenseModel(config, checkpoint, max_model_len)
-    num_blocks = _num_blocks(options, config, max_model_len)
-    # Not an inference tensor: transfers write to it from threads outside inference mode.
-    cache = KVCache(config, num_blocks, options.block_size, poison=options.poison_free_blocks)
-    log.info("model loaded", dtype=str(dtype), device=str(device), num_gpu_blocks=num_blocks,
+def load(model: ModelDir, options: EngineOptions, draft: ModelDir | None = None) -> Loaded:
+    """Loads the weights and sizes the pool. Raises StartupError with a remedy for everything a user can mend.
+
+    draft: a model that will be loaded beside this one, with KV for as many tokens; memory is left for it.
+    """
+    config = read_model_config(model, options)
+    max_model_len = _max_model_len(options, config)
+    _check_memory(model, config.device)
+
+    def num_blocks_that_fit() -> int:
+        reserved, share = _draft_part(config, draft, options) if draft else (0, 1.0)
+        return _num_blocks(options, config, max_model_len, reserved, share)
+
+    with Checkpoint(model.path, config.dtype, config.device) as checkpoint:
+        runner = make_runner(config, checkpoint, options, max_model_len, num_blocks_that_fit)
+    cache, num_blocks = runner.cache, runner.cache.num_blocks
+    log.info("model loaded", dtype=str(config.dtype), device=str(config.device), num_gpu_blocks=num_blocks,
              max_model_len=max_model_len, kv_bytes_per_token=cache.bytes_per_token)  # fmt: skip
     engine = EngineConfig(
         max_model_len=max_model_len,
@@ -70,20 +58,25 @@ def load(model: ModelDir, options: EngineOptions) -> Loaded:
         num_blocks=num_blocks,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
+        max_prefill_delay_ms=options.max_prefill_delay_ms,
         enable_prefix_caching=options.enable_prefix_caching,
     )
     digest = model.digest()
-    return Loaded(ModelRunner(dense, cache), engine, _fingerprint(config, digest, max_model_len), digest)
+    identity = _fingerprint(config, digest, max_model_len, cache.kv.dtype, options.quantization)
+    return Loaded(runner, engine, identity, digest)
 
 
-def _fingerprint(config: ModelConfig, digest: bytes, max_model_len: int) -> bytes:
+def _fingerprint(
+    config: ModelConfig, digest: bytes, max_model_len: int, kv_dtype: torch.dtype, quantization: str | None
+) -> bytes:
     rope = dict(config.rope)
     if rope["rope_type"] == "dynamic":  # its frequencies depend on the served length
         rope["max_model_len"] = max_model_len
     return fingerprint(
         {
             "model": digest.hex(),
-            "kv_dtype": str(config.dtype),
+            "kv_dtype": str(kv_dtype),
+            "quantization": quantization or "",  # other weights write other keys and values
             "rope": rope,
             "num_layers": config.num_layers,
             "num_kv_heads": config.num_kv_heads,
@@ -91,6 +84,34 @@ def _fingerprint(config: ModelConfig, digest: bytes, max_model_len: int) -> byte
             "windows": config.windows,
         }
     )
+
+
+def read_model_config(model: ModelDir, options: EngineOptions) -> ModelConfig:
+    """The model's shape, with the dtype and on the device that it will be loaded to. Raises StartupError."""
+    device = _device(options.device)
+    return read_config(model.config, _dtype(options.dtype, model, device), device)
+
+
+def kv_bytes_per_token(config: ModelConfig, kv_cache_dtype: str = "auto") -> int:
+    itemsize = cache_dtype(kv_cache_dtype, config).itemsize
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * itemsize
+
+
+def max_positions(config: ModelConfig) -> int:
+    """The longest sequence that the model was made for; a scaled RoPE may be stretched by its factor."""
+    trained = config.rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return max(config.max_position_embeddings, int(trained * config.rope.get("factor", 1.0)))
+
+
+def _draft_part(config: ModelConfig, draft: ModelDir, options: EngineOptions) -> tuple[int, float]:
+    """Bytes of a draft model's weights, and the share of the KV memory that is left to the target."""
+    per_token = kv_bytes_per_token(config, options.kv_cache_dtype)
+    drafts = kv_bytes_per_token(read_model_config(draft, options), options.kv_cache_dtype)
+    return weight_bytes(draft), per_token / (per_token + drafts)
+
+
+def weight_bytes(model: ModelDir) -> int:
+    return sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
 
 
 def _device(name: str) -> torch.device:
@@ -104,10 +125,8 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, model: ModelDir, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return DTYPES[name]
     stored = str(model.config.get("torch_dtype") or model.config.get("dtype") or "float32").removeprefix("torch.")
-    dtype = DTYPES.get(stored, torch.float32)
+    dtype = DTYPES.get(stored if name == "auto" else name, torch.float32)
     if dtype == torch.float16 and device.type == "cpu":
         log.warning("float16 arithmetic is very slow on a CPU: computing in float32 (--dtype bfloat16 halves memory)")
         return torch.float32
@@ -115,9 +134,8 @@ def _dtype(name: str, model: ModelDir, device: torch.device) -> torch.dtype:
 
 
 def _max_model_len(options: EngineOptions, config: ModelConfig) -> int:
-    """The model's own length unless told otherwise; a scaled RoPE may be stretched by its factor."""
-    trained = config.rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    limit = max(config.max_position_embeddings, int(trained * config.rope.get("factor", 1.0)))
+    """The model's own length unless told otherwise."""
+    limit = max_positions(config)
     asked = options.max_model_len or config.max_position_embeddings
     if asked > limit:
         raise StartupError(f"--max-model-len {asked} is more than the {limit} positions the model was made for")
@@ -126,7 +144,7 @@ def _max_model_len(options: EngineOptions, config: ModelConfig) -> int:
 
 def _check_memory(model: ModelDir, device: torch.device) -> None:
     """Fails before the system's memory does."""
-    needed = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    needed = weight_bytes(model)
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info()[0]
     if needed > free:
         raise StartupError(
@@ -135,11 +153,15 @@ def _check_memory(model: ModelDir, device: torch.device) -> None:
         )
 
 
-def _num_blocks(options: EngineOptions, config: ModelConfig, max_model_len: int) -> int:
-    """Blocks that fit the memory asked for; at least one sequence of max_model_len must fit."""
-    element = torch.empty((), dtype=config.dtype).element_size()
-    per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * element
-    memory = options.kv_cache_memory_bytes or _default_kv_bytes(options, config)
+def _num_blocks(
+    options: EngineOptions, config: ModelConfig, max_model_len: int, reserved: int = 0, share: float = 1.0
+) -> int:
+    """Blocks that fit the memory asked for; at least one sequence of max_model_len must fit.
+
+    Of memory that is not asked for by size, `reserved` bytes are somebody else's and `share` of the rest is ours.
+    """
+    per_token = kv_bytes_per_token(config, options.kv_cache_dtype)
+    memory = options.kv_cache_memory_bytes or int(max(_default_kv_bytes(options, config) - reserved, 0) * share)
     num_blocks = memory // (per_token * options.block_size)
     if num_blocks * options.block_size < max_model_len:
         raise StartupError(

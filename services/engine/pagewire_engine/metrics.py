@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pagewire_engine.engine import Engine
+from pagewire_engine.speculative.proposer import SpeculativeProposer
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _GAUGES = {
@@ -55,3 +56,30 @@ class EngineCollector:
             yield GaugeMetricFamily(f"pagewire_engine_{name}", text, load[name])
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"pagewire_engine_{name}", text, getattr(self._engine.counters, name))
+
+
+class SpeculationCollector:
+    """Reads what became of the draft tokens when it is scraped. Metrics are named as in vLLM."""
+
+    def __init__(self, engine: Engine, proposer: SpeculativeProposer) -> None:
+        self._engine, self._proposer = engine, proposer
+
+    def collect(self) -> Iterator[Metric]:
+        prefix, counters = "pagewire_spec_decode", self._engine.counters
+        yield CounterMetricFamily(
+            f"{prefix}_num_drafts", "Drafts computed, one or more tokens each", counters.num_drafts
+        )
+        yield CounterMetricFamily(f"{prefix}_num_draft_tokens", "Draft tokens computed", counters.draft_tokens)
+        yield CounterMetricFamily(f"{prefix}_num_accepted_tokens", "Draft tokens accepted", counters.accepted_tokens)
+        text = "Draft tokens accepted, by position in the draft"
+        positions = CounterMetricFamily(f"{prefix}_num_accepted_tokens_per_pos", text, labels=["position"])
+        for position, count in enumerate(counters.accepted_per_position):
+            positions.add_metric([str(position)], count)
+        yield positions
+        yield GaugeMetricFamily(
+            f"{prefix}_draft_tokens_per_sequence", "Draft tokens per decoding sequence in the latest decode step; "
+            "0 while they do not pay", self._proposer.policy.drafts_per_sequence
+        )  # fmt: skip
+        yield GaugeMetricFamily(
+            f"{prefix}_draft_blocks", "KV blocks of the draft model that sequences hold", self._proposer.num_held_blocks
+        )

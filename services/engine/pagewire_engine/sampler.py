@@ -45,8 +45,12 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """One token per row. logits: float32 [rows, vocabulary]; overwritten."""
+def sample(logits: torch.Tensor, rows: Sequence[SampleRow], num_tokens: Sequence[int] | None = None) -> list[Sampled]:
+    """One token per row. logits: float32 [rows, vocabulary]; overwritten.
+
+    num_tokens: how many tokens precede each row's, if `SampleRow.tokens` lacks one that is not known yet.
+    """
+    num_tokens = [len(row.tokens) for row in rows] if num_tokens is None else num_tokens
     raw = torch.log_softmax(logits, -1) if any(r.params.logprobs is not None for r in rows) else None
     for i, row in enumerate(rows):
         if row.params.changes_logits:
@@ -54,7 +58,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     tokens = logits.argmax(-1).tolist()
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if random:
-        for i, token in zip(random, _draw(logits[random], [rows[i] for i in random]), strict=True):
+        drawn = _draw(logits[random], [rows[i] for i in random], [num_tokens[i] for i in random])
+        for i, token in zip(random, drawn, strict=True):
             tokens[i] = token
     return [
         Sampled(token) if raw is None else _with_logprobs(token, raw[i], row.params.logprobs)
@@ -89,7 +94,7 @@ def _change(logits: torch.Tensor, row: SampleRow) -> None:
         logits[ids] -= p.frequency_penalty * counts + p.presence_penalty
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+def _draw(logits: torch.Tensor, rows: Sequence[SampleRow], num_tokens: Sequence[int]) -> list[int]:
     """A random token per row from the tempered, truncated distribution."""
     device = logits.device
     temperature = torch.tensor([r.params.temperature for r in rows], device=device)
@@ -100,7 +105,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     if any(r.params.top_k or r.params.top_p < 1 for r in rows):
         probs = _truncate(probs, rows)
     cumulative = probs.double().cumsum(-1)
-    uniforms = [uniform(r.params.seed, r.choice, len(r.tokens)) for r in rows]
+    uniforms = [uniform(r.params.seed, r.choice, n) for r, n in zip(rows, num_tokens, strict=True)]
     targets = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, targets, right=True)[:, 0]
     # The product may round up to the total itself: then the last possible token is meant.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from pagewire.v1 import common_pb2 as pb
 
@@ -59,6 +60,18 @@ class SamplingParams:
             or self.min_tokens
         )
 
+    @property
+    def needs_host_tokens(self) -> bool:
+        """Whether a step of this request can only be prepared when all its tokens so far are known on the host."""
+        return bool(
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.min_tokens
+        )
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Ids that end a sequence wherever they come."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids
+
     def finish(self, token: int, num_output: int) -> tuple[pb.FinishReason, int | None] | None:
         """Whether a sequence ends with `token` as its `num_output`-th: the reason and the id that ended it."""
         if token in self.stop_token_ids:
@@ -71,4 +84,4 @@ class SamplingParams:
 
     @property
     def banned_before_min_tokens(self) -> frozenset[int]:
-        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids
+        return self.ends

@@ -17,10 +17,12 @@ class Sequence:
     """The tokens of one choice of a request.
 
         tokens        |---------- prompt ----------|---- output ----|
-        KV in blocks  |-- num_computed --|
-        next step      computes tokens[num_computed : num_computed + chunk]
+        KV in blocks  |-- num_computed --|-- num_scheduled --|
+        next step      computes tokens[num_scheduled : num_scheduled + chunk]
 
-    When num_computed reaches len(tokens), the step's logits give the next token.
+    num_scheduled is ahead of num_computed by what launched steps compute. When it reaches len(tokens), the
+    step's logits give the next token, and the sequence has a row of `DecodeRows`, which says where it is from
+    then on.
     """
 
     request: Request
@@ -29,18 +31,20 @@ class Sequence:
     num_prompt: int
     keys: PageKeys
     num_computed: int = 0
+    num_scheduled: int = 0  # only while it has no row
     num_registered: int = 0  # blocks already offered to the prefix cache
     block_table: list[int] = field(default_factory=list)
     finished: bool = False
     num_preemptions: int = 0
+    seat: int = -1  # row of the engine's block tables while it runs
+    row: int = -1  # index in DecodeRows while it decodes
+    last_step: int = 0  # number of the last step with it; only while it has no row
+    draft: list[int] = field(default_factory=list)  # guesses of its next tokens, for the next step
+    wanted_blocks: int = 0  # when it was last refused a place: the free blocks that it would have taken
 
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
 
     def fork(self, choice: int) -> Sequence:
         """A sibling with the same prompt; the caller takes the block references."""
@@ -51,6 +55,7 @@ class Sequence:
             num_prompt=self.num_prompt,
             keys=self.keys.copy(),
             num_computed=self.num_computed,
+            num_scheduled=self.num_computed,
             num_registered=self.num_registered,
             block_table=list(self.block_table),
         )

@@ -10,7 +10,7 @@ import time
 
 import structlog
 
-from pagewire_engine.engine import Counters, Engine
+from pagewire_engine.engine import Engine
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request
 from pagewire_engine.step_cost import StepCost
@@ -31,7 +31,7 @@ def warm_up(engine: Engine) -> None:
             for batch in _BATCHES:
                 _run(engine, min(length, engine.config.max_model_len // 2), min(batch, engine.config.max_num_seqs))
     engine.blocks.reset_cache()
-    engine.counters = Counters()
+    engine.counters.reset()
     log.info("warmed up", seconds=round(time.perf_counter() - started, 2))
 
 

@@ -28,11 +28,13 @@ from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.registry import Registration
 from pagewire_core.shutdown import exit_within
+from pagewire_core.startup import Timeline
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine, Outbox, deliver_outbox
 from pagewire_engine.loader import Loaded
-from pagewire_engine.metrics import EngineCollector, StageMetrics
+from pagewire_engine.metrics import EngineCollector, SpeculationCollector, StageMetrics
+from pagewire_engine.speculative.proposer import SpeculativeProposer
 from pagewire_engine.warm_up import warm_up
 from pagewire_prefill.servicer import PrefillServicer
 from pagewire_prefill.source import PromptSource
@@ -60,13 +62,26 @@ ROLES = {
 class Worker:
     """One engine and the gRPC services of its role, from start to SIGTERM."""
 
-    def __init__(self, args: argparse.Namespace, loaded: Loaded, instance: str) -> None:
-        self._args, self._loaded, self._instance = args, loaded, instance
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        loaded: Loaded,
+        proposer: SpeculativeProposer | None,
+        instance: str,
+        timeline: Timeline,
+    ) -> None:
+        self._args, self._loaded, self._proposer, self._instance = args, loaded, proposer, instance
+        self._timeline = timeline
         self._registry = CollectorRegistry()
-        self._lanes = available_lanes(args.lanes, loaded.runner.model.config.device)
+        self._lanes = available_lanes(args.lanes, loaded.runner.config.device)
         self._publisher: BlockEventPublisher | None = None
         self._engine = Engine(
-            loaded.runner, loaded.config, deliver=self._deliver, stored=self._stored, removed=self._removed
+            loaded.runner,
+            loaded.config,
+            deliver=self._deliver,
+            stored=self._stored,
+            removed=self._removed,
+            proposer=proposer,
         )
         self._transfers = Transfers(self._engine)
         self._sender: KvSender | None = None
@@ -88,12 +103,17 @@ class Worker:
         info = self._info(address)
         self._add_services(server, info)
         warm_up(self._engine)
+        if self._proposer:
+            self._proposer.policy.restart()
+        self._timeline.mark("warm-up")
+        info.startup.extend(worker_pb2.StartupPhase(name=n, seconds=s) for n, s in self._timeline.phases.items())
         await server.serve()
         thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         thread.start()
         background = [asyncio.create_task(job) for job in self._redis_jobs(info)]
         await server.set_serving(True)
-        log.info("worker ready", role=self._args.role, address=address, worker_id=info.worker_id, lanes=self._lanes)
+        log.info("worker ready", role=self._args.role, address=address, worker_id=info.worker_id, lanes=self._lanes,
+                 startup=self._timeline.phases)  # fmt: skip
         await stopping.wait()
         log.info("draining")
         exit_within(DRAIN_S + 2 * CLOSE_S)
@@ -138,6 +158,8 @@ class Worker:
     def _add_services(self, server: rpc.RpcServer, info: worker_pb2.InfoResponse) -> None:
         registry, role = self._registry, self._args.role
         registry.register(EngineCollector(self._engine))  # type: ignore[arg-type]
+        if self._proposer:
+            registry.register(SpeculationCollector(self._engine, self._proposer))  # type: ignore[arg-type]
         stages, transfer_metrics = StageMetrics(registry), TransferMetrics(registry)
         identity = WorkerIdentity(
             info.worker_id, self._instance, self._loaded.fingerprint, self._loaded.runner.cache.layout, self._args.host

@@ -11,10 +11,10 @@ import torch
 from pagewire_kernels import ops
 from torch.nn import functional as F
 
-from pagewire_engine.batch import Batch
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.models.config import ModelConfig
 from pagewire_engine.models.rope import RotaryEmbedding
+from pagewire_engine.step_tensors import StepTensors
 from pagewire_engine.weights import Checkpoint
 
 
@@ -58,7 +58,7 @@ class DenseModel:
             else checkpoint.take("lm_head.weight", (config.vocab_size, config.hidden_size))
         )
 
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def forward(self, batch: StepTensors, cache: KVCache) -> torch.Tensor:
         """Final hidden states [T, E]; writes the batch's KV into the cache."""
         x = self._embedding[batch.input_ids]
         cos, sin = self._rotary(batch.positions)
@@ -75,7 +75,7 @@ class DenseModel:
 
     def _attention(
         self, x: torch.Tensor, layer: Layer, index: int, cos: torch.Tensor, sin: torch.Tensor,
-        batch: Batch, cache: KVCache,
+        batch: StepTensors, cache: KVCache,
     ) -> torch.Tensor:  # fmt: skip
         c = self.config
         q, k, v = layer.qkv(x).split((c.num_heads * c.head_dim, *[c.num_kv_heads * c.head_dim] * 2), -1)
@@ -89,7 +89,7 @@ class DenseModel:
         return layer.o(out.reshape(len(x), -1))
 
     def _attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch, window: int
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: StepTensors, window: int
     ) -> torch.Tensor:
         parts = []
         if batch.decode is not None:

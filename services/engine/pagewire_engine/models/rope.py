@@ -36,6 +36,12 @@ class RotaryEmbedding:
         angles = torch.cat((angles, angles), -1)
         return (angles.cos() * self._factor).to(self._dtype), (angles.sin() * self._factor).to(self._dtype)
 
+    def table(self, num_positions: int) -> torch.Tensor:
+        """float32 [num_positions, head_dim]: cos of each angle in the first half of a row, sin in the second."""
+        positions = torch.arange(num_positions, dtype=torch.float32, device=self._inv_freq.device)
+        angles = positions[:, None] * self._inv_freq
+        return torch.cat((angles.cos(), angles.sin()), -1) * self._factor
+
 
 def _base(config: ModelConfig, theta: float | None = None) -> torch.Tensor:
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim

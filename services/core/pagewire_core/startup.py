@@ -1,0 +1,20 @@
+"""How long each phase of a process's start took, from the moment the system made it."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+
+class Timeline:
+    """`mark` ends a phase. The first one began with the process itself, the interpreter's start included."""
+
+    def __init__(self) -> None:
+        self._last = psutil.Process().create_time()
+        self.phases: dict[str, float] = {}  # name -> seconds, in order
+
+    def mark(self, name: str) -> None:
+        now = time.time()
+        self.phases[name] = round(max(now - self._last, 0.0), 3)
+        self._last = now

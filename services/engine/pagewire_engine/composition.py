@@ -1,0 +1,137 @@
+"""A decision whose blocks are bound -> the batch of the step, and the books as they are once it is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import TypeVar, overload
+
+import numpy as np
+
+from pagewire_engine.batch import Batch
+from pagewire_engine.books import Books
+from pagewire_engine.sampler import SampleRow
+from pagewire_engine.scheduler import Decision
+from pagewire_engine.sequence import Sequence
+
+_T = TypeVar("_T")
+
+
+class Continued(Seq[int]):
+    """`tokens` followed by `more`, without a copy: what a draft's row sees as the tokens so far."""
+
+    def __init__(self, tokens: Seq[int], more: Seq[int]) -> None:
+        self._tokens, self._more, self._length = tokens, more, len(tokens)  # `tokens` grows when the step is done
+
+    def __len__(self) -> int:
+        return self._length + len(self._more)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._tokens[: self._length]
+        yield from self._more
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return [*self][index]
+
+
+def compose(books: Books, decision: Decision, copies: Seq[tuple[int, int]]) -> Batch | None:
+    """The next step's batch; None if there is nothing to compute. Books the step as launched."""
+    chunks = [(seq, 1 + len(seq.draft)) for seq in decision.drafted]
+    chunks += decision.chunks
+    chunks += [(admission.seq, admission.chunk) for admission in decision.admitted]
+    if not len(decision.decode) and not chunks:
+        return None
+    batch = _build(books, decision.decode, chunks, len(decision.drafted), copies)
+    _book(books, decision.decode, chunks, len(decision.drafted))
+    return batch
+
+
+def _build(
+    books: Books, decode: np.ndarray, chunks: Seq[tuple[Sequence, int]], num_drafted: int, copies: Seq[tuple[int, int]]
+) -> Batch:
+    rows, n = books.rows, len(decode)
+    parts = [_draft_part(seq) for seq, _ in chunks[:num_drafted]]
+    parts += [_chunk_part(seq, count) for seq, count in chunks[num_drafted:]]
+    starts = np.cumsum([n, *(count for _, count in chunks)])
+    sample_rows = [row for part in parts for row in part.sample_rows]
+    sample_from = [start + row for start, part in zip(starts.tolist(), parts, strict=False) for row in part.sample_from]
+    positions = rows.positions[decode]
+    return Batch(
+        scheduled=_at(rows.scheduled, decode) + tuple(chunks),
+        input_ids=_int32(rows.next_ids[decode], *(part.input_ids for part in parts)),
+        positions=_int32(positions, *(np.arange(part.begin, part.begin + len(part.input_ids)) for part in parts)),
+        query_start=_int32(np.arange(n), starts),
+        seq_lens=_int32(positions + 1, [part.begin + len(part.input_ids) for part in parts]),
+        num_decode=n,
+        tables=books.seats.tables,
+        seats=_int32(rows.seats[decode], [seq.seat for seq, _ in chunks]),
+        table_changes=books.seats.changes(),
+        sample_from=_int32(np.arange(n), sample_from),
+        sample_rows=_at(rows.sample_rows, decode) + tuple(sample_rows),
+        copies=tuple(copies),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one sequence adds to the batch besides the decode rows; sample_from counts from its first row."""
+
+    begin: int
+    input_ids: list[int]
+    sample_from: Seq[int]
+    sample_rows: Seq[SampleRow]
+
+
+def _draft_part(seq: Sequence) -> _Part:
+    """A token after the last one and one after each draft token, each as if the drafts before it were true."""
+    views = [Continued(seq.tokens, seq.draft[:i]) for i in range(len(seq.draft) + 1)]
+    sample_rows = [SampleRow(seq.request.params, seq.choice, view, seq.num_prompt) for view in views]
+    return _Part(seq.num_computed, [seq.tokens[-1], *seq.draft], range(len(views)), sample_rows)
+
+
+def _chunk_part(seq: Sequence, count: int) -> _Part:
+    """Known tokens; the first tokens after them if they are the last ones."""
+    begin, end = seq.num_scheduled, seq.num_scheduled + count
+    choices = seq.request.choices_to_sample(seq) if end == len(seq.tokens) else ()
+    sample_rows = [SampleRow(seq.request.params, choice, seq.tokens, seq.num_prompt) for choice in choices]
+    return _Part(begin, seq.tokens[begin:end], [count - 1] * len(sample_rows), sample_rows)
+
+
+def _book(books: Books, decode: np.ndarray, chunks: Seq[tuple[Sequence, int]], num_drafted: int) -> None:
+    books.launched += 1
+    books.rows.advance(decode, books.launched)
+    for seq, _ in chunks[:num_drafted]:
+        books.rows.last_steps[seq.row] = books.launched
+        books.rows.may_copy[seq.row] = 0
+    token = len(decode) + sum(count for _, count in chunks[:num_drafted])
+    for seq, count in chunks[num_drafted:]:
+        seq.num_scheduled += count
+        seq.last_step = books.launched
+        if seq.num_scheduled == len(seq.tokens):
+            num_choices = sum(1 for _ in seq.request.choices_to_sample(seq))
+            if num_choices == 1 and not seq.request.prefill_only:
+                books.decode(seq, -1 - token)
+            token += num_choices
+
+
+def _at(values: list[_T], rows: np.ndarray) -> tuple[_T, ...]:
+    """The elements at `rows`, in C where it can be."""
+    if len(rows) < 2:
+        return tuple(values[i] for i in rows)
+    if len(rows) == len(values) and rows[0] == 0:  # all of them: indices are ascending
+        return tuple(values)
+    return itemgetter(*rows.tolist())(values)
+
+
+def _int32(first: np.ndarray, *others: Seq[int] | np.ndarray) -> np.ndarray:
+    """All parts, one after the other."""
+    if not any(map(len, others)):
+        return first.astype(np.int32)
+    parts = [first, *(np.asarray(part, np.int64) for part in others)]
+    return np.concatenate(parts, dtype=np.int32, casting="same_kind")

@@ -1,0 +1,56 @@
+"""A step between its launch and the reading of its tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+from pagewire_core.errors import Internal, PagewireError
+
+from pagewire_engine.batch import Batch
+from pagewire_engine.model_runner import Launched, Runner
+from pagewire_engine.sampler import Sampled
+
+log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Flight:
+    """drafts: of the sequences that follow the decoding ones in the batch."""
+
+    number: int
+    batch: Batch
+    drafts: tuple[tuple[int, ...], ...]
+    started: float
+    launched: Launched | PagewireError
+
+    @classmethod
+    def launch(cls, runner: Runner, number: int, batch: Batch, drafts: tuple[tuple[int, ...], ...]) -> Flight:
+        return cls(number, batch, drafts, time.perf_counter(), _attempt(lambda: runner.launch(batch)))
+
+    def tokens(self) -> list[Sampled] | PagewireError:
+        """Waits until the step is done; an error if it is lost."""
+        launched = self.launched
+        return launched if isinstance(launched, PagewireError) else _attempt(launched.tokens)
+
+    @property
+    def num_decode(self) -> int:
+        """Sequences that decode, with drafts or without."""
+        return self.batch.num_decode + len(self.drafts)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(count for _, count in self.batch.scheduled[self.num_decode :])
+
+
+def _attempt(work: Callable[[], _T]) -> _T | PagewireError:
+    try:
+        return work()
+    except Exception as error:  # the step is lost, not the worker: its requests fail, the others go on
+        log.exception("step failed")
+        return Internal(f"a step of the engine failed: {type(error).__name__}")

@@ -1,0 +1,51 @@
+"""A step of any shape: decoding rows, rows of draft tokens, chunks of prompts. Launched operation by operation."""
+
+from __future__ import annotations
+
+import torch
+from pagewire_kernels import ops
+from torch import Tensor
+
+from pagewire_engine.gpu.attention import Attention
+from pagewire_engine.gpu.model import GpuModel
+from pagewire_engine.gpu.sampling_rows import neutral_sampling, plain_sampling
+from pagewire_engine.gpu.tables import DeviceTables
+from pagewire_engine.gpu.transfers import Arrays, upload
+from pagewire_engine.kv_cache import KVCache
+
+
+class MixedStep:
+    """Logits of the rows that give tokens, and the tokens."""
+
+    def __init__(self, model: GpuModel, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+        config = model.config
+        self._device = config.device
+        self._neutral = neutral_sampling(config.vocab_size, config.device)
+        self._workspace = ops.decode_workspace(config.num_heads, config.num_kv_heads, config.head_dim, config.device)
+
+    def __call__(
+        self, arrays: Arrays, num_decode: int, tables: DeviceTables, previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [R, V] and tokens int64 [R]. previous: what negative input ids refer to, if there are any."""
+        inputs = upload(arrays, self._device)
+        if previous is not None:
+            ops.resolve_input_ids(inputs["input_ids"], previous)
+        chunk_start = inputs["chunk_start"] if len(inputs["chunk_start"]) > 1 else None
+        attention = Attention(
+            num_decode, tables.rows(inputs["seats"]), inputs["seq_lens"], chunk_start, self._workspace
+        )
+        hidden = self._model.forward(
+            inputs["input_ids"], inputs["positions"], inputs["slots"], attention, self._cache
+        )  # fmt: skip
+        return self._choose(hidden, inputs)
+
+    def _choose(self, hidden: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        rows = len(inputs["sample_from"])
+        tokens = torch.empty(rows, dtype=torch.int64, device=self._device)
+        if not rows:
+            return hidden.new_empty(0, self._model.config.vocab_size), tokens
+        logits = self._model.logits(hidden.index_select(0, inputs["sample_from"]))
+        seats = torch.arange(rows, dtype=torch.int32, device=self._device)
+        ops.sample(logits, plain_sampling(inputs, self._neutral), seats, inputs["uniforms"], seats, tokens)
+        return logits, tokens

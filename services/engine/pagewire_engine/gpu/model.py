@@ -1,0 +1,148 @@
+"""Llama, Mistral, Qwen2 and Qwen3 as few large GPU operations: fused kernels between matrix products.
+
+The same decoder as models/dense.py, in the form that a CUDA graph can capture: nothing here waits for the device, and
+every size is known from the shapes of the arguments.
+
+Shapes: T tokens of the batch, H heads, K kv heads, D head_dim, E hidden_size, I intermediate_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from pagewire_kernels import ops
+from torch import Tensor
+
+from pagewire_engine.gpu.attention import KV_SCALE, Attention
+from pagewire_engine.gpu.linear import Activation, Fp8Rows, Linear, make_linear, quantize_rows
+from pagewire_engine.kv_cache import KVCache
+from pagewire_engine.models.config import ModelConfig
+from pagewire_engine.models.rope import RotaryEmbedding
+from pagewire_engine.quantization import Scheme
+
+
+class Tensors(Protocol):
+    """Where weights come from: a checkpoint's files, or a generator in a benchmark."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's weights; q, k, v and gate, up are fused row-wise."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    post_attention_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int
+
+
+class GpuModel:
+    """The forward pass over one batch of paged sequences. scheme: how matrices are stored, None for as they are."""
+
+    def __init__(self, config: ModelConfig, tensors: Tensors, max_model_len: int, scheme: Scheme | None = None) -> None:
+        self.config = config
+        self._fp8 = scheme is not None and scheme.name == "fp8"
+        self._cos_sin = RotaryEmbedding(config, max_model_len).table(max_model_len)
+        self._embedding = tensors.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self._layers = [_load_layer(config, tensors, i, scheme) for i in range(config.num_layers)]
+        self._norm = tensors.take("model.norm.weight", (config.hidden_size,))
+        head = self._embedding if config.tie_word_embeddings else tensors.take("lm_head.weight", self._embedding.shape)
+        self._head = make_linear(head, None, scheme and scheme.for_head)
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """What one decode step reads of the matrices."""
+        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return sum(linear.weight.num_bytes for linear in (*linears, self._head))
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, slot_mapping: Tensor, attention: Attention, cache: KVCache
+    ) -> Tensor:
+        """Final hidden states [T, E]; writes the batch's KV into the cache. Slot -1: a padding row, written nowhere."""
+        residual = self._embedding[input_ids]
+        hidden = self._norm_of(None, residual, self._layers[0].input_norm)
+        following = [layer.input_norm for layer in self._layers[1:]]
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(hidden)
+            attended = self._attend(qkv, layer, index, positions, slot_mapping, attention, cache)
+            hidden = self._norm_of(layer.o(attended), residual, layer.post_attention_norm)
+            down = layer.down(self._activate(layer.gate_up(hidden)))
+            if index < len(following):
+                hidden = self._norm_of(down, residual, following[index])
+        return self._final(down, residual)
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[R, E] -> [R, V] in the model's dtype, in `out` if there is one."""
+        return self._head(hidden, out)
+
+    def _final(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The last norm; never quantized, since only the head's rows are used."""
+        out = torch.empty_like(residual)
+        ops.rms_norm_residual(x, residual, self._norm, self.config.rms_norm_eps, out)
+        return out
+
+    def _norm_of(self, x: Tensor | None, residual: Tensor, weight: Tensor) -> Activation:
+        """residual += x, in place; its norm, as the next linear takes it."""
+        eps = self.config.rms_norm_eps
+        if self._fp8:
+            rows = Fp8Rows.empty(len(residual), residual.shape[1], residual.device)
+            ops.rms_norm_residual_fp8(x, residual, weight, eps, rows.values, rows.scales)
+            return rows
+        out = torch.empty_like(residual)
+        ops.rms_norm_residual(x, residual, weight, eps, out)
+        return out
+
+    def _activate(self, gate_up: Tensor) -> Activation:
+        tokens, width = len(gate_up), self.config.intermediate_size
+        if self._fp8:
+            rows = Fp8Rows.empty(tokens, width, gate_up.device)
+            ops.silu_and_mul_fp8(gate_up, rows.values, rows.scales)
+            return rows
+        out = gate_up.new_empty(tokens, width)
+        ops.silu_and_mul(gate_up, out)
+        return out
+
+    def _attend(
+        self, qkv: Tensor, layer: Layer, index: int, positions: Tensor, slot_mapping: Tensor,
+        attention: Attention, cache: KVCache,
+    ) -> Activation:  # fmt: skip
+        c = self.config
+        q = qkv.new_empty(len(qkv), c.num_heads, c.head_dim)
+        k_cache, v_cache = cache.layer(index)
+        ops.rope_write_kv(qkv, positions, self._cos_sin, layer.q_norm, layer.k_norm, c.rms_norm_eps, q,
+                          k_cache, v_cache, slot_mapping, KV_SCALE, KV_SCALE)  # fmt: skip
+        out = attention(q, k_cache, v_cache, layer.window).view(len(qkv), -1)
+        return quantize_rows(out) if self._fp8 else out
+
+
+def _load_layer(c: ModelConfig, tensors: Tensors, index: int, scheme: Scheme | None) -> Layer:
+    prefix = f"model.layers.{index}."
+    hidden, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def linear(parts: dict[str, int], fan_in: int, bias: bool) -> Linear:
+        weight = torch.cat([tensors.take(f"{prefix}{name}.weight", (rows, fan_in)) for name, rows in parts.items()])
+        biases = [tensors.take(f"{prefix}{name}.bias", (rows,)) for name, rows in parts.items() if bias]
+        return make_linear(weight, torch.cat(biases) if bias else None, scheme)
+
+    def norm(name: str, size: int) -> Tensor:
+        return tensors.take(f"{prefix}{name}.weight", (size,))
+
+    return Layer(
+        input_norm=norm("input_layernorm", hidden),
+        qkv=linear({"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}, hidden, c.qkv_bias),
+        q_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
+        k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
+        o=linear({"self_attn.o_proj": hidden}, q, c.o_bias),
+        post_attention_norm=norm("post_attention_layernorm", hidden),
+        gate_up=linear({"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}, hidden, c.mlp_bias),
+        down=linear({"mlp.down_proj": hidden}, c.intermediate_size, c.mlp_bias),
+        window=c.windows[index],
+    )

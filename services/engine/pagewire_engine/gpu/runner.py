@@ -1,0 +1,73 @@
+"""Runs batches on a GPU, one ahead of the engine that reads their tokens.
+
+`launch` sends the step's small arrays up, queues the forward pass, the choice of tokens and their copy to the host, and
+returns. Nothing in it waits for the device. Steps run in order on one stream, copies to the host on another.
+"""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+import torch
+from torch import Tensor
+
+from pagewire_engine.batch import Batch
+from pagewire_engine.gpu.changed_rows import sample_changed
+from pagewire_engine.gpu.chosen import Chosen, logprobs_of
+from pagewire_engine.gpu.decode_step import DecodeStep
+from pagewire_engine.gpu.inputs import chunk_arrays, row_arrays, samples_each_row
+from pagewire_engine.gpu.mixed_step import MixedStep
+from pagewire_engine.gpu.model import GpuModel
+from pagewire_engine.gpu.sampling_rows import SamplingRows
+from pagewire_engine.gpu.tables import DeviceTables
+from pagewire_engine.gpu.transfers import Arrays, Downloads
+from pagewire_engine.kv_cache import KVCache
+
+log = structlog.get_logger(__name__)
+
+
+class GpuRunner:
+    """A Runner (see model_runner.py) that overlaps. Also runs on CPU tensors, without graphs: for tests."""
+
+    overlaps = True
+
+    def __init__(self, model: GpuModel, cache: KVCache, max_num_seqs: int, max_model_len: int) -> None:
+        self.cache = cache
+        self.config = model.config
+        max_blocks = -(-max_model_len // cache.block_size)
+        self._decode = DecodeStep(model, cache, max_num_seqs, max_blocks)
+        self._mixed = MixedStep(model, cache)
+        self._tables = DeviceTables(model.config.device)
+        self._sampling = SamplingRows()
+        self._downloads = Downloads(model.config.device)
+        self._tokens = torch.empty(0, dtype=torch.int64, device=model.config.device)  # of the last launch
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Makes the CUDA graphs of the decode steps. Without them the same steps run, launched one by one."""
+        started = time.perf_counter()
+        self._decode.capture()
+        log.info("cuda graphs captured", sizes=self._decode.sizes, seconds=round(time.perf_counter() - started, 2))
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Chosen:
+        """Starts the step; see Runner."""
+        self.cache.copy_blocks(batch.copies)
+        self._tables.update(batch)
+        num_tokens = batch.positions[batch.sample_from] + 1
+        sampling = self._sampling.arrays(batch.sample_rows, num_tokens)
+        logits, tokens = self._run(batch, sampling)
+        tokens = tokens.clone()  # the next step overwrites them while they are on their way to the host
+        sample_changed(batch.sample_rows, num_tokens, sampling, logits, tokens)
+        logprobs = logprobs_of(batch.sample_rows, logits, tokens)
+        self._tokens = tokens
+        parts = [tokens] if logprobs is None else [tokens, logprobs.chosen, logprobs.ids, logprobs.values]
+        return Chosen(self._downloads.start(parts), logprobs)
+
+    def _run(self, batch: Batch, sampling: Arrays) -> tuple[Tensor, Tensor]:
+        arrays = row_arrays(batch, self.cache.block_size) | sampling
+        previous = self._tokens if (batch.input_ids < 0).any() else None
+        if samples_each_row(batch) and len(batch.seats) <= self._decode.sizes[-1]:
+            return self._decode(arrays, self._tables, previous)
+        return self._mixed(arrays | chunk_arrays(batch), batch.num_decode, self._tables, previous)

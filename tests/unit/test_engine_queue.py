@@ -1,0 +1,63 @@
+"""Who joins, who goes first, and what they find in the prefix cache."""
+
+from __future__ import annotations
+
+from engines import Run, run_all
+from hash_model import HashRunner, expected
+from pagewire_engine.config import EngineConfig
+from pagewire_engine.engine import Engine
+from pagewire_engine.sequence import Sequence
+
+MAX_LEN = 160
+
+
+def engine_of(num_blocks: int, num_batched: int = 400) -> Engine:
+    return Engine(HashRunner(num_blocks, 16), EngineConfig(MAX_LEN, 16, num_blocks, 8, num_batched))
+
+
+def right(run: Run) -> bool:
+    return run.tokens() == expected(run.request.prompt, run.request.params, 0, MAX_LEN)
+
+
+def chunks(engine: Engine) -> list[Sequence]:
+    """Sequences whose prompts were computed, in order."""
+    assert isinstance(engine.runner, HashRunner)
+    return [seq for batch in engine.runner.batches for seq, _ in batch.scheduled[batch.num_decode :]]
+
+
+def test_a_prefix_that_one_counts_on_is_not_evicted_for_another_that_joins_in_the_same_step() -> None:
+    engine = engine_of(12)
+    for prompt in ([1] * 33, [2] * 112):  # the first's two blocks are the oldest of the cache
+        run_all(engine, Run(prompt, max_tokens=1))
+    other, again = Run([3] * 70, max_tokens=2), Run([1] * 33, max_tokens=2)
+    run_all(engine, other, again)
+    assert engine.counters.prompt_tokens_cached == 32
+    assert right(other) and right(again)
+
+
+def test_who_was_preempted_comes_before_those_that_wait() -> None:
+    engine = engine_of(8)
+    first, second = Run([1] * 50, max_tokens=60), Run([2] * 40, max_tokens=60)
+    engine.submit(first.request)
+    engine.submit(second.request)
+    engine.step()
+    waiting = Run([3] * 20, max_tokens=3)
+    run_all(engine, waiting)
+    assert engine.counters.preemptions > 0
+    assert [seq.request for seq in chunks(engine)] == [
+        run.request for run in (first, second, *[second] * engine.counters.preemptions, waiting)
+    ]
+    assert right(first) and right(second) and right(waiting)
+
+
+def test_a_prompt_too_large_for_now_gets_its_place_as_soon_as_there_is_room() -> None:
+    engine = engine_of(10)
+    short, long = Run([1] * 60, max_tokens=20), Run([2] * 100, max_tokens=3)
+    engine.submit(short.request)
+    engine.step()
+    engine.submit(long.request)
+    while not long.events:
+        engine.step()
+    assert len(short.tokens()) == 20, "it needs seven blocks, and six are free beside five"
+    run_all(engine)
+    assert right(short) and right(long)

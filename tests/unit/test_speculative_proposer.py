@@ -1,0 +1,111 @@
+"""What a proposer keeps of sequences, and that nothing of it stays, whoever ends them and when."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from hash_model import HashRunner
+from pagewire_core.block_hash import PageKeys
+from pagewire_engine.batch import Batch
+from pagewire_engine.config import EngineConfig
+from pagewire_engine.sampling_params import SamplingParams
+from pagewire_engine.sequence import Request, Sequence
+from pagewire_engine.speculative.config import SpeculativeConfig
+from pagewire_engine.speculative.draft_model import DraftModel
+from pagewire_engine.speculative.draft_proposer import DraftProposer
+from pagewire_engine.speculative.ngram_proposer import NgramProposer
+from pagewire_engine.speculative.policy import Policy, Rates
+from pagewire_engine.speculative.proposer import SpeculativeProposer
+from pagewire_engine.speculative.step_times import Counts
+
+LIMITS = EngineConfig(96, 16, 40, 8, 64)
+
+
+class Always(Policy):
+    def choose(self, num_sequences: int, rates: Rates, limits: Counts) -> Counts:
+        return limits
+
+
+class HeldUp(HashRunner):
+    """A step takes until it is let go."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.entered, self.let_go = threading.Event(), threading.Event()
+
+    def launch(self, batch: Batch) -> Any:
+        self.entered.set()
+        assert self.let_go.wait(10)
+        return super().launch(batch)
+
+
+def make_target(tokens: list[int], max_tokens: int = 50) -> Sequence:
+    request = Request("test", tokens, b"r" * 32, SamplingParams(max_tokens=max_tokens), 1, lambda event: None)
+    return Sequence(request, 0, list(tokens), len(tokens), PageKeys(request.cache_root, 16))
+
+
+def make_proposer(method: str, runner: HashRunner | None = None) -> SpeculativeProposer:
+    config = SpeculativeConfig(method, 4, 3, 1)
+    proposer: SpeculativeProposer = (
+        NgramProposer(config, LIMITS.max_model_len)
+        if method == "ngram"
+        else DraftProposer(config, LIMITS.max_model_len, DraftModel(runner or HashRunner(40, 16), LIMITS))
+    )
+    proposer.policy = Always()
+    return proposer
+
+
+def num_known(proposer: SpeculativeProposer) -> int:
+    """Sequences of which anything is kept."""
+    own = proposer._indexes if isinstance(proposer, NgramProposer) else proposer._model.cache._sequences  # type: ignore[attr-defined]
+    assert len(own) == len(proposer._predictions)
+    return len(own)
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_what_has_ended_is_forgotten(method: str) -> None:
+    proposer, seqs = make_proposer(method), [make_target([1, 2] * 10) for _ in range(3)]
+    assert all(len(draft) == 4 for draft in proposer.propose(seqs))
+    assert num_known(proposer) == 3
+    for seq in seqs:
+        proposer.ended(seq)
+        proposer.ended(seq)
+    assert num_known(proposer) == 0 == proposer.num_held_blocks
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_a_sequence_that_ended_before_its_turn_is_not_taken_up_again(method: str) -> None:
+    """The engine lists its sequences, one is cancelled, and only then the proposer sees the list."""
+    proposer, seq, other = make_proposer(method), make_target([1, 2] * 20), make_target([3, 4] * 20)
+    seq.finished = True
+    proposer.ended(seq)
+    assert [len(draft) for draft in proposer.propose([seq, other])] == [0, 4]
+    proposer.ended(other)
+    assert num_known(proposer) == 0
+
+
+def test_a_client_that_leaves_does_not_wait_for_the_draft_model() -> None:
+    """`ended` comes from the servicer's thread: it must not stand still while a step runs."""
+    runner = HeldUp(40, 16)
+    proposer, seq = make_proposer("draft_model", runner), make_target([1, 2] * 20)
+    thread = threading.Thread(target=proposer.propose, args=([seq],))
+    thread.start()
+    assert runner.entered.wait(10)
+    proposer.ended(seq)
+    assert num_known(proposer) == 0 or thread.is_alive()
+    runner.let_go.set()
+    thread.join(10)
+    assert num_known(proposer) == 0 == proposer.num_held_blocks
+
+
+@pytest.mark.parametrize(("max_tokens", "drafts"), [(50, 4), (3, 2), (2, 1), (1, 0)])
+def test_no_more_is_proposed_than_can_be_said(max_tokens: int, drafts: int) -> None:
+    proposer = make_proposer("ngram")
+    assert [len(draft) for draft in proposer.propose([make_target([1, 2] * 20, max_tokens)])] == [drafts]
+
+
+def test_no_more_is_proposed_than_fits_the_model() -> None:
+    proposer = make_proposer("ngram")
+    assert [len(draft) for draft in proposer.propose([make_target([1, 2] * 47)])] == [1]
