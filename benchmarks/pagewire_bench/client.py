@@ -6,17 +6,19 @@ import itertools
 import json
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
+from pagewire_bench.stream import Response, send
 from pagewire_bench.workload import Calibration, Request, random_words
 
 _PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 ENDPOINTS = tuple(_PATHS)
 _PROBES = (16, 112)  # words; together far below any model's context
+_TIMEOUT_S = 600.0  # of a request
 
 
 class ServerUnfit(Exception):
@@ -50,7 +52,7 @@ class Target:
     model: str
     endpoint: str
 
-    def _body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+    def _body(self, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
         asked = {"messages": [{"role": "user", "content": prompt}]} if self.endpoint == "chat" else {"prompt": prompt}
         # ignore_eos: servers that know it give exactly max_tokens; others may end sooner.
         return {"model": self.model, **asked, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
@@ -80,28 +82,27 @@ class Target:
             "stream_options": {"include_usage": True},
         }
         outcome = Outcome()
+        asked = self.client.build_request("POST", _PATHS[self.endpoint], json=body)
         started = time.perf_counter()
         try:
-            async with self.client.stream("POST", _PATHS[self.endpoint], json=body) as response:
-                if response.status_code != httpx.codes.OK:
-                    await response.aread()
-                    outcome.error = f"HTTP {response.status_code}"
-                    return outcome
-                chunks = await _read(response, outcome)
-        except httpx.HTTPError as error:
+            response = await send(asked, _TIMEOUT_S)
+        except OSError as error:  # TimeoutError is one
             outcome.error = type(error).__name__
             return outcome
-        outcome.e2e_s = time.perf_counter() - started
+        if response.status != httpx.codes.OK:
+            outcome.error = f"HTTP {response.status}" if response.status else "no response"
+            return outcome
+        outcome.e2e_s = response.pieces[-1].at - started if response.pieces else 0.0
+        chunks = _read(response, outcome)
         if not outcome.error:
             _time(outcome, chunks, started)
         return outcome
 
 
-async def _read(response: httpx.Response, outcome: Outcome) -> list[_Chunk]:
+def _read(response: Response, outcome: Outcome) -> list[_Chunk]:
     """The chunks that carried tokens; fills in usage, or the error that ended the stream."""
     chunks: list[_Chunk] = []
-    async for data in _events(response):
-        at = time.perf_counter()
+    for at, data in _events(response):
         if data == b"[DONE]":
             return chunks
         try:
@@ -123,14 +124,14 @@ async def _read(response: httpx.Response, outcome: Outcome) -> list[_Chunk]:
     return chunks
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The data of each server-sent event (these APIs put it on one line)."""
+def _events(response: Response) -> Iterator[tuple[float, bytes]]:
+    """Time and data of each server-sent event (these APIs put it on one line)."""
     rest = b""
-    async for received in response.aiter_bytes():
-        *lines, rest = (rest + received).split(b"\n")
+    for piece in response.pieces:
+        *lines, rest = (rest + piece.body).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].strip()
+                yield piece.at, line[5:].strip()
 
 
 def _carries_tokens(choice: dict[str, Any]) -> bool:

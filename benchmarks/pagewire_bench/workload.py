@@ -1,7 +1,7 @@
 """What is asked: prompts of a length in tokens, with a part that all of them share.
 
 No tokenizer is used. Prompts are random words, and the server's own `usage` says how many tokens a word
-makes; so the same workload can be given to any server.
+makes; so the same workload can be given to any server. Where all servers run one model, token ids are exact.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ WORDS = (
     "early later never always under between before after together along across behind beside during again because "
     "carry follow gather listen wander remember forget build open close begin finish travel"
 ).split()
+
+_FIRST_ID = 64
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Calibration:
 @dataclass(frozen=True)
 class Request:
     index: int
-    prompt: str
+    prompt: str | list[int]
     max_tokens: int
 
 
@@ -85,6 +87,27 @@ class Workload:
         shared = random.Random(f"{self.seed}/shared")
         words = [*random_words(num_shared, shared), *random_words(num_words - num_shared, rng)]
         return Request(index, " ".join(words), max_tokens)
+
+
+@dataclass(frozen=True)
+class TokenWorkload:
+    """Prompts of random token ids, each exactly `prompt_len` long; request i is a function of (seed, i).
+
+    Ids are below `num_tokens`, which every server's tokenizer must have, and above the special ones.
+    """
+
+    num_tokens: int
+    prompt_len: int
+    output_len: int
+    shared_prefix_share: float
+    seed: str
+
+    def request(self, index: int) -> Request:
+        num_shared = round(self.prompt_len * self.shared_prefix_share)
+        shared, own = random.Random(f"{self.seed}/shared"), random.Random(f"{self.seed}/{index}")
+        ids = [shared.randrange(_FIRST_ID, self.num_tokens) for _ in range(num_shared)]
+        ids += [own.randrange(_FIRST_ID, self.num_tokens) for _ in range(self.prompt_len - num_shared)]
+        return Request(index, ids, self.output_len)
 
 
 def random_words(count: int, rng: random.Random) -> list[str]:

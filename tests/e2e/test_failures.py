@@ -172,7 +172,7 @@ async def test_native_calls_can_be_cancelled_and_time_out(shared: Cluster) -> No
                 call.cancel()
                 break
         with pytest.raises(Exception, match="DEADLINE"):
-            async for _ in stub.Generate(request, timeout=0.05):
+            async for _ in stub.Generate(request, timeout=0.01):
                 pass
     await shared.settle()
 
