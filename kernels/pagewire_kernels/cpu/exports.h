@@ -150,7 +150,7 @@ double pw_read_bandwidth(void* runner, const uint8_t* data, int64_t bytes, int r
         Threads& threads = ((Runner*)runner)->threads();
         const int64_t piece = 1 << 20;
         threads.run([&](int thread) {
-            threads.share(int(bytes / piece), 4, [&](int begin, int end) {
+            threads.share(thread, int(bytes / piece), 4, [&](int begin, int end) {
                 F16 a = splat(0.0f), b = a, c = a, d = a;
                 const float* p = (const float*)(data + begin * piece);
                 for (int64_t i = 0; i < (end - begin) * piece / 4; i += 64)

@@ -46,6 +46,7 @@ struct Batch {
 };
 
 constexpr int64_t SMALL_STEP = 4 << 20;  // weights to go through, counted again for every eight rows
+constexpr int64_t FETCH_EARLY = 32 << 10;
 constexpr int FEW_ROWS = 4;  // up to so many, every thread does the norms for itself
 
 struct Best {
@@ -176,7 +177,7 @@ class Runner {
     void forward(int thread) {
         const Model& m = *model_;
         int rows = b_->num_rows;
-        threads_.share(rows, piece(rows, 4), [&](int begin, int end) {
+        threads_.share(thread, rows, piece(rows, 4), [&](int begin, int end) {
             for (int r = begin; r < end; r++) embed<T>(r);
         });
         for (int i = 0; i < m.layers; i++) layer<T>(m.layer[i], i, thread);
@@ -186,28 +187,29 @@ class Runner {
     template <class T>
     void layer(const Layer& l, int index, int thread) {
         const Model& m = *model_;
-        times(l.qkv, norm(l.input_norm, thread), b_->num_rows, [&](int row, int strip, float* c) {
+        const Linear* next = index + 1 < m.layers ? &m.layer[index + 1].qkv : b_->num_samples ? &m.head : nullptr;
+        times(l.qkv, norm(l.input_norm, thread), b_->num_rows, thread, &l.o, [&](int row, int strip, float* c) {
             float* out = qkv_ + row * qkv_stride_ + strip * STRIP;
             store(out, load(c) + bias(l.qkv, strip, 0)), store(out + 16, load(c + 16) + bias(l.qkv, strip, 16));
         });
         if (!decode_only_)
-            threads_.share(b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
+            threads_.share(thread, b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
                 for (int r = begin; r < end; r++)
                     for (int h = 0; h < m.kv_heads; h++) position<T>(l, index, r, h);
             });
         attention<T>(l, index, thread);
-        times(l.o, attended_.rows(), b_->num_rows, [&](int row, int strip, float* c) { add(l.o, row, strip, c); });
+        times(l.o, attended_.rows(), b_->num_rows, thread, &l.gate_up, [&](int row, int strip, float* c) { add(l.o, row, strip, c); });
         // gate and up lie side by side in a strip: 16 outputs of each.
         const bool direct = middle_.kind <= BF16;
-        times(l.gate_up, norm(l.post_norm, thread), b_->num_rows, [&](int row, int strip, float* c) {
+        times(l.gate_up, norm(l.post_norm, thread), b_->num_rows, thread, &l.down, [&](int row, int strip, float* c) {
             F16 gate = load(c) + bias(l.gate_up, strip, 0), up = load(c + 16) + bias(l.gate_up, strip, 16);
             F16 y = gate / (splat(1.0f) + exponential(splat(0.0f) - gate)) * up;
             if (!direct) return store(wide_ + row * wide_stride_ + strip * 16, y);
             if (middle_.kind == F32) return store(middle_.f32 + row * middle_.stride + strip * 16, y);
             store_bf16(middle_.bf16 + row * middle_.stride + strip * 16, y);
         });
-        if (!direct) put_rows(middle_, l.gate_up.n / 2);
-        times(l.down, middle_.rows(), b_->num_rows, [&](int row, int strip, float* c) { add(l.down, row, strip, c); });
+        if (!direct) put_rows(middle_, l.gate_up.n / 2, thread);
+        times(l.down, middle_.rows(), b_->num_rows, thread, next, [&](int row, int strip, float* c) { add(l.down, row, strip, c); });
     }
 
     static F16 bias(const Linear& w, int strip, int at) {
@@ -244,14 +246,14 @@ class Runner {
             for (int r = 0; r < b_->num_rows; r++) one(own.normed, r);
             return own.normed.rows();
         }
-        threads_.share(b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
+        threads_.share(thread, b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
             for (int r = begin; r < end; r++) one(normed_, r);
         });
         return normed_.rows();
     }
 
-    void put_rows(const RowBuffer& to, int64_t n) {
-        threads_.share(b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
+    void put_rows(const RowBuffer& to, int64_t n, int thread) {
+        threads_.share(thread, b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
             for (int r = begin; r < end; r++) put_row(to, r, wide_ + r * wide_stride_, n);
         });
     }
@@ -292,7 +294,7 @@ class Runner {
         auto& scratch = *(AttentionScratch<T>*)scratch_[thread].get();
         const Attention a = {cache(), m.heads, m.scale};
         const bool direct = attended_.kind <= BF16;
-        threads_.share(int(queries_.size()) * m.kv_heads, 1, [&](int begin, int end) {
+        threads_.share(thread, int(queries_.size()) * m.kv_heads, 1, [&](int begin, int end) {
             for (int i = begin; i < end; i++) {
                 const Query& q = queries_[i / m.kv_heads];
                 const int kv_head = i % m.kv_heads, row = b_->query_start[q.sequence];
@@ -307,22 +309,32 @@ class Runner {
                 else go(attended_.bf16, attended_.stride);
             }
         });
-        if (!direct) put_rows(attended_, m.heads * int64_t(m.head_dim));
+        if (!direct) put_rows(attended_, m.heads * int64_t(m.head_dim), thread);
     }
 
-    // done(row, strip, c[32]) for every row and strip of y = W x.
+    // done(row, strip, c[32]) for every row and strip of y = W x. next: the layer that comes after.
     template <class Done>
-    void times(const Linear& w, Rows x, int rows, Done done) {
+    void times(const Linear& w, Rows x, int rows, int thread, const Linear* next, Done done) {
         const int strips = w.n / STRIP, most = rows_per_block(w);
         const int blocks = (rows + most - 1) / most;
-        threads_.share(strips * blocks, piece(strips * blocks, 6), [&](int begin, int end) {
+        auto body = [&](int begin, int end) {
             for (int i = begin; i < end; i++) {
                 const int strip = i % strips, first = i / strips * most, count = std::min(most, rows - first);
                 strip_times_rows(w, strip, x, first, count, [&](int64_t row, int n, float* c) {
                     for (int r = 0; r < n; r++) done(int(row) + r, strip, c + r * STRIP);
                 });
             }
+        };
+        threads_.share(thread, strips * blocks, piece(strips * blocks, 6), body, [&] {
+            if (next) begin_fetching(*next, thread);
         });
+    }
+
+    // While the others are waited for: the start of this thread's share of what comes next.
+    void begin_fetching(const Linear& w, int thread) {
+        const uint8_t* p = w.weight + threads_.first_item(thread, w.n / STRIP) * strip_bytes(w);
+        if (b_->num_rows <= rows_per_tile(w.kind)) return;  // all the time goes into fetching already
+        for (int64_t i = 0; i < std::min(strip_bytes(w), FETCH_EARLY); i += 64) prefetch(p + i);
     }
 
     // As many rows as stay in the second-level cache beside the strip that walks over them.
@@ -336,14 +348,14 @@ class Runner {
         const Model& m = *model_;
         const int samples = b_->num_samples, words = (m.vocab + 31) / 32;
         Own& own = own_[thread];
-        threads_.share(samples, piece(samples, 4), [&](int begin, int end) {
+        threads_.share(thread, samples, piece(samples, 4), [&](int begin, int end) {
             for (int r = begin; r < end; r++) {
                 rms_norm(x_ + b_->sample_from[r] * x_stride_, m.norm, m.eps, m.hidden, own.row);
                 put_row(final_, r, own.row, m.hidden);
             }
         });
         Best* best = best_.data() + size_t(thread) * samples;
-        times(m.head, final_.rows(), samples, [&](int r, int strip, float* c) {
+        times(m.head, final_.rows(), samples, thread, nullptr, [&](int r, int strip, float* c) {
             const uint32_t outside = (strip + 1) * STRIP > m.vocab ? ~0u << (m.vocab - strip * STRIP) : 0;
             const uint32_t banned = outside | (b_->mask ? ~b_->mask[int64_t(r) * words + strip] : 0);
             if (banned)
@@ -358,7 +370,7 @@ class Runner {
             for (int i = 0; i < STRIP; i++)
                 if (c[i] > best[r].value) best[r] = {c[i], strip * STRIP + i};
         });
-        threads_.share(samples, 1, [&](int begin, int end) {
+        threads_.share(thread, samples, 1, [&](int begin, int end) {
             for (int r = begin; r < end; r++) b_->tokens[r] = b_->raw[r] ? -1 : token(r, thread);
         });
     }

@@ -1,6 +1,7 @@
 // A few threads that run the phases of a step together.
 //
-// Work is claimed item by item, so that a thread which the system took off its core holds up only the item it has.
+// Every thread begins with its own contiguous share of a phase's items, so that what it fetches ahead is its own, claims
+// it piece by piece, and then helps the others: one which the system took off its core holds up only the piece it has.
 // Waiting spins for a short while, then sleeps in the kernel: threads that spin on a core that another process
 // needs make both slow.
 
@@ -37,7 +38,7 @@ inline void wait_while_equal(std::atomic<uint32_t>& value, uint32_t old, int spi
 
 class Threads {
    public:
-    explicit Threads(int count) : count_(count) {
+    explicit Threads(int count) : count_(count), claimed_(count) {
         for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
     }
 
@@ -66,7 +67,7 @@ class Threads {
         uint32_t turn = turn_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active_) {
             arrived_.store(0, std::memory_order_relaxed);
-            next_item_.store(0, std::memory_order_relaxed);
+            for (Claimed& claimed : claimed_) claimed.items.store(0, std::memory_order_relaxed);
             turn_.store(turn + 1, std::memory_order_release);
             turn_.notify_all();
         } else {
@@ -74,19 +75,29 @@ class Threads {
         }
     }
 
-    // Inside run, on every thread: calls body(begin, end) for pieces of [0, items), then waits for the others.
-    template <class Body>
-    void share(int items, int piece, Body body) {
-        if (active_ == 1) {
-            if (items) body(0, items);
-            return;
+    // First item of `thread` when `items` are shared out.
+    int first_item(int thread, int items) const { return int(int64_t(items) * thread / active_); }
+
+    // Inside run, on every thread: calls body(begin, end) for pieces of [0, items), then `last` once, then waits for
+    // the others.
+    template <class Body, class Last>
+    void share(int thread, int items, int piece, Body body, Last last) {
+        for (int i = 0; i < active_; i++) {
+            const int owner = (thread + i) % active_, end = first_item(owner + 1, items);
+            for (;;) {
+                int begin = first_item(owner, items) + (active_ == 1 ? 0 : claimed_[owner].items.fetch_add(piece, std::memory_order_relaxed));
+                if (begin >= end) break;
+                body(begin, active_ == 1 || begin + piece > end ? end : begin + piece);
+                if (active_ == 1) break;
+            }
         }
-        for (;;) {
-            int begin = next_item_.fetch_add(piece, std::memory_order_relaxed);
-            if (begin >= items) break;
-            body(begin, begin + piece < items ? begin + piece : items);
-        }
+        last();
         barrier();
+    }
+
+    template <class Body>
+    void share(int thread, int items, int piece, Body body) {
+        share(thread, items, piece, body, [] {});
     }
 
    private:
@@ -115,7 +126,10 @@ class Threads {
     alignas(64) std::atomic<uint32_t> start_{0};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> turn_{0};
-    alignas(64) std::atomic<int> next_item_{0};
+    struct alignas(64) Claimed {
+        std::atomic<int> items{0};
+    };
+    std::vector<Claimed> claimed_;
     std::vector<std::thread> workers_;
 };
 
