@@ -62,8 +62,14 @@ def distributions(runner: Runner, texts: list[list[int]], chunks: list[Chunk]) -
     return out
 
 
-def step(runner: Runner, texts: list[list[int]], chunks: list[Chunk], params: list[SamplingParams]) -> list[Sampled]:
-    """Runs one step; the token chosen after the last row of each chunk."""
+def step(
+    runner: Runner,
+    texts: list[list[int]],
+    chunks: list[Chunk],
+    params: list[SamplingParams],
+    allowed: np.ndarray | None = None,
+) -> list[Sampled]:
+    """Runs one step; the token chosen after the last row of each chunk. allowed: bool [chunks, vocabulary]."""
     blocks = LENGTH // BLOCK
     tables = np.arange(len(texts) * blocks, dtype=np.int32)[::-1].copy().reshape(len(texts), blocks)
     ordered = sorted(range(len(chunks)), key=lambda i: chunks[i][2] - chunks[i][1] > 1)
@@ -84,6 +90,7 @@ def step(runner: Runner, texts: list[list[int]], chunks: list[Chunk], params: li
         sample_from=starts[1:] - 1,
         sample_rows=rows,
         copies=(),
+        allowed=None if allowed is None else np.packbits(allowed[ordered], axis=1, bitorder="little").view(np.uint32),
     )
     tokens = runner.launch(batch).tokens()
     return [tokens[ordered.index(i)] for i in range(len(chunks))]
@@ -173,6 +180,20 @@ def test_it_draws_the_token_that_the_reference_sampler_draws(
     rows = [SampleRow(p, 0, texts_of(3)[s][:end], 1) for p, (s, _, end) in zip(params, chunks, strict=True)]
     drawn = step(runner, texts_of(3), chunks, params)
     assert [d.token for d in drawn] == [s.token for s in sample(logits, rows)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_no_token_is_chosen_that_the_mask_forbids(llama: Path, temperature: float, logprobs: int | None) -> None:
+    """Also where the host samples, for its log probabilities; and the choice among the allowed is the same."""
+    runner, chunks = shared_runner(llama), [(0, 0, 9), (1, 0, 1), (2, 0, 30)]
+    params = [SamplingParams(temperature=temperature, seed=i, logprobs=logprobs) for i in range(3)]
+    allowed = np.random.default_rng(1).random((3, VOCAB)) < 0.02
+    tokens = [sampled.token for sampled in step(runner, texts_of(3), chunks, params, allowed)]
+    assert all(allowed[i, token] for i, token in enumerate(tokens))
+    logits = torch.from_numpy(np.where(allowed, distributions(runner, texts_of(3), chunks), -np.inf)).float()
+    rows = [SampleRow(p, 0, texts_of(3)[s][:end], 1) for p, (s, _, end) in zip(params, chunks, strict=True)]
+    assert tokens == [sampled.token for sampled in sample(logits, rows)]
 
 
 _SHARED: dict[Path, Runner] = {}

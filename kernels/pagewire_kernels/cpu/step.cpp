@@ -40,7 +40,7 @@ struct Batch {
     const int32_t* sample_from;
     const Choice* choices;     // [samples]
     const uint8_t* raw;        // [samples], 1: the row's logits are wanted, no token
-    const uint32_t* mask;      // [samples][ceil(vocab / 32)] allowed tokens, or null
+    const uint32_t* mask;      // [samples][ceil(vocab / 32)] allowed tokens, or null; raw rows stay as they are
     int32_t* tokens;           // [samples], -1 where no logit is a number
     float* logits;             // [samples][vocab rounded up to 32], written where raw or temperature > 0
 };
@@ -357,7 +357,7 @@ class Runner {
         Best* best = best_.data() + size_t(thread) * samples;
         times(m.head, final_.rows(), samples, thread, nullptr, [&](int r, int strip, float* c) {
             const uint32_t outside = (strip + 1) * STRIP > m.vocab ? ~0u << (m.vocab - strip * STRIP) : 0;
-            const uint32_t banned = outside | (b_->mask ? ~b_->mask[int64_t(r) * words + strip] : 0);
+            const uint32_t banned = outside | (b_->mask && !b_->raw[r] ? ~b_->mask[int64_t(r) * words + strip] : 0);
             if (banned)
                 for (int i = 0; i < STRIP; i++)
                     if (banned >> i & 1) c[i] = -INFINITY;

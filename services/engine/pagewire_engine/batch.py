@@ -30,3 +30,5 @@ class Batch:
     sample_from: np.ndarray  # int32 [R], row whose logits give token r; tokens before it: positions[row] + 1
     sample_rows: tuple[SampleRow, ...]
     copies: tuple[tuple[int, int], ...]  # blocks to copy before the step (copy-on-write): source, destination
+    # uint32 [R, ceil(vocabulary / 32)]: token v may be chosen if bit v % 32 of word v // 32 is set; None: all may
+    allowed: np.ndarray | None = None

@@ -70,4 +70,4 @@ class TorchRunner:
             return Done([])
         rows = torch.from_numpy(batch.sample_from).to(self.config.device, torch.int64)
         num_tokens = (batch.positions[batch.sample_from] + 1).tolist()
-        return Done(sample(self.model.logits(hidden[rows]), batch.sample_rows, num_tokens))
+        return Done(sample(self.model.logits(hidden[rows]), batch.sample_rows, num_tokens, batch.allowed))

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pagewire_engine.sampling_params import SamplingParams
@@ -45,8 +46,13 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow], num_tokens: Sequence[int] | None = None) -> list[Sampled]:
-    """One token per row. logits: float32 [rows, vocabulary]; overwritten.
+def sample(
+    logits: torch.Tensor,
+    rows: Sequence[SampleRow],
+    num_tokens: Sequence[int] | None = None,
+    allowed: np.ndarray | None = None,
+) -> list[Sampled]:
+    """One token per row. logits: float32 [rows, vocabulary]; overwritten. allowed: see Batch.
 
     num_tokens: how many tokens precede each row's, if `SampleRow.tokens` lacks one that is not known yet.
     """
@@ -55,6 +61,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow], num_tokens: Sequence
     for i, row in enumerate(rows):
         if row.params.changes_logits:
             _change(logits[i], row)
+    if allowed is not None:
+        bits = np.unpackbits(allowed.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+        logits.masked_fill_(torch.from_numpy(bits == 0).to(logits.device), -torch.inf)
     tokens = logits.argmax(-1).tolist()
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if random:

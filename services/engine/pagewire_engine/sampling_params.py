@@ -49,7 +49,7 @@ class SamplingParams:
             logprobs=p.logprobs if p.HasField("logprobs") else None,
         )
 
-    @property
+    @cached_property
     def changes_logits(self) -> bool:
         """Whether anything but temperature and truncation touches the logits."""
         return bool(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from pagewire_engine.batch import Batch
 from pagewire_engine.cpu.kv_cache import PackedKVCache
 from pagewire_engine.cpu.model import CpuModel
 from pagewire_engine.model_runner import Done, Launched
-from pagewire_engine.sampler import Sampled, SampleRow, sample, uniform
+from pagewire_engine.sampler import Sampled, sample, uniform
 
 _CHOICE = np.dtype(
     [("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4"), ("top_k", "i4"), ("uniform", "f8")], align=True
@@ -50,10 +49,11 @@ class CpuRunner:
         tokens = np.empty(len(rows), np.int32)
         if len(rows) > len(self._logits) and (raw.any() or choices["temperature"].any()):
             self._logits = np.empty((len(rows) * 2, self._vocab), np.float32)
+        allowed = None if batch.allowed is None else _at(batch.allowed)
         struct = BatchStruct(
             len(batch.input_ids), len(batch.seq_lens), len(rows), _at(batch.input_ids), _at(batch.query_start),
             _at(batch.seq_lens), _at(batch.tables), _at(batch.seats), batch.tables.shape[1], _at(batch.sample_from),
-            _at(choices), _at(raw), None, _at(tokens), _at(self._logits),
+            _at(choices), _at(raw), allowed, _at(tokens), _at(self._logits),
         )  # fmt: skip
         self._library.pw_step(self._runner, ctypes.byref(self.cache.model), ctypes.byref(struct))
         return Done(self._sampled(batch, tokens, raw))
@@ -67,24 +67,11 @@ class CpuRunner:
         if len(wanted):
             logits = torch.from_numpy(self._logits[wanted, : self.config.vocab_size])
             num_tokens = (batch.positions[batch.sample_from[wanted]] + 1).tolist()
-            for row, chosen in zip(
-                wanted, sample(logits, [batch.sample_rows[i] for i in wanted], num_tokens), strict=True
-            ):
-                sampled[row] = chosen
+            allowed = None if batch.allowed is None else batch.allowed[wanted]
+            chosen = sample(logits, [batch.sample_rows[i] for i in wanted], num_tokens, allowed)
+            for row, token in zip(wanted, chosen, strict=True):
+                sampled[row] = token
         return sampled
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    """What the step must know of a request's sampling; the same at every token."""
-
-    raw: bool
-    values: tuple[float, float, float, int]
-
-
-def _fixed(row: SampleRow) -> _Fixed:
-    p = row.params
-    return _Fixed(p.changes_logits or p.logprobs is not None, (p.temperature, p.top_p, p.min_p, p.top_k))
 
 
 def _choices(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -92,11 +79,12 @@ def _choices(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     rows = batch.sample_rows
     choices, raw = np.zeros(len(rows), _CHOICE), np.zeros(len(rows), np.uint8)
     for i, row in enumerate(rows):
-        fixed = _fixed(row)
-        raw[i] = fixed.raw
-        if fixed.values[0] > 0 and not fixed.raw:
+        p = row.params
+        if p.changes_logits or p.logprobs is not None:
+            raw[i] = 1
+        elif p.temperature > 0:
             position = int(batch.positions[batch.sample_from[i]]) + 1
-            choices[i] = (*fixed.values, uniform(row.params.seed, row.choice, position))
+            choices[i] = p.temperature, p.top_p, p.min_p, p.top_k, uniform(p.seed, row.choice, position)
     return choices, raw
 
 
