@@ -93,13 +93,13 @@ async def test_workers_with_both_roles_equal_the_reference(llama: Path, tmp_path
 
 
 async def test_a_decode_worker_that_preempts_gives_the_same_tokens(llama: Path, tmp_path: Path) -> None:
-    """A pool of 16 blocks for six sequences that grow to 8 blocks each: any three at once are too many."""
-    flags = ("--kv-cache-memory-bytes=98304", "--max-model-len=128", "--max-num-batched-tokens=40", "--threads=1")
+    """A pool of 28 blocks for six sequences that grow to 18 blocks each: any two at once are too many."""
+    flags = ("--kv-cache-memory-bytes=172032", "--max-model-len=320", "--max-num-batched-tokens=40", "--threads=1")
     asked = prompts(*[40 + i for i in range(6)], seed=3)
     async with running(Cluster(llama, tmp_path, worker_flags=flags)) as cluster:
-        answers = await asyncio.gather(*(cluster.complete(prompt, max_tokens=80, ignore_eos=True) for prompt in asked))
+        answers = await asyncio.gather(*(cluster.complete(prompt, max_tokens=240, ignore_eos=True) for prompt in asked))
         for prompt, answer in zip(asked, answers, strict=True):
-            assert answer["choices"][0]["token_ids"] == reference_greedy(llama, prompt, 80)[0]
+            assert answer["choices"][0]["token_ids"] == reference_greedy(llama, prompt, 240)[0]
         assert (await cluster.metrics())["decode:pagewire_engine_preemptions_total"] > 0
 
 
