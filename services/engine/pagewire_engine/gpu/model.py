@@ -8,9 +8,6 @@ Shapes: T tokens of the batch, H heads, K kv heads, D head_dim, E hidden_size, I
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from pagewire_kernels import ops
 from torch import Tensor
@@ -19,29 +16,9 @@ from pagewire_engine.gpu.attention import KV_SCALE, Attention
 from pagewire_engine.gpu.linear import Activation, Fp8Rows, Linear, make_linear, quantize_rows
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.models.config import ModelConfig
+from pagewire_engine.models.layer import Layer, Tensors, load_ends, load_layer
 from pagewire_engine.models.rope import RotaryEmbedding
 from pagewire_engine.quantization import Scheme
-
-
-class Tensors(Protocol):
-    """Where weights come from: a checkpoint's files, or a generator in a benchmark."""
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer's weights; q, k, v and gate, up are fused row-wise."""
-
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Linear
-    post_attention_norm: Tensor
-    gate_up: Linear
-    down: Linear
-    window: int
 
 
 class GpuModel:
@@ -51,11 +28,13 @@ class GpuModel:
         self.config = config
         self._fp8 = scheme is not None and scheme.name == "fp8"
         self._cos_sin = RotaryEmbedding(config, max_model_len).table(max_model_len)
-        self._embedding = tensors.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self._layers = [_load_layer(config, tensors, i, scheme) for i in range(config.num_layers)]
-        self._norm = tensors.take("model.norm.weight", (config.hidden_size,))
-        head = self._embedding if config.tie_word_embeddings else tensors.take("lm_head.weight", self._embedding.shape)
-        self._head = make_linear(head, None, scheme and scheme.for_head)
+        ends = load_ends(config, tensors)
+        self._embedding, self._norm = ends.embedding, ends.norm
+        self._layers = [
+            load_layer(config, tensors, i, lambda _, weight, bias: make_linear(weight, bias, scheme))
+            for i in range(config.num_layers)
+        ]
+        self._head = make_linear(ends.head, None, scheme and scheme.for_head)
 
     @property
     def num_weight_bytes(self) -> int:
@@ -111,7 +90,7 @@ class GpuModel:
         return out
 
     def _attend(
-        self, qkv: Tensor, layer: Layer, index: int, positions: Tensor, slot_mapping: Tensor,
+        self, qkv: Tensor, layer: Layer[Linear], index: int, positions: Tensor, slot_mapping: Tensor,
         attention: Attention, cache: KVCache,
     ) -> Activation:  # fmt: skip
         c = self.config
@@ -121,28 +100,3 @@ class GpuModel:
                           k_cache, v_cache, slot_mapping, KV_SCALE, KV_SCALE)  # fmt: skip
         out = attention(q, k_cache, v_cache, layer.window).view(len(qkv), -1)
         return quantize_rows(out) if self._fp8 else out
-
-
-def _load_layer(c: ModelConfig, tensors: Tensors, index: int, scheme: Scheme | None) -> Layer:
-    prefix = f"model.layers.{index}."
-    hidden, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-
-    def linear(parts: dict[str, int], fan_in: int, bias: bool) -> Linear:
-        weight = torch.cat([tensors.take(f"{prefix}{name}.weight", (rows, fan_in)) for name, rows in parts.items()])
-        biases = [tensors.take(f"{prefix}{name}.bias", (rows,)) for name, rows in parts.items() if bias]
-        return make_linear(weight, torch.cat(biases) if bias else None, scheme)
-
-    def norm(name: str, size: int) -> Tensor:
-        return tensors.take(f"{prefix}{name}.weight", (size,))
-
-    return Layer(
-        input_norm=norm("input_layernorm", hidden),
-        qkv=linear({"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}, hidden, c.qkv_bias),
-        q_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
-        k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
-        o=linear({"self_attn.o_proj": hidden}, q, c.o_bias),
-        post_attention_norm=norm("post_attention_layernorm", hidden),
-        gate_up=linear({"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}, hidden, c.mlp_bias),
-        down=linear({"mlp.down_proj": hidden}, c.intermediate_size, c.mlp_bias),
-        window=c.windows[index],
-    )

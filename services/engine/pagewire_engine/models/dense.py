@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.models.config import ModelConfig
+from pagewire_engine.models.layer import Layer, load_ends, load_layer
 from pagewire_engine.models.rope import RotaryEmbedding
 from pagewire_engine.step_tensors import StepTensors
 from pagewire_engine.weights import Checkpoint
@@ -27,21 +28,6 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer's weights; q, k, v and gate, up are fused row-wise."""
-
-    input_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: Linear
-    post_attention_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-    window: int
-
-
 class DenseModel:
     """The forward pass over one batch of paged sequences."""
 
@@ -49,14 +35,12 @@ class DenseModel:
         self.config = config
         self._rotary = RotaryEmbedding(config, max_model_len)
         self._scale = config.head_dim**-0.5
-        self._embedding = checkpoint.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self._layers = [_load_layer(config, checkpoint, i) for i in range(config.num_layers)]
-        self._norm = checkpoint.take("model.norm.weight", (config.hidden_size,))
-        self._head = (
-            self._embedding
-            if config.tie_word_embeddings
-            else checkpoint.take("lm_head.weight", (config.vocab_size, config.hidden_size))
-        )
+        ends = load_ends(config, checkpoint)
+        self._embedding, self._norm, self._head = ends.embedding, ends.norm, ends.head
+        self._layers = [
+            load_layer(config, checkpoint, i, lambda _, weight, bias: Linear(weight, bias))
+            for i in range(config.num_layers)
+        ]
 
     def forward(self, batch: StepTensors, cache: KVCache) -> torch.Tensor:
         """Final hidden states [T, E]; writes the batch's KV into the cache."""
@@ -74,7 +58,7 @@ class DenseModel:
         return F.linear(hidden, self._head).float()
 
     def _attention(
-        self, x: torch.Tensor, layer: Layer, index: int, cos: torch.Tensor, sin: torch.Tensor,
+        self, x: torch.Tensor, layer: Layer[Linear], index: int, cos: torch.Tensor, sin: torch.Tensor,
         batch: StepTensors, cache: KVCache,
     ) -> torch.Tensor:  # fmt: skip
         c = self.config
@@ -105,28 +89,3 @@ class DenseModel:
                                   chunks.seq_lens, self._scale, window)
             )  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _load_layer(c: ModelConfig, checkpoint: Checkpoint, index: int) -> Layer:
-    prefix = f"model.layers.{index}."
-    hidden, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-
-    def linear(parts: dict[str, int], fan_in: int, bias: bool) -> Linear:
-        weight = torch.cat([checkpoint.take(f"{prefix}{name}.weight", (rows, fan_in)) for name, rows in parts.items()])
-        biases = [checkpoint.take(f"{prefix}{name}.bias", (rows,)) for name, rows in parts.items() if bias]
-        return Linear(weight, torch.cat(biases) if bias else None)
-
-    def norm(name: str, size: int) -> torch.Tensor:
-        return checkpoint.take(f"{prefix}{name}.weight", (size,))
-
-    return Layer(
-        input_norm=norm("input_layernorm", hidden),
-        qkv=linear({"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}, hidden, c.qkv_bias),
-        q_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
-        k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
-        o=linear({"self_attn.o_proj": hidden}, q, c.o_bias),
-        post_attention_norm=norm("post_attention_layernorm", hidden),
-        gate_up=linear({"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}, hidden, c.mlp_bias),
-        down=linear({"mlp.down_proj": hidden}, c.intermediate_size, c.mlp_bias),
-        window=c.windows[index],
-    )
