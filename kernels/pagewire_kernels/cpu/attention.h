@@ -50,18 +50,20 @@ inline void write_value(T* page, int token, const float* value, int64_t head_dim
 }
 
 template <int M, int V>
-__attribute__((noinline)) void attention_tile(bool more, const float* a, int64_t lda, const float* b0, const float* b1, int64_t ldb, int steps, float* c, int64_t ldc) {
-    tile_f32<M, V>(more, a, lda, b0, b1, ldb, steps, {nullptr, 0}, c, ldc);
+__attribute__((noinline)) void attention_tile(bool more, const float* a, int64_t lda, const float* b0, const float* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    tile_f32<M, V>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
 }
 template <int M, int V>
-__attribute__((noinline)) void attention_tile(bool more, const uint16_t* a, int64_t lda, const uint16_t* b0, const uint16_t* b1, int64_t ldb, int steps, float* c, int64_t ldc) {
-    tile_bf16<M, V>(more, a, lda, b0, b1, ldb, steps, {nullptr, 0}, c, ldc);
+__attribute__((noinline)) void attention_tile(bool more, const uint16_t* a, int64_t lda, const uint16_t* b0, const uint16_t* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    tile_bf16<M, V>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
 }
+
+constexpr Ahead NOTHING_AHEAD = {nullptr, nullptr, 0};
 
 // c[rows][16 V] (+)= a b for any number of rows.
 template <int V, class T>
-inline void attention_product(bool more, int rows, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, float* c, int64_t ldc) {
-    using Tile = void (*)(bool, const T*, int64_t, const T*, const T*, int64_t, int, float*, int64_t);
+inline void attention_product(bool more, int rows, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    using Tile = void (*)(bool, const T*, int64_t, const T*, const T*, int64_t, int, Ahead, float*, int64_t);
 #if defined(__AVX512F__)
     static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>, attention_tile<3, V>, attention_tile<4, V>, attention_tile<5, V>, attention_tile<6, V>, attention_tile<7, V>, attention_tile<8, V>, attention_tile<9, V>, attention_tile<10, V>, attention_tile<11, V>, attention_tile<12, V>};
 #elif defined(__AVX2__) || defined(__ARM_NEON)
@@ -71,7 +73,7 @@ inline void attention_product(bool more, int rows, const T* a, int64_t lda, cons
 #endif
     for (int row = 0; row < rows; row += ROWS) {
         int count = rows - row < ROWS ? rows - row : ROWS;
-        tiles[count - 1](more, a + row * lda, lda, b0, b1, ldb, steps, c + row * ldc, ldc);
+        tiles[count - 1](more, a + row * lda, lda, b0, b1, ldb, steps, row ? NOTHING_AHEAD : ahead, c + row * ldc, ldc);
     }
 }
 
@@ -126,16 +128,6 @@ PW_INLINE float soften(float* score, T* weight, int64_t span, int64_t width, flo
     return shrink[0];
 }
 
-template <class T>
-PW_INLINE void prefetch_span(const Attention& a, const T* data, int layer, const int32_t* table, int kv_head, int64_t begin, int64_t end) {
-    int64_t bytes = PAGE * a.cache.head_dim * int64_t(sizeof(T));
-    for (int64_t position = begin; position < end; position += PAGE)
-        for (int which = 0; which < 2; which++) {
-            const char* page = (const char*)(data + a.cache.page(layer, which, table, kv_head, position));
-            for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(page + byte);
-        }
-}
-
 // Rows of one tile: query rows first..first+count of the flattened (token, head of the group) order of a chunk that
 // starts at batch row `row` and position `position`. q [rows][H][D]; out [rows][H * D] with `out_stride`.
 template <class T, class Out>
@@ -157,15 +149,21 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
     std::memset(s.sum, 0, count * dim * sizeof(float));
     for (int64_t span = begin / SPAN * SPAN; span < end; span += SPAN) {
         int64_t tokens = end - span < SPAN ? end - span : SPAN, width = (tokens + PAGE - 1) / PAGE * PAGE;
-        if (span + SPAN < end) prefetch_span(a, data, layer, table, kv_head, span + SPAN, end < span + 2 * SPAN ? end : span + 2 * SPAN);
+        // Each product fetches the page that it will need a span later.
+        auto later = [&](int which, int64_t at) {
+            const int64_t position = span + SPAN + at;
+            return (const char*)(position < end ? data + a.cache.page(layer, which, table, kv_head, position) : nullptr);
+        };
         for (int64_t at = 0; at < width; at += 2 * PAGE) {
             const T* page = data + a.cache.page(layer, 0, table, kv_head, span + at);
-            int steps = int(dim / PAIR<T>);
+            const int steps = int(dim / PAIR<T>);
+            const char *p = later(0, at), *q = later(0, at + PAGE);
+            const Ahead ahead = {p, q ? q : p, p ? 64 : 0};
             if (at + PAGE < width) {
                 const T* next = data + a.cache.page(layer, 0, table, kv_head, span + at + PAGE);
-                attention_product<2>(false, count, s.query, dim, page, next, PAGE * PAIR<T>, steps, s.score + at, SPAN);
+                attention_product<2>(false, count, s.query, dim, page, next, PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
             } else {
-                attention_product<1>(false, count, s.query, dim, page, page, PAGE * PAIR<T>, steps, s.score + at, SPAN);
+                attention_product<1>(false, count, s.query, dim, page, page, PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
             }
         }
         float shrink[QUERY_ROWS];
@@ -179,14 +177,17 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
             if (odd)
                 for (int64_t d = 0; d < dim; d++) s.masked[2 * d] = last[2 * d], s.masked[2 * d + 1] = 0;
             const T* p = s.weight + at;
+            const char* fetched = later(1, at);
             for (int64_t d = 0; d < dim; d += 32) {
+                const char* part = fetched + d * PAGE * int64_t(sizeof(T));
+                const Ahead ahead = {part, part + 64, fetched ? 128 : 0};
                 const int64_t next = d * PAIR<T> + 16 * PAIR<T>;
                 if (d + 16 < dim) {
-                    attention_product<2>(at > 0, count, p, SPAN, page + d * PAIR<T>, page + next, dim * PAIR<T>, steps, s.part + d, dim);
-                    if (odd) attention_product<2>(true, count, p + 2 * steps, SPAN, s.masked + 2 * d, s.masked + next, 0, 1, s.part + d, dim);
+                    attention_product<2>(at > 0, count, p, SPAN, page + d * PAIR<T>, page + next, dim * PAIR<T>, steps, ahead, s.part + d, dim);
+                    if (odd) attention_product<2>(true, count, p + 2 * steps, SPAN, s.masked + 2 * d, s.masked + next, 0, 1, NOTHING_AHEAD, s.part + d, dim);
                 } else {
-                    attention_product<1>(at > 0, count, p, SPAN, page + d * PAIR<T>, page, dim * PAIR<T>, steps, s.part + d, dim);
-                    if (odd) attention_product<1>(true, count, p + 2 * steps, SPAN, s.masked + 2 * d, s.masked, 0, 1, s.part + d, dim);
+                    attention_product<1>(at > 0, count, p, SPAN, page + d * PAIR<T>, page, dim * PAIR<T>, steps, ahead, s.part + d, dim);
+                    if (odd) attention_product<1>(true, count, p + 2 * steps, SPAN, s.masked + 2 * d, s.masked, 0, 1, NOTHING_AHEAD, s.part + d, dim);
                 }
             }
         }

@@ -57,13 +57,20 @@ void* pw_runner(int threads, const int32_t* cores) { return new pw::Runner(threa
 void pw_runner_free(void* runner) { delete (pw::Runner*)runner; }
 void pw_step(void* runner, const pw::Model* model, const pw::Batch* batch) { ((pw::Runner*)runner)->step(*model, *batch); }
 
-// Memory for weights: aligned, and in huge pages where the system has them (fewer misses when it is streamed).
-void* pw_allocate(int64_t bytes) {
-    const int64_t huge = 2 << 20;
-    void* p = std::aligned_alloc(huge, (bytes + huge - 1) / huge * huge);
+// Asks for huge pages where the system has them: weights and pages of KV are walked through once a step, and every
+// 4 KiB of them would cost a walk of the page table.
+void pw_use_huge_pages(void* p, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-    if (p) madvise(p, (bytes + huge - 1) / huge * huge, MADV_HUGEPAGE);
+    const uintptr_t huge = 2 << 20, begin = (uintptr_t(p) + huge - 1) / huge * huge, end = (uintptr_t(p) + bytes) / huge * huge;
+    if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Memory for weights.
+void* pw_allocate(int64_t bytes) {
+    const int64_t huge = 2 << 20, whole = (bytes + huge - 1) / huge * huge;
+    void* p = std::aligned_alloc(huge, whole);
+    if (p) pw_use_huge_pages(p, whole);
     return p;
 }
 void pw_release(void* p) { std::free(p); }
@@ -177,7 +184,7 @@ double pw_peak(void* runner, int kind, int rounds) {
             std::vector<int32_t> sums(STRIP * k, 0);
             Linear w = {kind, STRIP, k, 64, (uint8_t*)weight.data(), scales.data(), sums.data(), nullptr};
             Rows r = {x.data(), (uint16_t*)x.data(), (int8_t*)x.data(), scales.data(), sums.data(), k, k / 64};
-            for (int i = 0; i < repeats; i++) tile(w, 0, r, 0, rows, {(const char*)weight.data(), 0}, c.data());
+            for (int i = 0; i < repeats; i++) tile(w, 0, r, 0, rows, {nullptr, nullptr, 0}, c.data());
         });
         double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
         best = std::max(best, 2.0 * STRIP * k * rows * repeats * threads.count() / seconds);

@@ -59,6 +59,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "pw_runner": (c_void_p, (c_int, c_void_p)),
     "pw_runner_free": (None, (c_void_p,)),
     "pw_step": (None, (c_void_p, c_void_p, c_void_p)),
+    "pw_use_huge_pages": (None, (c_void_p, c_int64)),
     "pw_allocate": (c_void_p, (c_int64,)),
     "pw_release": (None, (c_void_p,)),
     "pw_pack_f32": (None, (c_void_p, *[c_int64] * 5, c_void_p)),

@@ -45,11 +45,12 @@ constexpr int ALONE_AHEAD = 2048;
 
 PW_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// What a tile fetches while it computes: `stride` bytes further at every step.
+// What a tile fetches while it computes: two cache lines a step, in two streams. Spread over the steps, so that memory
+// is busy all the time and no load waits behind a burst.
 struct Ahead {
-    const char* p;
-    int64_t stride;
-    PW_INLINE void operator()() { prefetch(p), prefetch(p + 64), p += stride; }
+    const char *p, *q;
+    int64_t stride;  // 0: nothing
+    PW_INLINE void operator()() { prefetch(p), prefetch(q), p += stride, q += stride; }
 };
 
 PW_INLINE uint32_t load32(const void* p) {
@@ -242,7 +243,8 @@ PW_INLINE void strip_times_rows(const Linear& w, int strip, const Rows& x, int64
     const char* at = (const char*)w.weight + strip * bytes;
     for (int i = 0, row = 0; i < tiles; i++) {
         int rows = (count - row) / (tiles - i) + ((count - row) % (tiles - i) != 0);
-        Ahead ahead = tiles == 1 ? Ahead{at + ALONE_AHEAD, bytes_per_step} : Ahead{at + bytes + i * bytes / tiles, bytes_per_step / tiles + 1};
+        const char* from = tiles == 1 ? at + ALONE_AHEAD : at + bytes + i * bytes / tiles;
+        const Ahead ahead = {from, from + 64, tiles == 1 ? bytes_per_step : bytes_per_step / tiles + 1};
         tile(w, strip, x, first + row, rows, ahead, c);
         done(first + row, rows, c);
         row += rows;

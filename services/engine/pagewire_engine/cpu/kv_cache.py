@@ -19,6 +19,7 @@ class PackedKVCache(KVCache):
     ) -> None:
         super().__init__(config, num_blocks, block_size, poison=poison)
         self._library = library
+        library.pw_use_huge_pages(self.kv.data_ptr(), self.kv.nbytes)
         self.model = Model(
             heads=config.num_heads, kv_heads=config.num_kv_heads, head_dim=config.head_dim, layers=config.num_layers,
             block_size=block_size, num_blocks=num_blocks, half=config.dtype == torch.bfloat16,
