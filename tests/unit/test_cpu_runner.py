@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     weights = {name: tensor.bfloat16().float() for name, tensor in load_file(path / "model.safetensors").items()}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_step_is_small() -> Iterator[None]:
+    """These models are so tiny that their steps would run on one thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pagewire_engine.cpu.runner.SMALL_STEP", 0)
+        yield
 
 
 def make_runner(path: Path, monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> Runner:
@@ -261,3 +270,14 @@ def dequantized(path: Path, scheme: Scheme, out: Path) -> Path:
             weights[name] = dequantize(quantize(weight, used))
     save_file(weights, out / "model.safetensors", {"format": "pt"})
     return out
+
+
+@pytest.mark.timeout(60)
+def test_threads_that_sleep_are_always_woken(llama: Path) -> None:
+    """A phase's end once went unnoticed by a thread that was about to sleep: one request in ten thousand steps hung.
+
+    More threads than cores, so that there is always one that sleeps.
+    """
+    runner = make_runner(llama, dtype="float32", threads=4)
+    for i in range(400):
+        step(runner, texts_of(1), [(0, i % 90, i % 90 + 1)], [SamplingParams(temperature=0.0)])

@@ -12,7 +12,7 @@ from pagewire_kernels.cpu.build import BuildError, is_built, library_path, runna
 
 logger = logging.getLogger("pagewire.kernels")
 
-ABI = 1
+ABI = 2
 STRIP = 32  # outputs in a strip of packed weights
 PAGE = 16  # tokens in a page of the packed KV layout
 MAX_HEAD_DIM = 512
@@ -56,7 +56,7 @@ class Batch(ctypes.Structure):
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "pw_abi": (c_int, ()),
     "pw_variant": (c_char_p, ()),
-    "pw_runner": (c_void_p, (c_int, c_void_p)),
+    "pw_runner": (c_void_p, (c_int, c_void_p, c_int64)),
     "pw_runner_free": (None, (c_void_p,)),
     "pw_step": (None, (c_void_p, c_void_p, c_void_p)),
     "pw_use_huge_pages": (None, (c_void_p, c_int64)),

@@ -45,7 +45,6 @@ struct Batch {
     float* logits;             // [samples][vocab rounded up to 32], written where raw or temperature > 0
 };
 
-constexpr int64_t SMALL_STEP = 4 << 20;  // weights to go through, counted again for every eight rows
 constexpr int64_t FETCH_EARLY = 32 << 10;
 constexpr int FEW_ROWS = 4;  // up to so many, every thread does the norms for itself
 
@@ -62,7 +61,9 @@ int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 class Runner {
    public:
-    Runner(int threads, const int32_t* cores) : threads_(threads), cores_(cores, cores ? cores + threads : cores) {
+    // small_step: see is_small.
+    Runner(int threads, const int32_t* cores, int64_t small_step)
+        : threads_(threads), cores_(cores, cores ? cores + threads : cores), small_step_(small_step) {
         if (cores) threads_.run([cores](int thread) { if (thread) pin_to_core(cores[thread]); });
     }
 
@@ -84,12 +85,12 @@ class Runner {
         is_pinned = true;
     }
 
-    // Whether the step takes about as long as its threads' meetings would: 40 of them cost some 20 microseconds on
-    // an idle machine, and far more on a busy one.
+    // Whether the step takes about as long as its threads' meetings would: 40 of them cost some 20 microseconds on an
+    // idle machine, and far more on a busy one. Counts the weights to go through, again for every eight rows.
     bool is_small() const {
         const Layer& l = model_->layer[0];
         const int64_t weights = int64_t(l.qkv.n) * l.qkv.k + int64_t(l.o.n) * l.o.k + int64_t(l.gate_up.n) * l.gate_up.k + int64_t(l.down.n) * l.down.k;
-        return (weights * model_->layers) * (1 + b_->num_rows / 8) < SMALL_STEP;
+        return (weights * model_->layers) * (1 + b_->num_rows / 8) < small_step_;
     }
 
     // ------------------------------------------------------------------ memory
@@ -396,6 +397,7 @@ class Runner {
 
     Threads threads_;
     std::vector<int32_t> cores_;
+    const int64_t small_step_;
     const Model* model_ = nullptr;
     const Batch* b_ = nullptr;
     std::unique_ptr<char, Free> arena_;

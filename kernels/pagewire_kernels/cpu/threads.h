@@ -68,7 +68,9 @@ class Threads {
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active_) {
             arrived_.store(0, std::memory_order_relaxed);
             for (Claimed& claimed : claimed_) claimed.items.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
+            // A full fence: with a plain store, notify_all may look for sleepers before the store is seen by one who
+            // is about to sleep, and nobody ever wakes that thread.
+            turn_.fetch_add(1, std::memory_order_seq_cst);
             turn_.notify_all();
         } else {
             wait_while_equal(turn_, turn, BARRIER_SPINS);
@@ -104,7 +106,7 @@ class Threads {
     static constexpr int BARRIER_SPINS = 2000, IDLE_SPINS = 1000;
 
     void wake() {
-        start_.fetch_add(1, std::memory_order_release);
+        start_.fetch_add(1, std::memory_order_seq_cst);
         start_.notify_all();
     }
 

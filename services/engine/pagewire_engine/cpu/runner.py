@@ -17,6 +17,7 @@ from pagewire_engine.cpu.model import CpuModel
 from pagewire_engine.model_runner import Done, Launched
 from pagewire_engine.sampler import Sampled, sample, uniform
 
+SMALL_STEP = 4 << 20  # weights; steps that go through fewer run on one thread
 _CHOICE = np.dtype(
     [("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4"), ("top_k", "i4"), ("uniform", "f8")], align=True
 )
@@ -36,7 +37,7 @@ class CpuRunner:
         self._library, self._model = library, model
         model.fill(cache.model)
         pinned = (ctypes.c_int32 * threads)(*cpus) if cpus else None
-        self._runner = library.pw_runner(threads, pinned)
+        self._runner = library.pw_runner(threads, pinned, SMALL_STEP)
         self.threads = threads
         self._vocab = -(-self.config.vocab_size // STRIP) * STRIP
         self._logits = np.empty((0, self._vocab), np.float32)
