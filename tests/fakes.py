@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import redis
@@ -27,6 +27,7 @@ from pagewire.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from pagewire_core.feed import Feed, Feeds
 from pagewire_core.rpc import PROTOCOL, RpcServer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -116,6 +117,8 @@ class FakeWorker(
     """
 
     peers: dict[str, FakeWorker]
+    # Whether it offers a feed, and when entries come: as they are made, or all before `started` or after `finished`.
+    feed: Literal["", "in order", "before", "after"] = ""
 
     def __init__(self, worker_id: str, role: int, script: Script, peers: dict[str, FakeWorker]) -> None:
         self.worker_id, self.role, self.script, self.peers = worker_id, role, script, peers
@@ -129,6 +132,7 @@ class FakeWorker(
         self.stopped: list[tuple[int, ...]] = []
         self.requests: list[Any] = []
         self.open_calls = 0
+        self.feeds = Feeds(decode_pb2.FeedResponse)
         self._server = RpcServer()
         self.address = ""
 
@@ -235,11 +239,51 @@ class FakeWorker(
                 received_bytes=1000 * (prompt - computed),
                 lane="" if request.local_prefill else "grpc",
             )
+            feed = self.feeds.get(request.feed_id)
+            if feed and self.feed != "in order":
+                async for response in self._out_of_order(feed, request, started):
+                    yield response
+                return
             yield decode_pb2.DecodeResponse(started=started)
             await self._hook("decode_started")
+            num_entries = 0
             async for step in self._steps(request):
-                yield decode_pb2.DecodeResponse(tokens=step)
-            yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished())
+                if feed:
+                    entry, new = feed.entry(request.feed_call)
+                    entry.choices.extend(step.choices)
+                    num_entries += new
+                else:
+                    yield decode_pb2.DecodeResponse(tokens=step)
+            yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished(feed_entries=num_entries))
+
+    async def _out_of_order(
+        self, feed: Feed[Any], request: decode_pb2.DecodeRequest, started: decode_pb2.DecodeStarted
+    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        steps = [step async for step in self._steps(request)]
+        own = [
+            decode_pb2.DecodeResponse(started=started),
+            decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished(feed_entries=1)),
+        ]
+        if self.feed == "after":
+            for response in own:
+                yield response
+            await asyncio.sleep(0.05)
+        entry, _ = feed.entry(request.feed_call)
+        for step in steps:
+            entry.choices.extend(step.choices)
+        await asyncio.sleep(0.05)
+        if self.feed == "before":
+            for response in own:
+                yield response
+
+    async def Feed(
+        self, request: decode_pb2.FeedRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.FeedResponse]:
+        if not self.feed:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no feeds here")
+        async with contextlib.aclosing(self.feeds.serve(request.feed_id)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def _steps(self, request: decode_pb2.DecodeRequest) -> AsyncIterator[decode_pb2.DecodeTokens]:
         limit = min(request.sampling.max_tokens, len(self.script.tokens))

@@ -109,6 +109,9 @@ async def scene(
     model = ServedModel(("demo",), "demo", DIGEST, 256, 258, (EOS,), tokenizer, ChatTemplate(TEMPLATE, "<s>", "</s>"))
     async with running_router(argparse.Namespace(**values), model) as (router, _, port):
         await until(lambda: len(router.services.workers.live) >= len(workers))
+        await until(
+            lambda: all(w.feed.is_open for w in router.services.workers.live if FakeWorker.feed and w.can_decode)
+        )
         async with open_channel(f"127.0.0.1:{port}") as channel:
             yield Scene(workers, router, inference_pb2_grpc.InferenceServiceStub(channel), tokenizer)
     for worker in workers.values():

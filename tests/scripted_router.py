@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -16,6 +16,7 @@ from pagewire.v1.inference_pb2 import Accepted, Delta, GenerateRequest, Generate
 from pagewire_bridge.app import create_app
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.main import build_server, listen
+from pagewire_core.feed import Feeds
 from pagewire_core.rpc import RpcServer
 
 STOP = common_pb2.FINISH_REASON_STOP
@@ -88,7 +89,9 @@ HELLO = says(accepted(), delta("Hel"), delta("lo"), delta(finish=STOP), summary(
 class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
     """requests: what was asked; cancelled: calls that were ended from outside."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_feed: bool = False) -> None:
+        self.with_feed = with_feed
+        self.feeds = Feeds(inference_pb2.DeltaFeedResponse)
         self.reset()
         self.metrics_text = "# HELP pagewire_x_total x\n# TYPE pagewire_x_total counter\npagewire_x_total 2.0\n"
 
@@ -102,14 +105,31 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> Events:
         self.requests.append(request)
         self.num_started += 1
+        feed, num_entries = self.feeds.get(request.feed_id), 0
         try:
             async for event in self.script(request):
-                yield event
+                if feed and event.HasField("delta"):
+                    entry, new = feed.entry(request.feed_call)
+                    entry.deltas.append(event.delta)
+                    num_entries += new
+                else:
+                    counted = GenerateResponse(feed_entries=num_entries)
+                    counted.MergeFrom(event)
+                    yield counted
         except (asyncio.CancelledError, GeneratorExit):
             self.num_cancelled += 1
             raise
         finally:
             self.num_ended += 1
+
+    async def DeltaFeed(
+        self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[inference_pb2.DeltaFeedResponse]:
+        if not self.with_feed:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no feeds here")
+        async with aclosing(self.feeds.serve(request.feed_id)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext

@@ -15,8 +15,8 @@ from pagewire.v1 import common_pb2, decode_pb2, inference_pb2, kv_channel_pb2, p
 ROOT = Path(__file__).parents[2]
 MODULES = (common_pb2, decode_pb2, inference_pb2, kv_channel_pb2, prefill_pb2, worker_pb2)
 SERVICES = {
-    "DecodeService": {"Reserve", "Decode", "Stop"},
-    "InferenceService": {"Generate", "ListModels", "Status", "Metrics"},
+    "DecodeService": {"Reserve", "Decode", "Stop", "Feed"},
+    "InferenceService": {"Generate", "ListModels", "Status", "Metrics", "DeltaFeed"},
     "KvChannelService": {"Connect"},
     "PrefillService": {"Prefill"},
     "WorkerService": {"Info", "Stats", "Snapshot", "Metrics"},

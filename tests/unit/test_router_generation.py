@@ -16,6 +16,12 @@ from router_scene import EOS, Scene, request, scene, until
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 
 
+@pytest.fixture(autouse=True, params=["", "in order"], ids=["own stream", "feed"])
+def feed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds whichever way the decode worker's tokens come."""
+    monkeypatch.setattr(FakeWorker, "feed", request.param)
+
+
 def kill(worker: FakeWorker) -> Any:
     """A hook under which the process dies: its connections break and nothing more comes from it."""
 

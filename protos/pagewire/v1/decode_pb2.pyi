@@ -30,7 +30,7 @@ class ReserveResponse(_message.Message):
     def __init__(self, local_tokens: _Optional[int] = ..., instance: _Optional[str] = ..., kv_address: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "local_prefill")
+    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "local_prefill", "feed_id", "feed_call")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,8 @@ class DecodeRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    FEED_ID_FIELD_NUMBER: _ClassVar[int]
+    FEED_CALL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -45,7 +47,9 @@ class DecodeRequest(_message.Message):
     sampling: _common_pb2.SamplingParams
     n: int
     local_prefill: bool
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., local_prefill: _Optional[bool] = ...) -> None: ...
+    feed_id: bytes
+    feed_call: int
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., local_prefill: _Optional[bool] = ..., feed_id: _Optional[bytes] = ..., feed_call: _Optional[int] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("started", "tokens", "finished")
@@ -80,12 +84,14 @@ class DecodeTokens(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[_common_pb2.ChoiceTokens, _Mapping]]] = ...) -> None: ...
 
 class DecodeFinished(_message.Message):
-    __slots__ = ("timings", "num_preemptions")
+    __slots__ = ("timings", "num_preemptions", "feed_entries")
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    FEED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     timings: _common_pb2.StageTimings
     num_preemptions: int
-    def __init__(self, timings: _Optional[_Union[_common_pb2.StageTimings, _Mapping]] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    feed_entries: int
+    def __init__(self, timings: _Optional[_Union[_common_pb2.StageTimings, _Mapping]] = ..., num_preemptions: _Optional[int] = ..., feed_entries: _Optional[int] = ...) -> None: ...
 
 class StopRequest(_message.Message):
     __slots__ = ("transfer_id", "choices")
@@ -100,3 +106,23 @@ class StopResponse(_message.Message):
     FOUND_FIELD_NUMBER: _ClassVar[int]
     found: bool
     def __init__(self, found: _Optional[bool] = ...) -> None: ...
+
+class FeedRequest(_message.Message):
+    __slots__ = ("feed_id",)
+    FEED_ID_FIELD_NUMBER: _ClassVar[int]
+    feed_id: bytes
+    def __init__(self, feed_id: _Optional[bytes] = ...) -> None: ...
+
+class FeedResponse(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[FeedEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[FeedEntry, _Mapping]]] = ...) -> None: ...
+
+class FeedEntry(_message.Message):
+    __slots__ = ("call", "choices")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    choices: _containers.RepeatedCompositeFieldContainer[_common_pb2.ChoiceTokens]
+    def __init__(self, call: _Optional[int] = ..., choices: _Optional[_Iterable[_Union[_common_pb2.ChoiceTokens, _Mapping]]] = ...) -> None: ...

@@ -49,6 +49,11 @@ class DecodeServiceStub:
                 request_serializer=pagewire_dot_v1_dot_decode__pb2.StopRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_decode__pb2.StopResponse.FromString,
                 _registered_method=True)
+        self.Feed = channel.unary_stream(
+                '/pagewire.v1.DecodeService/Feed',
+                request_serializer=pagewire_dot_v1_dot_decode__pb2.FeedRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_decode__pb2.FeedResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer:
@@ -76,6 +81,15 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Feed(self, request, context):
+        """Carries the tokens of many Decode calls, those of one engine step in one message. The first message
+        is empty: it says that the feed is open. Decode calls that name the feed from then on send their
+        tokens here and all other events on their own stream; the reader puts both in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +107,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Stop,
                     request_deserializer=pagewire_dot_v1_dot_decode__pb2.StopRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_decode__pb2.StopResponse.SerializeToString,
+            ),
+            'Feed': grpc.unary_stream_rpc_method_handler(
+                    servicer.Feed,
+                    request_deserializer=pagewire_dot_v1_dot_decode__pb2.FeedRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_decode__pb2.FeedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +195,33 @@ class DecodeService:
             '/pagewire.v1.DecodeService/Stop',
             pagewire_dot_v1_dot_decode__pb2.StopRequest.SerializeToString,
             pagewire_dot_v1_dot_decode__pb2.StopResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Feed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pagewire.v1.DecodeService/Feed',
+            pagewire_dot_v1_dot_decode__pb2.FeedRequest.SerializeToString,
+            pagewire_dot_v1_dot_decode__pb2.FeedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "echo", "cache_salt", "completion_default_length", "add_special_tokens", "return_prompt_token_ids")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "echo", "cache_salt", "completion_default_length", "add_special_tokens", "return_prompt_token_ids", "feed_id", "feed_call")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,8 @@ class GenerateRequest(_message.Message):
     COMPLETION_DEFAULT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RETURN_PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FEED_ID_FIELD_NUMBER: _ClassVar[int]
+    FEED_CALL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -33,7 +35,9 @@ class GenerateRequest(_message.Message):
     completion_default_length: bool
     add_special_tokens: bool
     return_prompt_token_ids: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., echo: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., completion_default_length: _Optional[bool] = ..., add_special_tokens: _Optional[bool] = ..., return_prompt_token_ids: _Optional[bool] = ...) -> None: ...
+    feed_id: bytes
+    feed_call: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., echo: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., completion_default_length: _Optional[bool] = ..., add_special_tokens: _Optional[bool] = ..., return_prompt_token_ids: _Optional[bool] = ..., feed_id: _Optional[bytes] = ..., feed_call: _Optional[int] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -64,16 +68,18 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("accepted", "delta", "summary", "error")
+    __slots__ = ("accepted", "delta", "summary", "error", "feed_entries")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FEED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     accepted: Accepted
     delta: Delta
     summary: Summary
     error: _common_pb2.Error
-    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
+    feed_entries: int
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ..., feed_entries: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("request_id", "model", "prompt_tokens", "prompt_token_ids")
@@ -218,3 +224,23 @@ class MetricsResponse(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     text: str
     def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class DeltaFeedRequest(_message.Message):
+    __slots__ = ("feed_id",)
+    FEED_ID_FIELD_NUMBER: _ClassVar[int]
+    feed_id: bytes
+    def __init__(self, feed_id: _Optional[bytes] = ...) -> None: ...
+
+class DeltaFeedResponse(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[DeltaFeedEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[DeltaFeedEntry, _Mapping]]] = ...) -> None: ...
+
+class DeltaFeedEntry(_message.Message):
+    __slots__ = ("call", "deltas")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    deltas: _containers.RepeatedCompositeFieldContainer[Delta]
+    def __init__(self, call: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[Delta, _Mapping]]] = ...) -> None: ...

@@ -54,6 +54,11 @@ class InferenceServiceStub:
                 request_serializer=pagewire_dot_v1_dot_inference__pb2.MetricsRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_inference__pb2.MetricsResponse.FromString,
                 _registered_method=True)
+        self.DeltaFeed = channel.unary_stream(
+                '/pagewire.v1.InferenceService/DeltaFeed',
+                request_serializer=pagewire_dot_v1_dot_inference__pb2.DeltaFeedRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_inference__pb2.DeltaFeedResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -87,6 +92,15 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeltaFeed(self, request, context):
+        """Carries the deltas of many Generate calls, those of one moment in one message; for a client with many
+        calls at once. The first message is empty: it says that the feed is open. Generate calls that name
+        the feed from then on send their deltas here and all other events on their own stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +123,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Metrics,
                     request_deserializer=pagewire_dot_v1_dot_inference__pb2.MetricsRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_inference__pb2.MetricsResponse.SerializeToString,
+            ),
+            'DeltaFeed': grpc.unary_stream_rpc_method_handler(
+                    servicer.DeltaFeed,
+                    request_deserializer=pagewire_dot_v1_dot_inference__pb2.DeltaFeedRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_inference__pb2.DeltaFeedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +238,33 @@ class InferenceService:
             '/pagewire.v1.InferenceService/Metrics',
             pagewire_dot_v1_dot_inference__pb2.MetricsRequest.SerializeToString,
             pagewire_dot_v1_dot_inference__pb2.MetricsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeltaFeed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pagewire.v1.InferenceService/DeltaFeed',
+            pagewire_dot_v1_dot_inference__pb2.DeltaFeedRequest.SerializeToString,
+            pagewire_dot_v1_dot_inference__pb2.DeltaFeedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 import grpc
@@ -17,9 +18,14 @@ from pagewire_core.errors import (
     Unavailable,
     from_rpc,
 )
+from pagewire_core.feed import FeedCall, FeedReader
+from pagewire_core.mailbox import Mailbox
 from pagewire_core.rpc import MAX_MESSAGE_BYTES, open_channel, request_metadata
 
 log = structlog.get_logger(__name__)
+
+Event = pb.GenerateResponse | pb.Delta
+_Arrived = pb.GenerateResponse | pb.DeltaFeedEntry | PagewireError | None
 
 QUICK_S = 5.0  # bound on everything but generation
 
@@ -35,23 +41,62 @@ class RouterClient:
         self._stub = pb_grpc.InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_s = timeout_s
+        self._feed = FeedReader(
+            lambda feed_id: self._stub.DeltaFeed(pb.DeltaFeedRequest(feed_id=feed_id), wait_for_ready=True), self._error
+        )
+        self._feed.open()
+
+    @property
+    def feed_is_open(self) -> bool:
+        """Whether a generation that begins now gets its deltas over the feed."""
+        return self._feed.is_open
 
     async def close(self) -> None:
+        await self._feed.close()
         await self._channel.close()
 
-    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
-        """The router's events as they come. Closing the generator cancels the call. Raises PagewireError."""
+    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[Event]:
+        """The router's events as they come. Closing the generator cancels the call. Raises PagewireError.
+
+        Deltas come over the feed if one is open, and bare; else as responses on the call's own stream.
+        """
         if request.ByteSize() > MAX_MESSAGE_BYTES:
             raise InvalidRequest(f"The prompt is larger than {MAX_MESSAGE_BYTES >> 20} MiB; send a shorter one.")
-        metadata = request_metadata(request.request_id)
-        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=metadata)
+        arrived: Mailbox[_Arrived] = Mailbox()
+        with self._feed.joined(arrived.put, arrived.put) as feed:
+            if feed is not None:
+                request.feed_id, request.feed_call = feed.feed_id, feed.number
+            metadata = request_metadata(request.request_id)
+            call = self._stub.Generate(request, timeout=self._timeout_s, metadata=metadata)
+            pump = asyncio.create_task(self._pump(call, feed, arrived))
+            try:
+                while (event := await arrived.get()) is not None:
+                    if isinstance(event, PagewireError):
+                        raise event
+                    if isinstance(event, pb.DeltaFeedEntry):
+                        for delta in event.deltas:
+                            yield delta
+                    else:
+                        yield event
+            finally:
+                call.cancel()
+                pump.cancel()
+                await asyncio.gather(pump, return_exceptions=True)
+
+    async def _pump(self, call: grpc.aio.UnaryStreamCall, feed: FeedCall | None, arrived: Mailbox[_Arrived]) -> None:
+        """Moves what comes on the call's own stream to the queue, in order with the feed; None marks the end."""
         try:
             async for response in call:
-                yield response
+                if feed is not None:
+                    await feed.complete(response.feed_entries)
+                arrived.put(response)
+                if feed is not None:
+                    feed.begin()
+            arrived.put(None)
         except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
-        finally:
-            call.cancel()
+            arrived.put(self._error(error))
+        except PagewireError as error:  # the feed does not bring what the last event counts
+            arrived.put(error)
 
     async def list_models(self) -> Sequence[pb.Model]:
         """The models that can be asked for. Raises PagewireError."""

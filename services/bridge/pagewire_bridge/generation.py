@@ -9,12 +9,14 @@ from contextlib import aclosing
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import Internal, from_proto
 
-Events = AsyncGenerator[inference_pb2.GenerateResponse]
+from pagewire_bridge.client import Event
+
+Events = AsyncGenerator[Event]
 
 _FINISHED = (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH)
 
 
-async def merge(streams: Sequence[Events]) -> AsyncGenerator[tuple[int, inference_pb2.GenerateResponse]]:
+async def merge(streams: Sequence[Events]) -> AsyncGenerator[tuple[int, Event]]:
     """(number of the stream, event) as they come; the first failure, or closing, ends all of them."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
@@ -60,7 +62,7 @@ class Generation:
         """Returns when all prompts are accepted. Raises PagewireError when one is refused."""
         missing = set(range(len(self.accepted)))
         async for prompt, event in self._events:
-            if event.WhichOneof("event") == "accepted":
+            if isinstance(event, inference_pb2.GenerateResponse) and event.HasField("accepted"):
                 self.accepted[prompt] = event.accepted
                 missing.discard(prompt)
                 if not missing:
@@ -83,16 +85,19 @@ class Generation:
         """Cancels what still runs."""
         await self._events.aclose()
 
-    def _take(self, prompt: int, event: inference_pb2.GenerateResponse) -> tuple[int, inference_pb2.Delta] | None:
+    def _take(self, prompt: int, event: Event) -> tuple[int, inference_pb2.Delta] | None:
+        if isinstance(event, inference_pb2.Delta):
+            return self._numbered(prompt, event)
         kind = event.WhichOneof("event")
         if kind == "error":
             raise from_proto(event.error)
         if kind == "summary":
             self.summaries[prompt] = event.summary
             self._ended += 1
-        if kind != "delta":
-            return None
-        index = prompt * self._n + event.delta.choice
-        if event.delta.finish_reason in _FINISHED:
+        return self._numbered(prompt, event.delta) if kind == "delta" else None
+
+    def _numbered(self, prompt: int, delta: inference_pb2.Delta) -> tuple[int, inference_pb2.Delta]:
+        index = prompt * self._n + delta.choice
+        if delta.finish_reason in _FINISHED:
             self._unfinished.discard(index)
-        return index, event.delta
+        return index, delta

@@ -10,6 +10,7 @@ import structlog
 import uvicorn
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, run_main
+from pagewire_core.startup import freeze_heap
 from pagewire_core.telemetry import configure_logging
 from starlette.types import ASGIApp
 
@@ -78,6 +79,7 @@ def serve(flags: argparse.Namespace) -> None:
     # needs to, and the process ends with exit code 0.
     for ended_by in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ended_by, lambda _signal, _frame: None)
+    freeze_heap()
     build_server(app).run(sockets=[listener])
 
 

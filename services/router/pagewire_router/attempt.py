@@ -4,7 +4,8 @@
                -> Prefill(P) stream --+
     local plan:   Decode(D) alone, with local_prefill
 
-The decode leg's end is the attempt's end. The prefill leg may fail without harm once the decode worker
+The decode leg's tokens come over the worker's feed if one is open, else on the leg's own stream. The
+end of that stream is the attempt's end. The prefill leg may fail without harm once the decode worker
 has said DecodeStarted, for then it holds everything. However an attempt ends, both calls are over and
 the decode worker has been told when it is left.
 """
@@ -20,6 +21,8 @@ from typing import Literal, Self
 import grpc
 from pagewire.v1 import decode_pb2, prefill_pb2
 from pagewire_core.errors import DeadlineExceeded, PagewireError, Unavailable, from_rpc
+from pagewire_core.feed import FeedCall
+from pagewire_core.mailbox import Mailbox
 from pagewire_core.rpc import request_metadata
 
 from pagewire_router.placement import Placed
@@ -27,7 +30,8 @@ from pagewire_router.request import ValidRequest
 from pagewire_router.workers import Booking
 
 Leg = Literal["reserve", "prefill", "decode"]
-Event = prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse
+TimeUp = Literal["request", "kv", "account"]  # of what the time is up
+Event = prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse | decode_pb2.FeedEntry
 
 _RESERVE_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 2.0
@@ -58,27 +62,30 @@ class Attempt:
         self._deadline = deadline
         self._transfer_timeout_s = transfer_timeout_s
         self._metadata = request_metadata(request.request_id)
-        self._arrived: asyncio.Queue[tuple[Leg, Event | PagewireError | None]] = asyncio.Queue()
-        self._bookings = contextlib.ExitStack()
+        self._arrived: Mailbox[tuple[Leg, Event | PagewireError | None] | TimeUp] = Mailbox()
+        self._held = contextlib.ExitStack()  # bookings and the place on the feed
+        self._feed: FeedCall | None = None
         self._calls: dict[Leg, grpc.aio.UnaryStreamCall] = {}
         self._pumps: list[asyncio.Task[None]] = []
         self._reservation: decode_pb2.ReserveResponse | None = None
         self._asked = False  # the decode worker may know of this transfer
         self._started = False  # it holds all of the prompt's KV
         self._finished = False
-        self._kv_deadline: float | None = None
+        self._timers: dict[TimeUp, asyncio.TimerHandle] = {}
         self.transfer_id = secrets.token_bytes(16)
         self.stopped: set[int] = set()  # choices that the decode worker was told to end
 
     async def __aenter__(self) -> Self:
         placed, n, prompt = self.placed, self._request.n, len(self._request.prompt_ids)
         if placed.prefill is not None:
-            self._bookings.enter_context(placed.prefill.booked(Booking(compute_tokens=placed.compute_tokens)))
+            self._held.enter_context(placed.prefill.booked(Booking(compute_tokens=placed.compute_tokens)))
         local_tokens = placed.compute_tokens if placed.prefill is None else 0
-        self._bookings.enter_context(placed.decode.booked(Booking(local_tokens, prompt + n, n)))
+        self._held.enter_context(placed.decode.booked(Booking(local_tokens, prompt + n, n)))
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
         for call in self._calls.values():
             call.cancel()
         for pump in self._pumps:
@@ -88,7 +95,7 @@ class Attempt:
             if self._asked and not self._finished:
                 await self._tell_stop()
         finally:
-            self._bookings.close()
+            self._held.close()
 
     async def reserve(self) -> None:
         """Gets the decode worker's promise of room, if the plan needs one. Raises LegFailed ("reserve")."""
@@ -110,15 +117,20 @@ class Attempt:
     async def events(self) -> AsyncGenerator[Event, None]:
         """Events of both legs until the decode worker has finished."""
         self._asked = True
+        self._feed = self._held.enter_context(self.placed.decode.feed.joined(self._arrive, self._arrive))
         self._calls["decode"] = self._open_decode()
         if self._reservation is not None:
             self._calls["prefill"] = self._open_prefill(self._reservation)
         self._pumps = [asyncio.create_task(self._pump(leg, call)) for leg, call in self._calls.items()]
+        self._limit("request", self._deadline)
         legs = set(self._calls)
         while legs:
-            arrived = await self._next()
-            if arrived is None:
-                return
+            arrived = await self._arrived.get()
+            if isinstance(arrived, str):
+                self._judge_time(arrived)
+                if self._finished:
+                    return
+                continue
             leg, event = arrived
             if event is None or isinstance(event, PagewireError):
                 legs.discard(leg)
@@ -151,6 +163,8 @@ class Attempt:
             sampling=self._request.sampling,
             n=self._request.n,
             local_prefill=self.placed.prefill is None,
+            feed_id=self._feed.feed_id if self._feed else b"",
+            feed_call=self._feed.number if self._feed else 0,
         )
         return self.placed.decode.decode.Decode(message, metadata=self._metadata)
 
@@ -171,38 +185,49 @@ class Attempt:
 
     async def _pump(self, leg: Leg, call: grpc.aio.UnaryStreamCall) -> None:
         """Moves one leg's events to the queue; None marks its good end."""
+        feed = self._feed if leg == "decode" else None
         try:
             async for event in call:
-                self._arrived.put_nowait((leg, event))
-            self._arrived.put_nowait((leg, None))
+                if feed and event.HasField("finished"):
+                    await feed.complete(event.finished.feed_entries)
+                self._arrived.put((leg, event))
+                if feed and event.HasField("started"):
+                    feed.begin()
+            self._arrived.put((leg, None))
         except grpc.RpcError as error:
-            self._arrived.put_nowait((leg, from_rpc(error)))
+            self._arrived.put((leg, from_rpc(error)))
+        except PagewireError as error:  # the feed does not bring what the leg's end counts
+            self._arrived.put((leg, error))
+
+    def _arrive(self, entry: decode_pb2.FeedEntry | PagewireError) -> None:
+        """What the feed brings of the decode leg, or its break, which has lost tokens of it."""
+        self._arrived.put(("decode", entry))
 
     def _note(self, leg: Leg, event: Event) -> None:
+        if isinstance(event, decode_pb2.FeedEntry):
+            return
         kind = event.WhichOneof("event")
         if leg == "decode":
             self._started = self._started or kind == "started"
-            self._finished = self._finished or kind == "finished"
+            if kind == "finished":
+                self._finished = True
+                self._limit("account", asyncio.get_running_loop().time() + _KV_SENT_TIMEOUT_S)
         elif kind == "first_tokens":
             self._await_kv()
 
-    async def _next(self) -> tuple[Leg, Event | PagewireError | None] | None:
-        """What arrives next; None if a finished request has waited long enough for the rest."""
-        now = asyncio.get_running_loop().time()
-        deadlines = [self._deadline]
+    def _limit(self, what: TimeUp, when: float) -> None:
+        """Has `what` arrive at that time, on the loop's clock. One timer each: none for every token."""
+        if what not in self._timers:
+            self._timers[what] = asyncio.get_running_loop().call_at(when, self._arrived.put, what)
+
+    def _judge_time(self, what: TimeUp) -> None:
+        """Raises what becomes of an attempt that is not yet finished."""
         if self._finished:
-            deadlines.append(now + _KV_SENT_TIMEOUT_S)
-        elif self._kv_deadline is not None and not self._started:
-            deadlines.append(self._kv_deadline)
-        try:
-            async with asyncio.timeout_at(min(deadlines)):
-                return await self._arrived.get()
-        except TimeoutError:
-            if self._finished:
-                return None
-            if min(deadlines) == self._deadline:
-                raise DeadlineExceeded("the request took longer than it may") from None
-            raise self._failed("prefill", Unavailable("the KV transfer stood still")) from None
+            return
+        if what == "request":
+            raise DeadlineExceeded("the request took longer than it may")
+        if what == "kv" and not self._started:
+            raise self._failed("prefill", Unavailable("the KV transfer stood still"))
 
     def _judge_end(self, leg: Leg, error: PagewireError | None) -> None:
         """A leg is over: raises LegFailed if the attempt cannot go on without it."""
@@ -216,8 +241,7 @@ class Attempt:
 
     def _await_kv(self) -> None:
         """From now on the decode worker must say DecodeStarted in time."""
-        if self._kv_deadline is None:
-            self._kv_deadline = asyncio.get_running_loop().time() + 2 * self._transfer_timeout_s
+        self._limit("kv", asyncio.get_running_loop().time() + 2 * self._transfer_timeout_s)
 
     def _failed(self, leg: Leg, error: PagewireError) -> LegFailed:
         worker = self.placed.decode if leg == "decode" or self.placed.prefill is None else self.placed.prefill

@@ -158,6 +158,9 @@ class Generation:
                 yield inference_pb2.GenerateResponse(delta=delta)
 
     def _deltas(self, event: Event, placed: Placed) -> Iterator[inference_pb2.Delta]:
+        if isinstance(event, decode_pb2.FeedEntry):
+            yield from self._tokens(event.choices, placed)
+            return
         account = self._account
         kind = event.WhichOneof("event")
         if isinstance(event, prefill_pb2.PrefillResponse):
@@ -171,7 +174,7 @@ class Generation:
             account.started.CopyFrom(event.started)
             yield from self._first(event.started.first_tokens)
         elif kind == "tokens":
-            yield from self._tokens(event.tokens, placed)
+            yield from self._tokens(event.tokens.choices, placed)
         elif kind == "finished":
             account.finished.CopyFrom(event.finished)
             self._check_all_finished(placed)
@@ -189,8 +192,8 @@ class Generation:
             if delta is not None:
                 yield self._counted(delta)
 
-    def _tokens(self, step: decode_pb2.DecodeTokens, placed: Placed) -> Iterator[inference_pb2.Delta]:
-        for given in step.choices:
+    def _tokens(self, step: Iterable[common_pb2.ChoiceTokens], placed: Placed) -> Iterator[inference_pb2.Delta]:
+        for given in step:
             if given.choice >= len(self._choices):
                 raise LegFailed("decode", placed.decode.worker_id, Unavailable("tokens for a choice that is not there"))
             reason = given.finish_reason
@@ -216,7 +219,7 @@ class Generation:
         if not stopped:
             return False
         if all(c.finished for c in self._choices):
-            return event.WhichOneof("event") != "finished"
+            return isinstance(event, decode_pb2.FeedEntry) or event.WhichOneof("event") != "finished"
         attempt.stopped.update(stopped)
         await attempt.stop_choices(stopped)
         return False

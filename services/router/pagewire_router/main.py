@@ -13,11 +13,13 @@ import structlog
 import uvloop
 from pagewire.v1 import inference_pb2, inference_pb2_grpc
 from pagewire_core.errors import StartupError
+from pagewire_core.feed import Feeds
 from pagewire_core.flags import ROUTER_FLAGS, run_main
 from pagewire_core.prefix_index import IndexFollower, PrefixIndex
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import RpcServer
 from pagewire_core.shutdown import exit_within
+from pagewire_core.startup import freeze_heap
 from pagewire_core.telemetry import configure_logging
 
 from pagewire_router.admission import Admission
@@ -71,6 +73,7 @@ async def _serve(args: argparse.Namespace, model: ServedModel) -> None:
         log.info("router stopping", running=router.admission.num_running)
         exit_within(_DRAIN_S + _CLOSE_S)
         router.admission.close()
+        router.feeds.drain()
         await server.stop(_DRAIN_S)
 
 
@@ -88,13 +91,15 @@ async def running_router(args: argparse.Namespace, model: ServedModel) -> AsyncI
     admission = Admission(args.max_queued_requests, lambda: int(_OVERCOMMIT * workers.capacity) or _UNBOUNDED)
     placement = Placement(workers, index)
     services = Services(workers, placement, model.tokenizer, RouterMetrics(), args.transfer_timeout)
-    router = Router(model, services, admission, index, discovery, args.request_timeout)
+    feeds = Feeds(inference_pb2.DeltaFeedResponse)
+    router = Router(model, services, admission, index, discovery, args.request_timeout, feeds)
     server = RpcServer()
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         InferenceServicer(router),
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     )
+    freeze_heap()
     port = await server.start(args.host, args.port)
     workers.set_static(a.strip() for a in args.workers.split(",") if a.strip())
     tasks = [follower.run(), _report_health(server, workers, admission), *([discovery.run()] if discovery else [])]

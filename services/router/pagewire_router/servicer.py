@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
 from pagewire_core.errors import PagewireError
+from pagewire_core.feed import Feeds
 from pagewire_core.prefix_index import PrefixIndex
 from pagewire_core.telemetry import exposition, merge_expositions
 
@@ -34,6 +35,7 @@ class Router:
     index: PrefixIndex
     discovery: Discovery | None  # None: there is no Redis
     request_timeout_s: float
+    feeds: Feeds[inference_pb2.DeltaFeedResponse]
 
     @property
     def redis_connected(self) -> bool:
@@ -57,9 +59,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         except PagewireError:
             metrics.requests.labels("invalid_request").inc()
             raise
-        async with contextlib.aclosing(self._generate(valid)) as responses:
-            async for response in responses:
-                yield response
+        feed = self._router.feeds.get(request.feed_id)
+        num_entries = 0
+        with feed.used() if feed else contextlib.nullcontext():
+            async with contextlib.aclosing(self._generate(valid)) as responses:
+                async for response in responses:
+                    if feed is not None and response.HasField("delta"):
+                        entry, new = feed.entry(request.feed_call)
+                        entry.deltas.append(response.delta)
+                        num_entries += new
+                    else:
+                        response.feed_entries = num_entries
+                        yield response
+
+    async def DeltaFeed(
+        self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[inference_pb2.DeltaFeedResponse, None]:
+        async with contextlib.aclosing(self._router.feeds.serve(request.feed_id)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def _generate(self, request: ValidRequest) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         router, services = self._router, self._router.services

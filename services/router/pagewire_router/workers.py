@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import grpc
 import structlog
-from pagewire.v1 import common_pb2, decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+from pagewire.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
 from pagewire_core.errors import PagewireError, from_rpc
+from pagewire_core.feed import FeedReader
 from pagewire_core.prefix_index import Snapshot
 from pagewire_core.rpc import PROTOCOL, open_channel
 
@@ -51,6 +52,7 @@ class Worker:
         self.prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
         self.decode = decode_pb2_grpc.DecodeServiceStub(channel)
         self.control = worker_pb2_grpc.WorkerServiceStub(channel)
+        self.feed = FeedReader(lambda feed_id: self.decode.Feed(decode_pb2.FeedRequest(feed_id=feed_id)))
         self.stats = worker_pb2.StatsResponse()
         self._stats_at = 0.0
         self._bookings: set[Booking] = set()
@@ -268,6 +270,8 @@ class WorkerTable:
             role = common_pb2.WorkerRole.Name(worker.info.role).removeprefix("WORKER_ROLE_").lower()
             log.info("worker joined", worker_id=worker.worker_id, address=worker.address, role=role)
             self._joined(worker)
+            if worker.can_decode:
+                worker.feed.open()
         self._notify()
 
     def _leave(self, worker: Worker) -> None:
@@ -286,4 +290,5 @@ async def _retire(channel: grpc.aio.Channel, worker: Worker | None) -> None:
     """Closes a channel once no attempt uses it: closing would end its calls without a word to them."""
     if worker is not None:
         await worker.unused.wait()
+        await worker.feed.close()
     await channel.close()

@@ -28,7 +28,7 @@ from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.registry import Registration
 from pagewire_core.shutdown import exit_within
-from pagewire_core.startup import Timeline
+from pagewire_core.startup import Timeline, freeze_heap
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine, Outbox, deliver_outbox
@@ -105,6 +105,7 @@ class Worker:
         warm_up(self._engine)
         if self._proposer:
             self._proposer.policy.restart()
+        freeze_heap()
         self._timeline.mark("warm-up")
         info.startup.extend(worker_pb2.StartupPhase(name=n, seconds=s) for n, s in self._timeline.phases.items())
         await server.serve()

@@ -1,0 +1,33 @@
+"""A queue with one reader, for what arrives token by token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Mailbox(Generic[T]):
+    """Unbounded, first in first out, within the event loop that makes it.
+
+    asyncio.Queue looks up the running loop whenever it waits, which in Python 3.11 is a system call.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+
+    def put(self, item: T) -> None:
+        self._items.append(item)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    async def get(self) -> T:
+        """The oldest item; waits for one. One task at a time."""
+        while not self._items:
+            self._arrival = self._loop.create_future()
+            await self._arrival
+        return self._items.popleft()

@@ -1,0 +1,103 @@
+"""The bridge's client of the router with a feed open: the same events in the same order, and every failure seen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+from pagewire.v1.inference_pb2 import Delta, GenerateRequest, GenerateResponse
+from pagewire_bridge.client import Event, RouterClient
+from pagewire_bridge.generation import Generation
+from pagewire_core.errors import Overloaded, PagewireError, Unavailable
+from pagewire_core.rpc import RpcServer
+from router_scene import until
+from scripted_router import STOP, ScriptedRouter, accepted, delta, refuses, running_router, says, stalls_after, summary
+
+
+@dataclass
+class Link:
+    router: ScriptedRouter
+    server: RpcServer
+    client: RouterClient
+
+    async def events(self) -> list[Event]:
+        return [event async for event in self.client.generate(GenerateRequest())]
+
+
+@pytest_asyncio.fixture
+async def link() -> AsyncIterator[Link]:
+    router = ScriptedRouter(with_feed=True)
+    async with running_router(router) as (server, address):
+        client = RouterClient(address, 30.0)
+        await until(lambda: client.feed_is_open)
+        yield Link(router, server, client)
+        await client.close()
+
+
+async def test_deltas_come_bare_between_accepted_and_summary(link: Link) -> None:
+    link.router.script = says(accepted(), delta("Hel"), delta("lo"), delta(finish=STOP), summary())
+    first, *deltas, last = await link.events()
+    assert isinstance(first, GenerateResponse)
+    assert first.HasField("accepted")
+    assert [d.text for d in deltas if isinstance(d, Delta)] == ["Hel", "lo", ""]
+    assert isinstance(last, GenerateResponse)
+    assert last.HasField("summary")
+    assert last.feed_entries > 0
+    assert len(link.router.requests[0].feed_id) == 16
+
+
+async def test_an_error_comes_after_the_deltas_before_it(link: Link) -> None:
+    error = GenerateResponse(error=Unavailable("lost").to_proto())
+    link.router.script = says(accepted(), delta("Hel"), error)
+    generation = Generation([link.client.generate(GenerateRequest())], 1)
+    await generation.open()
+    got: list[str] = []
+    with pytest.raises(Unavailable, match="lost"):
+        async for _, given in generation.deltas():
+            got.append(given.text)
+    assert got == ["Hel"]
+    await generation.close()
+
+
+async def test_a_refusal_is_a_refusal(link: Link) -> None:
+    link.router.script = refuses(Overloaded("full", retry_after_s=2))
+    with pytest.raises(Overloaded, match="full"):
+        await link.events()
+
+
+async def test_a_lost_router_ends_a_stream_that_waits_for_its_feed(link: Link) -> None:
+    link.router.script = stalls_after(accepted(), delta("Hel"))
+    events: list[Event] = []
+    with pytest.raises(PagewireError) as caught:
+        async for event in link.client.generate(GenerateRequest()):
+            events.append(event)
+            if len(events) == 2:
+                await link.server.stop()
+    assert isinstance(caught.value, Unavailable)
+    assert "127.0.0.1" not in caught.value.message
+
+
+async def test_a_break_of_the_feed_alone_ends_the_stream(link: Link) -> None:
+    """The call's own stream is whole, but text on the feed is lost."""
+    link.router.script = stalls_after(accepted(), delta("Hel"))
+    with pytest.raises(Unavailable):
+        async for event in link.client.generate(GenerateRequest()):
+            if isinstance(event, Delta):
+                link.router.feeds.drain()
+    await until(lambda: link.router.num_cancelled == 1)
+
+
+async def test_leaving_a_stream_cancels_its_call_and_later_ones_are_whole(link: Link) -> None:
+    link.router.script = stalls_after(accepted(), delta("Hel"))
+    async with aclosing(link.client.generate(GenerateRequest())) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                break
+    await until(lambda: link.router.num_cancelled == 1)
+    link.router.reset()
+    together = await asyncio.gather(*(link.events() for _ in range(2)), return_exceptions=True)
+    assert not any(isinstance(events, BaseException) for events in together)

@@ -1,0 +1,32 @@
+"""The queue of what arrives token by token."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from pagewire_core.mailbox import Mailbox
+
+
+async def test_items_come_in_order_whether_the_reader_waits_or_not() -> None:
+    box: Mailbox[int] = Mailbox()
+    box.put(1)
+    box.put(2)
+    assert [await box.get(), await box.get()] == [1, 2]
+    waiting = asyncio.create_task(box.get())
+    await asyncio.sleep(0)
+    box.put(3)
+    box.put(4)
+    assert [await waiting, await box.get()] == [3, 4]
+
+
+async def test_a_cancelled_reader_loses_nothing() -> None:
+    box: Mailbox[int] = Mailbox()
+    waiting = asyncio.create_task(box.get())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    box.put(1)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    box.put(2)
+    assert [await box.get(), await box.get()] == [1, 2]
