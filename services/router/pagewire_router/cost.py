@@ -23,6 +23,7 @@ from pagewire.v1 import common_pb2
 _OVERLAP = 0.7  # share of the prompt's computation that hides its transfer
 _EXPECTED_OUTPUT = 64  # tokens, unless the request allows fewer
 _TIE = 1.03  # plans within 3 % of the best are equal: choosing among them at random avoids herds
+_TIE_MS = 1.0  # step costs are no better known: a worker that was held up while it measured must still get work
 _FULL_MS = 5_000.0  # a worker that has no room now: last choice, not no choice
 _SMALL_REST = 64  # tokens: less is not worth a transfer
 # Until a worker has measured itself.
@@ -100,9 +101,9 @@ def plans(ask: Ask, loads: Sequence[Load], bandwidth: Bandwidth) -> list[Plan]:
 
 
 def choose(candidates: Sequence[Plan], rng: random.Random) -> Plan:
-    """One of the plans that are within 3 % of the best, each equally likely."""
+    """One of the plans that are within 3 % or a millisecond of the best, each equally likely."""
     best = min(plan.cost_ms for plan in candidates)
-    return rng.choice([plan for plan in candidates if plan.cost_ms <= best * _TIE])
+    return rng.choice([plan for plan in candidates if plan.cost_ms <= max(best * _TIE, best + _TIE_MS)])
 
 
 def without(loads: Iterable[Load], excluded: Set[str]) -> list[Load]:
