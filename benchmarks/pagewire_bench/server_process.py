@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 from pagewire_bench.client import ServerUnfit
 from pagewire_bench.contestants import Contestant
 
 _START_S = 600.0  # vLLM compiles at first start
 _STOP_S = 30.0
+_HALT_S = 5.0
 _LOG_TAIL = 1500  # characters
 
 
@@ -49,6 +51,7 @@ class ServerProcess:
         """Takes no CPU after this until it is woken."""
         if self._popen is not None and self.contestant.starts_slowly:
             _signal_group(self._popen, signal.SIGSTOP)
+            _wait_halted(self._popen)
         else:
             self.stop()
 
@@ -86,6 +89,15 @@ class ServerProcess:
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+
+
+def _wait_halted(process: subprocess.Popen[bytes]) -> None:
+    """A process that is running stops a moment after the signal."""
+    parent = psutil.Process(process.pid)
+    group = [parent, *parent.children(recursive=True)]
+    deadline = time.monotonic() + _HALT_S
+    while any(p.status() != psutil.STATUS_STOPPED for p in group) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def free_port() -> int:
