@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import httpx
 import psutil
+from pagewire_cli.ports import free_ports
 
 from pagewire_bench.client import ServerUnfit
 from pagewire_bench.contestants import Contestant
@@ -37,7 +36,7 @@ class ServerProcess:
         if self._popen is not None:
             _signal_group(self._popen, signal.SIGCONT)
         else:
-            port = free_port()
+            [port] = free_ports(1)
             self.base_url = f"http://127.0.0.1:{port}"
             environment = {**os.environ, **self.contestant.environment}
             with self._log.open("wb") as log:
@@ -98,12 +97,3 @@ def _wait_halted(process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _HALT_S
     while any(p.status() != psutil.STATUS_STOPPED for p in group) and time.monotonic() < deadline:
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    """Below the range that the kernel hands out: nobody can take it while a slow server starts."""
-    while True:
-        port = random.randrange(15000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

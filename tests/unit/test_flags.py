@@ -162,3 +162,10 @@ def test_a_size_may_have_a_unit(text: str, value: int) -> None:
 def test_a_size_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         size(text)
+
+
+@pytest.mark.parametrize("text", ["3-1", "0,0", "0-2,1", "a", "-1", "0,,1", "1.5"])
+def test_a_list_of_cores_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args([f"--cpus={text}"])
+    assert "write 0,2-3" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pagewire_cli import console, main, plan, serve
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
+from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, Parser, add_flags
 
 _FLAGS_OF = {"router": ROUTER_FLAGS, "bridge": BRIDGE_FLAGS}
@@ -144,3 +145,15 @@ def test_the_curl_line_survives_a_shell(is_chat: bool) -> None:
     assert words[0] == "curl"
     assert words[1] == "http://h:1/v1/" + ("chat/completions" if is_chat else "completions")
     assert json.loads(words[words.index("-d") + 1])["model"] == "o'brien/model"
+
+
+def test_the_cores_a_user_names_are_shared_out_among_the_workers(tmp_path: Path) -> None:
+    """Two workers whose threads are pinned to the same cores make each other wait at every layer."""
+    made = _plan(tmp_path, "m", "--prefill=1", "--decode=1", "--cpus=2,3,6-7")
+    workers = [_taken(spec) for spec in made.services[1:3]]
+    assert [(w.cpus, w.threads) for w in workers] == [((2, 3), 2), ((6, 7), 2)]
+
+
+def test_cores_that_do_not_go_round_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="--cpus names 1 cores; 2 workers with 1 threads each take 2"):
+        _plan(tmp_path, "m", "--prefill=1", "--decode=1", "--cpus=0")

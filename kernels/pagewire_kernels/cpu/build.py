@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+logger = logging.getLogger("pagewire.kernels")
 
 SOURCE = Path(__file__).parent / "step.cpp"
 _FLAGS = (
@@ -60,13 +63,9 @@ def library_path(variant: str) -> Path:
     """The compiled library of `variant`, built first if it is not there. Raises BuildError."""
     path = _cache_dir() / f"cpu-step-{variant}-{_digest(variant)}.so"
     if not path.exists():
+        logger.info("compiling the CPU step for %s, once", variant)
         _compile(variant, path)
     return path
-
-
-def is_built(variant: str) -> bool:
-    """Whether `library_path` would compile nothing."""
-    return (_cache_dir() / f"cpu-step-{variant}-{_digest(variant)}.so").exists()
 
 
 def _cpu_features() -> frozenset[str]:

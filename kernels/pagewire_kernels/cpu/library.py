@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import os
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 
-from pagewire_kernels.cpu.build import BuildError, is_built, library_path, runnable
-
-logger = logging.getLogger("pagewire.kernels")
+from pagewire_kernels.cpu.build import BuildError, library_path, runnable
 
 ABI = 2
 STRIP = 32  # outputs in a strip of packed weights
@@ -93,7 +90,4 @@ def best() -> ctypes.CDLL:
     forced = os.environ.get("PAGEWIRE_CPU_VARIANT")
     if forced and forced not in variants:
         raise BuildError(f"PAGEWIRE_CPU_VARIANT={forced!r} cannot run here; this CPU runs {', '.join(variants)}")
-    variant = forced or variants[0]
-    if not is_built(variant):
-        logger.info("compiling the CPU step for %s, once", variant)
-    return load(variant)
+    return load(forced or variants[0])

@@ -142,8 +142,6 @@ class Runner {
         sequence_of_.resize(b_->num_rows);
         for (int s = 0; s < b_->num_sequences; s++)
             for (int r = b_->query_start[s]; r < b_->query_start[s + 1]; r++) sequence_of_[r] = s;
-        greedy_ = false;
-        for (int r = 0; r < b_->num_samples; r++) greedy_ |= !b_->raw[r] && b_->choices[r].temperature <= 0;
         best_.assign(size_t(threads_.count()) * b_->num_samples, {-INFINITY, -1});
         if ((int)scratch_.size() < threads_.count()) scratch_.resize(threads_.count());
         if ((int)samplers_.size() < threads_.count()) samplers_.resize(threads_.count());
@@ -412,7 +410,7 @@ class Runner {
     std::vector<Best> best_;
     std::vector<std::unique_ptr<AttentionScratch<float>>> scratch_;
     std::vector<Sampler> samplers_;
-    bool decode_only_ = false, greedy_ = false;
+    bool decode_only_ = false;
 };
 
 }  // namespace pw

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, to_command_line
+from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, available_cpus, to_command_line
 
 from pagewire_cli import ports, readiness, redis_server
 
@@ -65,7 +65,7 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
         address = f"{_LOOPBACK}:{redis_port}"
         services.append(ServiceSpec("redis", "redis", address, command, environment, readiness.redis_answers))
     for index, ((name, role), port) in enumerate(zip(names, worker_ports, strict=True)):
-        cpus = _own_cpus(args, index, shared["threads"], len(names))
+        cpus = _own_cpus(args, index, int(shared["threads"]), len(names))
         own = {**shared, "role": role, "worker_id": None, "port": port, "cpus": cpus}
         services.append(_service(name, role, own, WORKER_FLAGS, environment))
     workers = [args.workers, *(f"{_LOOPBACK}:{port}" for port in worker_ports)]
@@ -100,22 +100,25 @@ def _program(name: str) -> tuple[str, ...]:
 
 def _share(args: argparse.Namespace, num_workers: int) -> dict[str, object]:
     return {
-        "threads": args.threads or max(1, len(_cpus()) // num_workers),
+        "threads": args.threads or max(1, len(args.cpus or available_cpus()) // num_workers),
         "gpu_memory_utilization": round(args.gpu_memory_utilization / num_workers, 4),
     }
 
 
-def _cpus() -> list[int]:
-    """Cores that this process and its children may run on."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
 def _own_cpus(args: argparse.Namespace, index: int, threads: int, num_workers: int) -> tuple[int, ...]:
-    """Cores for the threads of worker `index` alone; none if there are not enough for all, or the user chose."""
-    cpus = _cpus()
-    if args.cpus or args.threads or threads * num_workers > len(cpus):
-        return args.cpus
-    return tuple(cpus[index * threads : (index + 1) * threads])
+    """Cores for the threads of worker `index` alone: a share of --cpus, or of all if nothing is said of threads.
+
+    None if there are not enough. Raises StartupError if it is --cpus that does not go round.
+    """
+    cpus = args.cpus or (() if args.threads else available_cpus())
+    if threads * num_workers <= len(cpus):
+        return cpus[index * threads : (index + 1) * threads]
+    if args.cpus:
+        raise StartupError(
+            f"--cpus names {len(cpus)} cores; {num_workers} workers with {threads} threads each take "
+            f"{threads * num_workers}: name more, or leave the flag out"
+        )
+    return ()
 
 
 def _environment(environ: Mapping[str, str], values: Mapping[str, object]) -> dict[str, str]:

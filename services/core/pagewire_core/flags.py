@@ -74,14 +74,23 @@ def seconds(text: str) -> float:
 
 
 def cpus(text: str) -> tuple[int, ...]:
-    """'0,2-3' -> (0, 2, 3)."""
+    """'0,2-3' -> (0, 2, 3); each once, ranges upwards."""
     numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not first.strip().isdigit() or (last and not last.strip().isdigit()):
             raise argparse.ArgumentTypeError(f"{text!r} is no list of cores; write 0,2-3")
-        numbers += range(int(first), int(last or first) + 1)
+        numbers += range(int(first), int(last or first) + 1) or [-1]
+    if -1 in numbers or len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a core twice or counts down; write 0,2-3")
     return tuple(numbers)
+
+
+def available_cpus() -> tuple[int, ...]:
+    """Cores that this process and its children may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 FLAGS: dict[str, Flag] = {

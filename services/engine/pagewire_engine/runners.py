@@ -8,6 +8,7 @@ from collections.abc import Callable
 import structlog
 import torch
 from pagewire_core.errors import StartupError
+from pagewire_core.flags import available_cpus
 from pagewire_kernels import ops
 from pagewire_kernels.cpu import library as cpu_library
 from pagewire_kernels.cpu.build import BuildError
@@ -71,15 +72,10 @@ def _cpu_runner(
     with torch.inference_mode():
         model = CpuModel(library, config, checkpoint, max_model_len, scheme)
     cache = PackedKVCache(library, config, num_blocks(), options.block_size, poison=options.poison_free_blocks)
-    threads = len(options.cpus) or options.threads or available_cpus()
+    threads = options.threads or len(options.cpus or available_cpus())
     log.info("compiled CPU step", variant=library.pw_variant().decode(), threads=threads,
              weights=f"{model.weight_bytes / 2**20:.0f} MiB", quantization=options.quantization)  # fmt: skip
     return CpuRunner(library, model, cache, threads, options.cpus)
-
-
-def available_cpus() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu_runner(
@@ -104,6 +100,11 @@ def _check_cpu_can(options: EngineOptions) -> None:
     for flag, value in (("quantization", options.quantization), ("kv-cache-dtype", options.kv_cache_dtype)):
         if value and value.startswith("fp8"):
             raise StartupError(f"--{flag} {value} needs a CUDA device; on a CPU, --quantization is int8 or int4")
+    missing = set(options.cpus) - set(available_cpus())
+    if missing:
+        raise StartupError(f"--cpus names cores that this process may not use: {', '.join(map(str, sorted(missing)))}")
+    if options.cpus and options.threads not in (None, len(options.cpus)):
+        raise StartupError(f"--cpus names {len(options.cpus)} cores for --threads {options.threads}; give one each")
 
 
 def _why_not_compiled(config: ModelConfig, options: EngineOptions) -> str | None:
