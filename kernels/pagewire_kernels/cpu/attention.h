@@ -18,9 +18,6 @@ namespace pw {
 
 constexpr int PAGE = 16, SPAN = 64, QUERY_ROWS = 48;
 
-template <class T>
-constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
-
 struct Cache {
     void* data;
     int64_t num_blocks, num_kv_heads, block_size, head_dim;
@@ -49,13 +46,9 @@ inline void write_value(T* page, int token, const float* value, int64_t head_dim
     for (int64_t d = 0; d < head_dim; d++) put(row + d * PAIR<T>, value[d]);
 }
 
-template <int M, int V>
-__attribute__((noinline)) void attention_tile(bool more, const float* a, int64_t lda, const float* b0, const float* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
-    tile_f32<M, V>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
-}
-template <int M, int V>
-__attribute__((noinline)) void attention_tile(bool more, const uint16_t* a, int64_t lda, const uint16_t* b0, const uint16_t* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
-    tile_bf16<M, V>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
+template <int M, int V, class T>
+__attribute__((noinline)) void attention_tile(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    tile_float<M, V>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
 }
 
 constexpr Ahead NOTHING_AHEAD = {nullptr, nullptr, 0};

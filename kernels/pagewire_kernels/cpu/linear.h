@@ -59,42 +59,30 @@ PW_INLINE uint32_t load32(const void* p) {
     return x;
 }
 
-// c[M][16 V] = rows x (steps of b0, b1), on top of what c holds if `more`. A step is one k (float rows) or two (bf16).
-template <int M, int V>
-PW_INLINE void tile_f32(bool more, const float* a, int64_t lda, const float* b0, const float* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
-    F16 acc[M][V];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) acc[m][v] = more ? load(c + m * ldc + 16 * v) : splat(0.0f);
-    for (int s = 0; s < steps; s++) {
-        F16 w0 = load(b0 + s * ldb), w1 = V > 1 ? load(b1 + s * ldb) : w0;
-        if (ahead.stride) ahead();
-#pragma GCC unroll 16
-        for (int m = 0; m < M; m++) {
-            F16 x = splat(a[m * lda + s]);
-            acc[m][0] = fma(w0, x, acc[m][0]);
-            if (V > 1) acc[m][V - 1] = fma(w1, x, acc[m][V - 1]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) store(c + m * ldc + 16 * v, acc[m][v]);
-}
+// One step of a tile: one k of float rows, two of bf16 rows.
+template <class T>
+constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
 
-template <int M, int V>
-PW_INLINE void tile_bf16(bool more, const uint16_t* a, int64_t lda, const uint16_t* b0, const uint16_t* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+PW_INLINE F16 load_step(const float* b) { return load(b); }
+PW_INLINE Weights load_step(const uint16_t* b) { return load_weights(b); }
+PW_INLINE F16 multiply(F16 acc, F16 w, const float* x) { return fma(w, splat(*x), acc); }
+PW_INLINE F16 multiply(F16 acc, Weights w, const uint16_t* x) { return dot_bf16(acc, w, load32(x)); }
+
+// c[M][16 V] = rows x (steps of b0, b1), on top of what c holds if `more`.
+template <int M, int V, class T>
+PW_INLINE void tile_float(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
     F16 acc[M][V];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) acc[m][v] = more ? load(c + m * ldc + 16 * v) : splat(0.0f);
     for (int s = 0; s < steps; s++) {
-        Weights w0 = load_weights(b0 + s * ldb), w1 = V > 1 ? load_weights(b1 + s * ldb) : w0;
+        auto w0 = load_step(b0 + s * ldb), w1 = V > 1 ? load_step(b1 + s * ldb) : w0;
         if (ahead.stride) ahead();
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-            uint32_t x = load32(a + m * lda + 2 * s);
-            acc[m][0] = dot_bf16(acc[m][0], w0, x);
-            if (V > 1) acc[m][V - 1] = dot_bf16(acc[m][V - 1], w1, x);
+            const T* x = a + m * lda + PAIR<T> * s;
+            acc[m][0] = multiply(acc[m][0], w0, x);
+            if (V > 1) acc[m][V - 1] = multiply(acc[m][V - 1], w1, x);
         }
     }
 #pragma GCC unroll 16
@@ -204,11 +192,11 @@ template <int M>
 __attribute__((noinline)) void tile_of(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
     if (w.kind == F32) {
         const float* b = (const float*)w.weight + int64_t(strip) * w.k * STRIP;
-        return tile_f32<M, 2>(false, x.f32 + row * x.stride, x.stride, b, b + 16, 32, w.k, ahead, c, STRIP);
+        return tile_float<M, 2>(false, x.f32 + row * x.stride, x.stride, b, b + 16, 32, w.k, ahead, c, STRIP);
     }
     if (w.kind == BF16) {
         const uint16_t* b = (const uint16_t*)w.weight + int64_t(strip) * w.k * STRIP;
-        return tile_bf16<M, 2>(false, x.bf16 + row * x.stride, x.stride, b, b + 32, 64, w.k / 2, ahead, c, STRIP);
+        return tile_float<M, 2>(false, x.bf16 + row * x.stride, x.stride, b, b + 32, 64, w.k / 2, ahead, c, STRIP);
     }
     if constexpr (M <= ROWS_INT8)
         if (w.kind == INT8) return tile_int8<M>(w, strip, x, row, ahead, c);
