@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pagewire_core.errors import Internal
+from pagewire_core.flags import available_cpus
 from pagewire_core.model_dir import resolve_model
 from pagewire_engine.batch import Batch
 from pagewire_engine.cpu.runner import CpuRunner
@@ -281,3 +285,19 @@ def test_threads_that_sleep_are_always_woken(llama: Path) -> None:
     runner = make_runner(llama, dtype="float32", threads=4)
     for i in range(400):
         step(runner, texts_of(1), [(0, i % 90, i % 90 + 1)], [SamplingParams(temperature=0.0)])
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(available_cpus()) < 2, reason="needs Linux and two cores")
+def test_each_thread_keeps_to_its_own_share_of_the_cores(llama: Path) -> None:
+    """Where nothing is said of cores either: two threads that meet on one core take turns at every barrier."""
+
+    def cores_of_threads() -> dict[int, set[int]]:
+        return {int(task): os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")}
+
+    before = cores_of_threads()
+    runner = make_runner(llama, threads=2)
+    with ThreadPoolExecutor(1) as caller:  # thread 0 of a step is who calls it
+        caller.submit(step, runner, texts_of(1), [(0, 0, 8)], [ALL]).result()
+        shares = [cores for task, cores in cores_of_threads().items() if task not in before]
+    shares = [cores for cores in shares if cores != set(available_cpus())]
+    assert len(shares) == 2 and not shares[0] & shares[1] and shares[0] | shares[1] == set(available_cpus())

@@ -154,6 +154,11 @@ def test_the_cores_a_user_names_are_shared_out_among_the_workers(tmp_path: Path)
     assert [(w.cpus, w.threads) for w in workers] == [((2, 3), 2), ((6, 7), 2)]
 
 
+def test_threads_that_are_fewer_than_the_cores_have_more_cores_to_choose_from(tmp_path: Path) -> None:
+    made = _plan(tmp_path, "m", "--both=2", "--threads=1", "--cpus=0-4")
+    assert [(w.cpus, w.threads) for w in map(_taken, made.services[1:3])] == [((0, 1), 1), ((2, 3, 4), 1)]
+
+
 def test_cores_that_do_not_go_round_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="--cpus names 1 cores; 2 workers with 1 threads each take 2"):
         _plan(tmp_path, "m", "--prefill=1", "--decode=1", "--cpus=0")

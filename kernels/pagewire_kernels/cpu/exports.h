@@ -51,9 +51,9 @@ static inline void pw_pack_scales(const float* scales, int64_t n, int64_t packed
 extern "C" {
 
 // Increased whenever a structure or a packed layout changes.
-int pw_abi() { return 2; }
+int pw_abi() { return 3; }
 
-void* pw_runner(int threads, const int32_t* cores, int64_t small_step) { return new pw::Runner(threads, cores, small_step); }
+void* pw_runner(int threads, const int32_t* cores, int num_cores, int64_t small_step) { return new pw::Runner(threads, cores, num_cores, small_step); }
 void pw_runner_free(void* runner) { delete (pw::Runner*)runner; }
 void pw_step(void* runner, const pw::Model* model, const pw::Batch* batch) { ((pw::Runner*)runner)->step(*model, *batch); }
 

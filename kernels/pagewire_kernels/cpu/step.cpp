@@ -62,9 +62,10 @@ int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 class Runner {
    public:
     // small_step: see is_small.
-    Runner(int threads, const int32_t* cores, int64_t small_step)
-        : threads_(threads), cores_(cores, cores ? cores + threads : cores), small_step_(small_step) {
-        if (cores) threads_.run([cores](int thread) { if (thread) pin_to_core(cores[thread]); });
+    // The threads divide the cores; without cores they go where the system puts them.
+    Runner(int threads, const int32_t* cores, int num_cores, int64_t small_step)
+        : threads_(threads), cores_(cores, cores + num_cores), small_step_(small_step) {
+        if (num_cores) threads_.run([this](int thread) { if (thread) pin(thread); });
     }
 
     void step(const Model& model, const Batch& batch) {
@@ -77,11 +78,17 @@ class Runner {
     Threads& threads() { return threads_; }
 
    private:
+    // Two threads that the system puts on one core take turns at every barrier, and it sees nothing to move.
+    void pin(int thread) {
+        const size_t cores = cores_.size(), threads = threads_.count();
+        pin_to_cores(cores_.data() + cores * thread / threads, cores_.data() + cores * (thread + 1) / threads);
+    }
+
     // Thread 0 is whoever calls. A process's first thread has other work, and is left where the system puts it.
     void pin_caller() {
         static thread_local bool is_pinned = false;
         if (cores_.empty() || is_pinned || is_first_thread()) return;
-        pin_to_core(cores_[0]);
+        pin(0);
         is_pinned = true;
     }
 

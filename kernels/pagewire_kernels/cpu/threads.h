@@ -135,12 +135,12 @@ class Threads {
     std::vector<std::thread> workers_;
 };
 
-// Ties the calling thread to one core; does nothing where the system does not allow it.
-inline void pin_to_core(int core) {
+// Keeps the calling thread on these cores; does nothing where the system does not allow it.
+inline void pin_to_cores(const int32_t* begin, const int32_t* end) {
 #if defined(__linux__)
     cpu_set_t set;
     CPU_ZERO(&set);
-    CPU_SET(core, &set);
+    for (; begin < end; begin++) CPU_SET(*begin, &set);
     pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
 #endif
 }

@@ -106,13 +106,13 @@ def _share(args: argparse.Namespace, num_workers: int) -> dict[str, object]:
 
 
 def _own_cpus(args: argparse.Namespace, index: int, threads: int, num_workers: int) -> tuple[int, ...]:
-    """Cores for the threads of worker `index` alone: a share of --cpus, or of all if nothing is said of threads.
+    """Cores of worker `index` alone: its share of --cpus, or of all there are.
 
-    None if there are not enough. Raises StartupError if it is --cpus that does not go round.
+    None if there are too few for the threads. Raises StartupError if it is --cpus that names too few.
     """
-    cpus = args.cpus or (() if args.threads else available_cpus())
+    cpus = args.cpus or available_cpus()
     if threads * num_workers <= len(cpus):
-        return cpus[index * threads : (index + 1) * threads]
+        return cpus[len(cpus) * index // num_workers : len(cpus) * (index + 1) // num_workers]
     if args.cpus:
         raise StartupError(
             f"--cpus names {len(cpus)} cores; {num_workers} workers with {threads} threads each take "

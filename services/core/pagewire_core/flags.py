@@ -126,7 +126,7 @@ FLAGS: dict[str, Flag] = {
     "enable-chunked-prefill": Flag(True, "compute prompts in chunks beside decoding; cannot be turned off", None),
     "lanes": Flag("auto", "how KV travels, best first, of nccl, gloo, grpc; auto: nccl,gloo,grpc where they exist"),
     "threads": Flag(None, "CPU threads of the engine; default: the cores divided by the workers", positive),
-    "cpus": Flag((), "cores that the engine's threads are pinned to, one each (0,2-3); default: not pinned", cpus),
+    "cpus": Flag((), "cores that the engine's threads divide among them (0,2-3); default: all", cpus),
     # The services.
     "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
     "worker-id": Flag(None, "a stable name; default: role, host and port"),

@@ -23,5 +23,5 @@ class EngineOptions:
     max_prefill_delay_ms: float = 50.0
     enable_prefix_caching: bool = True
     threads: int | None = None
-    cpus: tuple[int, ...] = ()  # the core of each thread; empty: wherever the system puts them
+    cpus: tuple[int, ...] = ()  # that the threads divide among them; empty: all that there are
     poison_free_blocks: bool = False  # tests: a free block holds NaN, so that any stale read shows

@@ -72,10 +72,11 @@ def _cpu_runner(
     with torch.inference_mode():
         model = CpuModel(library, config, checkpoint, max_model_len, scheme)
     cache = PackedKVCache(library, config, num_blocks(), options.block_size, poison=options.poison_free_blocks)
-    threads = options.threads or len(options.cpus or available_cpus())
+    cpus = options.cpus or available_cpus()
+    threads = options.threads or len(cpus)
     log.info("compiled CPU step", variant=library.pw_variant().decode(), threads=threads,
              weights=f"{model.weight_bytes / 2**20:.0f} MiB", quantization=options.quantization)  # fmt: skip
-    return CpuRunner(library, model, cache, threads, options.cpus)
+    return CpuRunner(library, model, cache, threads, cpus if threads <= len(cpus) else ())
 
 
 def _gpu_runner(
@@ -103,8 +104,8 @@ def _check_cpu_can(options: EngineOptions) -> None:
     missing = set(options.cpus) - set(available_cpus())
     if missing:
         raise StartupError(f"--cpus names cores that this process may not use: {', '.join(map(str, sorted(missing)))}")
-    if options.cpus and options.threads not in (None, len(options.cpus)):
-        raise StartupError(f"--cpus names {len(options.cpus)} cores for --threads {options.threads}; give one each")
+    if options.cpus and (options.threads or 0) > len(options.cpus):
+        raise StartupError(f"--cpus names {len(options.cpus)} cores for --threads {options.threads}; name one for each")
 
 
 def _why_not_compiled(config: ModelConfig, options: EngineOptions) -> str | None:

@@ -24,20 +24,19 @@ _CHOICE = np.dtype(
 
 
 class CpuRunner:
-    """threads: of the step; cpus: the core that each is pinned to, or none."""
+    """threads: of the step; cpus: the cores that they divide among them, or none: wherever the system puts them."""
 
     overlaps = False
 
     def __init__(
         self, library: ctypes.CDLL, model: CpuModel, cache: PackedKVCache, threads: int, cpus: tuple[int, ...]
     ) -> None:
-        assert len(cpus) in (0, threads)
+        assert not cpus or len(cpus) >= threads
         self.config = model.config
         self.cache = cache
         self._library, self._model = library, model
         model.fill(cache.model)
-        pinned = (ctypes.c_int32 * threads)(*cpus) if cpus else None
-        self._runner = library.pw_runner(threads, pinned, SMALL_STEP)
+        self._runner = library.pw_runner(threads, (ctypes.c_int32 * len(cpus))(*cpus), len(cpus), SMALL_STEP)
         self.threads = threads
         self._vocab = -(-self.config.vocab_size // STRIP) * STRIP
         self._logits = np.empty((0, self._vocab), np.float32)
