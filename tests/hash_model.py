@@ -22,10 +22,13 @@ VOCABULARY = 50
 
 
 class TokenPool:
-    """[num_blocks, block_size] tokens; told what becomes free, as a KVCache is."""
+    """[num_blocks, block_size] tokens; told what is used and what becomes free, as a KVCache is."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.tokens = np.full((num_blocks, block_size), POISON)
+
+    def allocated(self, blocks: Sequence[int]) -> None:
+        assert np.all(self.tokens[list(blocks)] == POISON)
 
     def freed(self, blocks: Sequence[int]) -> None:
         self.tokens[list(blocks)] = POISON

@@ -51,7 +51,7 @@ static inline void pw_pack_scales(const float* scales, int64_t n, int64_t packed
 extern "C" {
 
 // Increased whenever a structure or a packed layout changes.
-int pw_abi() { return 3; }
+int pw_abi() { return 4; }
 
 void* pw_runner(int threads, const int32_t* cores, int num_cores, int64_t small_step) { return new pw::Runner(threads, cores, num_cores, small_step); }
 void pw_runner_free(void* runner) { delete (pw::Runner*)runner; }
@@ -64,6 +64,11 @@ void pw_use_huge_pages(void* p, int64_t bytes) {
     const uintptr_t huge = 2 << 20, begin = (uintptr_t(p) + huge - 1) / huge * huge, end = (uintptr_t(p) + bytes) / huge * huge;
     if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Has the system provide the pages of [p, p + bytes), whatever others write there meanwhile.
+void pw_touch(void* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 4096) __atomic_fetch_or((uint8_t*)p + i, 0, __ATOMIC_RELAXED);
 }
 
 // Memory for weights.

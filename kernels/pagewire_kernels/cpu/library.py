@@ -9,7 +9,7 @@ from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_
 
 from pagewire_kernels.cpu.build import BuildError, library_path, runnable
 
-ABI = 3
+ABI = 4
 STRIP = 32  # outputs in a strip of packed weights
 PAGE = 16  # tokens in a page of the packed KV layout
 MAX_HEAD_DIM = 512
@@ -57,6 +57,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "pw_runner_free": (None, (c_void_p,)),
     "pw_step": (None, (c_void_p, c_void_p, c_void_p)),
     "pw_use_huge_pages": (None, (c_void_p, c_int64)),
+    "pw_touch": (None, (c_void_p, c_int64)),
     "pw_allocate": (c_void_p, (c_int64,)),
     "pw_release": (None, (c_void_p,)),
     "pw_pack_f32": (None, (c_void_p, *[c_int64] * 5, c_void_p)),

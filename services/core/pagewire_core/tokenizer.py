@@ -40,6 +40,7 @@ class Tokenizer:
         self.eos_token_id = self._id_of(self.eos_token)
         self.special_ids = frozenset(i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special)
         self._prepend = self._missing_bos()
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for
 
     @property
     def vocab_size(self) -> int:
@@ -57,6 +58,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, which may be a part of a character."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._bytes_of(token_id)
+        return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
         added = self._added.get(token_id)
         if added is not None:
             return added.encode()

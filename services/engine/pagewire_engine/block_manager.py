@@ -27,7 +27,8 @@ class BlockManager:
     """Reference-counted blocks with a prefix cache.
 
     removed: told each key that ceases to be findable. freed: told the blocks that became free, before
-    anything can reuse them.
+    anything can reuse them. allocated: told the blocks that `allocate` gives. Blocks that were never used
+    come in ascending order, after those that became free.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class BlockManager:
         *,
         removed: Callable[[bytes], None] = lambda key: None,
         freed: Callable[[Sequence[int]], None] = lambda blocks: None,
+        allocated: Callable[[Sequence[int]], None] = lambda blocks: None,
     ) -> None:
         self.num_blocks = num_blocks
         self._free: deque[int] = deque(range(num_blocks))
@@ -43,7 +45,7 @@ class BlockManager:
         self._ref_counts = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
-        self._removed, self._freed = removed, freed
+        self._removed, self._freed, self._allocated = removed, freed, allocated
 
     @property
     def num_free(self) -> int:
@@ -89,6 +91,7 @@ class BlockManager:
         blocks = [self._free.popleft() for _ in range(count)]
         for block in blocks:
             self._ref_counts[block] = 1
+        self._allocated(blocks)
         return blocks
 
     def _evict(self) -> None:
@@ -128,7 +131,7 @@ class BlockManager:
             if self._ref_counts[block]:
                 continue
             if self._keys[block] is None:
-                self._free.append(block)
+                self._free.appendleft(block)  # its memory has been written: first come those, then new ones
                 gone.append(block)
             else:
                 self._cached[block] = None

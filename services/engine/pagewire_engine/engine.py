@@ -65,7 +65,10 @@ class Engine:
         self.counters = Counters()
         self.step_cost = StepCost()
         self._announced = AnnouncedBlocks(stored, removed)
-        self.blocks = BlockManager(config.num_blocks, removed=self._announced.lost, freed=runner.cache.freed)
+        cache = runner.cache
+        self.blocks = BlockManager(
+            config.num_blocks, removed=self._announced.lost, freed=cache.freed, allocated=cache.allocated
+        )
         self._proposer = proposer
         self._books = Books(config, self.blocks, self._announced, proposer.ended if proposer else lambda seq: None)
         self._publisher = Publisher(self._books, self.counters)

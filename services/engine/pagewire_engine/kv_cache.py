@@ -45,6 +45,9 @@ class KVCache:
         c = self._config
         return c.num_layers * 2 * c.num_kv_heads * c.head_dim * self.kv.element_size()
 
+    def allocated(self, blocks: Sequence[int]) -> None:
+        """Told which blocks are about to be used."""
+
     def freed(self, blocks: Sequence[int]) -> None:
         """Told which blocks became free; poisons them if that is asked for."""
         if self._poison:

@@ -26,6 +26,7 @@ from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.sse import EventStream
 
 MAX_BODY_BYTES = 32 << 20
+_FINGERPRINT = f"pagewire-{version('pagewire')}"  # read once: looking it up takes half a millisecond
 
 
 async def chat_completions(request: Request) -> Response:
@@ -91,7 +92,7 @@ def _head(request: Request, shape: Shape, model: str) -> dict[str, Any]:
         "id": shape.id_prefix + request.state.request_id,
         "created": int(time.time()),
         "model": model,
-        "system_fingerprint": f"pagewire-{version('pagewire')}",
+        "system_fingerprint": _FINGERPRINT,
     }
 
 

@@ -45,7 +45,7 @@ class DraftCache:
 
     def __init__(self, config: EngineConfig, cache: KVCache) -> None:
         self._config = config
-        self.blocks = BlockManager(config.num_blocks, freed=cache.freed)
+        self.blocks = BlockManager(config.num_blocks, freed=cache.freed, allocated=cache.allocated)
         self.seats = Seats(config.max_num_seqs, config.blocks_for(config.max_model_len))
         self._sequences: dict[Sequence, DraftSequence] = {}
 
