@@ -113,12 +113,13 @@ class FakeWorker(
     """A worker that follows a script. The KV 'arrives' when a prefill worker finds the decode worker in `peers`.
 
     Stages with hooks: reserve, prefill (before first token), first_token (after it), decode_started,
-    decode (before every later token).
+    decode (before every later token), finished (after the last).
     """
 
     peers: dict[str, FakeWorker]
     # Whether it offers a feed, and when entries come: as they are made, or all before `started` or after `finished`.
     feed: Literal["", "in order", "before", "after"] = ""
+    resumes = True  # False: as a worker that does not know how to
 
     def __init__(self, worker_id: str, role: int, script: Script, peers: dict[str, FakeWorker]) -> None:
         self.worker_id, self.role, self.script, self.peers = worker_id, role, script, peers
@@ -232,8 +233,10 @@ class FakeWorker(
                 await self.kv_arrived(request.transfer_id).wait()
             prompt = len(request.prompt_ids)
             computed = prompt if request.local_prefill else 0
+            resumes = bool(request.prior) and self.resumes
             started = decode_pb2.DecodeStarted(
-                first_tokens=[token(self.script.tokens[0])] * request.n,
+                first_tokens=[] if resumes else [token(self.script.tokens[0])] * request.n,
+                resumed=resumes,
                 computed_tokens=computed,
                 received_tokens=prompt - computed,
                 received_bytes=1000 * (prompt - computed),
@@ -254,6 +257,7 @@ class FakeWorker(
                     num_entries += new
                 else:
                     yield decode_pb2.DecodeResponse(tokens=step)
+            await self._hook("finished")
             yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished(feed_entries=num_entries))
 
     async def _out_of_order(
@@ -288,7 +292,8 @@ class FakeWorker(
     async def _steps(self, request: decode_pb2.DecodeRequest) -> AsyncIterator[decode_pb2.DecodeTokens]:
         limit = min(request.sampling.max_tokens, len(self.script.tokens))
         ends = {*request.sampling.eos_token_ids, *request.sampling.stop_token_ids}
-        for position in range(1, max(limit, 2)):
+        done = len(request.prior[0].token_ids) if request.prior and self.resumes else 1
+        for position in range(done, max(limit, done + 1)):
             if position < limit:
                 await self._hook("decode")
             if self.script.step_s:
@@ -300,6 +305,8 @@ class FakeWorker(
                 reason = common_pb2.FINISH_REASON_STOP if last in ends else common_pb2.FINISH_REASON_LENGTH
             step = decode_pb2.DecodeTokens()
             for choice in range(request.n):
+                if request.prior and request.prior[choice].ended:
+                    continue
                 tokens = step.choices.add(choice=choice, tokens=given, finish_reason=reason)
                 if reason == common_pb2.FINISH_REASON_STOP:
                     tokens.stop_token_id = last

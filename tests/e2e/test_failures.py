@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
@@ -80,23 +80,68 @@ async def test_without_any_prefill_worker_left_decode_does_it_all(llama: Path, t
         assert (status, tokens) == (200, reference_greedy(llama, prompt_of(60, 1), 24)[0])
 
 
-async def test_a_killed_decode_worker_ends_in_a_clear_error_or_the_right_tokens(llama: Path, tmp_path: Path) -> None:
+STYLES: list[dict[str, object]] = [
+    {"temperature": 0},
+    {"temperature": 1.0, "seed": 5, "n": 3},
+    {"temperature": 0.9, "seed": 6, "presence_penalty": 0.8, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
+    {"temperature": 1.0, "seed": 7, "logprobs": 2, "n": 2},
+    {"temperature": 1.1, "seed": 8, "top_p": 0.9, "min_tokens": 100, "ignore_eos": False, "stop": ["q", "zz"]},
+]
+
+
+async def stream(cluster: Cluster, i: int, arrived: Callable[[], object] = lambda: None) -> dict[int, list[object]]:
+    """All that the client is told of each choice: texts joined, token ids, log probabilities, how it ended."""
+    body = {"prompt": prompt_of(40 + 7 * i, i), "max_tokens": 150, "ignore_eos": True, "return_token_ids": True,
+            "stream": True, **STYLES[i % len(STYLES)]}  # fmt: skip
+    told: dict[int, list[object]] = {}
+    lines: list[str] = []
+    async with cluster.http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            lines += [line.removeprefix("data: ")] if line else []
+            arrived()
+    assert lines[-1] == "[DONE]", lines[-1]
+    for event in map(json.loads, lines[:-1]):
+        assert "error" not in event, event
+        for choice in event["choices"]:
+            text, ids, logprobs, end = told.setdefault(choice["index"], ["", [], [], None])
+            logprobs = [*logprobs, *(choice["logprobs"] or {}).get("token_logprobs", [])]
+            ids = [*ids, *choice.get("token_ids", [])]
+            end = end or (choice["finish_reason"], choice.get("stop_reason"))
+            told[choice["index"]] = [text + choice["text"], ids, logprobs, end if choice["finish_reason"] else None]
+    return told
+
+
+def after(count: int, what: Callable[[], object]) -> Callable[[], object]:
+    """Does it when it is called for the count-th time."""
+    left = iter(range(count - 1, -1, -1))
+    return lambda: next(left, None) == 0 and what()
+
+
+async def test_streams_outlive_their_decode_worker_byte_for_byte(llama: Path, tmp_path: Path) -> None:
+    """Killed in mid-stream, under seeds, penalties, stop strings, log probabilities and several choices."""
+    async with running(Cluster(llama, tmp_path, prefill=1, decode=3, worker_flags=SLOW)) as cluster:
+        expected = await asyncio.gather(*(stream(cluster, i) for i in range(15)))
+        for victim in ("decode-0", "decode-1"):
+            kill = after(300, cluster.processes[victim].kill)
+            assert await asyncio.gather(*(stream(cluster, i, kill) for i in range(15))) == expected
+        metrics = await cluster.metrics()
+        assert metrics["pagewire_resumed_requests_total"] > 0
+        assert metrics["pagewire_retries_total{leg=decode}"] > 0
+
+
+async def test_a_stream_waits_for_a_decode_worker_to_come(llama: Path, tmp_path: Path) -> None:
+    async with running(Cluster(llama, tmp_path, worker_flags=SLOW)) as cluster:
+        expected = await stream(cluster, 1)
+        kill, killed = cluster.processes["decode-0"].kill, asyncio.Event()
+        asking = asyncio.create_task(stream(cluster, 1, after(30, lambda: (kill(), killed.set()))))
+        await killed.wait()
+        await cluster.wait_serving(cluster.add_worker("decode"))
+        assert await asking == expected
+
+
+async def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error_event(llama: Path, tmp_path: Path) -> None:
     """Never in a clean stop after part of the text."""
-    async with running(Cluster(llama, tmp_path, prefill=1, decode=2, worker_flags=SLOW)) as cluster:
-        asking = [asyncio.create_task(ask(cluster, 50 + i, i, max_tokens=200)) for i in range(12)]
-        cluster.processes[await first_busy(cluster, "decode")].kill()
-        outcomes = await asyncio.gather(*asking)
-        for i, (status, tokens) in enumerate(outcomes):
-            if status == 200:
-                assert tokens == reference_greedy(llama, prompt_of(50 + i, i), 200)[0]
-            else:
-                assert status == 503 and tokens
-        assert any(status == 200 for status, _ in outcomes)
-        status, _ = await ask(cluster, 40, 99)
-        assert status == 200
-
-
-async def test_a_stream_whose_decode_worker_dies_ends_with_an_error_event(llama: Path, tmp_path: Path) -> None:
     async with running(Cluster(llama, tmp_path, worker_flags=SLOW)) as cluster:
         body = {"prompt": prompt_of(50, 1), "temperature": 0, "max_tokens": 400, "ignore_eos": True, "stream": True}
         events: list[str] = []

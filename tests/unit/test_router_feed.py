@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from fakes import FakeWorker
-from pagewire.v1 import common_pb2, inference_pb2
+from pagewire.v1 import inference_pb2
 from pagewire_core.errors import PagewireError, Unavailable
 from pagewire_core.feed import FeedCall, FeedReader
 from pagewire_core.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ async def test_tokens_that_overtake_started_or_finished_keep_their_place(
 
 
 async def test_a_break_of_the_feed_loses_the_decode_leg_as_a_break_of_its_own_stream_does(pair: Scene) -> None:
-    """Tokens on it are lost, so the request cannot go on though its own stream is whole."""
+    """Tokens on it are lost, so the attempt cannot go on though its own stream is whole."""
     worker = pair.workers["d1"]
     worker.script.step_s = 0.02
     call = pair.stub.Generate(request(sampling={"max_tokens": 20}))
@@ -83,9 +83,10 @@ async def test_a_break_of_the_feed_loses_the_decode_leg_as_a_break_of_its_own_st
         answer.add(response)
         if len(answer.ids.get(0, ())) == 3:
             worker.feeds.drain()
-    assert answer.error is not None
-    assert answer.error.code == common_pb2.ERROR_CODE_UNAVAILABLE
-    assert answer.summary is None
+    assert answer.text == {0: "hello world"}
+    assert answer.summary is not None
+    assert answer.summary.attempts == 2
+    assert len(worker.requests[-1].prior[0].token_ids) >= 3
     await pair.settle()
 
 
@@ -110,7 +111,7 @@ async def test_many_requests_over_one_feed_get_each_their_own_text(pair: Scene, 
 
 async def test_an_error_comes_after_the_deltas_that_were_made_before_it(pair: Scene, deltas: FeedReader) -> None:
     async def fail(worker: FakeWorker) -> None:
-        if worker.seen.count("decode") == 4:
+        if worker.seen.count("decode") >= 4:
             await asyncio.sleep(0.05)
             raise Unavailable("the engine failed")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -218,21 +220,70 @@ async def test_a_decode_worker_lost_before_it_gave_anything_is_replaced(byte_tok
         assert s.workers["d1"].requests, "the lost worker was never tried"
 
 
-async def test_a_decode_worker_lost_in_mid_stream_ends_with_an_error(byte_tokenizer: Tokenizer) -> None:
+def at(count: int, what: Callable[[FakeWorker], Any]) -> Callable[[FakeWorker], Any]:
+    """A hook that does `what` the count-th time it is asked, by whichever worker."""
+    asked = itertools.count(1)
+    return lambda worker: what(worker) if next(asked) == count else None
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("resumes", [True, False], ids=["resumed", "replayed"])
+async def test_a_decode_worker_lost_in_mid_stream_is_replaced_and_the_client_sees_nothing_of_it(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, n: int, resumes: bool
+) -> None:
+    """A worker of an older version does not know how to go on: what it gives again is compared, and not sent."""
+    monkeypatch.setattr(FakeWorker, "resumes", resumes)
+    async with scene(byte_tokenizer, "p1 d1 d2") as s:
+        die = at(3, kill)
+        for name in ("d1", "d2"):
+            s.workers[name].script.hooks["decode"] = die
+        answer = await s.ask(n=n)
+        assert answer.ids == {i: [*s.ids("hello world"), EOS] for i in range(n)}
+        assert answer.text == dict.fromkeys(range(n), "hello world")
+        assert answer.summary is not None
+        assert answer.summary.attempts == 2
+        [second] = [request for name in ("d1", "d2") for request in s.workers[name].requests if request.prior]
+        assert [list(output.token_ids) for output in second.prior] == [s.ids("hel")] * n
+        assert total("pagewire_retries_total", s, leg="decode") == 1
+        assert total("pagewire_resumed_requests_total", s) == resumes
+
+
+async def test_a_request_is_given_up_only_when_attempts_in_a_row_gave_nothing(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
-        seen: list[int] = []
-
-        def at_the_third(worker: FakeWorker) -> Any:
-            seen.append(1)
-            return kill(worker) if len(seen) == 3 else None
-
-        s.workers["d1"].script.hooks["decode"] = at_the_third
+        decoded = itertools.count(1)
+        s.workers["d1"].script.hooks["decode"] = lambda worker: fail(worker) if next(decoded) % 3 == 0 else None
         answer = await s.ask()
-        assert answer.text == {0: "hel"}
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None
+        assert answer.summary.attempts == 6
+
+        s.workers["d1"].script.hooks["decode"] = lambda worker: fail(worker) if next(decoded) > 20 else None
+        answer = await s.ask()
+        assert "hello world".startswith(answer.text[0])
         assert answer.summary is None
         assert answer.error is not None
         assert answer.error.code == common_pb2.ERROR_CODE_UNAVAILABLE
         assert "decode worker was lost" in answer.error.message
+
+
+async def test_a_worker_lost_after_the_last_token_is_not_missed(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["d1"].script.hooks["finished"] = fail
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None
+        assert answer.summary.attempts == 1
+
+
+async def test_what_is_told_of_the_prompt_is_what_its_own_attempt_did(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["d1"].script.hooks["decode"] = at(3, fail)
+        first = at(1, lambda worker: setattr(worker.script, "cached_tokens", 4))
+        s.workers["p1"].script.hooks["first_token"] = first
+        answer = await s.ask("question")
+        assert answer.summary is not None
+        assert answer.summary.attempts == 2
+        assert (answer.summary.cached_tokens, answer.summary.computed_tokens) == (0, 8)
 
 
 async def test_three_lost_attempts_are_enough(byte_tokenizer: Tokenizer) -> None:

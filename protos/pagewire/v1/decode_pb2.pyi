@@ -30,7 +30,7 @@ class ReserveResponse(_message.Message):
     def __init__(self, local_tokens: _Optional[int] = ..., instance: _Optional[str] = ..., kv_address: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "local_prefill", "feed_id", "feed_call")
+    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "local_prefill", "feed_id", "feed_call", "prior")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class DecodeRequest(_message.Message):
     LOCAL_PREFILL_FIELD_NUMBER: _ClassVar[int]
     FEED_ID_FIELD_NUMBER: _ClassVar[int]
     FEED_CALL_FIELD_NUMBER: _ClassVar[int]
+    PRIOR_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -49,7 +50,16 @@ class DecodeRequest(_message.Message):
     local_prefill: bool
     feed_id: bytes
     feed_call: int
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., local_prefill: _Optional[bool] = ..., feed_id: _Optional[bytes] = ..., feed_call: _Optional[int] = ...) -> None: ...
+    prior: _containers.RepeatedCompositeFieldContainer[PriorOutput]
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., local_prefill: _Optional[bool] = ..., feed_id: _Optional[bytes] = ..., feed_call: _Optional[int] = ..., prior: _Optional[_Iterable[_Union[PriorOutput, _Mapping]]] = ...) -> None: ...
+
+class PriorOutput(_message.Message):
+    __slots__ = ("token_ids", "ended")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ended: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("started", "tokens", "finished")
@@ -62,20 +72,22 @@ class DecodeResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[DecodeStarted, _Mapping]] = ..., tokens: _Optional[_Union[DecodeTokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ...) -> None: ...
 
 class DecodeStarted(_message.Message):
-    __slots__ = ("first_tokens", "cached_tokens", "received_tokens", "computed_tokens", "received_bytes", "lane")
+    __slots__ = ("first_tokens", "cached_tokens", "received_tokens", "computed_tokens", "received_bytes", "lane", "resumed")
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     first_tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.SampledToken]
     cached_tokens: int
     received_tokens: int
     computed_tokens: int
     received_bytes: int
     lane: str
-    def __init__(self, first_tokens: _Optional[_Iterable[_Union[_common_pb2.SampledToken, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., lane: _Optional[str] = ...) -> None: ...
+    resumed: bool
+    def __init__(self, first_tokens: _Optional[_Iterable[_Union[_common_pb2.SampledToken, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., lane: _Optional[str] = ..., resumed: _Optional[bool] = ...) -> None: ...
 
 class DecodeTokens(_message.Message):
     __slots__ = ("choices",)

@@ -25,6 +25,11 @@ class Mailbox(Generic[T]):
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the reader waits, having taken all that was put."""
+        return self._arrival is not None and not self._arrival.done()
+
     async def get(self) -> T:
         """The oldest item; waits for one. One task at a time."""
         while not self._items:

@@ -23,7 +23,8 @@ log = structlog.get_logger(__name__)
 class Call:
     """The first tokens go into DecodeStarted, all others (and every end) to the feed or into DecodeTokens.
 
-    With a feed only the begin and the end wake the call's own task.
+    A call that is resumed has no first tokens: it has started when it begins. With a feed only the begin
+    and the end wake the call's own task.
     """
 
     def __init__(self, request: decode_pb2.DecodeRequest, feed: Feed[decode_pb2.FeedResponse] | None) -> None:
@@ -37,11 +38,19 @@ class Call:
         self._feed = feed
         self._num_entries = 0
         self._first: list[Sampled] = []
+        self._num_first = 0 if request.prior else self.work.n
         self._first_at = 0.0
         self._tokens = decode_pb2.DecodeTokens()  # not yet sent
         self._finished: Finished | None = None
         self._error: PagewireError | None = None
         self._wake = asyncio.Event()
+        if request.prior:
+            self._wake.set()
+
+    @property
+    def prior(self) -> list[list[int] | None]:
+        """The output that each choice already has; None: it has ended."""
+        return [None if output.ended else list(output.token_ids) for output in self.request.prior]
 
     def take(self, event: Event) -> None:
         """One event of the engine, in the event loop."""
@@ -67,7 +76,7 @@ class Call:
             if self._error is not None:
                 raise self._error
             finished = self._finished is not None
-            if not started and len(self._first) == self.work.n:
+            if not started and len(self._first) == self._num_first:
                 started = True
                 yield decode_pb2.DecodeResponse(started=self._started())
             if started and self._tokens.choices:
@@ -77,7 +86,7 @@ class Call:
 
     def _take_token(self, token: Token) -> bool:
         """Whether the call's own stream has something to say of it."""
-        first = len(self._first) < self.work.n and token.choice == len(self._first)
+        first = len(self._first) < self._num_first and token.choice == len(self._first)
         if first:
             self._first.append(token.sampled)
         if not first or token.finish_reason is not None:
@@ -110,6 +119,7 @@ class Call:
         self._first_at = time.monotonic()
         started.first_tokens.extend(to_proto(sampled) for sampled in self._first)
         started.cached_tokens = self.cached_tokens
+        started.resumed = bool(self.request.prior)
         if self.request.local_prefill:
             started.computed_tokens = len(self.work.prompt) - self.cached_tokens
         return started

@@ -70,6 +70,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         if len(request.transfer_id) != 16:
             raise InvalidRequest("transfer_id must be 16 bytes")
+        if request.prior:
+            self._check_prior(request)
         feed = self._feeds.get(request.feed_id)
         call = Call(request, feed)
         with feed.used() if feed else contextlib.nullcontext():
@@ -89,12 +91,21 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             async for batch in batches:
                 yield batch
 
+    def _check_prior(self, request: decode_pb2.DecodeRequest) -> None:
+        if len(request.prior) != max(request.n, 1) or all(output.ended for output in request.prior):
+            raise InvalidRequest("prior must have an entry for each choice, and one that has not ended")
+        longest = max(len(output.token_ids) for output in request.prior if not output.ended)
+        self._engine.check_fits(len(request.prompt_ids) + longest, len(request.prior))
+
     async def _start(self, call: Call) -> None:
         """Puts the request into the engine, once its prompt's KV is here."""
         request = call.request
         if request.local_prefill:
             self._check_not_draining()
-            self._engine.submit(call.work)
+            if request.prior:
+                self._engine.resume(call.work, call.prior)
+            else:
+                self._engine.submit(call.work)
             return
         transfer = self._transfers.claim(request.transfer_id)
         try:
@@ -108,4 +119,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         call.known = decode_pb2.DecodeStarted(
             received_tokens=received.tokens, received_bytes=received.bytes, lane=received.lane
         )
+        if request.prior:
+            self._engine.resume(call.work, call.prior, block_table)
+            return
         self._engine.start_transferred(call.work, block_table, [from_proto(t, with_logprob) for t in first])

@@ -85,18 +85,18 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ContextLength if it can never fit."""
         self.check_fits(len(request.prompt), request.n, request.prefill_only)
-        prompt = self._prompt(request, 0)
+        prompt = self._sequence(request)
         with self._lock:
             request.sequences = [prompt]
             self._books.enqueue(prompt)
             self._wake.notify()
 
-    def _prompt(self, request: Request, num_computed: int) -> Sequence:
-        """The request's prompt as a sequence; its keys are computed here, not under the lock."""
-        keys, num_prompt = PageKeys(request.cache_root, self.config.block_size), len(request.prompt)
+    def _sequence(self, request: Request, choice: int = 0, output: Seq[int] = (), num_computed: int = 0) -> Sequence:
+        """The request's prompt and some output of it; its keys are computed here, not under the lock."""
+        tokens, keys = [*request.prompt, *output], PageKeys(request.cache_root, self.config.block_size)
         if self.config.enable_prefix_caching:
-            keys.extend(request.prompt, num_prompt)
-        return Sequence(request, 0, list(request.prompt), num_prompt, keys, num_computed)
+            keys.extend(tokens, len(tokens))
+        return Sequence(request, choice, tokens, len(request.prompt), keys, num_computed)
 
     def check_fits(self, num_prompt: int, n: int, prefill_only: bool = False) -> None:
         """Raises ContextLength for what this engine can never hold. A prompt that decodes needs room for a token."""
@@ -111,7 +111,7 @@ class Engine:
     def start_transferred(self, request: Request, block_table: Seq[int], first: Seq[Sampled]) -> None:
         """Starts decoding a prompt whose KV is already in `block_table`; the references pass to the engine."""
         outbox: Outbox = []
-        prompt = self._prompt(request, len(request.prompt))
+        prompt = self._sequence(request, num_computed=len(request.prompt))
         with self._lock:
             prompt.block_table = list(block_table)
             request.sequences = [prompt]
@@ -122,6 +122,25 @@ class Engine:
                 self._publisher.fork(prompt, first, outbox)
             self._wake.notify()
         self._deliver(outbox)
+
+    def resume(self, request: Request, prior: Seq[Seq[int] | None], block_table: Seq[int] = ()) -> None:
+        """Goes on after the output that each choice already has; None: it has ended.
+
+        block_table: the prompt's KV, if it is here; the references pass to the engine, whose prefix cache
+        has it for the choices. What else they need is computed, as after a preemption.
+        """
+        choices = [self._sequence(request, i, output) for i, output in enumerate(prior) if output is not None]
+        prompt = self._sequence(request, num_computed=len(request.prompt))
+        with self._lock:
+            request.sequences, request.forked = choices, True
+            if block_table:
+                prompt.block_table = list(block_table)
+                self._books.register(prompt)
+                self._books.drop(prompt)
+            for seq in choices:
+                if not request.cancelled:
+                    self._books.enqueue(seq)
+            self._wake.notify()
 
     def cancel(self, request: Request, choices: Seq[int] = ()) -> None:
         """Ends some choices of a decoding request, or (choices empty) all of it. Idempotent."""

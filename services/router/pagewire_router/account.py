@@ -25,6 +25,8 @@ class Account:
     first_token: float | None = None
     attempts: int = 0
     placed: Placed | None = None
+    resumed: bool = False
+    computed_by_decode: bool = False  # the prompt, there being no prefill worker for it
     prefill_cached: int = 0
     started: decode_pb2.DecodeStarted = field(default_factory=decode_pb2.DecodeStarted)
     kv_sent: prefill_pb2.KvSent = field(default_factory=prefill_pb2.KvSent)
@@ -35,12 +37,28 @@ class Account:
         self.admitted = time.monotonic()
         metrics.queue_s.observe(self.admitted - self.arrived)
 
-    def begin_attempt(self, placed: Placed) -> None:
+    def begin_attempt(self, placed: Placed, *, resumed: bool = False) -> None:
+        """resumed: it goes on where one was lost, whose prompt is the one that is accounted for."""
         self.attempts += 1
         self.placed = placed
-        self.prefill_cached = 0
-        self.started, self.kv_sent = decode_pb2.DecodeStarted(), prefill_pb2.KvSent()
+        self.resumed = resumed
         self.finished = decode_pb2.DecodeFinished()
+        if not resumed:
+            self.computed_by_decode = placed.prefill is None
+            self.prefill_cached = 0
+            self.started, self.kv_sent = decode_pb2.DecodeStarted(), prefill_pb2.KvSent()
+
+    def note_prefill(self, started: prefill_pb2.PrefillStarted) -> None:
+        if not self.resumed:
+            self.prefill_cached = started.cached_tokens
+
+    def note_kv_sent(self, sent: prefill_pb2.KvSent) -> None:
+        if not self.resumed:
+            self.kv_sent.CopyFrom(sent)
+
+    def note_decode(self, started: decode_pb2.DecodeStarted) -> None:
+        if not self.resumed:
+            self.started.CopyFrom(started)
 
     def note_tokens(self, choice: int, count: int, metrics: RouterMetrics) -> None:
         now = time.monotonic()
@@ -59,12 +77,11 @@ class Account:
 
         What a decode worker holds spares the wire, not the prefill worker, so it does not count for a pair.
         """
-        local = self.placed is not None and self.placed.prefill is None
-        return self.prompt_tokens - (self.started.cached_tokens if local else self.prefill_cached)
+        return self.prompt_tokens - (self.started.cached_tokens if self.computed_by_decode else self.prefill_cached)
 
     def timings(self) -> common_pb2.StageTimings:
         """The prefill worker's and the decode worker's stages; queue includes the router's."""
-        prompt = self.kv_sent.timings if self.placed and self.placed.prefill else self.finished.timings
+        prompt = self.finished.timings if self.computed_by_decode else self.kv_sent.timings
         waited = (self.admitted or time.monotonic()) - self.arrived
         return common_pb2.StageTimings(
             queue_us=int(waited * 1e6) + prompt.queue_us,

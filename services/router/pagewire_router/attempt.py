@@ -4,10 +4,11 @@
                -> Prefill(P) stream --+
     local plan:   Decode(D) alone, with local_prefill
 
-The decode leg's tokens come over the worker's feed if one is open, else on the leg's own stream. The
-end of that stream is the attempt's end. The prefill leg may fail without harm once the decode worker
-has said DecodeStarted, for then it holds everything. However an attempt ends, both calls are over and
-the decode worker has been told when it is left.
+The decode leg's tokens come over the worker's feed if one is open, else on the leg's own stream. From
+the feed they go to `take` at once where nothing is before them: waking the request's task for every
+token would cost more than the token. The end of the leg's own stream is the attempt's end. The prefill
+leg may fail without harm once the decode worker has said DecodeStarted, for then it holds everything.
+However an attempt ends, both calls are over and the decode worker has been told when it is left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal, Self
 
 import grpc
@@ -32,7 +33,9 @@ from pagewire_router.workers import Booking
 Leg = Literal["reserve", "prefill", "decode"]
 TimeUp = Literal["request", "kv", "account"]  # of what the time is up
 Event = prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse | decode_pb2.FeedEntry
+Take = Callable[[decode_pb2.FeedEntry], bool]
 
+_NO_TOKENS = decode_pb2.FeedEntry()
 _RESERVE_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 2.0
 _KV_SENT_TIMEOUT_S = 0.5  # how long a finished request waits for the prefill worker's account of it
@@ -53,16 +56,29 @@ class Attempt:
 
     The work counts against its workers from entering on. Raises DeadlineExceeded at `deadline`, on the
     loop's clock. Workers notice a transfer that stands still for `transfer_timeout_s`; twice that after
-    the first token the attempt gives up on one that nobody ended.
+    the first token the attempt gives up on one that nobody ended. `prior` is what the decode worker is to
+    go on after, for each choice, if anything. `take` may be given tokens while
+    `events` is waited for; where it returns True, `events` goes on with an entry that has none. What it
+    raises comes out of `events`.
     """
 
-    def __init__(self, request: ValidRequest, placed: Placed, deadline: float, transfer_timeout_s: float) -> None:
+    def __init__(
+        self,
+        request: ValidRequest,
+        placed: Placed,
+        deadline: float,
+        transfer_timeout_s: float,
+        take: Take | None,
+        prior: Sequence[decode_pb2.PriorOutput],
+    ) -> None:
         self._request = request
         self.placed = placed
         self._deadline = deadline
         self._transfer_timeout_s = transfer_timeout_s
+        self._take = take
+        self._prior = prior
         self._metadata = request_metadata(request.request_id)
-        self._arrived: Mailbox[tuple[Leg, Event | PagewireError | None] | TimeUp] = Mailbox()
+        self._arrived: Mailbox[tuple[Leg, Event | PagewireError | None] | TimeUp | Exception] = Mailbox()
         self._held = contextlib.ExitStack()  # bookings and the place on the feed
         self._feed: FeedCall | None = None
         self._calls: dict[Leg, grpc.aio.UnaryStreamCall] = {}
@@ -73,7 +89,6 @@ class Attempt:
         self._finished = False
         self._timers: dict[TimeUp, asyncio.TimerHandle] = {}
         self.transfer_id = secrets.token_bytes(16)
-        self.stopped: set[int] = set()  # choices that the decode worker was told to end
 
     async def __aenter__(self) -> Self:
         placed, n, prompt = self.placed, self._request.n, len(self._request.prompt_ids)
@@ -131,6 +146,8 @@ class Attempt:
                 if self._finished:
                     return
                 continue
+            if isinstance(arrived, Exception):
+                raise arrived
             leg, event = arrived
             if event is None or isinstance(event, PagewireError):
                 legs.discard(leg)
@@ -165,6 +182,7 @@ class Attempt:
             local_prefill=self.placed.prefill is None,
             feed_id=self._feed.feed_id if self._feed else b"",
             feed_call=self._feed.number if self._feed else 0,
+            prior=self._prior,
         )
         return self.placed.decode.decode.Decode(message, metadata=self._metadata)
 
@@ -201,7 +219,14 @@ class Attempt:
 
     def _arrive(self, entry: decode_pb2.FeedEntry | PagewireError) -> None:
         """What the feed brings of the decode leg, or its break, which has lost tokens of it."""
-        self._arrived.put(("decode", entry))
+        if self._take is None or isinstance(entry, PagewireError) or not self._arrived.is_awaited:
+            self._arrived.put(("decode", entry))
+            return
+        try:
+            if self._take(entry):
+                self._arrived.put(("decode", _NO_TOKENS))
+        except Exception as error:  # a fault of this request, not of the feed that it shares with others
+            self._arrived.put(error)
 
     def _note(self, leg: Leg, event: Event) -> None:
         if isinstance(event, decode_pb2.FeedEntry):

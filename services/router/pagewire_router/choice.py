@@ -1,7 +1,8 @@
 """One choice of a request as the client sees it: tokens in, deltas out, each token once.
 
-An attempt that replaces a lost one starts again at position 0. What the client already has is then
-compared and not repeated: sampling depends on (seed, choice, position) alone, so it must be equal.
+An attempt that replaces a lost one goes on after what the client has, or starts again at position 0.
+What the client already has is then compared and not repeated: sampling depends on (seed, choice,
+position) alone, so it must be equal.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Choice:
     def rewind(self) -> None:
         """A new attempt starts at position 0."""
         self._cursor = 0
+
+    def resume(self) -> None:
+        """The attempt goes on after what the client has."""
+        self._cursor = len(self.ids)
 
     @property
     def stopped_by_string(self) -> bool:

@@ -1,17 +1,19 @@
 """The life of one admitted request: attempts, what may be retried, deltas and the summary.
 
-An attempt is lost when a leg of it fails. It is tried again, on other workers if there are others, at
-most MAX_ATTEMPTS times, and only while the client has at most each choice's first token: from then on
-a lost decode worker ends the request with an error. A decode worker without room is no lost attempt;
-the request looks for another one and then waits.
+An attempt is lost when a leg of it fails. It is tried again, on other workers if there are others, until
+MAX_ATTEMPTS in a row have given the client nothing. While the client has at most each choice's first
+token, an attempt begins at the prompt's end; from then on it goes on after what the client has, so that
+the client sees what it would have seen without the loss. A decode worker without room is no lost
+attempt; the request looks for another one and then waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from pagewire.v1 import common_pb2, decode_pb2, inference_pb2, prefill_pb2
@@ -56,20 +58,33 @@ class Services:
 class Generation:
     """Iterate `responses` once. `deadline` is on the loop's clock.
 
-    Raises PagewireError until Accepted was yielded; a later failure is yielded as an error.
+    Raises PagewireError until Accepted was yielded; a later failure is yielded as an error. Deltas go to
+    `send` if it is given, between the responses that surround them; else they are responses, too.
     """
 
-    def __init__(self, request: ValidRequest, services: Services, account: Account, deadline: float) -> None:
+    def __init__(
+        self,
+        request: ValidRequest,
+        services: Services,
+        account: Account,
+        deadline: float,
+        send: Callable[[inference_pb2.Delta], None] | None = None,
+    ) -> None:
         self._request = request
         self._services = services
         self._account = account
         self._deadline = deadline
         self._choices = [Choice(i, request, services.tokenizer) for i in range(request.n)]
+        self._deltas: list[inference_pb2.Delta] = []  # not yet yielded
+        self._may_send_at_once = send is not None
+        self._send = send or self._deltas.append
         self._accepted = False
+        self._told_stopped: set[int] = set()  # choices that the attempt's decode worker was told to end
         self._avoid: set[str] = set()  # workers that failed this request
         self._refused: set[str] = set()  # workers that had no room
         self._backoff_s = _MIN_BACKOFF_S
-        self._failures = 0
+        self._failures = 0  # since the client was given something
+        self._given_before = 0  # tokens, when the last failure was judged
         self.outcome = "internal"  # unless one of the ends below says otherwise
 
     @property
@@ -89,19 +104,24 @@ class Generation:
             self.outcome = common_pb2.ErrorCode.Name(error.code).removeprefix("ERROR_CODE_").lower()
             if not self._accepted:
                 raise
+            for response in self._unsent():
+                yield response
             yield inference_pb2.GenerateResponse(error=error.to_proto())
 
     async def _attempts(self) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         while True:
             placed = await self._place()
             try:
-                async with Attempt(self._request, placed, self._deadline, self._services.transfer_timeout_s) as attempt:
+                async with self._attempt(placed) as attempt:
                     async with contextlib.aclosing(self._run(attempt)) as responses:
                         async for response in responses:
                             yield response
                 yield inference_pb2.GenerateResponse(summary=self._account.summary(self.completion_tokens))
                 return
             except LegFailed as failure:
+                if all(choice.finished for choice in self._choices):  # only the account of it is lost
+                    yield inference_pb2.GenerateResponse(summary=self._account.summary(self.completion_tokens))
+                    return
                 self._judge(failure)
 
     async def _place(self) -> Placed:
@@ -125,26 +145,55 @@ class Generation:
             else:
                 await self._services.workers.wait_changed(min(0.5, self._deadline - clock()))
 
+    def _attempt(self, placed: Placed) -> Attempt:
+        take = partial(self._take, placed) if self._may_send_at_once else None
+        return Attempt(
+            self._request, placed, self._deadline, self._services.transfer_timeout_s, take, self._prior_output()
+        )
+
+    @property
+    def _past_first_token(self) -> bool:
+        return any(len(choice.ids) > 1 for choice in self._choices)
+
+    def _prior_output(self) -> list[decode_pb2.PriorOutput]:
+        """What the client has of each choice; nothing while that is little enough to be made again."""
+        if not self._past_first_token:
+            return []
+        return [decode_pb2.PriorOutput(token_ids=choice.ids, ended=choice.finished) for choice in self._choices]
+
+    def _take(self, placed: Placed, entry: decode_pb2.FeedEntry) -> bool:
+        """Passes tokens on; True if more is to be done than that."""
+        self._tokens(entry.choices, placed)
+        return bool(self._newly_stopped())
+
     async def _run(self, attempt: Attempt) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         await attempt.reserve()
-        self._account.begin_attempt(attempt.placed)
+        self._account.begin_attempt(attempt.placed, resumed=self._past_first_token)
         self._services.metrics.routes.labels(attempt.placed.decision).inc()
+        self._told_stopped.clear()
         for choice in self._choices:
             choice.rewind()
         async with contextlib.aclosing(attempt.events()) as events:
             async for event in events:
                 if not self._accepted:
                     self._accepted = True
-                    for response in self._opening():
-                        yield response
-                for delta in self._deltas(event, attempt.placed):
-                    yield inference_pb2.GenerateResponse(delta=delta)
+                    yield self._opening()
+                    self._echo()
+                self._note(event, attempt.placed)
+                for response in self._unsent():
+                    yield response
                 if await self._stop_ended(attempt, event):
                     return
 
-    def _opening(self) -> Iterator[inference_pb2.GenerateResponse]:
+    def _unsent(self) -> list[inference_pb2.GenerateResponse]:
+        """Deltas that are to be responses."""
+        responses = [inference_pb2.GenerateResponse(delta=delta) for delta in self._deltas]
+        self._deltas.clear()
+        return responses
+
+    def _opening(self) -> inference_pb2.GenerateResponse:
         request = self._request
-        yield inference_pb2.GenerateResponse(
+        return inference_pb2.GenerateResponse(
             accepted=inference_pb2.Accepted(
                 request_id=request.request_id,
                 model=request.model,
@@ -152,47 +201,53 @@ class Generation:
                 prompt_token_ids=request.prompt_ids if request.return_prompt_token_ids else (),
             )
         )
-        if request.echo_text is not None:
-            for choice in self._choices:
-                delta = inference_pb2.Delta(choice=choice.index, text=request.echo_text)
-                yield inference_pb2.GenerateResponse(delta=delta)
 
-    def _deltas(self, event: Event, placed: Placed) -> Iterator[inference_pb2.Delta]:
+    def _echo(self) -> None:
+        if self._request.echo_text is not None:
+            for choice in self._choices:
+                self._send(inference_pb2.Delta(choice=choice.index, text=self._request.echo_text))
+
+    def _note(self, event: Event, placed: Placed) -> None:
         if isinstance(event, decode_pb2.FeedEntry):
-            yield from self._tokens(event.choices, placed)
+            self._tokens(event.choices, placed)
             return
         account = self._account
         kind = event.WhichOneof("event")
         if isinstance(event, prefill_pb2.PrefillResponse):
             if kind == "started":
-                account.prefill_cached = event.started.cached_tokens
+                account.note_prefill(event.started)
             elif kind == "first_tokens":
-                yield from self._first(event.first_tokens.tokens)
+                self._first(event.first_tokens.tokens)
             elif kind == "kv_sent":
                 self._note_kv_sent(event.kv_sent, placed)
         elif kind == "started":
-            account.started.CopyFrom(event.started)
-            yield from self._first(event.started.first_tokens)
+            account.note_decode(event.started)
+            self._first(event.started.first_tokens)
+            if event.started.resumed:
+                self._resume()
         elif kind == "tokens":
-            yield from self._tokens(event.tokens.choices, placed)
+            self._tokens(event.tokens.choices, placed)
         elif kind == "finished":
             account.finished.CopyFrom(event.finished)
             self._check_all_finished(placed)
 
+    def _resume(self) -> None:
+        for choice in self._choices:
+            choice.resume()
+        self._services.metrics.resumed.inc()
+
     def _note_kv_sent(self, sent: prefill_pb2.KvSent, placed: Placed) -> None:
-        self._account.kv_sent.CopyFrom(sent)
+        self._account.note_kv_sent(sent)
         assert placed.prefill is not None
         self._services.placement.rates.observe(
             placed.prefill.worker_id, placed.decode.worker_id, sent.transferred_bytes, sent.timings.transfer_us / 1e6
         )
 
-    def _first(self, tokens: Iterable[common_pb2.SampledToken]) -> Iterator[inference_pb2.Delta]:
+    def _first(self, tokens: Iterable[common_pb2.SampledToken]) -> None:
         for choice, token in zip(self._choices, tokens, strict=False):
-            delta = choice.take_first(token)
-            if delta is not None:
-                yield self._counted(delta)
+            self._send_counted(choice.take_first(token))
 
-    def _tokens(self, step: Iterable[common_pb2.ChoiceTokens], placed: Placed) -> Iterator[inference_pb2.Delta]:
+    def _tokens(self, step: Iterable[common_pb2.ChoiceTokens], placed: Placed) -> None:
         for given in step:
             if given.choice >= len(self._choices):
                 raise LegFailed("decode", placed.decode.worker_id, Unavailable("tokens for a choice that is not there"))
@@ -200,27 +255,31 @@ class Generation:
             if reason in (common_pb2.FINISH_REASON_ABORT, common_pb2.FINISH_REASON_ERROR):
                 raise LegFailed("decode", placed.decode.worker_id, Unavailable("the decode worker gave the choice up"))
             stop_id = given.stop_token_id if given.HasField("stop_token_id") else None
-            delta = self._choices[given.choice].take(given.tokens, reason, stop_id)
-            if delta is not None:
-                yield self._counted(delta)
+            self._send_counted(self._choices[given.choice].take(given.tokens, reason, stop_id))
 
-    def _counted(self, delta: inference_pb2.Delta) -> inference_pb2.Delta:
+    def _send_counted(self, delta: inference_pb2.Delta | None) -> None:
+        if delta is None:
+            return
         if delta.tokens:
             self._account.note_tokens(delta.choice, len(delta.tokens), self._services.metrics)
-        return delta
+        self._send(delta)
 
     def _check_all_finished(self, placed: Placed) -> None:
         if not all(c.finished for c in self._choices):
             raise LegFailed("decode", placed.decode.worker_id, Unavailable("a choice was left unfinished"))
 
+    def _newly_stopped(self) -> list[int]:
+        """Choices that a stop string ended, of which the decode worker has not yet been told."""
+        return [c.index for c in self._choices if c.stopped_by_string and c.index not in self._told_stopped]
+
     async def _stop_ended(self, attempt: Attempt, event: Event) -> bool:
         """Tells the decode worker of choices that a stop string ended; True if that ends the attempt."""
-        stopped = [c.index for c in self._choices if c.stopped_by_string and c.index not in attempt.stopped]
+        stopped = self._newly_stopped()
         if not stopped:
             return False
         if all(c.finished for c in self._choices):
             return isinstance(event, decode_pb2.FeedEntry) or event.WhichOneof("event") != "finished"
-        attempt.stopped.update(stopped)
+        self._told_stopped.update(stopped)
         await attempt.stop_choices(stopped)
         return False
 
@@ -229,17 +288,17 @@ class Generation:
         error = failure.error
         if isinstance(error, _CLIENTS_FAULT):
             raise error
-        past_first_token = any(len(c.ids) > 1 for c in self._choices)
-        if isinstance(error, Overloaded) and not past_first_token:
+        if isinstance(error, Overloaded):
             self._refused.add(failure.worker_id)
             return
-        self._failures += 1
+        given, self._given_before = self._given_before, self.completion_tokens
+        self._failures = 1 if self.completion_tokens > given else self._failures + 1
         self._services.metrics.retries.labels(failure.leg).inc()
         log.warning(
             "attempt lost", request_id=self._request.request_id, leg=failure.leg, worker_id=failure.worker_id,
             error=error.message, failures=self._failures,
         )  # fmt: skip
-        if self._failures >= MAX_ATTEMPTS or past_first_token:
+        if self._failures >= MAX_ATTEMPTS:
             raise _told(failure)
         self._avoid.add(failure.worker_id)
 

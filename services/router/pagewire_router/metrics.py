@@ -34,6 +34,11 @@ class RouterMetrics:
             registry=registry,
         )  # fmt: skip
         self.retries = Counter("pagewire_retries", "Attempts lost, by the leg that failed", ["leg"], registry=registry)
+        self.resumed = Counter(
+            "pagewire_resumed_requests",
+            "Times that a request outlived its decode worker",
+            registry=registry,
+        )
         self.running = Gauge("pagewire_running_requests", "Requests admitted and not ended", registry=registry)
         self.queued = Gauge("pagewire_queued_requests", "Requests waiting for admission", registry=registry)
         self.index_blocks = Gauge("pagewire_index_blocks", "Block hashes in the prefix index", registry=registry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -61,16 +61,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise
         feed = self._router.feeds.get(request.feed_id)
         num_entries = 0
+
+        def send(delta: inference_pb2.Delta) -> None:
+            nonlocal num_entries
+            assert feed is not None
+            entry, new = feed.entry(request.feed_call)
+            entry.deltas.append(delta)
+            num_entries += new
+
         with feed.used() if feed else contextlib.nullcontext():
-            async with contextlib.aclosing(self._generate(valid)) as responses:
+            async with contextlib.aclosing(self._generate(valid, send if feed else None)) as responses:
                 async for response in responses:
-                    if feed is not None and response.HasField("delta"):
-                        entry, new = feed.entry(request.feed_call)
-                        entry.deltas.append(response.delta)
-                        num_entries += new
-                    else:
-                        response.feed_entries = num_entries
-                        yield response
+                    response.feed_entries = num_entries
+                    yield response
 
     async def DeltaFeed(
         self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
@@ -79,11 +82,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async for batch in batches:
                 yield batch
 
-    async def _generate(self, request: ValidRequest) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    async def _generate(
+        self, request: ValidRequest, send: Callable[[inference_pb2.Delta], None] | None
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         router, services = self._router, self._router.services
         deadline = asyncio.get_running_loop().time() + router.request_timeout_s
         account = Account(request.request_id, len(request.prompt_ids))
-        generation = Generation(request, services, account, deadline)
+        generation = Generation(request, services, account, deadline, send)
         outcome = "rejected"
         try:
             async with router.admission.slot(request.n, deadline):
