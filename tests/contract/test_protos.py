@@ -19,7 +19,7 @@ SERVICES = {
     "InferenceService": {"Generate", "ListModels", "Status", "Metrics", "DeltaFeed"},
     "KvChannelService": {"Connect"},
     "PrefillService": {"Prefill"},
-    "WorkerService": {"Info", "Stats", "Snapshot", "Metrics"},
+    "WorkerService": {"Info", "Stats", "Snapshot", "Drain", "Metrics"},
 }
 
 

@@ -71,7 +71,7 @@ async def test_one_prefill_and_one_decode_worker_equal_the_reference(architectur
         await prove_transfer(cluster, 2 * sum(LENGTHS), kv_bytes)
 
 
-@pytest.mark.parametrize("lane", ["gloo", "grpc"])
+@pytest.mark.parametrize("lane", ["shm", "gloo", "grpc"])
 async def test_every_lane_gives_the_same_tokens_on_two_by_two_workers(lane: str, llama: Path, tmp_path: Path) -> None:
     asked = prompts(*LENGTHS, *range(20, 90, 7), seed=1)
     cluster = Cluster(llama, tmp_path, prefill=2, decode=2, worker_flags=(*SMALL, f"--lanes={lane}"))

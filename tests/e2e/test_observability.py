@@ -34,7 +34,7 @@ async def test_one_request_id_runs_through_all_services_and_no_prompt_is_logged(
             found[name] = mine[-1]
         router, prefill = found["router"], found["prefill-0"]
         assert router["transferred_bytes"] == prefill["transferred_bytes"] == 60 * 384
-        assert router["lane"] == prefill["lane"] == "gloo"
+        assert router["lane"] == prefill["lane"] == "shm"
         for stage in ("queue_ms", "prefill_ms", "transfer_ms", "decode_ms", "ttft_ms", "total_ms"):
             assert 0 <= router[stage] <= router["total_ms"] + 1
         assert SECRET not in cluster.logs()

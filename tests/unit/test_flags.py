@@ -54,6 +54,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max-queued-requests": ("9", 9),
     "request-timeout": ("1.5", 1.5),
     "transfer-timeout": ("0.25", 0.25),
+    "graceful-termination-timeout": ("0", 0.0),
     "log-format": ("json", "json"),
     "log-level": ("debug", "debug"),
 }

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -172,10 +173,9 @@ async def test_waits_between_restarts_double_while_a_service_keeps_dying(
 
 
 async def test_a_service_deaf_to_sigterm_is_killed_after_the_grace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(supervisor, "STOP_GRACE_S", 0.3)
-    plan = _make_plan(tmp_path, stubborn="decode-0")
+    plan = replace(_make_plan(tmp_path, stubborn="decode-0"), grace_s=0.3)
     async with _running(plan):
         await _state(plan)
     assert re.search(r"decode-0 +was killed: it had not stopped after 0.3 s", capsys.readouterr().out)
@@ -190,7 +190,7 @@ async def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
         started = time.monotonic()
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.wait_for(task, 15)
-    assert time.monotonic() - started < 5 < supervisor.STOP_GRACE_S
+    assert time.monotonic() - started < 5 < plan.grace_s
 
 
 async def test_ctrl_c_while_services_load_stops_them(tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ class WorkerServiceStub:
                 request_serializer=pagewire_dot_v1_dot_worker__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_worker__pb2.SnapshotResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/pagewire.v1.WorkerService/Drain',
+                request_serializer=pagewire_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.Metrics = channel.unary_unary(
                 '/pagewire.v1.WorkerService/Metrics',
                 request_serializer=pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsRequest.SerializeToString,
@@ -81,6 +86,14 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """From now on the worker takes nothing new. Streams how much still runs, until nothing does; what still
+        runs after `timeout_s` ends with UNAVAILABLE, for its router to go on with elsewhere. The process stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Metrics(self, request, context):
         """Prometheus exposition text of this process.
         """
@@ -105,6 +118,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Snapshot,
                     request_deserializer=pagewire_dot_v1_dot_worker__pb2.SnapshotRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_worker__pb2.SnapshotResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=pagewire_dot_v1_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
             ),
             'Metrics': grpc.unary_unary_rpc_method_handler(
                     servicer.Metrics,
@@ -193,6 +211,33 @@ class WorkerService:
             '/pagewire.v1.WorkerService/Snapshot',
             pagewire_dot_v1_dot_worker__pb2.SnapshotRequest.SerializeToString,
             pagewire_dot_v1_dot_worker__pb2.SnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pagewire.v1.WorkerService/Drain',
+            pagewire_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+            pagewire_dot_v1_dot_worker__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import socket
 
@@ -19,7 +20,6 @@ from pagewire_bridge.client import RouterClient
 
 log = structlog.get_logger(__name__)
 
-DRAIN_S = 10  # what running requests get to finish after SIGTERM
 # Longer than what clients and proxies keep an idle connection: they close it, and no request meets our close.
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
@@ -44,8 +44,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build_server(app: ASGIApp) -> uvicorn.Server:
-    """The HTTP server, not yet running; logging is ours, not uvicorn's."""
+def build_server(app: ASGIApp, grace_s: float = 10.0) -> uvicorn.Server:
+    """The HTTP server, not yet running; logging is ours, not uvicorn's. grace_s: for running requests at the end."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -58,7 +58,7 @@ def build_server(app: ASGIApp) -> uvicorn.Server:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=DRAIN_S,
+            timeout_graceful_shutdown=math.ceil(grace_s),
             backlog=BACKLOG,
         )
     )
@@ -80,7 +80,7 @@ def serve(flags: argparse.Namespace) -> None:
     for ended_by in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ended_by, lambda _signal, _frame: None)
     freeze_heap()
-    build_server(app).run(sockets=[listener])
+    build_server(app, flags.graceful_termination_timeout).run(sockets=[listener])
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS,
 from pagewire_cli import ports, readiness, redis_server
 
 _LOOPBACK = "127.0.0.1"
+_CLOSE_S = 7.0  # what a service takes to end when nothing runs on it any more, at most
 WORKER_ROLES = ("prefill", "decode", "both")
 
 
@@ -41,6 +42,7 @@ class Plan:
     directory: Path
     verbose: bool
     state_file: Path | None
+    grace_s: float = 15.0  # that each service has to stop
 
     def address_of(self, role: str) -> str:
         return next(spec.address for spec in self.services if spec.role == role)
@@ -76,7 +78,8 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     base_url = f"http://{services[-1].address}"
     verbose = args.verbose or args.log_level == "debug"
     model = (args.served_model_name or args.model).partition(",")[0]
-    return Plan(tuple(services), base_url, redis_url, model, directory, verbose, args.state_file)
+    grace_s = args.graceful_termination_timeout + _CLOSE_S
+    return Plan(tuple(services), base_url, redis_url, model, directory, verbose, args.state_file, grace_s)
 
 
 def _service(

@@ -28,7 +28,6 @@ from pagewire_cli.plan import WORKER_ROLES, Plan, make_plan
 from pagewire_cli.service import Service
 from pagewire_cli.version import installed_version
 
-STOP_GRACE_S = 10.0
 FIRST_RESTART_S = 1.0
 LAST_RESTART_S = 30.0
 _STABLE_S = 60.0  # a life this long forgets the deaths before it
@@ -180,8 +179,8 @@ class Supervisor:
             console.say("All stopped.")
 
     async def _stop(self, service: Service) -> None:
-        if not await service.stop(STOP_GRACE_S):
-            console.say(f"{service.spec.name:<12} was killed: it had not stopped after {STOP_GRACE_S:g} s")
+        if not await service.stop(self._plan.grace_s):
+            console.say(f"{service.spec.name:<12} was killed: it had not stopped after {self._plan.grace_s:g} s")
 
 
 def _stop_rank(service: Service) -> int:

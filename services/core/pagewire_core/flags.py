@@ -45,7 +45,7 @@ def positive(text: str) -> int:
     return value
 
 
-def milliseconds(text: str) -> float:
+def not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError("must be finite and not negative")
@@ -118,13 +118,13 @@ FLAGS: dict[str, Flag] = {
     "max-num-seqs": Flag(128, "sequences in one step", positive),
     "max-num-batched-tokens": Flag(2048, "tokens in one step", positive),
     "max-prefill-delay-ms": Flag(50.0, "milliseconds that chunks of prompts may add to a step in which others decode; "
-                                       "0: no limit", milliseconds),
+                                       "0: no limit", not_negative),
     "speculative-config": Flag(None, "draft tokens, as JSON: method (ngram, draft_model), num_speculative_tokens, "
                                      "prompt_lookup_max, prompt_lookup_min, model, disable_by_batch_size"),
     "speculate": Flag(None, "as many draft tokens by prompt lookup; short for --speculative-config", positive),
     "enable-prefix-caching": Flag(True, "reuse KV of equal prefixes", None),
     "enable-chunked-prefill": Flag(True, "compute prompts in chunks beside decoding; cannot be turned off", None),
-    "lanes": Flag("auto", "how KV travels, best first, of nccl, gloo, grpc; auto: nccl,gloo,grpc where they exist"),
+    "lanes": Flag("auto", "how KV travels, best first, of nccl, shm (on one host), gloo, grpc; auto: all that work"),
     "threads": Flag(None, "CPU threads of the engine; default: the cores divided by the workers", positive),
     "cpus": Flag((), "cores that the engine's threads divide among them (0,2-3); default: all", cpus),
     # The services.
@@ -138,22 +138,25 @@ FLAGS: dict[str, Flag] = {
     "max-queued-requests": Flag(256, "requests that may wait; more are answered 429", positive),
     "request-timeout": Flag(600.0, "seconds a request may take in all", seconds),
     "transfer-timeout": Flag(30.0, "seconds a KV transfer may stand still", seconds),
+    "graceful-termination-timeout": Flag(10.0, "seconds that running requests may go on after SIGTERM; what a decode "
+                                               "worker has left then goes on elsewhere", not_negative),
     "log-format": Flag("auto", "auto: console on a terminal, JSON elsewhere", choices=LOG_FORMATS),
     "log-level": Flag("info", "least severe line that is logged", choices=LOG_LEVELS),
 }  # fmt: skip
 
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "host", "port",
-    "redis-url", "workers", "max-queued-requests", "request-timeout", "transfer-timeout", "log-format", "log-level",
+    "redis-url", "workers", "max-queued-requests", "request-timeout", "transfer-timeout",
+    "graceful-termination-timeout", "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
     "role", "model", "revision", "download-dir", "dtype", "device", "quantization", "max-model-len", "block-size",
     "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
     "max-num-batched-tokens", "max-prefill-delay-ms", "enable-prefix-caching", "enable-chunked-prefill",
     "speculative-config", "speculate", "lanes", "threads", "cpus", "worker-id", "host", "port", "redis-url",
-    "transfer-timeout", "log-format", "log-level",
+    "transfer-timeout", "graceful-termination-timeout", "log-format", "log-level",
 )  # fmt: skip
-BRIDGE_FLAGS = ("router", "host", "port", "request-timeout", "log-format", "log-level")
+BRIDGE_FLAGS = ("router", "host", "port", "request-timeout", "graceful-termination-timeout", "log-format", "log-level")
 
 
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}

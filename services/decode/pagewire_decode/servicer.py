@@ -18,6 +18,8 @@ from pagewire_engine.wire import from_proto
 from pagewire_decode.call import Call
 from pagewire_decode.transfers import Transfers
 
+_DRAINING = "this decode worker is shutting down"
+
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """One Decode call is one request; leaving the call in any way gives everything back."""
@@ -38,7 +40,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     def _check_not_draining(self) -> None:
         if self.draining:
-            raise Unavailable("this decode worker is shutting down")
+            raise Unavailable(_DRAINING)
+
+    def hand_over(self) -> None:
+        """Ends what still runs; its router goes on with it elsewhere."""
+        for call in self._calls.values():
+            call.take(Failed(Unavailable(_DRAINING)))
+        self._transfers.end_all(Unavailable(_DRAINING))
 
     async def Reserve(
         self, request: decode_pb2.ReserveRequest, context: grpc.aio.ServicerContext

@@ -23,12 +23,16 @@ from pagewire_prefill.source import PromptSource
 log = structlog.get_logger(__name__)
 
 
+_DRAINING = "this prefill worker is shutting down"
+
+
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """One call is one prompt; leaving the call in any way gives everything back."""
 
     def __init__(self, engine: Engine, source: PromptSource, sender: KvSender, stages: StageMetrics) -> None:
         self._engine, self._source, self._sender, self._stages = engine, source, sender, stages
         self._cleanups: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Queue[Event]] = set()
         self._num_calls = 0
         self.draining = False  # new calls are refused, running ones go on
 
@@ -36,7 +40,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         if self.draining:
-            raise Unavailable("this prefill worker is shutting down")
+            raise Unavailable(_DRAINING)
         if len(request.transfer_id) != 16 or not request.decode_address:
             raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -50,6 +54,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             prefill_only=True,
         )
         self._engine.submit(work)
+        self._running.add(events)
         self._source.add(request.transfer_id, work)
         self._num_calls += 1
         opening: asyncio.Task[Outgoing] | None = None
@@ -67,6 +72,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             stats = await outgoing.seal(tokens)
             yield self._kv_sent(request, stats, work.arrived, started_at, first_at)
         finally:
+            self._running.discard(events)
             self._num_calls -= 1
             cleanup = asyncio.create_task(self._clean_up(request.transfer_id, work, opening))
             self._cleanups.add(cleanup)
@@ -133,6 +139,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 await outgoing.closed()
         self._source.discard(transfer_id)
         self._engine.cancel(work)
+
+    def hand_over(self) -> None:
+        """Ends prompts that are not yet computed; their router has them computed elsewhere."""
+        for events in self._running:
+            events.put_nowait(Failed(Unavailable(_DRAINING)))
 
     @property
     def num_calls(self) -> int:

@@ -33,7 +33,6 @@ from pagewire_router.workers import Worker, WorkerTable
 
 log = structlog.get_logger(__name__)
 
-_DRAIN_S = 10.0  # how long running requests may go on after SIGTERM
 _CLOSE_S = 3.0  # how long connections may take to close after that
 _OVERCOMMIT = 1.25  # sequences admitted per decode slot: the next prompt is computed while a slot empties
 _UNBOUNDED = 1 << 30  # nobody decodes yet: requests wait for a worker, not for each other
@@ -71,10 +70,11 @@ async def _serve(args: argparse.Namespace, model: ServedModel) -> None:
         log.info("router ready", address=f"{args.host}:{port}", model=model.names[0])
         await stopping.wait()
         log.info("router stopping", running=router.admission.num_running)
-        exit_within(_DRAIN_S + _CLOSE_S)
+        grace_s = args.graceful_termination_timeout
+        exit_within(grace_s + _CLOSE_S)
         router.admission.close()
         router.feeds.drain()
-        await server.stop(_DRAIN_S)
+        await server.stop(grace_s)
 
 
 @contextlib.asynccontextmanager

@@ -17,7 +17,7 @@ _HASHES_PER_MESSAGE = 10_000
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """stats: the load now. snapshot: sequence number and hashes of the prefix cache."""
+    """stats: the load now. snapshot: sequence number and hashes of the prefix cache. drain: see Worker."""
 
     def __init__(
         self,
@@ -25,8 +25,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         stats: Callable[[], worker_pb2.StatsResponse],
         snapshot: Callable[[], tuple[int, list[bytes]]],
         registry: CollectorRegistry,
+        drain: Callable[[float], AsyncIterator[int]],
     ) -> None:
         self._info, self._stats, self._snapshot, self._registry = info, stats, snapshot, registry
+        self._drain = drain
 
     async def Info(self, request: worker_pb2.InfoRequest, context: grpc.aio.ServicerContext) -> worker_pb2.InfoResponse:
         return self._info
@@ -49,6 +51,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         for start in range(0, max(len(hashes), 1), _HASHES_PER_MESSAGE):
             part = hashes[start : start + _HASHES_PER_MESSAGE]
             yield worker_pb2.SnapshotResponse(hashes=part, sequence=sequence)
+
+    async def Drain(
+        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.DrainResponse]:
+        told = -1
+        async for num_running in self._drain(max(request.timeout_s, 0.0)):
+            if num_running != told:
+                yield worker_pb2.DrainResponse(num_running=num_running)
+                told = num_running
 
     async def Metrics(
         self, request: worker_pb2.WorkerServiceMetricsRequest, context: grpc.aio.ServicerContext

@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import structlog
@@ -49,8 +49,8 @@ from pagewire_worker.servicer import WorkerServicer
 
 log = structlog.get_logger(__name__)
 
-DRAIN_S = 10.0  # how long running calls may go on after SIGTERM
-CLOSE_S = 2.0  # how long connections may take to close after that
+CLOSE_S = 2.0  # how long what is handed over, and then the connections, may take to close
+_DRAIN_POLL_S = 0.02
 
 ROLES = {
     "prefill": common_pb2.WORKER_ROLE_PREFILL,
@@ -117,7 +117,7 @@ class Worker:
                  startup=self._timeline.phases)  # fmt: skip
         await stopping.wait()
         log.info("draining")
-        exit_within(DRAIN_S + 2 * CLOSE_S)
+        exit_within(self._args.graceful_termination_timeout + 3 * CLOSE_S)
         await self._stop(server, background, info)
         self._engine.stop()
         await asyncio.to_thread(thread.join, 5)
@@ -133,8 +133,8 @@ class Worker:
     async def _stop(
         self, server: rpc.RpcServer, background: list[asyncio.Task[None]], info: worker_pb2.InfoResponse
     ) -> None:
-        """Refuses new requests, lets running ones end, then closes what never ends by itself."""
-        self._draining = True
+        """Drains, then closes what never ends by itself."""
+        self._stop_admitting()
         await server.set_serving(False)
         for task in background:
             task.cancel()
@@ -142,11 +142,11 @@ class Worker:
         if self._args.redis_url:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(Registration(self._args.redis_url, _fields(info)).deregister(), 2)
-        for servicer in self._roles:
-            servicer.draining = True
-        deadline = asyncio.get_running_loop().time() + DRAIN_S
-        while any(s.num_calls for s in self._roles) and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
+        grace_s = self._args.graceful_termination_timeout
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s + CLOSE_S):
+                async for _ in self._drain(grace_s):
+                    pass
         # A lane thread may sit for seconds in an operation with a peer that died: the exit of the process ends it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
@@ -155,6 +155,25 @@ class Worker:
                 await server.stop(0)
                 if self._receiver:
                     await self._receiver.close()
+
+    def _stop_admitting(self) -> None:
+        self._draining = True
+        for servicer in self._roles:
+            servicer.draining = True
+
+    async def _drain(self, timeout_s: float) -> AsyncIterator[int]:
+        """How many calls still run, until none does; after `timeout_s` they are handed over."""
+        self._stop_admitting()
+        clock = asyncio.get_running_loop().time
+        hand_over_at = clock() + timeout_s
+        while num_calls := sum(servicer.num_calls for servicer in self._roles):
+            yield num_calls
+            if clock() >= hand_over_at:
+                hand_over_at = float("inf")
+                for servicer in self._roles:
+                    servicer.hand_over()
+            await asyncio.sleep(_DRAIN_POLL_S)
+        yield 0
 
     def _add_services(self, server: rpc.RpcServer, info: worker_pb2.InfoResponse) -> None:
         registry, role = self._registry, self._args.role
@@ -195,7 +214,7 @@ class Worker:
             )
         server.add(
             worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-            WorkerServicer(info, self._stats, self._snapshot, registry),
+            WorkerServicer(info, self._stats, self._snapshot, registry, self._drain),
             worker_pb2.DESCRIPTOR.services_by_name["WorkerService"],
         )
 
