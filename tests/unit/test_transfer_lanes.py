@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import random
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from kv_endpoints import identity
 from pagewire_core.errors import StartupError, Unavailable
 from pagewire_transfer.lanes import GrpcLane, Lane, available_lanes, open_lane
 from pagewire_transfer.relay_store import RelayStore
+from pagewire_transfer.shm_lane import _SIZE
+from pagewire_transfer.wire import MAX_CHUNK_BYTES
 
 
 def test_auto_is_what_works_here_best_first() -> None:
-    assert available_lanes("auto", "cpu") == ["gloo", "grpc"]
+    assert available_lanes("auto", "cpu") == ["shm", "gloo", "grpc"]
 
 
 def test_named_lanes_keep_their_order() -> None:
     assert available_lanes("grpc, gloo,grpc", torch.device("cpu")) == ["grpc", "gloo"]
 
 
-@pytest.mark.parametrize("flag", ["", "tcp", "gloo,shm", "gloo,"])
+@pytest.mark.parametrize("flag", ["", "tcp", "gloo,rdma", "gloo,"])
 def test_an_unknown_lane_is_refused_with_the_choices(flag: str) -> None:
-    with pytest.raises(StartupError, match=r"is not a lane; choose auto or some of nccl, gloo, grpc"):
+    with pytest.raises(StartupError, match=r"is not a lane; choose auto or some of nccl, shm, gloo, grpc"):
         available_lanes(flag, "cpu")
 
 
@@ -50,7 +57,7 @@ def opened(name: str) -> tuple[Lane, Lane]:
         return ends[0].result(), ends[1].result()
 
 
-@pytest.mark.parametrize("name", ["gloo", "grpc"])
+@pytest.mark.parametrize("name", ["shm", "gloo", "grpc"])
 def test_bytes_cross_in_order(name: str) -> None:
     sender, receiver = opened(name)
     wires = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in (1, 4096, 1_000_003)]
@@ -63,32 +70,98 @@ def test_bytes_cross_in_order(name: str) -> None:
     receiver.close()
 
 
-def test_an_interrupt_ends_a_send_that_nobody_receives() -> None:
+def send_until_stuck(sender: Lane) -> None:
+    for _ in range(100):
+        sender.send(torch.zeros(1 << 20, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["shm", "gloo"])
+def test_an_interrupt_ends_a_send_that_nobody_receives(name: str) -> None:
     """Gloo completes no send without a receive and has no cancel: closing a pair must not take its timeout."""
-    sender, receiver = opened("gloo")
+    sender, receiver = opened(name)
     with ThreadPoolExecutor(1) as thread:
-        sending = thread.submit(sender.send, torch.zeros(1 << 20, dtype=torch.uint8))
+        sending = thread.submit(send_until_stuck, sender)
         time.sleep(0.05)
         started = time.monotonic()
         sender.interrupt()
-        with pytest.raises(Unavailable, match="gloo lane failed"):
+        with pytest.raises(Unavailable, match=f"{name} lane failed"):
             sending.result()
         assert time.monotonic() - started < 1
     sender.close()
     receiver.close()
 
 
-def test_a_peer_that_never_comes_is_unavailable() -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["shm", "gloo"])
+def test_a_peer_that_never_comes_is_unavailable(name: str, rank: int) -> None:
     store = RelayStore(lambda key, value: None, 0.1)
-    with pytest.raises(Unavailable, match="gloo lane failed"):
-        open_lane("gloo", store, 0, "127.0.0.1", 1, 0.1)
+    with pytest.raises(Unavailable, match=f"{name} lane failed"):
+        open_lane(name, store, rank, "127.0.0.1", 1, 0.1)
 
 
-def test_a_closed_store_releases_who_waits_for_the_peer() -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["shm", "gloo"])
+def test_a_closed_store_releases_who_waits_for_the_peer(name: str, rank: int) -> None:
     store = RelayStore(lambda key, value: None, 30)
     threading.Timer(0.05, store.close).start()
-    with pytest.raises(Unavailable, match="gloo lane failed"):
-        open_lane("gloo", store, 0, "127.0.0.1", 1, 30)
+    with pytest.raises(Unavailable, match=f"{name} lane failed"):
+        open_lane(name, store, rank, "127.0.0.1", 1, 30)
+
+
+def test_shared_memory_is_a_ring_that_never_overtakes_its_reader() -> None:
+    """The reader sleeps now and then; every chunk is there once, whole, in order."""
+    sender, receiver = opened("shm")
+    rng = random.Random(0)
+    sizes = [rng.choice((1, 77, 65_536, MAX_CHUNK_BYTES)) for _ in range(60)]
+
+    def send_all() -> None:
+        for i, size in enumerate(sizes):
+            sender.send(torch.full((size,), i, dtype=torch.uint8))
+
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(send_all)
+        for i, size in enumerate(sizes):
+            if rng.random() < 0.3:
+                time.sleep(0.002)
+            wire = receiver.recv(size, b"")
+            assert wire.numel() == size and bool((wire == i).all())
+        sending.result()
+    sender.close()
+    receiver.close()
+
+
+def test_shared_memory_leaves_no_file_and_no_mapping_behind() -> None:
+    def traces() -> tuple[int, int]:
+        mapped = Path("/proc/self/maps").read_text().count("pagewire-kv")
+        return mapped, len(os.listdir("/proc/self/fd"))
+
+    before, names = traces(), os.listdir("/dev/shm")
+    sender, receiver = opened("shm")
+    assert traces() == (before[0] + 2, before[1] + 2)  # each mapping keeps a descriptor
+    assert os.listdir("/dev/shm") == names
+    for lane in (sender, receiver):
+        lane.close()
+        with pytest.raises(Unavailable, match="closed"):
+            lane.recv(1, b"")
+    assert traces() == before
+
+
+def test_memory_that_a_peer_could_shrink_is_not_mapped() -> None:
+    """Reading beyond the end of a file kills the process."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(_SIZE)
+        store = RelayStore(lambda key, value: None, 1.0)
+        store.receive("epoch-1/file", f"{os.getpid()} {file.fileno()}".encode())
+        with pytest.raises(Unavailable, match="shm lane failed"):
+            open_lane("shm", store, 0, "127.0.0.1", 1, 1.0)
+
+
+def test_workers_on_two_hosts_do_not_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = ["shm", "gloo"]
+    hello = identity("prefill").hello("i", lanes)
+    assert identity("decode").choose_lane(hello, lanes) == "shm"
+    monkeypatch.setattr("pagewire_transfer.lanes.host_id", lambda: "another")
+    assert identity("decode").choose_lane(hello, lanes) == "gloo"
 
 
 def test_a_grpc_chunk_must_have_its_length() -> None:

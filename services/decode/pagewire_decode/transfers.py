@@ -112,6 +112,10 @@ class Transfers:
             transfer.ready.exception()  # nobody may be waiting
         return True
 
+    def end_all(self, error: PagewireError) -> None:
+        for transfer_id in list(self._transfers):
+            self.end(transfer_id, error)
+
     def _check_not_stopped(self, transfer_id: bytes) -> None:
         if self._tombstones.get(transfer_id, 0) > time.monotonic():
             raise Cancelled("this transfer was stopped")

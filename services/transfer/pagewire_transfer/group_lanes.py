@@ -25,7 +25,7 @@ DECODE_RANK = 1
 
 # An announced chunk is sent at once, so its receive has no reason to take longer. A send may wait for
 # the peer's pages as long as any transfer may stand still.
-_RECV_TIMEOUT_S = 5.0
+RECV_TIMEOUT_S = 5.0
 # Both sides are there when the group is built; a peer killed just then is retried until this ends.
 _BUILD_TIMEOUT_S = 5.0
 _DATA_TAG = 0
@@ -41,7 +41,7 @@ class _GroupLane:
     def __init__(self, store: RelayStore, rank: int, host: str, epoch: int, timeout_s: float) -> None:
         self._peer = 1 - rank
         self._send_timeout = timedelta(seconds=timeout_s)
-        self._recv_timeout = timedelta(seconds=min(timeout_s, _RECV_TIMEOUT_S))
+        self._recv_timeout = timedelta(seconds=min(timeout_s, RECV_TIMEOUT_S))
         self._busy = False
         # A prefix that names the epoch: nobody may connect to the address of an earlier life.
         prefix = dist.PrefixStore(f"epoch-{epoch}", store)

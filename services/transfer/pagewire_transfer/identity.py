@@ -8,6 +8,8 @@ from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire_core.errors import Incompatible
 from pagewire_core.rpc import PROTOCOL
 
+from pagewire_transfer.lanes import offered
+
 
 @dataclass(frozen=True)
 class WorkerIdentity:
@@ -32,7 +34,7 @@ class WorkerIdentity:
             expect_instance=expect_instance,
             fingerprint=self.fingerprint,
             layout=self.layout,
-            lanes=lanes,
+            lanes=map(offered, lanes),
         )
 
     def check(self, hello: kv.Hello) -> None:
@@ -52,9 +54,10 @@ class WorkerIdentity:
 
     def choose_lane(self, hello: kv.Hello, lanes: list[str]) -> str:
         """The first of the peer's lanes that we have; raises Incompatible when there is none."""
+        ours = {offered(lane): lane for lane in lanes}
         for name in hello.lanes:
-            if name in lanes:
-                return name
+            if name in ours:
+                return ours[name]
         raise Incompatible(
             f"prefill worker {hello.worker_id!r} has the lanes {','.join(hello.lanes) or 'none'}, "
             f"but decode worker {self.worker_id!r} has {','.join(lanes)}"

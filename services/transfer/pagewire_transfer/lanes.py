@@ -14,8 +14,9 @@ from pagewire_core.errors import StartupError, Unavailable
 
 from pagewire_transfer.group_lanes import GlooLane, NcclLane
 from pagewire_transfer.relay_store import RelayStore
+from pagewire_transfer.shm_lane import ShmLane, host_id
 
-LANES = ("nccl", "gloo", "grpc")  # best first
+LANES = ("nccl", "shm", "gloo", "grpc")  # best first
 
 
 class Lane(Protocol):
@@ -72,6 +73,7 @@ def available_lanes(flag: str, device: torch.device | str) -> list[str]:
     """
     works = {
         "nccl": torch.device(device).type == "cuda" and torch.cuda.is_available() and dist.is_nccl_available(),
+        "shm": bool(host_id()),
         "gloo": dist.is_gloo_available(),
         "grpc": True,
     }
@@ -90,5 +92,10 @@ def open_lane(name: str, store: RelayStore, rank: int, host: str, epoch: int, ti
     """Opens this side's end; blocks until the peer has opened its own. Raises Unavailable."""
     if name == "grpc":
         return GrpcLane()
-    lane = {"gloo": GlooLane, "nccl": NcclLane}[name]
-    return lane(store, rank, host, epoch, timeout_s)
+    lanes: dict[str, type[GlooLane | NcclLane | ShmLane]] = {"gloo": GlooLane, "nccl": NcclLane, "shm": ShmLane}
+    return lanes[name](store, rank, host, epoch, timeout_s)
+
+
+def offered(lane: str) -> str:
+    """How a worker names one of its lanes to others: equal where the two can use it."""
+    return f"shm:{host_id()}" if lane == "shm" else lane
