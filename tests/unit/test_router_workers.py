@@ -19,7 +19,7 @@ from pagewire.v1 import inference_pb2
 from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.block_hash import block_hashes, chain_root
 from pagewire_core.registry import Registration
-from pagewire_core.rpc import open_channel
+from pagewire_core.rpc import PROTOCOL, open_channel
 from pagewire_core.tokenizer import Tokenizer
 from prometheus_client.parser import text_string_to_metric_families
 from router_scene import EOS, ROLES, Scene, scene, until
@@ -83,7 +83,7 @@ async def test_a_worker_that_comes_back_on_its_address_is_a_new_one(byte_tokeniz
             assert "decode" in again.seen
 
 
-@pytest.mark.parametrize(("field", "value"), [("digest", b"x" * 32), ("protocol", 99)])
+@pytest.mark.parametrize(("field", "value"), [("digest", b"x" * 32), ("protocol", PROTOCOL + 2)])
 async def test_a_worker_with_other_weights_or_another_protocol_never_joins(
     byte_tokenizer: Tokenizer, redis_server: RedisServer, field: str, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +94,18 @@ async def test_a_worker_with_other_weights_or_another_protocol_never_joins(
             await asyncio.sleep(1.0)
             assert live(s) == ["p1"]
         assert capsys.readouterr().out.count("worker refused") == 1
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL - 1, PROTOCOL + 1])
+async def test_a_worker_of_the_version_before_or_after_joins(
+    byte_tokenizer: Tokenizer, redis_server: RedisServer, protocol: int
+) -> None:
+    async with scene(byte_tokenizer, "p1", redis_url=redis_server.url) as s, one_more(s, "d1") as d1:
+        d1.protocol = protocol
+        await d1.start()
+        async with registered(redis_server, d1):
+            await until(lambda: live(s) == ["d1", "p1"])
+            assert (await s.ask()).text == {0: "hello world"}
 
 
 async def test_two_processes_with_one_worker_id_are_one_worker(

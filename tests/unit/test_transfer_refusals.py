@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from kv_endpoints import LAYOUT, ends, identity, lane_threads, new_id, random_kv, until
+from kv_endpoints import FIRST, LAYOUT, ends, identity, lane_threads, new_id, random_kv, until
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire_core.errors import DeadlineExceeded, Incompatible, Unavailable
+from pagewire_core.rpc import PROTOCOL
 from pagewire_transfer.identity import WorkerIdentity
 
 
@@ -31,13 +32,30 @@ async def test_another_model_layout_or_life_is_refused_in_one_sentence(
         await until(lambda: both.metric("pairs") == 0)
 
 
-async def test_another_protocol_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("protocol", [PROTOCOL - 2, PROTOCOL + 2, 99])
+async def test_a_distant_protocol_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch, protocol: int) -> None:
     hello = identity("prefill").hello("decode-life-1", ["grpc"])
-    hello.protocol = 99
+    hello.protocol = protocol
+    monkeypatch.setattr("pagewire_transfer.identity.WorkerIdentity.hello", lambda *_: hello)
+    sentence = f"asks for protocol {protocol}, but decode worker 'decode' has protocol {PROTOCOL}"
+    async with ends("grpc") as both:
+        with pytest.raises(Incompatible, match=sentence):
+            await both.open(random_kv(LAYOUT, 4))
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL - 1, PROTOCOL + 1])
+async def test_a_peer_of_the_version_before_or_after_gets_its_kv_across(
+    monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    """Also if it offers lanes that nobody here has heard of."""
+    hello = identity("prefill").hello("decode-life-1", ["a lane of the future", "grpc"])
+    hello.protocol = protocol
     monkeypatch.setattr("pagewire_transfer.identity.WorkerIdentity.hello", lambda *_: hello)
     async with ends("grpc") as both:
-        with pytest.raises(Incompatible, match="asks for protocol 99, but decode worker 'decode' has protocol 1"):
-            await both.open(random_kv(LAYOUT, 4))
+        outgoing = await both.open(random_kv(LAYOUT, 4))
+        outgoing.extend(4)
+        assert (await outgoing.seal(FIRST)).bytes > 0
+        await both.assert_empty()
 
 
 async def test_no_lane_in_common_is_refused_in_one_sentence() -> None:

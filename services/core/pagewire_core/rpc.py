@@ -20,7 +20,12 @@ from pagewire_core.errors import ERROR_METADATA_KEY, STATUS, Internal, PagewireE
 
 log = structlog.get_logger(__name__)
 
-PROTOCOL = 1  # version of the rules between services; peers with another one are refused
+# Version of the rules between services, increased with every change that a peer could trip over. Neighbours work
+# together, so that one service after the other can be upgraded: the older one leaves out what it does not know, and
+# the newer one sees that and does without.
+#   1  the first
+#   2  a request can be resumed (DecodeRequest.prior, DecodeStarted.resumed); the shm lane; Drain
+PROTOCOL = 2
 REQUEST_ID_KEY = "x-request-id"
 MAX_MESSAGE_BYTES = 16 << 20
 
@@ -186,6 +191,11 @@ def _wrap_stream(behaviour: Callable[..., AsyncGenerator[Any, None]], method: st
                     yield response
 
     return call
+
+
+def speaks(protocol: int) -> bool:
+    """Whether a peer of that version can be worked with."""
+    return abs(protocol - PROTOCOL) <= 1
 
 
 def request_metadata(request_id: str) -> Sequence[tuple[str, str]]:

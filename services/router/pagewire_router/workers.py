@@ -19,7 +19,7 @@ from pagewire.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2_grp
 from pagewire_core.errors import PagewireError, from_rpc
 from pagewire_core.feed import FeedReader
 from pagewire_core.prefix_index import Snapshot
-from pagewire_core.rpc import PROTOCOL, open_channel
+from pagewire_core.rpc import PROTOCOL, open_channel, speaks
 
 from pagewire_router.cost import Load
 
@@ -252,8 +252,8 @@ class WorkerTable:
         return self._live.get(worker.worker_id) is worker
 
     def _unfit(self, info: worker_pb2.InfoResponse) -> str:
-        if info.protocol != PROTOCOL:
-            return f"speaks protocol {info.protocol}, this router {PROTOCOL}: run the same version on both"
+        if not speaks(info.protocol):
+            return f"speaks protocol {info.protocol}, this router {PROTOCOL}: run versions that follow each other"
         if info.model_digest != self._model_digest:
             return "serves other weights than this router: start both with the same --model"
         return ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire_core.errors import Incompatible
-from pagewire_core.rpc import PROTOCOL
+from pagewire_core.rpc import PROTOCOL, speaks
 
 from pagewire_transfer.lanes import offered
 
@@ -40,11 +40,12 @@ class WorkerIdentity:
     def check(self, hello: kv.Hello) -> None:
         """Raises Incompatible with the first field in which the peer differs, and both values."""
         fields: list[tuple[str, object, object]] = [
-            ("protocol", hello.protocol, PROTOCOL),
             ("instance", hello.expect_instance, self.instance),
             ("fingerprint", hello.fingerprint.hex(), self.fingerprint.hex()),
             ("KV layout", describe(hello.layout), describe(self.layout)),
         ]
+        if not speaks(hello.protocol):
+            fields.insert(0, ("protocol", hello.protocol, PROTOCOL))
         for name, theirs, ours in fields:
             if theirs != ours:
                 raise Incompatible(
