@@ -23,9 +23,11 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [rng.randrange(5, VOCAB) for _ in range(length)]
 
 
-async def stream(cluster: Cluster, i: int, arrived: Callable[[], object] = lambda: None) -> dict[int, list[object]]:
+async def stream(
+    cluster: Cluster, i: int, arrived: Callable[[], object] = lambda: None, max_tokens: int = 150
+) -> dict[int, list[object]]:
     """All that the client is told of each choice: texts joined, token ids, log probabilities, how it ended."""
-    body = {"prompt": prompt_of(40 + 7 * i, i), "max_tokens": 150, "ignore_eos": True, "return_token_ids": True,
+    body = {"prompt": prompt_of(40 + 7 * i, i), "max_tokens": max_tokens, "ignore_eos": True, "return_token_ids": True,
             "stream": True, **STYLES[i % len(STYLES)]}  # fmt: skip
     told: dict[int, list[object]] = {}
     lines: list[str] = []

@@ -34,6 +34,16 @@ def kill(worker: FakeWorker) -> Any:
     return die()
 
 
+def kill_a_little_later(worker: FakeWorker) -> Any:
+    """When what it has made has left it."""
+
+    async def die() -> None:
+        await asyncio.sleep(0.1)
+        await kill(worker)
+
+    return die()
+
+
 def never(worker: FakeWorker) -> Any:
     return asyncio.sleep(60)
 
@@ -234,7 +244,7 @@ async def test_a_decode_worker_lost_in_mid_stream_is_replaced_and_the_client_see
     """A worker of an older version does not know how to go on: what it gives again is compared, and not sent."""
     monkeypatch.setattr(FakeWorker, "resumes", resumes)
     async with scene(byte_tokenizer, "p1 d1 d2") as s:
-        die = at(3, kill)
+        die = at(3, kill_a_little_later)
         for name in ("d1", "d2"):
             s.workers[name].script.hooks["decode"] = die
         answer = await s.ask(n=n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
@@ -132,6 +133,7 @@ def test_shared_memory_is_a_ring_that_never_overtakes_its_reader() -> None:
 
 def test_shared_memory_leaves_no_file_and_no_mapping_behind() -> None:
     def traces() -> tuple[int, int]:
+        gc.collect()  # of the tests before
         mapped = Path("/proc/self/maps").read_text().count("pagewire-kv")
         return mapped, len(os.listdir("/proc/self/fd"))
 
