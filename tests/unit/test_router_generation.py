@@ -34,14 +34,16 @@ def kill(worker: FakeWorker) -> Any:
     return die()
 
 
-def kill_a_little_later(worker: FakeWorker) -> Any:
-    """When what it has made has left it."""
+def later(what: Callable[[FakeWorker], Any]) -> Callable[[FakeWorker], Any]:
+    """The hook, when what the worker has made has left it."""
 
-    async def die() -> None:
+    async def wait(worker: FakeWorker) -> None:
         await asyncio.sleep(0.1)
-        await kill(worker)
+        result = what(worker)
+        if result is not None:
+            await result
 
-    return die()
+    return wait
 
 
 def never(worker: FakeWorker) -> Any:
@@ -244,7 +246,7 @@ async def test_a_decode_worker_lost_in_mid_stream_is_replaced_and_the_client_see
     """A worker of an older version does not know how to go on: what it gives again is compared, and not sent."""
     monkeypatch.setattr(FakeWorker, "resumes", resumes)
     async with scene(byte_tokenizer, "p1 d1 d2") as s:
-        die = at(3, kill_a_little_later)
+        die = at(3, later(kill))
         for name in ("d1", "d2"):
             s.workers[name].script.hooks["decode"] = die
         answer = await s.ask(n=n)
@@ -261,7 +263,7 @@ async def test_a_decode_worker_lost_in_mid_stream_is_replaced_and_the_client_see
 async def test_a_request_is_given_up_only_when_attempts_in_a_row_gave_nothing(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         decoded = itertools.count(1)
-        s.workers["d1"].script.hooks["decode"] = lambda worker: fail(worker) if next(decoded) % 3 == 0 else None
+        s.workers["d1"].script.hooks["decode"] = lambda worker: later(fail)(worker) if next(decoded) % 3 == 0 else None
         answer = await s.ask()
         assert answer.text == {0: "hello world"}
         assert answer.summary is not None
