@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import Run, assert_empty, make_engine, run_all
 from pagewire_core.errors import ContextLength, Internal, StartupError
 from pagewire_engine.events import Failed, Finished, FirstTokens, Progress, Started, Token
@@ -136,6 +137,27 @@ def test_a_prefill_only_request_holds_its_blocks_until_released(llama: Path) -> 
     assert isinstance(first, FirstTokens)
     assert [s.token for s in first.tokens] == [both.tokens(0)[0], both.tokens(1)[0]]
     engine.release(run.request)
+    assert_empty(engine)
+
+
+def test_a_prompt_that_is_being_sent_keeps_its_blocks_until_released(llama: Path) -> None:
+    """Its last block equals one in the cache. A transfer that reads the block's first half must find it to the end."""
+    engine = make_engine(llama, max_num_batched_tokens=8)
+    layers = (0, len(engine.runner.cache.kv))
+    [prompt] = prompts(96)
+    first, again = (Run(prompt, prefill_only=True) for _ in range(2))
+    engine.submit(first.request)
+    while engine.step():
+        pass
+    expected = engine.runner.cache.gather(engine.block_table(first.request), layers, (0, 96))
+    engine.release(first.request)
+    engine.submit(again.request)
+    tables = []
+    while engine.step():
+        tables.append(engine.block_table(again.request))
+    assert len(tables) == 2 and tables[0] == tables[1]
+    assert torch.equal(engine.runner.cache.gather(tables[0], layers, (0, 96)), expected)
+    engine.release(again.request)
     assert_empty(engine)
 
 

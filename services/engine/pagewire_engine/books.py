@@ -160,12 +160,17 @@ class Books:
         return bool((self.rows.last_steps[seq.row] if seq.row >= 0 else seq.last_step) > self.landed)
 
     def register(self, seq: Sequence) -> None:
-        """Makes the sequence's newly full blocks findable."""
+        """Makes the sequence's newly full blocks findable; one that another block equals gives way to it.
+
+        Not so a prefill-only request's: its KV is read by a transfer, beside the steps, from the first tokens on.
+        """
         if not self.config.enable_prefix_caching:
             return
         keys = seq.keys.extend(seq.tokens, seq.num_computed)
         for index in range(seq.num_registered, len(keys)):
             block = seq.block_table[index]
+            if seq.request.prefill_only and self.blocks.lookup([keys[index]]):
+                continue
             known = self._register_block(block, keys[index])
             if known != block:
                 seq.block_table[index] = known
