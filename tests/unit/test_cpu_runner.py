@@ -222,8 +222,9 @@ def test_logits_that_are_no_numbers_fail_the_step_and_name_no_token(llama: Path)
     runner = make_runner(llama, dtype="float32")
     runner.cache.kv[:] = torch.nan
     for temperature in (0.0, 1.0):
-        with pytest.raises(Internal, match="not numbers"):
-            step(runner, texts_of(1), [(0, 20, 21)], [SamplingParams(temperature=temperature)])
+        for logprobs in (None, 0, 2):
+            with pytest.raises(Internal, match="not numbers"):
+                step(runner, texts_of(1), [(0, 20, 21)], [SamplingParams(temperature=temperature, logprobs=logprobs)])
 
 
 @pytest.mark.parametrize("variant", runnable()[1:])

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pagewire_core.errors import Internal
 
 from pagewire_engine.sampling_params import SamplingParams
+
+NOT_NUMBERS = "the model's logits are not numbers"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ def sample(
     """One token per row. logits: float32 [rows, vocabulary]; overwritten. allowed: see Batch.
 
     num_tokens: how many tokens precede each row's, if `SampleRow.tokens` lacks one that is not known yet.
+    Raises Internal for logits that are NaN: no token follows from them.
     """
+    if torch.isnan(logits).any():
+        raise Internal(NOT_NUMBERS)
     num_tokens = [len(row.tokens) for row in rows] if num_tokens is None else num_tokens
     raw = torch.log_softmax(logits, -1) if any(r.params.logprobs is not None for r in rows) else None
     for i, row in enumerate(rows):

@@ -15,7 +15,7 @@ from pagewire_engine.batch import Batch
 from pagewire_engine.cpu.kv_cache import PackedKVCache
 from pagewire_engine.cpu.model import CpuModel
 from pagewire_engine.model_runner import Done, Launched
-from pagewire_engine.sampler import Sampled, sample, uniform
+from pagewire_engine.sampler import NOT_NUMBERS, Sampled, sample, uniform
 
 SMALL_STEP = 4 << 20  # weights; steps that go through fewer run on one thread
 _CHOICE = np.dtype(
@@ -62,7 +62,7 @@ class CpuRunner:
         """The step's own tokens, and those of the rows whose logits it gave back."""
         wanted = np.flatnonzero(raw)
         if np.any(tokens[raw == 0] < 0):
-            raise Internal("the model's logits are not numbers")
+            raise Internal(NOT_NUMBERS)
         sampled = [Sampled(token) for token in tokens.tolist()]
         if len(wanted):
             logits = torch.from_numpy(self._logits[wanted, : self.config.vocab_size])
