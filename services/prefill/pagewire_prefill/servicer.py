@@ -32,8 +32,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def __init__(self, engine: Engine, source: PromptSource, sender: KvSender, stages: StageMetrics) -> None:
         self._engine, self._source, self._sender, self._stages = engine, source, sender, stages
         self._cleanups: set[asyncio.Task[None]] = set()
-        self._running: set[asyncio.Queue[Event]] = set()
-        self._num_calls = 0
+        self._running: set[asyncio.Queue[Event]] = set()  # the events of each call
         self.draining = False  # new calls are refused, running ones go on
 
     async def Prefill(
@@ -56,7 +55,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine.submit(work)
         self._running.add(events)
         self._source.add(request.transfer_id, work)
-        self._num_calls += 1
         opening: asyncio.Task[Outgoing] | None = None
         try:
             started = await _until_started(events)
@@ -73,7 +71,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             yield self._kv_sent(request, stats, work.arrived, started_at, first_at)
         finally:
             self._running.discard(events)
-            self._num_calls -= 1
             cleanup = asyncio.create_task(self._clean_up(request.transfer_id, work, opening))
             self._cleanups.add(cleanup)
             cleanup.add_done_callback(self._cleanups.discard)
@@ -148,7 +145,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     @property
     def num_calls(self) -> int:
         """Prompts in work, those that are being given back included."""
-        return self._num_calls + len(self._cleanups)
+        return len(self._running) + len(self._cleanups)
 
 
 async def _until_started(events: asyncio.Queue[Event]) -> Started:
