@@ -20,6 +20,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from pagewire_core import faults
 from pagewire_core.redis_link import RedisLink
 
 STORED, REMOVED, CLEARED, MARK = b"s", b"r", b"c", b"m"
@@ -162,4 +163,6 @@ class BlockEventPublisher:
 
     async def _add(self, redis: Redis, first: int, packed: bytes) -> None:
         fields: dict[Any, Any] = {"w": self._worker_id, "i": self._instance, "s": first, "e": packed}
+        if faults.point("redis-write") == "drop":
+            return
         await redis.xadd(self._stream, fields, maxlen=_MAX_STREAM, approximate=True)

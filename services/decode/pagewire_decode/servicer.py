@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 from pagewire.v1 import decode_pb2, decode_pb2_grpc
+from pagewire_core import faults
 from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
 from pagewire_core.feed import Feeds
 from pagewire_engine.engine import Engine
@@ -54,6 +55,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._check_not_draining()
         if len(request.transfer_id) != 16:
             raise InvalidRequest("transfer_id must be 16 bytes")
+        faults.point("reserve")
         transfer = self._transfers.reserve(
             request.transfer_id, list(request.prompt_ids), request.cache_root, max(request.n, 1)
         )
@@ -89,6 +91,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 async for response in call.responses(self._stages):
                     yield response
             finally:
+                faults.point("release")
                 del self._calls[request.transfer_id]
                 self._engine.cancel(call.work)
 

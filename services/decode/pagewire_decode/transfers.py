@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import structlog
 import torch
 from pagewire.v1 import common_pb2
+from pagewire_core import faults
 from pagewire_core.errors import Cancelled, InvalidRequest, PagewireError, Unavailable
 from pagewire_engine.engine import Engine
 from pagewire_transfer.receiver import ReceiveStats
@@ -139,6 +140,7 @@ class Transfers:
                 f"tokens [{token_begin}, {token_end}) were offered, "
                 f"[{transfer.local_tokens}, {len(transfer.prompt)}) are missing"
             )
+        faults.point("bind")
         transfer.block_table = self._engine.external.bind(transfer_id, len(transfer.prompt))
         self._engine.external.unreserve(transfer.credits)
         transfer.credits = 0

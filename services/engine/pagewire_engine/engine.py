@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
+from pagewire_core import faults
 from pagewire_core.block_hash import PageKeys
 from pagewire_core.errors import ContextLength, PagewireError
 
@@ -255,6 +256,7 @@ class Engine:
     def _land(self, flight: Flight) -> None:
         """Waits for a step's tokens and publishes them."""
         sampled = flight.tokens()
+        faults.point("step")
         now = time.perf_counter()
         milliseconds = (now - max(flight.started, self._landed_at)) * 1e3
         self._landed_at = now

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import grpc
 import structlog
 from pagewire.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
+from pagewire_core import faults
 from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Event, Failed, FirstTokens, Progress, Started
@@ -42,6 +43,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise Unavailable(_DRAINING)
         if len(request.transfer_id) != 16 or not request.decode_address:
             raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
+        faults.point("queue")
         events: asyncio.Queue[Event] = asyncio.Queue()
         work = Request(
             request.request_id,
@@ -64,6 +66,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             opening = asyncio.create_task(self._open(request))
             first = await self._until_first_tokens(events, opening, started.cached_tokens)
             first_at = time.monotonic()
+            faults.point("first-token")
             tokens = [to_proto(sampled) for sampled in first.tokens]
             yield prefill_pb2.PrefillResponse(first_tokens=prefill_pb2.FirstTokens(tokens=tokens))
             outgoing = await opening
@@ -134,6 +137,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             if isinstance(outgoing, Outgoing):
                 outgoing.abort(Cancelled("the prefill call ended"))  # no effect on a sealed transfer
                 await outgoing.closed()
+        faults.point("release")
         self._source.discard(transfer_id)
         self._engine.cancel(work)
 

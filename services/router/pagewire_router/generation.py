@@ -17,6 +17,7 @@ from functools import partial
 
 import structlog
 from pagewire.v1 import common_pb2, decode_pb2, inference_pb2, prefill_pb2
+from pagewire_core import faults
 from pagewire_core.errors import (
     ContextLength,
     DeadlineExceeded,
@@ -260,6 +261,7 @@ class Generation:
     def _send_counted(self, delta: inference_pb2.Delta | None) -> None:
         if delta is None:
             return
+        faults.point("relay")
         if delta.tokens:
             self._account.note_tokens(delta.choice, len(delta.tokens), self._services.metrics)
         self._send(delta)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import structlog
 import uvloop
 from pagewire.v1 import inference_pb2, inference_pb2_grpc
+from pagewire_core import faults
 from pagewire_core.errors import StartupError
 from pagewire_core.feed import Feeds
 from pagewire_core.flags import ROUTER_FLAGS, run_main
@@ -43,6 +45,7 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    faults.arm(os.environ.get(faults.VARIABLE))
     configure_logging("router", args.log_format, args.log_level)
     if not args.model:
         raise StartupError("no model: give --model a directory or a Hub id")

@@ -14,6 +14,7 @@ import structlog
 import torch
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceStub
+from pagewire_core import faults
 from pagewire_core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -239,7 +240,12 @@ class Pair:
                 return
             chunk.seq = seq
             outgoing.announced(seq, chunk.num_bytes, chunk.checksum)
+            fault = faults.point("chunk-sent")
+            if fault == "drop":
+                return
             self.post(kv.ConnectRequest(chunk=chunk))
+            if fault == "duplicate":
+                self.post(kv.ConnectRequest(chunk=chunk))
             self._settings.metrics.bytes.labels(direction="sent", lane=self.lane_name).inc(chunk.num_bytes)
             # From here on the bytes must follow, whatever becomes of the transfer.
             await self._outbox.join()
@@ -266,6 +272,7 @@ class Pair:
         return chunk, wire
 
     def _send_bytes(self, wire: torch.Tensor) -> None:
+        faults.point("bytes-sent")
         self._thread.lane.send(wire)
 
     def fail(self, error: PagewireError) -> None:

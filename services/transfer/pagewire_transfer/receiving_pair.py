@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 from google.protobuf.message import Message
 from pagewire.v1 import kv_channel_pb2 as kv
+from pagewire_core import faults
 from pagewire_core.errors import (
     Cancelled,
     Incompatible,
@@ -179,6 +180,8 @@ class ReceivingPair:
         settings.staging.take()
         try:
             wire = self._thread.lane.recv(chunk.num_bytes, chunk.data)
+            if faults.point("chunk-received") == "flip":
+                wire[wire.numel() // 2] ^= 1
             if part is None or not self._wanted(landing):
                 return True
             if checksum(wire) != chunk.checksum:
@@ -212,6 +215,7 @@ class ReceivingPair:
     def _sealed(self, sealed: kv.Sealed) -> None:
         if sealed.transfer_id not in self._open:
             return  # crossed our own Abort on its way
+        faults.point("sealed")
         incoming = self._open[sealed.transfer_id]
         try:
             if incoming is None:

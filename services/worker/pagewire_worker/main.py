@@ -8,6 +8,7 @@ import uuid
 
 import torch
 import uvloop
+from pagewire_core import faults
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import WORKER_FLAGS, run_main
 from pagewire_core.model_dir import resolve_model
@@ -28,6 +29,7 @@ def main() -> None:
 def _run(args: argparse.Namespace) -> None:
     timeline = Timeline()
     timeline.mark("imports")
+    faults.arm(os.environ.get(faults.VARIABLE))
     if not args.enable_chunked_prefill:
         raise StartupError("--no-enable-chunked-prefill: prompts are always computed in chunks; leave the flag out")
     configure_logging(f"worker-{args.role}", args.log_format, args.log_level)
