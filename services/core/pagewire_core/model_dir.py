@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,17 @@ class ModelDir:
             total.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
             total.update(_file_digest(file))
         return total.digest()
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Size of the safetensors files."""
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Numbers in the safetensors files, by their headers."""
+        shapes = (entry["shape"] for file in self.path.glob("*.safetensors") for entry in _tensors(file))
+        return sum(math.prod(shape) for shape in shapes)
 
     @cached_property
     def max_model_len(self) -> int:
@@ -146,6 +158,19 @@ def special_token(value: object) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
+
+
+def _tensors(path: Path) -> list[dict[str, Any]]:
+    """What the header of a safetensors file says of each tensor; nothing if it has no header."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > path.stat().st_size:
+            return []
+        try:
+            header = json.loads(file.read(header_bytes))
+        except ValueError:
+            return []
+    return [entry for name, entry in header.items() if name != "__metadata__"]
 
 
 def _file_digest(path: Path) -> bytes:

@@ -52,6 +52,12 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return [*self._prepend, *ids] if add_special_tokens else ids
 
+    def encode_with_offsets(self, text: str, add_special_tokens: bool) -> list[tuple[int, tuple[int, int]]]:
+        """As `encode`, each id with its place in `text`, in characters; tokens that are not of it are at (0, 0)."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        prepended = [(i, (0, 0)) for i in self._prepend] if add_special_tokens else []
+        return [*prepended, *zip(encoding.ids, encoding.offsets, strict=True)]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary give no text."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -102,6 +102,8 @@ class Choice:
 
     def _token_text(self, token: common_pb2.SampledToken) -> inference_pb2.TokenText:
         text = inference_pb2.TokenText(token_id=token.token_id, bytes=self._tokenizer.token_bytes(token.token_id))
+        if token.token_id in self._tokenizer.special_ids:
+            text.special = True
         if self._request.sampling.HasField("logprobs"):
             text.logprob = token.logprob
             text.top.extend(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from pagewire.v1 import inference_pb2
 from pagewire_core.chat_template import ChatTemplate, load_chat_template
-from pagewire_core.model_dir import locate, resolve_model
+from pagewire_core.model_dir import ModelDir, locate, resolve_model
 from pagewire_core.tokenizer import Tokenizer
 
 
@@ -20,7 +21,7 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
-    created: int = field(default_factory=lambda: int(time.time()))
+    description: inference_pb2.Model = field(default_factory=inference_pb2.Model)  # without name and readiness
 
 
 def load_served_model(
@@ -37,6 +38,7 @@ def load_served_model(
     text_dir = locate(tokenizer, None, download_dir) if tokenizer else model_dir.path
     codec = Tokenizer(text_dir)
     names = tuple(n.strip() for n in (served_names or "").split(",") if n.strip())
+    template = load_chat_template(text_dir, chat_template)
     return ServedModel(
         names=names or (model,),
         root=model,
@@ -45,5 +47,22 @@ def load_served_model(
         vocab_size=int(model_dir.config.get("vocab_size") or codec.vocab_size),
         eos_token_ids=model_dir.eos_token_ids,
         tokenizer=codec,
-        chat_template=load_chat_template(text_dir, chat_template),
+        chat_template=template,
+        description=_describe(model_dir, is_chat=template is not None),
+    )
+
+
+def _describe(model: ModelDir, is_chat: bool) -> inference_pb2.Model:
+    config = model.config
+    return inference_pb2.Model(
+        root=model.name,
+        created=int(time.time()),
+        is_chat=is_chat,
+        architecture=str(config.get("model_type", "")),
+        parameter_count=model.num_parameters,
+        weight_bytes=model.weight_bytes,
+        digest=model.digest(),
+        hidden_size=int(config.get("hidden_size") or 0),
+        vocab_size=int(config.get("vocab_size") or 0),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or ""),
     )

@@ -49,14 +49,15 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
 
     Raises ModelNotFound, InvalidRequest, and ContextLength if prompt and output cannot fit.
     """
-    if request.model and request.model not in model.names:
-        raise ModelNotFound(f"The model `{request.model}` does not exist.", param="model")
+    check_model(request.model, model)
     n = request.n or 1
     if n > MAX_CHOICES:
         raise InvalidRequest(f"n must be at most {MAX_CHOICES}, not {n}", param="n")
     if request.HasField("sampling"):
         check_sampling(request.sampling, model.vocab_size)
     prompt_ids, text = _prompt(request, model)
+    if request.truncate_prompt_tokens:
+        prompt_ids = prompt_ids[-request.truncate_prompt_tokens :]
     if not prompt_ids:
         raise InvalidRequest("the prompt is empty: it must have at least one token", param=_prompt_field(request))
     sampling = common_pb2.SamplingParams()
@@ -83,6 +84,12 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
     )
 
 
+def check_model(name: str, model: ServedModel) -> None:
+    """Raises ModelNotFound; an empty name is the only model's."""
+    if name and name not in model.names:
+        raise ModelNotFound(f"The model `{name}` does not exist.", param="model")
+
+
 def _prompt_field(request: inference_pb2.GenerateRequest) -> str:
     return "messages" if request.WhichOneof("prompt") == "chat" else "prompt"
 
@@ -96,7 +103,7 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel) -> tuple
             raise InvalidRequest(f"token ids must be below the vocabulary size, {model.vocab_size}", param="prompt")
         return ids, None
     if kind == "chat":
-        text, special = _render(request.chat, model), False
+        text, special = render(request.chat, model), False
     elif kind == "text":
         text, special = request.text, True
     else:
@@ -106,7 +113,8 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel) -> tuple
     return model.tokenizer.encode(text, special), text
 
 
-def _render(chat: inference_pb2.Chat, model: ServedModel) -> str:
+def render(chat: inference_pb2.Chat, model: ServedModel) -> str:
+    """The prompt that the model's template makes of a chat. Raises InvalidRequest."""
     if model.chat_template is None:
         raise InvalidRequest("this model has no chat template: use completions, or start with --chat-template")
     if not chat.messages:

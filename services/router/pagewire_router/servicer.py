@@ -20,6 +20,7 @@ from pagewire_router.discovery import Discovery
 from pagewire_router.generation import Generation, Services
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
+from pagewire_router.text import detokenize, tokenize
 from pagewire_router.workers import Worker
 
 _METRICS_TIMEOUT_S = 1.0
@@ -107,19 +108,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.ListModelsResponse:
         model, ready = self._router.model, self._router.services.workers.usable
-        return inference_pb2.ListModelsResponse(
-            models=[
-                inference_pb2.Model(
-                    name=name,
-                    root=model.root,
-                    max_model_len=self._router.max_model_len,
-                    created=model.created,
-                    ready=ready,
-                    is_chat=model.chat_template is not None,
-                )
-                for name in model.names
-            ]
-        )
+        response = inference_pb2.ListModelsResponse(models=[model.description] * len(model.names))
+        for name, one in zip(model.names, response.models, strict=True):
+            one.name, one.ready, one.max_model_len = name, ready, self._router.max_model_len
+        return response
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.TokenizeResponse:
+        response = tokenize(request, self._router.model)
+        response.max_model_len = self._router.max_model_len
+        return response
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.DetokenizeResponse:
+        return detokenize(request, self._router.model)
 
     async def Status(
         self, request: inference_pb2.StatusRequest, context: grpc.aio.ServicerContext

@@ -1,0 +1,34 @@
+"""Text and tokens for clients that ask for them alone: pure functions over the served model."""
+
+from __future__ import annotations
+
+from pagewire.v1 import inference_pb2
+from pagewire_core.errors import InvalidRequest
+
+from pagewire_router.model import ServedModel
+from pagewire_router.request import check_model, render
+
+
+def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel) -> inference_pb2.TokenizeResponse:
+    """Raises ModelNotFound and InvalidRequest as a GenerateRequest with this prompt would."""
+    check_model(request.model, model)
+    if request.WhichOneof("prompt") is None:
+        raise InvalidRequest("the request has no prompt: give text or chat")
+    is_chat = request.HasField("chat")
+    text = render(request.chat, model) if is_chat else request.text
+    special = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
+    response = inference_pb2.TokenizeResponse(text=text)
+    for token_id, (begin, end) in model.tokenizer.encode_with_offsets(text, special):
+        token = response.tokens.add(id=token_id, bytes=model.tokenizer.token_bytes(token_id))
+        if request.with_offsets:
+            token.begin, token.end = begin, end
+    return response
+
+
+def detokenize(request: inference_pb2.DetokenizeRequest, model: ServedModel) -> inference_pb2.DetokenizeResponse:
+    """Text of all tokens, special ones included. Raises ModelNotFound, InvalidRequest."""
+    check_model(request.model, model)
+    if any(i >= model.vocab_size for i in request.token_ids):
+        raise InvalidRequest(f"token ids must be below the vocabulary size, {model.vocab_size}", param="tokens")
+    text = model.tokenizer.decode(request.token_ids, skip_special_tokens=False)
+    return inference_pb2.DetokenizeResponse(text=text)

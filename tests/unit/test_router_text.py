@@ -1,0 +1,54 @@
+"""Tokens of a prompt without generating: the same ones that a generation would use."""
+
+from __future__ import annotations
+
+import pytest
+from pagewire.v1 import inference_pb2
+from pagewire_cli.serve import demo_model
+from pagewire_core.errors import InvalidRequest, ModelNotFound
+from pagewire_router.model import ServedModel, load_served_model
+from pagewire_router.request import validate
+from pagewire_router.text import detokenize, tokenize
+
+CHAT = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="Héllo 🙂")])
+
+
+@pytest.fixture(scope="module")
+def model() -> ServedModel:
+    return load_served_model(str(demo_model()), served_names="demo")
+
+
+@pytest.mark.parametrize("prompt", [{"text": "Two words, 🙂"}, {"chat": CHAT}])
+def test_tokens_are_those_that_a_generation_would_use(model: ServedModel, prompt: dict[str, object]) -> None:
+    tokens = tokenize(inference_pb2.TokenizeRequest(**prompt), model).tokens
+    valid = validate(inference_pb2.GenerateRequest(**prompt), model, 512)
+    assert [t.id for t in tokens] == valid.prompt_ids
+
+
+def test_tokens_are_bytes_and_places_of_the_text(model: ServedModel) -> None:
+    response = tokenize(inference_pb2.TokenizeRequest(text="a fox 🙂!", with_offsets=True), model)
+    assert b"".join(t.bytes for t in response.tokens).decode() == "a fox 🙂!"
+    assert response.tokens[-1].end == len("a fox 🙂!")
+    ids = [t.id for t in response.tokens]
+    assert detokenize(inference_pb2.DetokenizeRequest(token_ids=ids), model).text == "a fox 🙂!"
+
+
+def test_bad_requests_are_refused(model: ServedModel) -> None:
+    with pytest.raises(ModelNotFound):
+        tokenize(inference_pb2.TokenizeRequest(model="none", text="x"), model)
+    with pytest.raises(InvalidRequest):
+        tokenize(inference_pb2.TokenizeRequest(), model)
+    with pytest.raises(InvalidRequest):
+        detokenize(inference_pb2.DetokenizeRequest(token_ids=[model.vocab_size]), model)
+
+
+def test_a_prompt_is_cut_from_the_left_when_asked(model: ServedModel) -> None:
+    ids = list(range(10, 30))
+    request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=ids), truncate_prompt_tokens=5)
+    assert validate(request, model, 512).prompt_ids == ids[-5:]
+
+
+def test_the_demo_model_is_described_from_its_files(model: ServedModel) -> None:
+    described = model.description
+    assert (described.architecture, described.hidden_size, described.dtype) == ("llama", 192, "bfloat16")
+    assert 2_000_000 < described.parameter_count < 3_000_000 and len(described.digest) == 32
