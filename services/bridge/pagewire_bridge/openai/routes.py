@@ -8,11 +8,11 @@ from typing import Any
 
 from pagewire.v1.inference_pb2 import GenerateRequest
 from pagewire_core.errors import ModelNotFound
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pagewire_bridge.body import read_body
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.generation import Generation
@@ -25,18 +25,17 @@ from pagewire_bridge.openai.translate import chat_echo, from_model, from_models,
 from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.sse import EventStream
 
-MAX_BODY_BYTES = 32 << 20
 _FINGERPRINT = f"pagewire-{version('pagewire')}"  # read once: looking it up takes half a millisecond
 
 
 async def chat_completions(request: Request) -> Response:
-    body = parse_body(ChatBody, await _read(request))
+    body = parse_body(ChatBody, await read_body(request))
     asked = [to_chat_request(body, _request_id(request, body))]
     return await _generate(request, body, asked, ChatShape(chat_echo(body)))
 
 
 async def completions(request: Request) -> Response:
-    body = parse_body(CompletionBody, await _read(request))
+    body = parse_body(CompletionBody, await read_body(request))
     return await _generate(request, body, to_completion_requests(body, _request_id(request, body)), CompletionShape())
 
 
@@ -63,20 +62,6 @@ ROUTES = [
 def _client(request: Request) -> RouterClient:
     client: RouterClient = request.state.client
     return client
-
-
-async def _read(request: Request) -> bytes:
-    """The whole body. Raises HTTPException 413 as soon as it is known to be too large."""
-    too_large = HTTPException(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
-    return bytes(body)
 
 
 def _request_id(request: Request, body: GenerationBody) -> str:

@@ -1,0 +1,63 @@
+"""From a request to a validated body, for every API: each mistake is an InvalidRequest that names its field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import orjson
+from pagewire_core.errors import InvalidRequest
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+MAX_BODY_BYTES = 32 << 20
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. Raises HTTPException 413 as soon as it is known to be too large."""
+    too_large = HTTPException(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+def to_object(data: bytes) -> dict[str, Any]:
+    """Raises InvalidRequest: not JSON (NaN and lone surrogates included), or not an object."""
+    try:
+        fields = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    return fields
+
+
+def validated(model: type[Body], fields: Mapping[str, Any]) -> Body:
+    """Raises InvalidRequest for the first field that is missing or wrong."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _first_mistake(error) from None
+
+
+def _first_mistake(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = _dotted(first["loc"])
+    if first["type"] == "missing":
+        return InvalidRequest(f"`{param}` is required.", param)
+    message = first["msg"]
+    return InvalidRequest(f"`{param}` is not valid: {message[:1].lower()}{message[1:]}.", param)
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return path.removeprefix(".")
