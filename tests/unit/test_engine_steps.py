@@ -14,8 +14,8 @@ from engines import Run, assert_empty, run_all
 from hash_model import POISON, VOCABULARY, HashRunner, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pagewire_engine.composition import Continued
 from pagewire_engine.config import EngineConfig
+from pagewire_engine.continued import Continued
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Failed, Finished, FirstTokens, Token
 from pagewire_engine.sampler import Sampled

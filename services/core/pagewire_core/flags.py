@@ -150,8 +150,8 @@ ROUTER_FLAGS = (
     "graceful-termination-timeout", "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
-    "role", "model", "revision", "download-dir", "dtype", "device", "quantization", "max-model-len", "block-size",
-    "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
+    "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "quantization", "max-model-len",
+    "block-size", "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
     "max-num-batched-tokens", "max-prefill-delay-ms", "enable-prefix-caching", "enable-chunked-prefill",
     "speculative-config", "speculate", "lanes", "threads", "cpus", "worker-id", "host", "port", "redis-url",
     "transfer-timeout", "graceful-termination-timeout", "log-format", "log-level",

@@ -11,6 +11,7 @@ from pagewire.v1 import decode_pb2, decode_pb2_grpc
 from pagewire_core import faults
 from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
 from pagewire_core.feed import Feeds
+from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Failed
 from pagewire_engine.metrics import StageMetrics
@@ -26,9 +27,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """One Decode call is one request; leaving the call in any way gives everything back."""
 
     def __init__(
-        self, engine: Engine, transfers: Transfers, stages: StageMetrics, instance: str, kv_address: str
+        self,
+        engine: Engine,
+        transfers: Transfers,
+        stages: StageMetrics,
+        instance: str,
+        kv_address: str,
+        constraints: Constraints | None = None,
     ) -> None:
-        self._engine, self._transfers, self._stages = engine, transfers, stages
+        self._engine, self._transfers, self._stages, self._constraints = engine, transfers, stages, constraints
         self._instance, self._kv_address = instance, kv_address
         self._calls: dict[bytes, Call] = {}
         self._feeds = Feeds(decode_pb2.FeedResponse)
@@ -85,6 +92,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         feed = self._feeds.get(request.feed_id)
         call = Call(request, feed)
         with feed.used() if feed else contextlib.nullcontext():
+            call.work.matchings = await matchings_of(self._constraints, request.sampling, call.prior)
             await self._start(call)
             self._calls[request.transfer_id] = call
             try:

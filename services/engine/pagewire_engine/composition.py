@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import numpy as np
 
 from pagewire_engine.batch import Batch
 from pagewire_engine.books import Books
+from pagewire_engine.continued import Continued
 from pagewire_engine.sampler import SampleRow
 from pagewire_engine.scheduler import Decision
 from pagewire_engine.sequence import Sequence
 
 _T = TypeVar("_T")
-
-
-class Continued(Seq[int]):
-    """`tokens` followed by `more`, without a copy: what a draft's row sees as the tokens so far."""
-
-    def __init__(self, tokens: Seq[int], more: Seq[int]) -> None:
-        self._tokens, self._more, self._length = tokens, more, len(tokens)  # `tokens` grows when the step is done
-
-    def __len__(self) -> int:
-        return self._length + len(self._more)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._tokens[: self._length]
-        yield from self._more
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        return [*self][index]
 
 
 def compose(books: Books, decision: Decision, copies: Seq[tuple[int, int]]) -> Batch | None:
@@ -91,7 +70,7 @@ class _Part:
 def _draft_part(seq: Sequence) -> _Part:
     """A token after the last one and one after each draft token, each as if the drafts before it were true."""
     views = [Continued(seq.tokens, seq.draft[:i]) for i in range(len(seq.draft) + 1)]
-    sample_rows = [SampleRow(seq.request.params, seq.choice, view, seq.num_prompt) for view in views]
+    sample_rows = [seq.request.sample_row(seq.choice, view) for view in views]
     return _Part(seq.num_computed, [seq.tokens[-1], *seq.draft], range(len(views)), sample_rows)
 
 
@@ -99,7 +78,7 @@ def _chunk_part(seq: Sequence, count: int) -> _Part:
     """Known tokens; the first tokens after them if they are the last ones."""
     begin, end = seq.num_scheduled, seq.num_scheduled + count
     choices = seq.request.choices_to_sample(seq) if end == len(seq.tokens) else ()
-    sample_rows = [SampleRow(seq.request.params, choice, seq.tokens, seq.num_prompt) for choice in choices]
+    sample_rows = [seq.request.sample_row(choice, seq.tokens) for choice in choices]
     return _Part(begin, seq.tokens[begin:end], [count - 1] * len(sample_rows), sample_rows)
 
 

@@ -51,7 +51,7 @@ class DecodeRows:
         self._columns[:, seq.row] = values
         self.sequences.append(seq)
         self.scheduled.append((seq, 1))
-        self.sample_rows.append(SampleRow(seq.request.params, seq.choice, seq.tokens, seq.num_prompt))
+        self.sample_rows.append(seq.request.sample_row(seq.choice, seq.tokens))
 
     def leave(self, seq: Sequence) -> None:
         """Takes its row away; `seq.last_step` keeps what the row knew."""

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from pagewire_core import faults
 from pagewire_core.block_hash import PageKeys
@@ -30,6 +31,7 @@ from pagewire_engine.config import EngineConfig
 from pagewire_engine.events import Started
 from pagewire_engine.external_blocks import ExternalBlocks
 from pagewire_engine.flight import Flight
+from pagewire_engine.masks import allowed_tokens
 from pagewire_engine.model_runner import Runner
 from pagewire_engine.outbox import Outbox, deliver_outbox
 from pagewire_engine.proposer import Proposer, bounded
@@ -201,6 +203,7 @@ class Engine:
             outbox, batch = self._apply(decision)
         self._deliver(outbox)
         if batch:
+            batch = self._masked(batch)
             drafts = tuple(tuple(seq.draft) for seq in decision.drafted)
             self._flights.append(Flight.launch(self.runner, self._books.launched, batch, drafts))
         progress = bool(batch or self._flights or preempted)
@@ -253,6 +256,18 @@ class Engine:
                 outbox.append((seq.request, Started(cached)))
         return outbox, compose(self._books, decision, copies)
 
+    def _masked(self, batch: Batch) -> Batch:
+        """The batch with the masks of the outputs that follow a grammar. Requests whose grammars fail end."""
+        if not any(row.matching for row in batch.sample_rows):
+            return batch
+        allowed = allowed_tokens(batch.sample_rows, self.runner.config.vocab_size)
+        if any(row.matching and row.matching.error for row in batch.sample_rows):
+            errors = {seq.request: seq.request.matchings.error for seq, _ in batch.scheduled if seq.request.matchings}
+            with self._lock:
+                outbox = self._publisher.fail({request: error for request, error in errors.items() if error})
+            self._deliver(outbox)
+        return replace(batch, allowed=allowed)
+
     def _land(self, flight: Flight) -> None:
         """Waits for a step's tokens and publishes them."""
         sampled = flight.tokens()
@@ -264,7 +279,7 @@ class Engine:
         with self._lock:
             self._books.land(flight.number)
             if isinstance(sampled, PagewireError):
-                outbox = self._publisher.fail(flight.batch, sampled)
+                outbox = self._publisher.fail({seq.request: sampled for seq, _ in flight.batch.scheduled})
             else:
                 outbox = self._publisher.publish(flight.batch, flight.drafts, sampled)
             self.counters.steps += 1

@@ -9,9 +9,11 @@ import structlog
 import torch
 from pagewire_core.block_hash import fingerprint
 from pagewire_core.errors import StartupError
-from pagewire_core.model_dir import ModelDir
+from pagewire_core.grammar import Vocabulary
+from pagewire_core.model_dir import ModelDir, locate
 
 from pagewire_engine.config import DTYPES, EngineConfig
+from pagewire_engine.constraint import Constraints
 from pagewire_engine.gpu.kv_cache import cache_dtype
 from pagewire_engine.model_runner import Runner
 from pagewire_engine.models.config import ModelConfig, read_config
@@ -32,6 +34,7 @@ class Loaded:
     config: EngineConfig
     fingerprint: bytes
     model_digest: bytes
+    constraints: Constraints | None  # None: the model has no tokenizer that grammars could be about
 
 
 def load(model: ModelDir, options: EngineOptions, draft: ModelDir | None = None) -> Loaded:
@@ -63,7 +66,16 @@ def load(model: ModelDir, options: EngineOptions, draft: ModelDir | None = None)
     )
     digest = model.digest()
     identity = _fingerprint(config, digest, max_model_len, cache.kv.dtype, options.quantization)
-    return Loaded(runner, engine, identity, digest)
+    return Loaded(runner, engine, identity, digest, _constraints(model, options, config.vocab_size))
+
+
+def _constraints(model: ModelDir, options: EngineOptions, vocab_size: int) -> Constraints | None:
+    path = locate(options.tokenizer, None, None) if options.tokenizer else model.path
+    try:
+        return Constraints(Vocabulary(path, vocab_size, model.eos_token_ids))
+    except StartupError as error:
+        log.warning("no structured output", reason=str(error))
+        return None
 
 
 def _fingerprint(

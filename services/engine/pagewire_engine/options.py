@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class EngineOptions:
     """Nothing is resolved yet; see the flags of the same names in pagewire_core.flags."""
 
+    tokenizer: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     quantization: str | None = None

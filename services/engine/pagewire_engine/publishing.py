@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -152,11 +153,10 @@ class Publisher:
             request.done = True
             outbox.append((request, Finished(sum(seq.num_preemptions for seq in request.sequences))))
 
-    def fail(self, batch: Batch, error: PagewireError) -> Outbox:
-        """The step is lost: all requests in it end."""
-        failed = {seq.request: None for seq, _ in batch.scheduled}
+    def fail(self, failed: Mapping[Request, PagewireError]) -> Outbox:
+        """Ends these requests, in whatever step they are."""
         for request in failed:
             for seq in request.sequences:
                 if not seq.finished or seq in self._books.ending:
                     self._books.drop(seq)
-        return [(request, Failed(error)) for request in failed if not request.cancelled]
+        return [(request, Failed(error)) for request, error in failed.items() if not request.cancelled]

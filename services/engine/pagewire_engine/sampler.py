@@ -4,8 +4,9 @@ Randomness is counter-based: the uniform that chooses the token at a position is
 (seed, choice, position) alone, so it does not matter which worker samples, in which batch, or whether
 it is the first time. The token is found by inverting the cumulative distribution in vocabulary order.
 
-Order of operations, as in vLLM: log probabilities are of the raw logits; then min_tokens bans, logit
-bias, repetition, frequency and presence penalties; then temperature, min_p, top_k, top_p.
+Order of operations, as in vLLM: log probabilities are of the raw logits; then min_tokens bans (an output that
+follows a grammar has them in its mask), logit bias, repetition, frequency and presence penalties; then
+temperature, min_p, top_k, top_p.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from pagewire_core.errors import Internal
 
+from pagewire_engine.constraint import Matching
 from pagewire_engine.sampling_params import SamplingParams
 
 NOT_NUMBERS = "the model's logits are not numbers"
@@ -26,12 +28,16 @@ NOT_NUMBERS = "the model's logits are not numbers"
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One token to choose: the tokens so far, the first `num_prompt` of which are the prompt."""
+    """One token to choose: the tokens so far, the first `num_prompt` of which are the prompt.
+
+    matching: of the grammar that the output follows, if it follows one; its mask is in Batch.allowed.
+    """
 
     params: SamplingParams
     choice: int
     tokens: Sequence[int]
     num_prompt: int
+    matching: Matching | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class SamplingParams:
     eos_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constrained: bool = False  # the output follows a grammar
 
     @classmethod
     def from_proto(cls, p: pb.SamplingParams) -> SamplingParams:
@@ -47,6 +48,7 @@ class SamplingParams:
             eos_token_ids=frozenset(p.eos_token_ids),
             ignore_eos=p.ignore_eos,
             logprobs=p.logprobs if p.HasField("logprobs") else None,
+            constrained=p.HasField("constraint"),
         )
 
     @cached_property
@@ -57,14 +59,18 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or self.logit_bias
-            or self.min_tokens
+            or (self.min_tokens and not self.constrained)
         )
 
     @property
     def needs_host_tokens(self) -> bool:
         """Whether a step of this request can only be prepared when all its tokens so far are known on the host."""
         return bool(
-            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.min_tokens
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.min_tokens
+            or self.constrained
         )
 
     @cached_property
@@ -84,4 +90,5 @@ class SamplingParams:
 
     @property
     def banned_before_min_tokens(self) -> frozenset[int]:
-        return self.ends
+        """Of an output that follows a grammar, the mask bans them: unless its text is complete."""
+        return frozenset() if self.constrained else self.ends

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from pagewire_core.block_hash import PageKeys
 
+from pagewire_engine.constraint import Matchings
 from pagewire_engine.events import Event
+from pagewire_engine.sampler import SampleRow
 from pagewire_engine.sampling_params import SamplingParams
 
 
@@ -76,11 +79,17 @@ class Request:
     n: int
     emit: Callable[[Event], None]
     prefill_only: bool = False
+    matchings: Matchings | None = None  # of the grammar that its output follows
     sequences: list[Sequence] = field(default_factory=list)  # one, the prompt's, until it is computed; then n
     cancelled: bool = False
     forked: bool = False
     done: bool = False  # Finished was emitted
     arrived: float = field(default_factory=time.monotonic)
+
+    def sample_row(self, choice: int, tokens: Seq[int]) -> SampleRow:
+        """To choose the token of a choice that follows `tokens`, prompt included."""
+        matching = self.matchings.of(choice) if self.matchings else None
+        return SampleRow(self.params, choice, tokens, len(self.prompt), matching)
 
     def choices_to_sample(self, seq: Sequence) -> Iterable[int]:
         """Choices whose next token `seq`'s logits give: all of them at the end of the shared prompt."""

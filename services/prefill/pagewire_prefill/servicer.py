@@ -11,6 +11,7 @@ import structlog
 from pagewire.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
 from pagewire_core import faults
 from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
+from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Event, Failed, FirstTokens, Progress, Started
 from pagewire_engine.metrics import StageMetrics
@@ -30,8 +31,16 @@ _DRAINING = "this prefill worker is shutting down"
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """One call is one prompt; leaving the call in any way gives everything back."""
 
-    def __init__(self, engine: Engine, source: PromptSource, sender: KvSender, stages: StageMetrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        source: PromptSource,
+        sender: KvSender,
+        stages: StageMetrics,
+        constraints: Constraints | None = None,
+    ) -> None:
         self._engine, self._source, self._sender, self._stages = engine, source, sender, stages
+        self._constraints = constraints
         self._cleanups: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Queue[Event]] = set()  # the events of each call
         self.draining = False  # new calls are refused, running ones go on
@@ -44,6 +53,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if len(request.transfer_id) != 16 or not request.decode_address:
             raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
         faults.point("queue")
+        matchings = await matchings_of(self._constraints, request.sampling)
         events: asyncio.Queue[Event] = asyncio.Queue()
         work = Request(
             request.request_id,
@@ -53,6 +63,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             max(request.n, 1),
             events.put_nowait,
             prefill_only=True,
+            matchings=matchings,
         )
         self._engine.submit(work)
         self._running.add(events)

@@ -52,6 +52,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _options(args: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
+        tokenizer=args.tokenizer,
         dtype=args.dtype,
         device=args.device,
         quantization=args.quantization,

@@ -188,7 +188,7 @@ class Worker:
         if role in ("prefill", "both"):
             source = PromptSource(self._engine)
             self._sender = KvSender(identity, source, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics)
-            prefill = PrefillServicer(self._engine, source, self._sender, stages)
+            prefill = PrefillServicer(self._engine, source, self._sender, stages, self._loaded.constraints)
             self._roles.append(prefill)
             server.add(
                 prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
@@ -205,7 +205,8 @@ class Worker:
                 self._receiver,
                 kv_channel_pb2.DESCRIPTOR.services_by_name["KvChannelService"],
             )
-            decode = DecodeServicer(self._engine, self._transfers, stages, self._instance, info.address)
+            constraints = self._loaded.constraints
+            decode = DecodeServicer(self._engine, self._transfers, stages, self._instance, info.address, constraints)
             self._roles.append(decode)
             server.add(
                 decode_pb2_grpc.add_DecodeServiceServicer_to_server,
@@ -241,6 +242,7 @@ class Worker:
             total_blocks=config.num_blocks,
             kv_bytes_per_token=self._loaded.runner.cache.bytes_per_token,
             lanes=self._lanes,
+            constraints=self._loaded.constraints is not None,
         )
 
     def _stats(self) -> worker_pb2.StatsResponse:

@@ -1,4 +1,4 @@
-"""The rows whose logits are changed before they are sampled: bans, bias and penalties.
+"""The rows whose logits are changed before they are sampled: grammars' masks, bans, bias and penalties.
 
 Few rows of few batches, so nothing is kept for them between steps: what they need is uploaded, their tokens are counted
 on the device, and they are sampled a second time, over what the step chose for them. Nothing waits for the device.
@@ -20,19 +20,27 @@ _PLAIN = ("temperature", "top_k", "top_p", "min_p", "uniforms")
 
 
 def sample_changed(
-    rows: Sequence[SampleRow], num_tokens: np.ndarray, plain: Arrays, logits: Tensor, tokens: Tensor
+    rows: Sequence[SampleRow],
+    num_tokens: np.ndarray,
+    plain: Arrays,
+    logits: Tensor,
+    tokens: Tensor,
+    allowed: np.ndarray | None = None,
 ) -> None:
     """Chooses anew, in `tokens` int64 [R], for the rows that change their logits [R, V].
 
-    num_tokens [R]: the tokens before each row's; plain: SamplingRows' arrays of all rows.
+    num_tokens [R]: the tokens before each row's; plain: SamplingRows' arrays of all rows; allowed: see Batch.
     """
-    changed = [r for r, row in enumerate(rows) if row.params.changes_logits]
+    masked = np.zeros(len(rows), bool) if allowed is None else (allowed != 0xFFFFFFFF).any(1)
+    changed = [r for r, row in enumerate(rows) if masked[r] or row.params.changes_logits]
     if not changed:
         return
     chosen_rows = [rows[r] for r in changed]
     prompts = np.array([row.num_prompt for row in chosen_rows], np.int32)
     arrays = {name: plain[name][changed] for name in _PLAIN} | _lists(chosen_rows) | _counted(chosen_rows)
     arrays |= {"rows": np.array(changed, np.int64), "num_chosen": num_tokens[changed].astype(np.int32) - prompts}
+    if allowed is not None:
+        arrays["bitmask"] = allowed[changed].view(np.int32)
     on_device = upload(arrays, logits.device)
     again = torch.empty(len(changed), dtype=torch.int64, device=logits.device)
     seats = torch.arange(len(changed), dtype=torch.int32, device=logits.device)
@@ -40,7 +48,7 @@ def sample_changed(
     counts = _counts(on_device, len(changed) if any(map(_has_penalty, chosen_rows)) else 1, logits.shape[1])
     params = ops.SamplingTensors(**fields, counts=counts.expand(len(changed), -1))
     ops.sample(logits.index_select(0, on_device["rows"]), params, seats, on_device["uniforms"],
-               on_device["num_chosen"], again)  # fmt: skip
+               on_device["num_chosen"], again, on_device.get("bitmask"))  # fmt: skip
     tokens.index_copy_(0, on_device["rows"], again)
 
 

@@ -59,7 +59,7 @@ class GpuRunner:
         sampling = self._sampling.arrays(batch.sample_rows, num_tokens)
         logits, tokens = self._run(batch, sampling)
         tokens = tokens.clone()  # the next step overwrites them while they are on their way to the host
-        sample_changed(batch.sample_rows, num_tokens, sampling, logits, tokens)
+        sample_changed(batch.sample_rows, num_tokens, sampling, logits, tokens, batch.allowed)
         logprobs = logprobs_of(batch.sample_rows, logits, tokens)
         self._tokens = tokens
         parts = [tokens] if logprobs is None else [tokens, logprobs.chosen, logprobs.ids, logprobs.values]
