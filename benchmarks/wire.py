@@ -68,8 +68,8 @@ class Pages:
     def __init__(self) -> None:
         self._kv = _prompt(max(PROMPTS))
 
-    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:
-        return self._kv[slice(*layers), :, slice(*tokens)].contiguous()
+    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
+        wire.copy_(self._kv[slice(*layers), :, slice(*tokens)])
 
     async def bind(self, transfer_id: bytes, token_begin: int, token_end: int) -> None:
         pass
@@ -136,6 +136,7 @@ def _open(name: str, relay: Connection, rank: int, epoch: int) -> Lane:
 def _peer(control: Connection, relay: Connection) -> None:
     torch.set_num_threads(1)
     lane: Lane | None = None
+    target = torch.zeros(max(CHUNKS), dtype=torch.uint8)
     while (what := control.recv())[0] != "end":
         match what:
             case ("lane", name, epoch):
@@ -143,8 +144,9 @@ def _peer(control: Connection, relay: Connection) -> None:
             case ("receive", size, count):
                 assert lane is not None
                 control.send("ready")
-                for _ in range(count):
-                    lane.recv(size, b"")
+                for left in reversed(range(count)):
+                    with lane.recv(size, b"", size if left else 0) as wire:
+                        target[:size].copy_(wire)
                 control.send("done")
             case ("close",):
                 assert lane is not None
@@ -188,7 +190,9 @@ def measure_lane(peer: Peer, name: str, size: int) -> float:
         assert peer.answer() == "ready"
         begin = time.perf_counter()
         for _ in range(repeats):
-            lane.send(wire)
+            staging = lane.staging(size)
+            staging.copy_(wire)
+            lane.send(staging)
         assert peer.answer() == "done"
         seconds = time.perf_counter() - begin
     peer.ask("close")

@@ -54,7 +54,7 @@ class Source:
     gathering: set[bytes] = field(default_factory=set)
     gathers: int = 0
 
-    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:
+    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
         self.gathering.add(transfer_id)
         self.gathers += 1
         try:
@@ -62,7 +62,7 @@ class Source:
             prompt = self.prompts.get(transfer_id)
             if prompt is None:
                 raise Cancelled("the blocks were released")
-            return prompt[slice(*layers), :, slice(*tokens)].contiguous()
+            wire.copy_(prompt[slice(*layers), :, slice(*tokens)])
         finally:
             self.gathering.discard(transfer_id)
 

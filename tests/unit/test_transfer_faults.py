@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,18 +21,19 @@ class DamagingLane:
     """Flips a bit of the received chunks whose number is in `damage`."""
 
     def __init__(self, lane: Lane, damage: set[int]) -> None:
-        self.name = lane.name
-        self.inline, self.send, self.interrupt, self.close = lane.inline, lane.send, lane.interrupt, lane.close
+        self.name, self.staging, self.send = lane.name, lane.staging, lane.send
+        self.interrupt, self.close = lane.interrupt, lane.close
         self._recv = lane.recv
         self._damage = damage
         self._received = 0
 
-    def recv(self, num_bytes: int, inline: bytes) -> torch.Tensor:
-        wire = self._recv(num_bytes, inline)
-        if self._received in self._damage:
-            wire[num_bytes // 2] ^= 1
-        self._received += 1
-        return wire
+    @contextlib.contextmanager
+    def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> Iterator[torch.Tensor]:
+        with self._recv(num_bytes, inline, next_bytes) as wire:
+            if self._received in self._damage:
+                wire[num_bytes // 2] ^= 1
+            self._received += 1
+            yield wire
 
 
 @pytest.fixture

@@ -61,19 +61,26 @@ def opened(name: str) -> tuple[Lane, Lane]:
 @pytest.mark.parametrize("name", ["shm", "gloo", "grpc"])
 def test_bytes_cross_in_order(name: str) -> None:
     sender, receiver = opened(name)
-    wires = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in (1, 4096, 1_000_003)]
+    wires = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in (1, 4096, 1_000_003, 77, 70_000, 5)]
+    sizes = [*(wire.numel() for wire in wires), 0]
     with ThreadPoolExecutor(1) as thread:
-        for wire in wires:
-            sending = thread.submit(sender.send, wire)
-            assert torch.equal(receiver.recv(wire.numel(), sender.inline(wire)), wire)
-            sending.result()
+        inlines = thread.map(lambda wire: send(sender, wire), wires)
+        for wire, inline, next_size in zip(wires, inlines, sizes[1:], strict=True):
+            with receiver.recv(wire.numel(), inline, next_size) as received:
+                assert torch.equal(received, wire)
     sender.close()
     receiver.close()
 
 
+def send(sender: Lane, wire: torch.Tensor) -> bytes:
+    staging = sender.staging(wire.numel())
+    staging.copy_(wire)
+    return sender.send(staging)
+
+
 def send_until_stuck(sender: Lane) -> None:
     for _ in range(100):
-        sender.send(torch.zeros(1 << 20, dtype=torch.uint8))
+        send(sender, torch.zeros(1 << 20, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("name", ["shm", "gloo"])
@@ -117,15 +124,15 @@ def test_shared_memory_is_a_ring_that_never_overtakes_its_reader() -> None:
 
     def send_all() -> None:
         for i, size in enumerate(sizes):
-            sender.send(torch.full((size,), i, dtype=torch.uint8))
+            send(sender, torch.full((size,), i, dtype=torch.uint8))
 
     with ThreadPoolExecutor(1) as thread:
         sending = thread.submit(send_all)
         for i, size in enumerate(sizes):
             if rng.random() < 0.3:
                 time.sleep(0.002)
-            wire = receiver.recv(size, b"")
-            assert wire.numel() == size and bool((wire == i).all())
+            with receiver.recv(size, b"", 0) as wire:
+                assert wire.numel() == size and bool((wire == i).all())
         sending.result()
     sender.close()
     receiver.close()
@@ -143,8 +150,8 @@ def test_shared_memory_leaves_no_file_and_no_mapping_behind() -> None:
     assert os.listdir("/dev/shm") == names
     for lane in (sender, receiver):
         lane.close()
-        with pytest.raises(Unavailable, match="closed"):
-            lane.recv(1, b"")
+        with pytest.raises(Unavailable, match="closed"), lane.recv(1, b"", 0):
+            pass
     assert traces() == before
 
 
@@ -167,5 +174,5 @@ def test_workers_on_two_hosts_do_not_share_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_grpc_chunk_must_have_its_length() -> None:
-    with pytest.raises(Unavailable, match="2 bytes came with 3"):
-        GrpcLane().recv(2, b"abc")
+    with pytest.raises(Unavailable, match="2 bytes came with 3"), GrpcLane().recv(2, b"abc", 0):
+        pass

@@ -130,24 +130,9 @@ void pw_pack_int4(const int8_t* w, const float* scales, int64_t n, int64_t k, in
     pw_pack_scales(scales, n, packed_n, half, (k + group - 1) / group, packed_k / group, out_scales);
 }
 
-// The tokens at `slots` (block * block_size + offset), layers [first, last), in wire layout [layers][2][tokens][kv heads][D].
-// to_wire 1: cache -> wire, 0: wire -> cache. `item` is the size of an element.
+// See kv_move.h. to_wire 1: cache -> wire, 0: wire -> cache.
 void pw_move_kv(const pw::Model* m, const int64_t* slots, int64_t tokens, int32_t first, int32_t last, uint8_t* wire, int32_t to_wire) {
-    const int64_t dim = m->head_dim, heads = m->kv_heads, pair = m->half ? 2 : 1, item = m->half ? 2 : 4;
-    for (int64_t layer = first; layer < last; layer++)
-        for (int64_t which = 0; which < 2; which++)
-            for (int64_t t = 0; t < tokens; t++)
-                for (int64_t h = 0; h < heads; h++) {
-                    const int64_t block = slots[t] / m->block_size, offset = slots[t] % m->block_size, token = offset % 16;
-                    const int64_t unit = ((layer * 2 + which) * m->num_blocks + block) * heads + h;
-                    uint8_t* page = (uint8_t*)m->cache + (unit * (m->block_size / 16) + offset / 16) * 16 * dim * item;
-                    uint8_t* row = wire + ((((layer - first) * 2 + which) * tokens + t) * heads + h) * dim * item;
-                    const int64_t base = which ? (token / pair * dim * pair + token % pair) * item : token * pair * item;
-                    for (int64_t d = 0; d < dim; d++) {
-                        uint8_t* at = page + base + (which ? d * pair : d / pair * 16 * pair + d % pair) * item;
-                        to_wire ? std::memcpy(row + d * item, at, item) : std::memcpy(at, row + d * item, item);
-                    }
-                }
+    to_wire ? pw::move_kv<true>(*m, slots, tokens, first, last, wire) : pw::move_kv<false>(*m, slots, tokens, first, last, wire);
 }
 
 // ---------------------------------------------------------------- physical limits, for benchmarks

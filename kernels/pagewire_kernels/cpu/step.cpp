@@ -422,4 +422,6 @@ class Runner {
 
 }  // namespace pw
 
+#include "kv_move.h"
+
 #include "exports.h"

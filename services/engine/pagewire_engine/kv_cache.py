@@ -65,9 +65,22 @@ class KVCache:
         blocks = torch.tensor(block_table, dtype=torch.int64)[positions // self.block_size]
         return (blocks * self.block_size + positions % self.block_size).to(self.kv.device)
 
-    def gather(self, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:
-        """The tokens' KV in wire layout, on the CPU."""
-        return self._pack(self.slots(block_table, *tokens), layers)
+    def gather(
+        self,
+        block_table: Sequence[int],
+        layers: tuple[int, int],
+        tokens: tuple[int, int],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The tokens' KV in wire layout, on the CPU; in `out` if there is one."""
+        wire = self._new_wire(layers, tokens) if out is None else out
+        self._pack(self.slots(block_table, *tokens), layers, wire)
+        return wire
+
+    def _new_wire(self, layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:
+        c = self._config
+        shape = (layers[1] - layers[0], 2, tokens[1] - tokens[0], c.num_kv_heads, c.head_dim)
+        return torch.empty(shape, dtype=self.kv.dtype)
 
     def scatter(
         self, wire: torch.Tensor, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]
@@ -75,8 +88,8 @@ class KVCache:
         """Writes wire-layout KV into the tokens' slots and returns when it is there."""
         self._unpack(wire, self.slots(block_table, *tokens), layers)
 
-    def _pack(self, slots: torch.Tensor, layers: tuple[int, int]) -> torch.Tensor:
-        return ops.pack_kv(self.kv, slots, layers).cpu()
+    def _pack(self, slots: torch.Tensor, layers: tuple[int, int], wire: torch.Tensor) -> None:
+        wire.copy_(ops.pack_kv(self.kv, slots, layers))
 
     def _unpack(self, wire: torch.Tensor, slots: torch.Tensor, layers: tuple[int, int]) -> None:
         ops.unpack_kv(wire.to(self.kv.device), self.kv, slots, layers)

@@ -10,6 +10,7 @@ middle of it keeps one thread and one staging slot for that long, and nothing el
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from pagewire_core.errors import Unavailable
 
 from pagewire_transfer.relay_store import RelayStore
+from pagewire_transfer.reused import Reused
 
 PREFILL_RANK = 0
 DECODE_RANK = 1
@@ -32,8 +34,20 @@ _DATA_TAG = 0
 _INTERRUPT_TAG = 1
 
 
+class _Sending:
+    """A piece of staging memory and the operation that sends it, if one does."""
+
+    def __init__(self) -> None:
+        self.memory = Reused()
+        self.work: Any = None
+
+
 class _GroupLane:
-    """What the process groups share. Raises Unavailable for every failure of the group."""
+    """What the process groups share. Raises Unavailable for every failure of the group.
+
+    Two chunks are on their way at a time: while one is gathered or verified the other travels. One at a time, each
+    with new memory, had half the speed (1.1 of 2.6 GB/s for Gloo with chunks of 4 MB, beside 2.2 of a TCP socket).
+    """
 
     name: str
     _device: ClassVar[str]
@@ -43,6 +57,9 @@ class _GroupLane:
         self._send_timeout = timedelta(seconds=timeout_s)
         self._recv_timeout = timedelta(seconds=min(timeout_s, RECV_TIMEOUT_S))
         self._busy = False
+        self._sending = deque([_Sending(), _Sending()])  # the next to be used first
+        self._memory = deque([Reused(self._device), Reused(self._device)])  # of receives, likewise
+        self._coming: deque[tuple[torch.Tensor, Any]] = deque()  # receives that have begun
         # A prefix that names the epoch: nobody may connect to the address of an earlier life.
         prefix = dist.PrefixStore(f"epoch-{epoch}", store)
         with self._operation():
@@ -61,26 +78,50 @@ class _GroupLane:
         finally:
             self._busy = False
 
-    def inline(self, wire: torch.Tensor) -> bytes:
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        sending = self._sending[0]
+        if sending.work is not None:
+            work, sending.work = sending.work, None
+            with self._operation():
+                work.wait(self._send_timeout)
+        return sending.memory.take(num_bytes)
+
+    def send(self, wire: torch.Tensor) -> bytes:
+        with self._operation():
+            self._sending[0].work = self._group.send([wire.to(self._device)], self._peer, _DATA_TAG)
+        self._sending.rotate()
         return b""
 
-    def send(self, wire: torch.Tensor) -> None:
-        with self._operation():
-            self._group.send([wire.to(self._device)], self._peer, _DATA_TAG).wait(self._send_timeout)
-
-    def recv(self, num_bytes: int, inline: bytes) -> torch.Tensor:
+    @contextlib.contextmanager
+    def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> Iterator[torch.Tensor]:
         if inline:
             raise Unavailable(f"a chunk for the {self.name} lane came with {len(inline)} bytes of data")
         with self._operation():
-            wire = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-            self._group.recv([wire], self._peer, _DATA_TAG).wait(self._recv_timeout)
-            return wire.cpu()
+            if not self._coming:
+                self._begin_recv(num_bytes)
+            if next_bytes:
+                self._begin_recv(next_bytes)
+            wire, work = self._coming.popleft()
+            assert len(wire) == num_bytes
+            work.wait(self._recv_timeout)
+        yield wire.cpu()
+
+    def _begin_recv(self, num_bytes: int) -> None:
+        self._memory.rotate()  # the newer piece may hold what is being verified
+        wire = self._memory[0].take(num_bytes)
+        self._coming.append((wire, self._group.recv([wire], self._peer, _DATA_TAG)))
+
+    @property
+    def _is_waiting(self) -> bool:
+        return self._busy or bool(self._coming) or any(sending.work for sending in self._sending)
 
     def interrupt(self) -> None:
         raise NotImplementedError
 
     def close(self) -> None:
         self._group = None
+        self._coming.clear()
+        self._sending.clear()
 
 
 class GlooLane(_GroupLane):
@@ -98,7 +139,7 @@ class GlooLane(_GroupLane):
 
     def interrupt(self) -> None:
         group = getattr(self, "_group", None)
-        if self._busy and group is not None:
+        if group is not None and self._is_waiting:
             # Gloo has no cancel; a timeout of any operation closes the pair and ends the waiting ones.
             with contextlib.suppress(RuntimeError):
                 probe = group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _INTERRUPT_TAG)
@@ -116,11 +157,12 @@ class NcclLane(_GroupLane):
         options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, 2, options)
 
-    def send(self, wire: torch.Tensor) -> None:
+    def send(self, wire: torch.Tensor) -> bytes:
         super().send(wire)
         torch.cuda.current_stream().synchronize()
+        return b""
 
     def interrupt(self) -> None:
         group = getattr(self, "_group", None)
-        if self._busy and group is not None:
+        if group is not None and self._is_waiting:
             group.abort()

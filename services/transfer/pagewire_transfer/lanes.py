@@ -6,6 +6,9 @@ stream, so neither tags nor headers are needed: whoever announces a chunk must s
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -14,6 +17,7 @@ from pagewire_core.errors import StartupError, Unavailable
 
 from pagewire_transfer.group_lanes import GlooLane, NcclLane
 from pagewire_transfer.relay_store import RelayStore
+from pagewire_transfer.reused import Reused
 from pagewire_transfer.shm_lane import ShmLane, host_id
 
 LANES = ("nccl", "shm", "gloo", "grpc")  # best first
@@ -22,19 +26,23 @@ LANES = ("nccl", "shm", "gloo", "grpc")  # best first
 class Lane(Protocol):
     """Blocking calls, all on the pair's lane thread but for `interrupt`. Wire tensors are flat uint8 on the CPU.
 
-    Every call raises Unavailable when the peer is lost or too slow; the lane is of no use after that.
+    The memory of chunks belongs to the lane, which uses it again and again: new memory costs as much time as
+    sending it. Every call raises Unavailable when the peer is lost or too slow; the lane is of no use after that.
     """
 
     name: str
 
-    def inline(self, wire: torch.Tensor) -> bytes:
-        """What rides in Chunk.data."""
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        """Where the next chunk to send is to be put; waits until what was there has been sent."""
 
-    def send(self, wire: torch.Tensor) -> None:
-        """Sends what follows the Chunk message; returns when the tensor may be reused."""
+    def send(self, wire: torch.Tensor) -> bytes:
+        """Sends what `staging` gave and returns what rides in Chunk.data; the bytes may still be on their way."""
 
-    def recv(self, num_bytes: int, inline: bytes) -> torch.Tensor:
-        """The next chunk's bytes; `inline` is its Chunk.data."""
+    def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> AbstractContextManager[torch.Tensor]:
+        """The next chunk's bytes, for the body alone; `inline` is its Chunk.data.
+
+        next_bytes: of the chunk after it, which may then come meanwhile; 0 if that is not yet announced.
+        """
 
     def interrupt(self) -> None:
         """From any thread: ends a running operation as soon as can be."""
@@ -48,16 +56,20 @@ class GrpcLane:
 
     name = "grpc"
 
-    def inline(self, wire: torch.Tensor) -> bytes:
+    def __init__(self) -> None:
+        self._memory = Reused()
+
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        return self._memory.take(num_bytes)
+
+    def send(self, wire: torch.Tensor) -> bytes:
         return wire.numpy().tobytes()
 
-    def send(self, wire: torch.Tensor) -> None:
-        pass
-
-    def recv(self, num_bytes: int, inline: bytes) -> torch.Tensor:
+    @contextlib.contextmanager
+    def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> Iterator[torch.Tensor]:
         if len(inline) != num_bytes:
             raise Unavailable(f"a chunk of {num_bytes} bytes came with {len(inline)} bytes of data")
-        return torch.frombuffer(bytearray(inline), dtype=torch.uint8)
+        yield torch.frombuffer(bytearray(inline), dtype=torch.uint8)
 
     def interrupt(self) -> None:
         pass

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
 import structlog
-import torch
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceStub
 from pagewire_core import faults
@@ -34,9 +34,11 @@ from pagewire_transfer.lane_thread import LaneThread
 from pagewire_transfer.metrics import StagingSlots, TransferMetrics
 from pagewire_transfer.outgoing import Outgoing
 from pagewire_transfer.source import KvSource
-from pagewire_transfer.wire import ChunkRange, checksum, chunk_bytes, to_bytes
+from pagewire_transfer.wire import ChunkRange, checksum, chunk_bytes, from_bytes
 
 log = structlog.get_logger(__name__)
+
+_QUEUED = 2  # chunks: the thread never waits for the event loop, and few are sent of a transfer that has ended
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Pair:
         self._awake = asyncio.Event()
         self._outbox: asyncio.Queue[kv.ConnectRequest] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
+        self._num_queued = 0  # chunks that the thread has to send
+        self._loop = asyncio.get_running_loop()
         self._thread = LaneThread(self._put, settings.timeout_s)
         self._channel = open_channel(address)
         self._call: grpc.aio.StreamStreamCall = KvChannelServiceStub(self._channel).Connect()
@@ -147,9 +151,13 @@ class Pair:
             await work
         except PagewireError as error:
             self.fail(error)
-        except Exception as error:  # a bug, here or in the source: fails this pair, not the process
-            log.exception("kv pair failed", peer=self.address)
-            self.fail(Internal(f"sending KV failed: {type(error).__name__}"))
+        except Exception as error:
+            self._fail_with_bug(error)
+
+    def _fail_with_bug(self, error: BaseException) -> None:
+        """A bug, here or in the source: fails this pair, not the process."""
+        log.error("kv pair failed", peer=self.address, exc_info=error)
+        self.fail(Internal(f"sending KV failed: {type(error).__name__}"))
 
     async def offer(self, transfer_id: bytes, tokens: tuple[int, int]) -> Outgoing:
         """Opens a transfer; returns when the peer has granted it. Raises what KvSender.open does."""
@@ -188,7 +196,6 @@ class Pair:
     async def _write(self) -> None:
         while True:
             await self._write_now(await self._outbox.get())
-            self._outbox.task_done()
 
     async def _read(self) -> None:
         while True:
@@ -216,64 +223,73 @@ class Pair:
             outgoing.fail(from_proto(message.error))
 
     async def _pump(self) -> None:
-        """Sends one chunk at a time, the transfers taking turns."""
+        """Keeps the lane's thread busy, the transfers taking turns."""
         while True:
             self._awake.clear()
-            for _ in range(len(self._turns)):
-                outgoing = self._turns[0]
-                self._turns.rotate(-1)
-                chunk = outgoing.next_chunk()
-                if chunk is not None:
-                    self._awake.set()
-                    await self._send(outgoing, *chunk)
-                    break
+            if self._num_queued < _QUEUED and self._send_next():
+                continue
             await self._awake.wait()
 
-    async def _send(self, outgoing: Outgoing, seq: int, part: ChunkRange) -> None:
-        staging = self._settings.staging
-        staging.take()
-        job: Future[Any] = self._thread.submit(self._gather, outgoing.transfer_id, part)
-        outgoing.gathering = job
-        try:
-            chunk, wire = await asyncio.wrap_future(job)
-            if outgoing.error is not None:
-                return
-            chunk.seq = seq
-            outgoing.announced(seq, chunk.num_bytes, chunk.checksum)
-            fault = faults.point("chunk-sent")
-            if fault == "drop":
-                return
-            self.post(kv.ConnectRequest(chunk=chunk))
-            if fault == "duplicate":
-                self.post(kv.ConnectRequest(chunk=chunk))
-            self._settings.metrics.bytes.labels(direction="sent", lane=self.lane_name).inc(chunk.num_bytes)
-            # From here on the bytes must follow, whatever becomes of the transfer.
-            await self._outbox.join()
-            job = self._thread.submit(self._send_bytes, wire)
-            await asyncio.wrap_future(job)
-        except Cancelled as error:
-            outgoing.abort(error)
-        finally:
-            job.add_done_callback(lambda _: staging.give_back())
+    def _send_next(self) -> bool:
+        """Has the thread send a chunk of the first transfer that has one."""
+        for _ in range(len(self._turns)):
+            outgoing = self._turns[0]
+            self._turns.rotate(-1)
+            chunk = outgoing.next_chunk()
+            if chunk is not None:
+                self._num_queued += 1
+                self._settings.staging.take()
+                outgoing.gathering = self._thread.submit(self._send, outgoing, *chunk)
+                outgoing.gathering.add_done_callback(partial(self._sent_soon, outgoing))
+                return True
+        return False
 
-    def _gather(self, transfer_id: bytes, part: ChunkRange) -> tuple[kv.Chunk, torch.Tensor]:
-        wire = to_bytes(self._settings.source.gather(transfer_id, part.layers, part.tokens))
-        assert wire.numel() == chunk_bytes(self._settings.identity.layout, part), part
+    def _send(self, outgoing: Outgoing, seq: int, part: ChunkRange) -> None:
+        """On the lane's thread: pages -> staging -> wire."""
+        if outgoing.error is not None:
+            return
+        layout, lane = self._settings.identity.layout, self._thread.lane
+        wire = lane.staging(chunk_bytes(layout, part))
+        self._settings.source.gather(outgoing.transfer_id, part.layers, part.tokens, from_bytes(layout, part, wire))
         chunk = kv.Chunk(
-            transfer_id=transfer_id,
+            transfer_id=outgoing.transfer_id,
+            seq=seq,
             layer_begin=part.layers[0],
             layer_end=part.layers[1],
             token_begin=part.tokens[0],
             token_end=part.tokens[1],
-            num_bytes=wire.numel(),
+            num_bytes=len(wire),
             checksum=checksum(wire),
-            data=self._thread.lane.inline(wire),
         )
-        return chunk, wire
-
-    def _send_bytes(self, wire: torch.Tensor) -> None:
+        fault = faults.point("chunk-sent")
+        if fault == "drop":
+            return
         faults.point("bytes-sent")
-        self._thread.lane.send(wire)
+        chunk.data = lane.send(wire)
+        for _ in range(2 if fault == "duplicate" else 1):
+            self._loop.call_soon_threadsafe(self._announce, outgoing, chunk)
+
+    def _announce(self, outgoing: Outgoing, chunk: kv.Chunk) -> None:
+        """The bytes are on the lane, so the peer must be told, whatever has become of the transfer."""
+        outgoing.announced(chunk.seq, chunk.num_bytes, chunk.checksum)
+        self.post(kv.ConnectRequest(chunk=chunk))
+        self._settings.metrics.bytes.labels(direction="sent", lane=self.lane_name).inc(chunk.num_bytes)
+
+    def _sent_soon(self, outgoing: Outgoing, job: Future[None]) -> None:
+        self._settings.staging.give_back()
+        self._loop.call_soon_threadsafe(self._sent, outgoing, job)
+
+    def _sent(self, outgoing: Outgoing, job: Future[None]) -> None:
+        """What came of a chunk: a failure of the source's is the transfer's, any other the pair's."""
+        self._num_queued -= 1
+        self.wake()
+        error = job.exception()
+        if isinstance(error, Cancelled):
+            outgoing.abort(error)
+        elif isinstance(error, PagewireError):
+            self.fail(error)
+        elif error is not None:
+            self._fail_with_bug(error)
 
     def fail(self, error: PagewireError) -> None:
         """Ends the pair and every transfer on it. Idempotent."""

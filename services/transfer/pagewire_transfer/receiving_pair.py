@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
+import torch
 from google.protobuf.message import Message
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire_core import faults
@@ -73,8 +76,11 @@ class ReceivingPair:
         self._owners = owners
         self._spawn = spawn
         self._open: dict[bytes, Incoming | None] = {}  # None: offered, pages not bound yet
-        # Bounded: a peer that sends faster than the lane delivers is held back by the stream's flow control.
-        self._landings: asyncio.Queue[_Landing] = asyncio.Queue(settings.window)
+        # A peer that announces faster than the lane delivers is held back by the stream's flow control.
+        self._room = asyncio.Semaphore(settings.window)
+        self._coming: deque[_Landing] = deque()  # in the order of the lane
+        self._lane_is_open = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[kv.ConnectResponse | PagewireError | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._thread = LaneThread(self._put, settings.timeout_s)
@@ -82,7 +88,7 @@ class ReceivingPair:
         settings.metrics.pairs.inc()
 
     def start(self, requests: AsyncIterator[kv.ConnectRequest], epoch: int) -> None:
-        self._tasks = [self._spawn(self._guard(self._read(requests))), self._spawn(self._guard(self._receive(epoch)))]
+        self._tasks = [self._spawn(self._guard(work)) for work in (self._read(requests), self._open_lane(epoch))]
 
     async def responses(self) -> AsyncIterator[kv.ConnectResponse]:
         """What is to be sent to the peer, until the pair ends; raises what ended it."""
@@ -98,11 +104,14 @@ class ReceivingPair:
         """A failure in any of the pair's tasks ends its stream."""
         try:
             await work
-        except PagewireError as error:
-            self._outbox.put_nowait(error)
-        except Exception as error:  # a bug, here or in the sink: fails this pair, not the process
-            log.exception("kv pair failed", peer=self._peer)
-            self._outbox.put_nowait(Internal(f"receiving KV failed: {type(error).__name__}"))
+        except Exception as error:
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        if not isinstance(error, PagewireError):  # a bug, here or in the sink: fails this pair, not the process
+            log.error("kv pair failed", peer=self._peer, exc_info=error)
+            error = Internal(f"receiving KV failed: {type(error).__name__}")
+        self._outbox.put_nowait(error)
 
     async def _read(self, requests: AsyncIterator[kv.ConnectRequest]) -> None:
         async for request in requests:
@@ -158,42 +167,60 @@ class ReceivingPair:
                 landing.part = landing.incoming.announce(chunk)
             except PagewireError as error:
                 self._fail(chunk.transfer_id, error)
-        await self._landings.put(landing)
+        await self._lane_is_open.wait()
+        await self._room.acquire()
+        self._receive(landing)
 
-    async def _receive(self, epoch: int) -> None:
-        """Takes every announced chunk off the lane, wanted or not: the lane knows only order."""
+    async def _open_lane(self, epoch: int) -> None:
         host = self._settings.identity.host
         await asyncio.wrap_future(self._thread.open(self._lane_name, DECODE_RANK, host, epoch))
-        while True:
-            landing = await self._landings.get()
-            intact = await asyncio.wrap_future(self._thread.submit(self._land, landing))
-            self._settings.metrics.bytes.labels(direction="received", lane=self._lane_name).inc(landing.chunk.num_bytes)
-            if self._wanted(landing):
-                self._acknowledge(landing, intact)
+        self._lane_is_open.set()
+
+    def _receive(self, landing: _Landing) -> None:
+        """Takes the chunk off the lane, wanted or not: the lane knows only order."""
+        self._coming.append(landing)
+        self._thread.submit(self._land).add_done_callback(
+            lambda job: self._loop.call_soon_threadsafe(self._landed, landing, job)
+        )
+
+    def _land(self) -> bool:
+        """On the lane thread. Whether the bytes are those that were announced; only then do they reach the sink."""
+        landing = self._coming.popleft()
+        next_bytes = self._coming[0].chunk.num_bytes if self._coming else 0
+        self._settings.staging.take()
+        try:
+            with self._thread.lane.recv(landing.chunk.num_bytes, landing.chunk.data, next_bytes) as wire:
+                if faults.point("chunk-received") == "flip":
+                    wire[wire.numel() // 2] ^= 1
+                return self._verify_and_scatter(landing, wire)
+        finally:
+            self._settings.staging.give_back()
+
+    def _verify_and_scatter(self, landing: _Landing, wire: torch.Tensor) -> bool:
+        settings, chunk, part = self._settings, landing.chunk, landing.part
+        if part is None or not self._wanted(landing):
+            return True
+        if checksum(wire) != chunk.checksum:
+            return False
+        try:
+            shaped = from_bytes(settings.identity.layout, part, wire)
+            settings.sink.scatter(chunk.transfer_id, part.layers, part.tokens, shaped)
+        except Cancelled as error:
+            landing.refused = error
+        return True
+
+    def _landed(self, landing: _Landing, job: Future[bool]) -> None:
+        self._room.release()
+        error = job.exception()
+        if isinstance(error, Exception):
+            self._break(error)
+            return
+        self._settings.metrics.bytes.labels(direction="received", lane=self._lane_name).inc(landing.chunk.num_bytes)
+        if self._wanted(landing):
+            self._acknowledge(landing, job.result())
 
     def _wanted(self, landing: _Landing) -> bool:
         return landing.part is not None and self._open.get(landing.chunk.transfer_id) is landing.incoming
-
-    def _land(self, landing: _Landing) -> bool:
-        """On the lane thread. Whether the bytes are those that were announced; only then do they reach the sink."""
-        settings, chunk, part = self._settings, landing.chunk, landing.part
-        settings.staging.take()
-        try:
-            wire = self._thread.lane.recv(chunk.num_bytes, chunk.data)
-            if faults.point("chunk-received") == "flip":
-                wire[wire.numel() // 2] ^= 1
-            if part is None or not self._wanted(landing):
-                return True
-            if checksum(wire) != chunk.checksum:
-                return False
-            shaped = from_bytes(settings.identity.layout, part, wire)
-            try:
-                settings.sink.scatter(chunk.transfer_id, part.layers, part.tokens, shaped)
-            except Cancelled as error:
-                landing.refused = error
-            return True
-        finally:
-            settings.staging.give_back()
 
     def _acknowledge(self, landing: _Landing, intact: bool) -> None:
         transfer_id, seq, incoming = landing.chunk.transfer_id, landing.chunk.seq, landing.incoming

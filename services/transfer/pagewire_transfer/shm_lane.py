@@ -1,4 +1,4 @@
-"""A lane through memory that both processes of a pair map: a ring of chunks, one copy in and one out.
+"""A lane through memory that both processes of a pair map: a ring of chunks, gathered into and scattered from.
 
     header: written, read (chunks so far, each with one writer) | slot 0 | slot 1 | ...
 
@@ -16,7 +16,7 @@ import functools
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -61,27 +61,31 @@ class ShmLane:
         self._header: torch.Tensor | None = whole[:_HEADER_BYTES].view(torch.int64)
         self._slots: torch.Tensor | None = whole[_HEADER_BYTES:].view(_SLOTS, MAX_CHUNK_BYTES)
 
-    def inline(self, wire: torch.Tensor) -> bytes:
-        return b""
-
-    def send(self, wire: torch.Tensor) -> None:
+    def staging(self, num_bytes: int) -> torch.Tensor:
         header, slots = self._memory()
+        assert num_bytes <= MAX_CHUNK_BYTES
         written = int(header[_WRITTEN])
         self._wait(lambda: written - int(header[_READ]) < _SLOTS, self._timeout_s)
-        # The copy is a call that lets go of the interpreter's lock and takes it again, here and in `recv`: that
-        # orders it before the count, also on processors which would not by themselves.
-        slots[written % _SLOTS, : wire.numel()].copy_(wire)
-        header[_WRITTEN] = written + 1
+        return slots[written % _SLOTS, :num_bytes]
 
-    def recv(self, num_bytes: int, inline: bytes) -> torch.Tensor:
+    def send(self, wire: torch.Tensor) -> bytes:
+        # Filling the slot let go of the interpreter's lock and took it again, and so does reading it in `recv`: that
+        # orders it before the count, also on processors which would not by themselves.
+        header, _ = self._memory()
+        header[_WRITTEN] += 1
+        return b""
+
+    @contextlib.contextmanager
+    def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> Iterator[torch.Tensor]:
         if inline or num_bytes > MAX_CHUNK_BYTES:
             raise Unavailable(f"a chunk of {num_bytes} bytes for the shm lane came with {len(inline)} bytes of data")
         header, slots = self._memory()
         read = int(header[_READ])
         self._wait(lambda: int(header[_WRITTEN]) > read, min(self._timeout_s, RECV_TIMEOUT_S))
-        wire = slots[read % _SLOTS, :num_bytes].clone()
-        header[_READ] = read + 1
-        return wire
+        try:
+            yield slots[read % _SLOTS, :num_bytes]
+        finally:
+            header[_READ] = read + 1
 
     def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._header is None or self._slots is None:

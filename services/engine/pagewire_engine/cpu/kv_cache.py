@@ -47,11 +47,9 @@ class PackedKVCache(KVCache):
     def _shape(self, config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
         return (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size * config.head_dim)
 
-    def _pack(self, slots: torch.Tensor, layers: tuple[int, int]) -> torch.Tensor:
-        shape = (layers[1] - layers[0], 2, len(slots), self.model.kv_heads, self.model.head_dim)
-        wire = torch.empty(shape, dtype=self.kv.dtype)
+    def _pack(self, slots: torch.Tensor, layers: tuple[int, int], wire: torch.Tensor) -> None:
+        assert wire.is_contiguous()
         self._move(slots, layers, wire, to_wire=True)
-        return wire
 
     def _unpack(self, wire: torch.Tensor, slots: torch.Tensor, layers: tuple[int, int]) -> None:
         self._move(slots, layers, wire.contiguous(), to_wire=False)

@@ -45,10 +45,16 @@ class GpuKVCache(KVCache):
             event.record()
             self._last_use.update(dict.fromkeys(blocks, event))
 
-    def gather(self, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:
+    def gather(
+        self,
+        block_table: Sequence[int],
+        layers: tuple[int, int],
+        tokens: tuple[int, int],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """As KVCache; does not wait for steps that were launched since the tokens were computed."""
         with torch.cuda.stream(self._beside):
-            return super().gather(block_table, layers, tokens)
+            return super().gather(block_table, layers, tokens, out)
 
     def scatter(
         self, wire: torch.Tensor, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]
@@ -61,8 +67,8 @@ class GpuKVCache(KVCache):
                 torch.cuda.current_stream().wait_event(event)
             super().scatter(wire, block_table, layers, tokens)
 
-    def _pack(self, slots: torch.Tensor, layers: tuple[int, int]) -> torch.Tensor:
-        return ops.pack_kv(self._moved, slots, layers).cpu().view(self.kv.dtype)
+    def _pack(self, slots: torch.Tensor, layers: tuple[int, int], wire: torch.Tensor) -> None:
+        wire.view(self._moved.dtype).copy_(ops.pack_kv(self._moved, slots, layers))
 
     def _unpack(self, wire: torch.Tensor, slots: torch.Tensor, layers: tuple[int, int]) -> None:
         ops.unpack_kv(wire.to(self.kv.device).view(self._moved.dtype), self._moved, slots, layers)
