@@ -1,4 +1,4 @@
-"""The HTTP application: every route, and errors in OpenAI's shape wherever they come from."""
+"""The HTTP application: every API's routes, and errors in the shape of the API that was asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import TypedDict
 
-from pagewire_core.errors import Internal, PagewireError, Unavailable
+from pagewire_core.errors import Internal, PagewireError
 from pagewire_core.telemetry import exposition, merge_expositions
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
@@ -18,13 +18,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from pagewire_bridge.anthropic.routes import ROUTES as ANTHROPIC_ROUTES
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.disconnect import STATUS_CLIENT_GONE, ClientGone
+from pagewire_bridge.error_shapes import error_shape
 from pagewire_bridge.observe import BridgeMetrics, Observe
-from pagewire_bridge.openai.errors import INVALID_REQUEST, error_object, error_response, json_response
-from pagewire_bridge.openai.routes import ROUTES
-
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+from pagewire_bridge.ollama.routes import ROUTES as OLLAMA_ROUTES
+from pagewire_bridge.openai.routes import ROUTES as OPENAI_ROUTES
+from pagewire_bridge.responses import json_response
+from pagewire_bridge.tgi.routes import ROUTES as TGI_ROUTES
+from pagewire_bridge.tokenize import ROUTES as TOKENIZE_ROUTES
 
 
 class State(TypedDict):
@@ -35,10 +38,15 @@ class State(TypedDict):
 
 
 async def health(request: Request) -> Response:
-    """200 with no body when the router can take requests."""
+    """200 with no body when the router can take requests; else TGI's error, the one that clients read here."""
     if await request.state.client.is_serving():
         return Response()
-    return error_response(Unavailable("No model can be served right now: the router or its workers are not ready."))
+    return json_response({"error": "unhealthy", "error_type": "healthcheck"}, 503)
+
+
+async def load(request: Request) -> Response:
+    """Requests that are not yet answered to the end, this one not counted."""
+    return json_response({"server_load": request.state.metrics.num_in_flight - 1})
 
 
 async def show_version(request: Request) -> Response:
@@ -57,7 +65,7 @@ async def metrics(request: Request) -> Response:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PagewireError)
-    return error_response(error)
+    return error_shape(request.url.path).error_response(error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -65,16 +73,30 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if message == HTTPStatus(error.status_code).phrase:  # the framework's own words say too little
         message = f"{message}: {request.method} {request.url.path}"
-    body = error_object(message, INVALID_REQUEST, None, _CODES.get(error.status_code))
-    return json_response(body, error.status_code, error.headers)
+    return error_shape(request.url.path).http_error_response(error.status_code, message, error.headers)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
-    return error_response(Internal("The server failed; its log has the reason."))
+    failure = Internal("The server failed; its log has the reason.")
+    return error_shape(request.url.path).error_response(failure)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=STATUS_CLIENT_GONE)
+
+
+_ROUTES = (
+    *OPENAI_ROUTES,
+    *TGI_ROUTES,
+    *OLLAMA_ROUTES,
+    *ANTHROPIC_ROUTES,
+    *TOKENIZE_ROUTES,
+    Route("/health", health, methods=["GET"]),
+    Route("/ping", health, methods=["GET", "POST"]),
+    Route("/load", load, methods=["GET"]),
+    Route("/version", show_version, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
+)
 
 
 def create_app(open_client: Callable[[], RouterClient], on_ready: Callable[[], None] = lambda: None) -> ASGIApp:
@@ -92,12 +114,7 @@ def create_app(open_client: Callable[[], RouterClient], on_ready: Callable[[], N
         await client.close()
 
     app = Starlette(
-        routes=[
-            *ROUTES,
-            Route("/health", health, methods=["GET"]),
-            Route("/version", show_version, methods=["GET"]),
-            Route("/metrics", metrics, methods=["GET"]),
-        ],
+        routes=_ROUTES,
         exception_handlers={
             PagewireError: _on_error,
             HTTPException: _on_http_error,
@@ -108,4 +125,4 @@ def create_app(open_client: Callable[[], RouterClient], on_ready: Callable[[], N
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    return Observe(app, bridge_metrics)
+    return Observe(app, bridge_metrics, _ROUTES)

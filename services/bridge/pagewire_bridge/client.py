@@ -21,6 +21,7 @@ from pagewire_core.errors import (
 from pagewire_core.feed import FeedCall, FeedReader
 from pagewire_core.mailbox import Mailbox
 from pagewire_core.rpc import MAX_MESSAGE_BYTES, open_channel, request_metadata
+from starlette.requests import Request
 
 log = structlog.get_logger(__name__)
 
@@ -105,6 +106,20 @@ class RouterClient:
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 
+    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        """A prompt as tokens. Raises PagewireError."""
+        try:
+            return await self._stub.Tokenize(request, timeout=QUICK_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        """Tokens as text. Raises PagewireError."""
+        try:
+            return await self._stub.Detokenize(request, timeout=QUICK_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
     async def metrics(self) -> str:
         """Prometheus text of the router and its workers. Raises PagewireError."""
         try:
@@ -130,3 +145,9 @@ class RouterClient:
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
             return Unavailable("The service cannot be reached right now; try again.", retry_after_s=1.0)
         return from_rpc(error)
+
+
+def client_of(request: Request) -> RouterClient:
+    """The application's one client."""
+    client: RouterClient = request.state.client
+    return client

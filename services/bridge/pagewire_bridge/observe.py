@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 
 import structlog
 from pagewire_core.rpc import REQUEST_ID_KEY
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagewire_bridge.disconnect import STATUS_CLIENT_GONE
@@ -16,8 +18,7 @@ from pagewire_bridge.openai.schema import is_sane_request_id
 
 log = structlog.get_logger(__name__)
 
-_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version", "/metrics")
-_PROBES = ("/health", "/version", "/metrics")
+_PROBES = ("/health", "/ping", "/version", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
 class BridgeMetrics:
@@ -35,16 +36,11 @@ class BridgeMetrics:
             buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
             registry=self.registry,
         )
-        self.in_flight = Gauge(
+        self.num_in_flight = 0
+        in_flight = Gauge(
             "pagewire_bridge_requests_in_flight", "HTTP requests not yet answered to the end", registry=self.registry
         )
-
-
-def _route(path: str) -> str:
-    """A bounded set of names, whatever clients ask for."""
-    if path.startswith("/v1/models/"):
-        return "/v1/models/{id}"
-    return path if path in _ROUTES else "other"
+        in_flight.set_function(lambda: self.num_in_flight)
 
 
 class Observe:
@@ -54,9 +50,10 @@ class Observe:
     client_gone (set by a stream that lost its client).
     """
 
-    def __init__(self, app: ASGIApp, metrics: BridgeMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: BridgeMetrics, routes: Sequence[Route]) -> None:
         self._app = app
         self._metrics = metrics
+        self._names = {route.endpoint: route.path.replace(":path", "") for route in reversed(routes)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,14 +65,16 @@ class Observe:
         structlog.contextvars.clear_contextvars()
         exchange = _Exchange(self._app, scope, send)
         begin = time.perf_counter()
-        with self._metrics.in_flight.track_inprogress():
-            try:
-                await exchange.run(receive)
-            finally:
-                self._record(scope, exchange.status, time.perf_counter() - begin)
+        self._metrics.num_in_flight += 1
+        try:
+            await exchange.run(receive)
+        finally:
+            self._metrics.num_in_flight -= 1
+            self._record(scope, exchange.status, time.perf_counter() - begin)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        state, route = scope["state"], _route(scope["path"])
+        # A bounded set of names, whatever clients ask for.
+        state, route = scope["state"], self._names.get(scope.get("endpoint"), "other")
         status = STATUS_CLIENT_GONE if state["client_gone"] else status
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)

@@ -13,9 +13,10 @@ from pagewire_bridge.disconnect import ClientGone, until_disconnect
 DONE = b"data: [DONE]\n\n"
 
 
-def event(data: Mapping[str, object]) -> bytes:
-    """One event. JSON escapes line ends, so that one `data:` line always holds it."""
-    return b"data: " + orjson.dumps(data) + b"\n\n"
+def event(data: Mapping[str, object], name: str = "") -> bytes:
+    """One event, of that name if it has one. JSON escapes line ends, so that one `data:` line always holds it."""
+    head = b"event: " + name.encode() + b"\n" if name else b""
+    return head + b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 class EventStream(Response):
@@ -24,12 +25,15 @@ class EventStream(Response):
     Sets scope["state"]["client_gone"] when the client left before the end.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
-        self, events: AsyncGenerator[bytes], close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
+        self,
+        events: AsyncGenerator[bytes],
+        close: Callable[[], Awaitable[None]],
+        headers: Mapping[str, str],
+        media_type: str = "text/event-stream",
     ) -> None:
         self.status_code = 200
+        self.media_type = media_type
         self.background = None
         self._events = events
         self._close = close

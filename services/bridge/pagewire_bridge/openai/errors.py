@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-import orjson
 from pagewire.v1 import common_pb2 as pb
-from pagewire_core.errors import STATUS, PagewireError
+from pagewire_core.errors import PagewireError
 from starlette.responses import Response
+
+from pagewire_bridge.responses import http_status, json_response, retry_after
 
 INVALID_REQUEST = "invalid_request_error"
 # Clients recognise a context overflow by these words, whatever the code says.
@@ -22,18 +22,11 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     pb.ERROR_CODE_OVERLOADED: ("rate_limit_error", "rate_limit_exceeded"),
     pb.ERROR_CODE_UNAVAILABLE: ("service_unavailable_error", "service_unavailable"),
     pb.ERROR_CODE_DEADLINE: ("timeout_error", "deadline_exceeded"),
-    # The call was cancelled behind us, not by the client: it is still there to read this.
     pb.ERROR_CODE_CANCELLED: ("service_unavailable_error", "service_unavailable"),
     pb.ERROR_CODE_INCOMPATIBLE: ("server_error", "internal_error"),
     pb.ERROR_CODE_INTERNAL: ("server_error", "internal_error"),
 }
-_TRY_AGAIN = (429, 503)
-
-
-def json_response(
-    content: Mapping[str, object], status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
 def error_object(message: str, kind: str, param: str | None, code: str | None) -> dict[str, object]:
@@ -54,6 +47,10 @@ def from_error(error: PagewireError) -> dict[str, object]:
 
 def error_response(error: PagewireError) -> Response:
     """Error object, status, and Retry-After (whole seconds) where trying again makes sense."""
-    status = 503 if error.code == pb.ERROR_CODE_CANCELLED else STATUS[error.code][1]
-    headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if status in _TRY_AGAIN else None
-    return json_response(from_error(error), status, headers)
+    status = http_status(error)
+    return json_response(from_error(error), status, retry_after(error, status))
+
+
+def http_error_response(status: int, message: str, headers: Mapping[str, str] | None) -> Response:
+    """What the framework refuses: an unknown route, a method, a body that is too large."""
+    return json_response(error_object(message, INVALID_REQUEST, None, _HTTP_CODES.get(status)), status, headers)

@@ -13,39 +13,48 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pagewire_bridge.body import read_body
-from pagewire_bridge.client import RouterClient
+from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.generation import Generation
-from pagewire_bridge.openai.answer import Answer, served_by, stream, whole
+from pagewire_bridge.openai.answer import Answer, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
-from pagewire_bridge.openai.errors import json_response
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
 from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Shape
 from pagewire_bridge.openai.translate import chat_echo, from_model, from_models, to_chat_request, to_completion_requests
 from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.responses import json_response
+from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
 
 _FINGERPRINT = f"pagewire-{version('pagewire')}"  # read once: looking it up takes half a millisecond
 
 
 async def chat_completions(request: Request) -> Response:
-    body = parse_body(ChatBody, await read_body(request))
+    return await answer_chat(request, await read_body(request))
+
+
+async def completions(request: Request) -> Response:
+    return await answer_completion(request, await read_body(request))
+
+
+async def answer_chat(request: Request, data: bytes) -> Response:
+    body = parse_body(ChatBody, data)
     asked = [to_chat_request(body, _request_id(request, body))]
     return await _generate(request, body, asked, ChatShape(chat_echo(body)))
 
 
-async def completions(request: Request) -> Response:
-    body = parse_body(CompletionBody, await read_body(request))
+async def answer_completion(request: Request, data: bytes) -> Response:
+    body = parse_body(CompletionBody, data)
     return await _generate(request, body, to_completion_requests(body, _request_id(request, body)), CompletionShape())
 
 
 async def list_models(request: Request) -> Response:
-    return json_response(from_models(await _client(request).list_models()))
+    return json_response(from_models(await client_of(request).list_models()))
 
 
 async def retrieve_model(request: Request) -> Response:
     name = request.path_params["model"]
-    for model in await _client(request).list_models():
+    for model in await client_of(request).list_models():
         if model.name == name:
             return json_response(from_model(model))
     raise ModelNotFound(f"The model `{name}` does not exist.", "model")
@@ -57,11 +66,6 @@ ROUTES = [
     Route("/v1/models", list_models, methods=["GET"]),
     Route("/v1/models/{model:path}", retrieve_model, methods=["GET"]),
 ]
-
-
-def _client(request: Request) -> RouterClient:
-    client: RouterClient = request.state.client
-    return client
 
 
 def _request_id(request: Request, body: GenerationBody) -> str:
@@ -84,7 +88,7 @@ def _head(request: Request, shape: Shape, model: str) -> dict[str, Any]:
 async def _generate(request: Request, body: GenerationBody, asked: list[GenerateRequest], shape: Shape) -> Response:
     """Answers only after the router has accepted every prompt, so that a refusal has its status."""
     n = body.n or 1
-    generation = Generation([_client(request).generate(one) for one in asked], n)
+    generation = Generation([client_of(request).generate(one) for one in asked], n)
     headers = ignored_fields_header(ignored_fields(body))
     streaming = False
     try:

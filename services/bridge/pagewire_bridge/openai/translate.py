@@ -8,6 +8,7 @@ import orjson
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import InvalidRequest
 
+from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message
 
 
@@ -34,21 +35,26 @@ def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.Sampli
     )
 
 
-def to_chat_request(body: ChatBody, request_id: str) -> inference_pb2.GenerateRequest:
+def to_chat(body: ChatBody) -> inference_pb2.Chat:
     """Raises InvalidRequest for message content that is not text."""
     add_generation_prompt = body.add_generation_prompt
     if body.continue_final_message:
         add_generation_prompt = False  # the two exclude each other, and only one of them was asked for
     kwargs = body.chat_template_kwargs
+    return inference_pb2.Chat(
+        messages=[_to_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        template_kwargs_json=orjson.dumps(kwargs).decode() if kwargs else "",
+    )
+
+
+def to_chat_request(body: ChatBody, request_id: str) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequest for message content that is not text."""
     return inference_pb2.GenerateRequest(
         request_id=request_id,
-        model=body.model or "",
-        chat=inference_pb2.Chat(
-            messages=[_to_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
-            template_kwargs_json=orjson.dumps(kwargs).decode() if kwargs else "",
-        ),
+        model=to_served_name(body.model),
+        chat=to_chat(body),
         sampling=to_sampling(body, (body.top_logprobs or 0) if body.logprobs else None),
         n=body.n or 1,
         cache_salt=body.cache_salt or "",
@@ -63,7 +69,7 @@ def to_completion_requests(body: CompletionBody, request_id: str) -> list[infere
     return [
         inference_pb2.GenerateRequest(
             request_id=f"{request_id}-{i}" if several else request_id,
-            model=body.model or "",
+            model=to_served_name(body.model),
             text=prompt if isinstance(prompt, str) else None,
             token_ids=None if isinstance(prompt, str) else inference_pb2.TokenIds(ids=prompt),
             sampling=to_sampling(body, body.logprobs),

@@ -1,0 +1,49 @@
+"""Anthropic's Messages API."""
+
+from __future__ import annotations
+
+from pagewire.v1.inference_pb2 import TokenizeRequest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pagewire_bridge.anthropic.answer import Answer, events, whole
+from pagewire_bridge.anthropic.schema import CountBody, MessagesBody
+from pagewire_bridge.anthropic.translate import to_chat, to_request
+from pagewire_bridge.body import read_body, to_object, validated
+from pagewire_bridge.client import client_of
+from pagewire_bridge.generation import Generation
+from pagewire_bridge.model_names import to_served_name
+from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.respond import respond
+from pagewire_bridge.responses import json_response
+from pagewire_bridge.served_by import served_by
+from pagewire_bridge.sse import EventStream
+
+
+async def messages(request: Request) -> Response:
+    body = validated(MessagesBody, to_object(await read_body(request)))
+    generation = Generation([client_of(request).generate(to_request(body, request.state.request_id))], 1)
+    head = {"id": f"msg_{request.state.request_id}", "type": "message", "role": "assistant", "model": body.model}
+    answer, headers = Answer(head), ignored_fields_header(body.model_extra or ())
+
+    async def answer_whole() -> Response:
+        content = await whole(answer, generation)
+        return json_response(content, headers={**headers, **served_by(generation.summaries)})
+
+    def answer_events() -> Response:
+        return EventStream(events(answer, generation), generation.close, headers)
+
+    return await respond(request, generation, stream=answer_events if body.stream else None, whole=answer_whole)
+
+
+async def count_tokens(request: Request) -> Response:
+    body = validated(CountBody, to_object(await read_body(request)))
+    asked = TokenizeRequest(model=to_served_name(body.model), chat=to_chat(body))
+    return json_response({"input_tokens": len((await client_of(request).tokenize(asked)).tokens)})
+
+
+ROUTES = [
+    Route("/v1/messages", messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+]

@@ -1,0 +1,55 @@
+"""Ollama's way with a prompt that is too long: it is cut, and the answer says so."""
+
+from __future__ import annotations
+
+from pagewire.v1 import inference_pb2 as pb
+
+from pagewire_bridge.client import RouterClient
+
+_ROOM = 1  # tokens at least for the answer
+
+
+async def cut_to_fit(client: RouterClient, request: pb.GenerateRequest, num_ctx: int | None) -> int:
+    """Makes the prompt of `request` fit; how many tokens went. Raises PagewireError.
+
+    num_ctx: tokens of prompt and answer; None: the model's. Of a chat the oldest messages go first; only if its
+    system messages and its last one are too long by themselves does it lose its beginning, as a plain prompt does.
+    """
+    about = await client.tokenize(pb.TokenizeRequest(model=request.model, text=""))
+    limit = min(num_ctx or about.max_model_len, about.max_model_len)
+    limit = max(limit - max(request.sampling.max_tokens, _ROOM), 1)
+    before = await _num_tokens(client, request)
+    if before <= limit:
+        return 0
+    if request.HasField("chat"):
+        await _drop_oldest(client, request, limit)
+    request.truncate_prompt_tokens = limit
+    return before - min(await _num_tokens(client, request), limit)
+
+
+async def _drop_oldest(client: RouterClient, request: pb.GenerateRequest, limit: int) -> None:
+    """Finds by bisection how many of the oldest messages must go."""
+    messages = list(request.chat.messages)
+    removable = [i for i, message in enumerate(messages[:-1]) if message.role != "system"]
+    fewest, most = min(1, len(removable)), len(removable)
+    while fewest < most:
+        middle = (fewest + most) // 2
+        _keep(request, messages, removable[:middle])
+        if await _num_tokens(client, request) <= limit:
+            most = middle
+        else:
+            fewest = middle + 1
+    _keep(request, messages, removable[:most])
+
+
+def _keep(request: pb.GenerateRequest, messages: list[pb.ChatMessage], removed: list[int]) -> None:
+    del request.chat.messages[:]
+    request.chat.messages.extend(message for i, message in enumerate(messages) if i not in set(removed))
+
+
+async def _num_tokens(client: RouterClient, request: pb.GenerateRequest) -> int:
+    if request.HasField("token_ids"):
+        return len(request.token_ids.ids)
+    chat = request.chat if request.HasField("chat") else None
+    text = request.text if request.HasField("text") else None
+    return len((await client.tokenize(pb.TokenizeRequest(model=request.model, chat=chat, text=text))).tokens)

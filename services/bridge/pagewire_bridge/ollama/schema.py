@@ -1,0 +1,85 @@
+"""The request bodies of Ollama's API. Fields without an effect are ignored and named in a response header."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+KeepAlive = str | int | float
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class Options(_Body):
+    """Defaults are Ollama's own. Whole numbers stand for floats."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: float | None = None
+    repeat_penalty: Annotated[float, Field(gt=0)] | None = None
+    repeat_last_n: int | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: list[str] | None = None
+    num_predict: Annotated[int, Field(ge=-2, le=2**31 - 1)] | None = None
+    num_ctx: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+
+
+class ModelBody(_Body):
+    """`name` is the old spelling of `model`."""
+
+    model: str | None = None
+    name: str | None = None
+    verbose: bool | None = None
+
+
+class _Generation(_Body):
+    model: Annotated[str, Field(min_length=1)]
+    stream: bool | None = None
+    format: str | dict[str, Any] | None = None
+    options: Options | None = None
+    keep_alive: KeepAlive | None = None
+    think: bool | str | None = None
+    truncate: bool | None = None
+    shift: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def asked(self) -> Options:
+        return self.options or Options()
+
+    @property
+    def unloads(self) -> bool:
+        return self.keep_alive in (0, "0", "0s", "0m")
+
+
+class GenerateBody(_Generation):
+    """POST /api/generate."""
+
+    prompt: str | None = None
+    suffix: str | None = None
+    system: str | None = None
+    template: str | None = None
+    context: list[Annotated[int, Field(ge=0, le=2**32 - 1)]] | None = None
+    raw: bool | None = None
+    images: list[str] | None = None
+
+
+class Message(_Body):
+    role: Annotated[str, Field(min_length=1)]
+    content: str | None = None
+    images: list[str] | None = None
+
+
+class ChatBody(_Generation):
+    """POST /api/chat."""
+
+    messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None

@@ -1,0 +1,339 @@
+"""TGI's, Ollama's and Anthropic's APIs on one endpoint, driven by their own clients, on real workers.
+
+One prefill and one decode worker serve the demo model; whatever the API, the same prompt gives the same greedy text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import ollama
+import pytest
+import pytest_asyncio
+from cluster import Cluster, running
+from huggingface_hub import InferenceClient
+from pagewire_cli.serve import demo_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+QUESTION = "What is the capital of Japan?"
+MESSAGES = [{"role": "user", "content": QUESTION}]
+FLAGS = ("--kv-cache-memory-bytes=16M", "--max-model-len=512", "--threads=1")
+GREEDY = {"temperature": 0}
+RAW = "<|im_start|>user\nCount from 3 to 9.<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    directory: Path = tmp_path_factory.mktemp("apis")
+    names = ("--served-model-name=demo",)
+    async with running(Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names)) as started:
+        yield started
+
+
+async def openai_text(cluster: Cluster, messages: list[dict[str, str]] = MESSAGES, **fields: Any) -> str:
+    body = {"messages": messages, "temperature": 0, "max_tokens": 24, **fields}
+    response = await cluster.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def data_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def ollama_client(cluster: Cluster) -> AsyncIterator[ollama.AsyncClient]:
+    async with ollama.AsyncClient(cluster.base_url) as client:
+        yield client
+
+
+# ---------------------------------------------------------------- TGI
+
+
+async def generate(cluster: Cluster, path: str = "/generate", **parameters: Any) -> httpx.Response:
+    return await cluster.http.post(path, json={"inputs": RAW, "parameters": parameters})
+
+
+async def test_tgi_details_add_up_to_the_text(cluster: Cluster) -> None:
+    response = await generate(cluster, max_new_tokens=40, details=True, top_n_tokens=2)
+    answer = response.json()
+    details = answer["details"]
+    assert answer["generated_text"] == "3, 4, 5, 6, 7, 8, 9."
+    assert details["finish_reason"] == "eos_token" and details["prefill"] == [] and details["seed"] is None
+    assert details["generated_tokens"] == len(details["tokens"]) == len(details["top_tokens"])
+    assert "".join(t["text"] for t in details["tokens"] if not t["special"]) == answer["generated_text"]
+    assert details["tokens"][-1]["special"] and all(t["logprob"] <= 0 for t in details["tokens"])
+    for token, top in zip(details["tokens"], details["top_tokens"], strict=True):
+        assert len(top) == 2 and top[0]["id"] == token["id"]
+    headers = response.headers
+    assert headers["x-generated-tokens"] == str(details["generated_tokens"])
+    for name in ("compute-type", "compute-time", "compute-characters", "total-time", "validation-time", "queue-time",
+                 "inference-time", "time-per-token", "prompt-tokens"):  # fmt: skip
+        assert f"x-{name}" in headers
+
+
+async def test_tgi_stream_ends_with_the_whole_answer(cluster: Cluster) -> None:
+    whole = (await generate(cluster, max_new_tokens=40, details=True)).json()
+    response = await generate(cluster, "/generate_stream", max_new_tokens=40)
+    events = data_of(response.text)
+    assert "[DONE]" not in response.text and [e["index"] for e in events] == list(range(1, len(events) + 1))
+    assert [e["token"]["id"] for e in events] == [t["id"] for t in whole["details"]["tokens"]]
+    assert all(e["generated_text"] is None and e["details"] is None for e in events[:-1])
+    assert events[-1]["generated_text"] == whole["generated_text"]
+    assert events[-1]["details"]["finish_reason"] == "eos_token" and events[-1]["details"]["input_length"] > 0
+
+
+async def test_tgi_keeps_the_stop_sequence_and_counts_length(cluster: Cluster) -> None:
+    stopped = (await generate(cluster, max_new_tokens=40, stop=["6, 7"], details=True)).json()
+    assert stopped["generated_text"] == "3, 4, 5, 6, 7" and stopped["details"]["finish_reason"] == "stop_sequence"
+    cut = (await generate(cluster, max_new_tokens=3, details=True, return_full_text=True)).json()
+    assert cut["generated_text"].startswith(RAW) and cut["details"]["finish_reason"] == "length"
+    assert cut["details"]["generated_tokens"] == 3
+
+
+async def test_tgi_seeds_repeat_and_best_of_shows_the_others(cluster: Cluster) -> None:
+    sampled = [(await generate(cluster, do_sample=True, seed=7, temperature=1.5)).json() for _ in range(2)]
+    assert sampled[0] == sampled[1]
+    best = (await generate(cluster, do_sample=True, best_of=2, details=True, temperature=1.5)).json()["details"]
+    [other] = best["best_of_sequences"]
+    mean = [sum(t["logprob"] for t in one["tokens"]) / len(one["tokens"]) for one in (best, other)]
+    assert mean[0] >= mean[1] and best["seed"] == other["seed"] is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"inputs": ""}, "inputs"),
+        ({}, "inputs"),
+        ({"inputs": "x", "parameters": {"temperature": 0}}, "temperature"),
+        ({"inputs": "x", "parameters": {"top_p": 1.0}}, "top_p"),
+        ({"inputs": "x", "parameters": {"best_of": 2}}, "best_of"),
+        ({"inputs": "x", "parameters": {"best_of": 2, "do_sample": True, "seed": 1}}, "seed"),
+        ({"inputs": "x", "parameters": {"stop": ["a"] * 5}}, "stop"),
+        ({"inputs": "x", "parameters": {"max_new_tokens": 4096}}, "context length"),
+        ({"inputs": "x " * 2000}, "context length"),
+        ({"inputs": "x", "parameters": {"typical_p": 0.5}}, "typical_p"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+async def test_tgi_mistakes_are_422(cluster: Cluster, path: str, body: dict[str, Any], words: str) -> None:
+    response = await cluster.http.post(path, json=body)
+    assert response.status_code == 422
+    assert response.json()["error_type"] == "validation" and words in response.json()["error"]
+
+
+async def test_tgi_truncates_when_asked(cluster: Cluster) -> None:
+    parameters = {"truncate": 64, "max_new_tokens": 2}
+    response = await cluster.http.post("/generate", json={"inputs": "word " * 2000, "parameters": parameters})
+    assert response.status_code == 200 and response.headers["x-prompt-tokens"] == "64"
+
+
+async def test_huggingface_hub_client_works(cluster: Cluster) -> None:
+    def ask() -> tuple[str, list[str], str]:
+        native = InferenceClient(model=cluster.base_url)
+        text = native.text_generation(RAW, max_new_tokens=40)
+        streamed = list(native.text_generation(RAW, max_new_tokens=40, stream=True))
+        chat = InferenceClient(base_url=cluster.base_url).chat_completion(MESSAGES, max_tokens=24, temperature=0)
+        return text, streamed, str(chat.choices[0].message.content)
+
+    text, streamed, chat = await asyncio.to_thread(ask)
+    assert text == "3, 4, 5, 6, 7, 8, 9." == "".join(streamed).replace("<|im_end|>", "")
+    assert chat == await openai_text(cluster)
+
+
+async def test_platform_routes_answer_like_generate(cluster: Cluster) -> None:
+    expected = "3, 4, 5, 6, 7, 8, 9."
+    parameters = {"max_new_tokens": 40}
+    body = {"inputs": RAW, "parameters": parameters}
+    assert (await cluster.http.post("/invocations", json=body)).json() == [{"generated_text": expected}]
+    assert (await cluster.http.post("/", json=body)).json() == [{"generated_text": expected}]
+    vertex = await cluster.http.post("/vertex", json={"instances": [body, body]})
+    assert vertex.json() == {"predictions": [expected] * 2}
+    chat = await cluster.http.post("/invocations", json={"messages": MESSAGES, "max_tokens": 8})
+    assert chat.json()["object"] == "chat.completion"
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES"}
+    for data in ([RAW], list(RAW.encode())):
+        inference = {"id": "7", "inputs": [{**tensor, "data": data}], "parameters": parameters}
+        answer = (await cluster.http.post("/v2/models/demo/infer", json=inference)).json()
+        [output] = answer["outputs"]
+        text = output["data"][0] if isinstance(output["data"][0], str) else bytes(output["data"]).decode()
+        assert answer["id"] == "7" and text == expected
+    assert (await cluster.http.get("/v2/health/ready")).json()["ready"] is True
+    about = (await cluster.http.get("/info")).json()
+    assert about["max_total_tokens"] == 512 and about["model_pipeline_tag"] == "text-generation"
+
+
+async def test_tokenize_speaks_tgi_and_vllm_by_the_body(cluster: Cluster) -> None:
+    tgi = (await cluster.http.post("/tokenize", json={"inputs": "a fox"})).json()
+    assert "".join(token["text"] for token in tgi) == "a fox" and tgi[-1]["stop"] == 5
+    vllm = (await cluster.http.post("/tokenize", json={"prompt": "a fox", "return_token_strs": True})).json()
+    assert vllm["tokens"] == [token["id"] for token in tgi] and vllm["count"] == len(tgi)
+    assert "".join(vllm["token_strs"]) == "a fox" and vllm["max_model_len"] == 512
+    back = await cluster.http.post("/detokenize", json={"tokens": vllm["tokens"]})
+    assert back.json() == {"prompt": "a fox"}
+    chat = (await cluster.http.post("/tokenize", json={"messages": MESSAGES})).json()
+    templated = (await cluster.http.post("/chat_tokenize", json={"messages": MESSAGES})).json()
+    assert [t["id"] for t in templated["tokenize_response"]] == chat["tokens"] and QUESTION in templated[
+        "templated_text"
+    ]
+
+
+# ---------------------------------------------------------------- Ollama
+
+
+async def test_the_ollama_client_chats_and_streams(cluster: Cluster, ollama_client: ollama.AsyncClient) -> None:
+    client = ollama_client
+    options = {"temperature": 0, "num_predict": 24}
+    answer = await client.chat("demo", messages=MESSAGES, options=options)
+    assert answer.message.content == await openai_text(cluster) and answer.done and answer.done_reason == "stop"
+    assert answer.model == "demo" and min(answer.total_duration, answer.load_duration, answer.eval_duration) > 0  # type: ignore[type-var]
+    assert answer.eval_count and answer.prompt_eval_count
+    parts = [part async for part in await client.chat("demo:latest", messages=MESSAGES, options=options, stream=True)]
+    assert "".join(part.message.content or "" for part in parts) == answer.message.content
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1].eval_count == answer.eval_count
+
+
+async def test_the_ollama_client_generates_and_goes_on_from_the_context(
+    cluster: Cluster, ollama_client: ollama.AsyncClient
+) -> None:
+    client, options = ollama_client, {"temperature": 0}
+    first = await client.generate("demo", QUESTION, options=options)
+    assert first.response == await openai_text(cluster)
+    assert first.context and len(first.context) == (first.prompt_eval_count or 0) + (first.eval_count or 0)
+    second = await client.generate("demo", "Count from 3 to 9.", context=first.context, options=options)
+    assert (second.prompt_eval_count or 0) > len(first.context) and second.response
+    raw = await client.generate("demo", RAW, raw=True, options=options)
+    assert raw.response == "3, 4, 5, 6, 7, 8, 9." and raw.context is None
+
+
+async def test_ollama_describes_what_is_served(cluster: Cluster, ollama_client: ollama.AsyncClient) -> None:
+    client = ollama_client
+    [listed] = (await client.list()).models
+    assert listed.model == "demo:latest" and len(listed.digest or "") == 64 and (listed.size or 0) > 4_000_000
+    shown = await client.show("demo")
+    assert shown.modelinfo and shown.modelinfo["general.architecture"] == "llama"
+    assert shown.modelinfo["llama.context_length"] == 512 and "completion" in (shown.capabilities or ())
+    assert [m.model for m in (await client.ps()).models] == ["demo:latest"]
+    assert (await cluster.http.get("/")).text == "Ollama is running"
+    assert (await cluster.http.head("/")).status_code == 200
+    assert tuple(map(int, (await cluster.http.get("/api/version")).json()["version"].split("."))) > (0, 5, 0)
+
+
+async def test_ollama_examples_post_json_as_a_form(cluster: Cluster) -> None:
+    data = json.dumps({"model": "demo", "prompt": QUESTION, "stream": False, "options": {"temperature": 0}})
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    response = await cluster.http.post("/api/generate", content=data, headers=headers)
+    assert response.json()["response"] == await openai_text(cluster)
+
+
+async def test_ollama_loads_and_unloads_in_words(cluster: Cluster) -> None:
+    for body, reason in (({}, "load"), ({"keep_alive": 0}, "unload"), ({"keep_alive": "5m"}, "load")):
+        for path in ("/api/generate", "/api/chat"):
+            response = await cluster.http.post(path, json={"model": "demo", "stream": False, **body})
+            assert response.json()["done_reason"] == reason
+            assert ("keep_alive" in response.headers.get("x-pagewire-ignored-fields", "")) == bool(body)
+
+
+async def test_ollama_cuts_what_does_not_fit_and_says_so(cluster: Cluster) -> None:
+    client = cluster.http
+    messages = [{"role": "system", "content": "Be short."}]
+    messages += [{"role": "user", "content": f"word {i} " * 20} for i in range(40)] + MESSAGES
+    body = {"model": "demo", "messages": messages, "stream": False, "options": {"temperature": 0, "num_predict": 8}}
+    cut = await client.post("/api/chat", json=body)
+    assert cut.status_code == 200 and cut.json()["prompt_truncated"] > 10
+    assert cut.headers["x-pagewire-prompt-truncated"] == str(cut.json()["prompt_truncated"])
+    assert cut.json()["prompt_eval_count"] <= 504
+    whole = await client.post("/api/chat", json={**body, "truncate": False})
+    assert whole.status_code == 400 and "context length" in whole.json()["error"]
+    small = await client.post("/api/generate", json={**body, "prompt": "word " * 100, "options": {"num_ctx": 64}})
+    assert small.json()["prompt_eval_count"] + 1 == 64
+
+
+async def test_ollama_errors_are_sentences(cluster: Cluster, ollama_client: ollama.AsyncClient) -> None:
+    missing = await cluster.http.post("/api/chat", json={"model": "none", "messages": MESSAGES})
+    assert missing.status_code == 404 and "not found" in missing.json()["error"]
+    for body in ({"prompt": "x"}, {"model": "demo", "prompt": 3}, {"model": "demo", "prompt": "x", "think": True}):
+        response = await cluster.http.post("/api/generate", json=body)
+        assert response.status_code == 400 and isinstance(response.json()["error"], str)
+    with pytest.raises(ollama.ResponseError) as raised:
+        await ollama_client.show("none")
+    assert raised.value.status_code == 404
+
+
+# ---------------------------------------------------------------- Anthropic
+
+
+def anthropic_client(cluster: Cluster) -> anthropic.AsyncAnthropic:
+    return anthropic.AsyncAnthropic(base_url=cluster.base_url, api_key="unused", max_retries=0)
+
+
+async def test_the_anthropic_client_gets_a_message(cluster: Cluster) -> None:
+    async with anthropic_client(cluster) as client:
+        message = await client.messages.create(
+            model="demo", max_tokens=24, extra_body=GREEDY, system=[{"type": "text", "text": "Be kind."}],
+            messages=[{"role": "user", "content": [{"type": "text", "text": QUESTION}]}],
+        )  # fmt: skip
+        system = [{"role": "system", "content": "Be kind."}]
+        [block] = message.content
+        assert block.type == "text" and block.text == await openai_text(cluster, system + MESSAGES)
+        assert message.stop_reason == "end_turn" and message.stop_sequence is None and message.role == "assistant"
+        counted = await client.messages.count_tokens(
+            model="demo", system="Be kind.", messages=[{"role": "user", "content": QUESTION}]
+        )
+        usage = message.usage
+        assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+
+async def test_the_anthropic_client_streams_events_in_order(cluster: Cluster) -> None:
+    async with anthropic_client(cluster) as client:
+        request: dict[str, Any] = {"model": "demo", "max_tokens": 24, "extra_body": GREEDY, "messages": MESSAGES}
+        async with client.messages.stream(**request) as stream:
+            kinds = [event.type async for event in stream if event.type in _WIRE_EVENTS]
+            final = await stream.get_final_message()
+        whole = await client.messages.create(**request)
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert set(kinds[2:-3]) == {"content_block_delta"}
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert final.content[0].text == whole.content[0].text  # type: ignore[union-attr]
+    assert final.stop_reason == "end_turn"
+    assert final.usage.output_tokens == whole.usage.output_tokens
+
+
+_WIRE_EVENTS = (
+    "message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta",
+    "message_stop",
+)  # fmt: skip
+
+
+async def test_anthropic_stop_reasons(cluster: Cluster) -> None:
+    async with anthropic_client(cluster) as client:
+        request: dict[str, Any] = {"model": "demo", "extra_body": GREEDY, "messages": MESSAGES}
+        stopped = await client.messages.create(**request, max_tokens=24, stop_sequences=["Tokyo"])
+        assert stopped.stop_reason == "stop_sequence" and stopped.stop_sequence == "Tokyo"
+        cut = await client.messages.create(**request, max_tokens=2)
+        assert cut.stop_reason == "max_tokens" and cut.usage.output_tokens == 2
+        begun = [*MESSAGES, {"role": "assistant", "content": "The capital of"}]
+        continued = await client.messages.create(model="demo", max_tokens=24, extra_body=GREEDY, messages=begun)  # type: ignore[arg-type]
+        assert continued.content[0].text.strip() == "Japan is Tokyo."  # type: ignore[union-attr]
+
+
+async def test_anthropic_errors_have_its_shape(cluster: Cluster) -> None:
+    async with anthropic_client(cluster) as client:
+        with pytest.raises(anthropic.NotFoundError) as missing:
+            await client.messages.create(model="none", max_tokens=2, messages=MESSAGES)  # type: ignore[arg-type]
+        assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
+        with pytest.raises(anthropic.BadRequestError) as long:
+            await client.messages.create(model="demo", max_tokens=4096, messages=MESSAGES)  # type: ignore[arg-type]
+        assert "prompt is too long" in long.value.message
+    for body in ({"model": "demo", "messages": MESSAGES}, {"model": "demo", "max_tokens": 1, "messages": []}):
+        response = await cluster.http.post("/v1/messages", json=body)
+        assert response.status_code == 400
+        assert response.json()["type"] == "error" and response.json()["error"]["type"] == "invalid_request_error"
