@@ -34,6 +34,7 @@ class Scene:
     router: Router
     stub: inference_pb2_grpc.InferenceServiceStub
     tokenizer: Tokenizer
+    address: str
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -104,7 +105,8 @@ async def scene(
         await worker.start()
     values = {
         "host": "127.0.0.1", "port": 0, "redis_url": None, "max_queued_requests": 16, "request_timeout": 20.0,
-        "transfer_timeout": 5.0, "workers": ",".join(w.address for w in workers.values()), **flags,
+        "transfer_timeout": 5.0, "routing_policy": "pagewire",
+        "workers": ",".join(w.address for w in workers.values()), **flags,
     }  # fmt: skip
     model = ServedModel(("demo",), "demo", DIGEST, 256, 258, (EOS,), tokenizer, ChatTemplate(TEMPLATE, "<s>", "</s>"))
     async with running_router(argparse.Namespace(**values), model) as (router, _, port):
@@ -113,6 +115,8 @@ async def scene(
             lambda: all(w.feed.is_open for w in router.services.workers.live if FakeWorker.feed and w.can_decode)
         )
         async with open_channel(f"127.0.0.1:{port}") as channel:
-            yield Scene(workers, router, inference_pb2_grpc.InferenceServiceStub(channel), tokenizer)
+            yield Scene(
+                workers, router, inference_pb2_grpc.InferenceServiceStub(channel), tokenizer, f"127.0.0.1:{port}"
+            )
     for worker in workers.values():
         await worker.kill()

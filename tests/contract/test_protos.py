@@ -16,7 +16,16 @@ ROOT = Path(__file__).parents[2]
 MODULES = (common_pb2, decode_pb2, inference_pb2, kv_channel_pb2, prefill_pb2, worker_pb2)
 SERVICES = {
     "DecodeService": {"Reserve", "Decode", "Stop", "Feed"},
-    "InferenceService": {"Generate", "ListModels", "Status", "Metrics", "DeltaFeed", "Tokenize", "Detokenize"},
+    "InferenceService": {
+        "Generate",
+        "ListModels",
+        "Status",
+        "Metrics",
+        "DeltaFeed",
+        "Tokenize",
+        "Detokenize",
+        "Explain",
+    },
     "KvChannelService": {"Connect"},
     "PrefillService": {"Prefill"},
     "WorkerService": {"Info", "Stats", "Snapshot", "Drain", "Metrics"},

@@ -52,6 +52,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "router": ("h:1", "h:1"),
     "workers": ("h:1,h:2", "h:1,h:2"),
     "max-queued-requests": ("9", 9),
+    "routing-policy": ("llm_d", "llm_d"),
     "request-timeout": ("1.5", 1.5),
     "transfer-timeout": ("0.25", 0.25),
     "graceful-termination-timeout": ("0", 0.0),

@@ -55,16 +55,18 @@ ERROR_CODE_INCOMPATIBLE: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
 
 class Error(_message.Message):
-    __slots__ = ("code", "message", "param", "retry_after_s")
+    __slots__ = ("code", "message", "param", "retry_after_s", "transfer_lost")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     PARAM_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_LOST_FIELD_NUMBER: _ClassVar[int]
     code: ErrorCode
     message: str
     param: str
     retry_after_s: float
-    def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    transfer_lost: bool
+    def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., transfer_lost: _Optional[bool] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "eos_token_ids", "ignore_eos", "logprobs", "include_stop_str_in_output", "skip_special_tokens", "constraint")

@@ -56,7 +56,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("free_blocks", "total_blocks", "reserved_blocks", "num_running", "num_waiting", "waiting_prefill_tokens", "running_kv_tokens", "open_transfers", "step_cost", "staging_slots", "max_num_seqs", "draining")
+    __slots__ = ("free_blocks", "total_blocks", "reserved_blocks", "num_running", "num_waiting", "waiting_prefill_tokens", "running_kv_tokens", "open_transfers", "step_cost", "staging_slots", "max_num_seqs", "draining", "waiting_transfers", "waiting_prefill_attended", "cached_blocks")
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,9 @@ class StatsResponse(_message.Message):
     STAGING_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_PREFILL_ATTENDED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     total_blocks: int
     reserved_blocks: int
@@ -81,19 +84,26 @@ class StatsResponse(_message.Message):
     staging_slots: int
     max_num_seqs: int
     draining: bool
-    def __init__(self, free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., running_kv_tokens: _Optional[int] = ..., open_transfers: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., staging_slots: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    waiting_transfers: int
+    waiting_prefill_attended: float
+    cached_blocks: int
+    def __init__(self, free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., running_kv_tokens: _Optional[int] = ..., open_transfers: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., staging_slots: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_transfers: _Optional[int] = ..., waiting_prefill_attended: _Optional[float] = ..., cached_blocks: _Optional[int] = ...) -> None: ...
 
 class StepCost(_message.Message):
-    __slots__ = ("prefill_base_ms", "prefill_ms_per_token", "decode_base_ms", "decode_ms_per_sequence")
+    __slots__ = ("prefill_base_ms", "prefill_ms_per_token", "decode_base_ms", "decode_ms_per_sequence", "prefill_ms_per_attended", "decode_ms_per_kv_token")
     PREFILL_BASE_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_MS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DECODE_BASE_MS_FIELD_NUMBER: _ClassVar[int]
     DECODE_MS_PER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_PER_ATTENDED_FIELD_NUMBER: _ClassVar[int]
+    DECODE_MS_PER_KV_TOKEN_FIELD_NUMBER: _ClassVar[int]
     prefill_base_ms: float
     prefill_ms_per_token: float
     decode_base_ms: float
     decode_ms_per_sequence: float
-    def __init__(self, prefill_base_ms: _Optional[float] = ..., prefill_ms_per_token: _Optional[float] = ..., decode_base_ms: _Optional[float] = ..., decode_ms_per_sequence: _Optional[float] = ...) -> None: ...
+    prefill_ms_per_attended: float
+    decode_ms_per_kv_token: float
+    def __init__(self, prefill_base_ms: _Optional[float] = ..., prefill_ms_per_token: _Optional[float] = ..., decode_base_ms: _Optional[float] = ..., decode_ms_per_sequence: _Optional[float] = ..., prefill_ms_per_attended: _Optional[float] = ..., decode_ms_per_kv_token: _Optional[float] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ()

@@ -6,6 +6,7 @@ PagewireError            has an ErrorCode, a sentence, perhaps the field at faul
 +-- ModelNotFound        no such model is served
 +-- Overloaded           the queue is full: try again after `retry_after_s`
 +-- Unavailable          nothing can serve this now: no worker, peer lost
+|   +-- TransferLost     KV did not cross between two workers, who may both be well
 +-- DeadlineExceeded     out of time
 +-- Cancelled            the client has gone
 +-- Incompatible         a peer speaks another protocol, model or KV layout
@@ -63,6 +64,13 @@ class Unavailable(PagewireError):
     code = pb.ERROR_CODE_UNAVAILABLE
 
 
+class TransferLost(Unavailable):
+    def to_proto(self) -> pb.Error:
+        error = super().to_proto()
+        error.transfer_lost = True
+        return error
+
+
 class DeadlineExceeded(PagewireError):
     code = pb.ERROR_CODE_DEADLINE
 
@@ -114,7 +122,8 @@ _FROM_STATUS: dict[grpc.StatusCode, type[PagewireError]] = {
 
 def from_proto(error: pb.Error) -> PagewireError:
     """The exception that `error` describes."""
-    return _CLASSES.get(error.code, Internal)(error.message, error.param, error.retry_after_s)
+    kind = TransferLost if error.transfer_lost else _CLASSES.get(error.code, Internal)
+    return kind(error.message, error.param, error.retry_after_s)
 
 
 def from_rpc(error: grpc.RpcError) -> PagewireError:

@@ -135,6 +135,8 @@ FLAGS: dict[str, Flag] = {
     "redis-url": Flag(None, "redis://host:port/db of the index and registry"),
     "router": Flag(None, "host:port of the router"),
     "workers": Flag("", "host:port of workers to know besides the registered ones, comma-separated"),
+    "routing-policy": Flag("pagewire", "how workers are chosen: by predicted time, or as others do",
+                           choices=("pagewire", "round_robin", "least_loaded", "prefix", "dynamo", "llm_d")),
     "max-queued-requests": Flag(256, "requests that may wait; more are answered 429", positive),
     "request-timeout": Flag(600.0, "seconds a request may take in all", seconds),
     "transfer-timeout": Flag(30.0, "seconds a KV transfer may stand still", seconds),
@@ -146,7 +148,7 @@ FLAGS: dict[str, Flag] = {
 
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "host", "port",
-    "redis-url", "workers", "max-queued-requests", "request-timeout", "transfer-timeout",
+    "redis-url", "workers", "routing-policy", "max-queued-requests", "request-timeout", "transfer-timeout",
     "graceful-termination-timeout", "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (

@@ -10,6 +10,7 @@ from pagewire.v1 import common_pb2, decode_pb2, inference_pb2, prefill_pb2
 
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.placement import Placed
+from pagewire_router.workers import Worker
 
 log = structlog.get_logger(__name__)
 
@@ -24,7 +25,8 @@ class Account:
     admitted: float | None = None
     first_token: float | None = None
     attempts: int = 0
-    placed: Placed | None = None
+    attempt_at: float = 0.0
+    placed: Placed[Worker] | None = None
     resumed: bool = False
     computed_by_decode: bool = False  # the prompt, there being no prefill worker for it
     prefill_cached: int = 0
@@ -37,9 +39,10 @@ class Account:
         self.admitted = time.monotonic()
         metrics.queue_s.observe(self.admitted - self.arrived)
 
-    def begin_attempt(self, placed: Placed, *, resumed: bool = False) -> None:
+    def begin_attempt(self, placed: Placed[Worker], *, resumed: bool = False) -> None:
         """resumed: it goes on where one was lost, whose prompt is the one that is accounted for."""
         self.attempts += 1
+        self.attempt_at = time.monotonic()
         self.placed = placed
         self.resumed = resumed
         self.finished = decode_pb2.DecodeFinished()
@@ -52,7 +55,10 @@ class Account:
         if not self.resumed:
             self.prefill_cached = started.cached_tokens
 
-    def note_kv_sent(self, sent: prefill_pb2.KvSent) -> None:
+    def note_kv_sent(self, sent: prefill_pb2.KvSent, metrics: RouterMetrics) -> None:
+        if self.placed is not None:
+            predicted = self.placed.predicted.transfer_ms / 1000
+            metrics.predicted("transfer", self.placed.decision, predicted, sent.timings.kv_tail_us / 1e6)
         if not self.resumed:
             self.kv_sent.CopyFrom(sent)
 
@@ -65,6 +71,9 @@ class Account:
         if self.first_token is None:
             self.first_token = now
             metrics.ttft_s.observe(now - self.arrived)
+            if self.placed is not None:
+                predicted = self.placed.predicted.ttft_ms / 1000
+                metrics.predicted("ttft", self.placed.decision, predicted, now - self.attempt_at)
         previous = self.last_token.get(choice)
         if previous is not None:
             for _ in range(count):

@@ -21,14 +21,14 @@ from typing import Literal, Self
 
 import grpc
 from pagewire.v1 import decode_pb2, prefill_pb2
-from pagewire_core.errors import DeadlineExceeded, PagewireError, Unavailable, from_rpc
+from pagewire_core.errors import DeadlineExceeded, PagewireError, TransferLost, Unavailable, from_rpc
 from pagewire_core.feed import FeedCall
 from pagewire_core.mailbox import Mailbox
 from pagewire_core.rpc import request_metadata
 
 from pagewire_router.placement import Placed
 from pagewire_router.request import ValidRequest
-from pagewire_router.workers import Booking
+from pagewire_router.workers import Worker
 
 Leg = Literal["reserve", "prefill", "decode"]
 TimeUp = Literal["request", "kv", "account"]  # of what the time is up
@@ -65,7 +65,7 @@ class Attempt:
     def __init__(
         self,
         request: ValidRequest,
-        placed: Placed,
+        placed: Placed[Worker],
         deadline: float,
         transfer_timeout_s: float,
         take: Take | None,
@@ -91,11 +91,7 @@ class Attempt:
         self.transfer_id = secrets.token_bytes(16)
 
     async def __aenter__(self) -> Self:
-        placed, n, prompt = self.placed, self._request.n, len(self._request.prompt_ids)
-        if placed.prefill is not None:
-            self._held.enter_context(placed.prefill.booked(Booking(compute_tokens=placed.compute_tokens)))
-        local_tokens = placed.compute_tokens if placed.prefill is None else 0
-        self._held.enter_context(placed.decode.booked(Booking(local_tokens, prompt + n, n)))
+        self._held.enter_context(self.placed.booked())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -252,7 +248,7 @@ class Attempt:
         if what == "request":
             raise DeadlineExceeded("the request took longer than it may")
         if what == "kv" and not self._started:
-            raise self._failed("prefill", Unavailable("the KV transfer stood still"))
+            raise self._failed("prefill", TransferLost("the KV transfer stood still"))
 
     def _judge_end(self, leg: Leg, error: PagewireError | None) -> None:
         """A leg is over: raises LegFailed if the attempt cannot go on without it."""

@@ -32,10 +32,11 @@ from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.account import Account
 from pagewire_router.attempt import Attempt, Event, LegFailed
 from pagewire_router.choice import Choice
+from pagewire_router.lessons import learn, learn_end, learn_failure
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.placement import Placed, Placement
 from pagewire_router.request import ValidRequest
-from pagewire_router.workers import WorkerTable
+from pagewire_router.workers import Worker, WorkerTable
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +51,7 @@ class Services:
     """What every generation of a router shares."""
 
     workers: WorkerTable
-    placement: Placement
+    placement: Placement[Worker]
     tokenizer: Tokenizer
     metrics: RouterMetrics
     transfer_timeout_s: float
@@ -117,15 +118,16 @@ class Generation:
                     async with contextlib.aclosing(self._run(attempt)) as responses:
                         async for response in responses:
                             yield response
+                learn_end(self._services.placement, placed, self.completion_tokens / self._request.n)
                 yield inference_pb2.GenerateResponse(summary=self._account.summary(self.completion_tokens))
                 return
             except LegFailed as failure:
                 if all(choice.finished for choice in self._choices):  # only the account of it is lost
                     yield inference_pb2.GenerateResponse(summary=self._account.summary(self.completion_tokens))
                     return
-                self._judge(failure)
+                self._judge(failure, placed)
 
-    async def _place(self) -> Placed:
+    async def _place(self) -> Placed[Worker]:
         """Workers for the next attempt; waits for one to join or to have room again."""
         clock = asyncio.get_running_loop().time
         give_up = clock() + _NO_WORKER_WAIT_S
@@ -146,7 +148,7 @@ class Generation:
             else:
                 await self._services.workers.wait_changed(min(0.5, self._deadline - clock()))
 
-    def _attempt(self, placed: Placed) -> Attempt:
+    def _attempt(self, placed: Placed[Worker]) -> Attempt:
         take = partial(self._take, placed) if self._may_send_at_once else None
         return Attempt(
             self._request, placed, self._deadline, self._services.transfer_timeout_s, take, self._prior_output()
@@ -162,7 +164,7 @@ class Generation:
             return []
         return [decode_pb2.PriorOutput(token_ids=choice.ids, ended=choice.finished) for choice in self._choices]
 
-    def _take(self, placed: Placed, entry: decode_pb2.FeedEntry) -> bool:
+    def _take(self, placed: Placed[Worker], entry: decode_pb2.FeedEntry) -> bool:
         """Passes tokens on; True if more is to be done than that."""
         self._tokens(entry.choices, placed)
         return bool(self._newly_stopped())
@@ -208,10 +210,11 @@ class Generation:
             for choice in self._choices:
                 self._send(inference_pb2.Delta(choice=choice.index, text=self._request.echo_text))
 
-    def _note(self, event: Event, placed: Placed) -> None:
+    def _note(self, event: Event, placed: Placed[Worker]) -> None:
         if isinstance(event, decode_pb2.FeedEntry):
             self._tokens(event.choices, placed)
             return
+        learn(self._services.placement, placed, event)
         account = self._account
         kind = event.WhichOneof("event")
         if isinstance(event, prefill_pb2.PrefillResponse):
@@ -220,7 +223,7 @@ class Generation:
             elif kind == "first_tokens":
                 self._first(event.first_tokens.tokens)
             elif kind == "kv_sent":
-                self._note_kv_sent(event.kv_sent, placed)
+                account.note_kv_sent(event.kv_sent, self._services.metrics)
         elif kind == "started":
             account.note_decode(event.started)
             self._first(event.started.first_tokens)
@@ -237,18 +240,11 @@ class Generation:
             choice.resume()
         self._services.metrics.resumed.inc()
 
-    def _note_kv_sent(self, sent: prefill_pb2.KvSent, placed: Placed) -> None:
-        self._account.note_kv_sent(sent)
-        assert placed.prefill is not None
-        self._services.placement.rates.observe(
-            placed.prefill.worker_id, placed.decode.worker_id, sent.transferred_bytes, sent.timings.transfer_us / 1e6
-        )
-
     def _first(self, tokens: Iterable[common_pb2.SampledToken]) -> None:
         for choice, token in zip(self._choices, tokens, strict=False):
             self._send_counted(choice.take_first(token))
 
-    def _tokens(self, step: Iterable[common_pb2.ChoiceTokens], placed: Placed) -> None:
+    def _tokens(self, step: Iterable[common_pb2.ChoiceTokens], placed: Placed[Worker]) -> None:
         for given in step:
             if given.choice >= len(self._choices):
                 raise LegFailed("decode", placed.decode.worker_id, Unavailable("tokens for a choice that is not there"))
@@ -266,7 +262,7 @@ class Generation:
             self._account.note_tokens(delta.choice, len(delta.tokens), self._services.metrics)
         self._send(delta)
 
-    def _check_all_finished(self, placed: Placed) -> None:
+    def _check_all_finished(self, placed: Placed[Worker]) -> None:
         if not all(c.finished for c in self._choices):
             raise LegFailed("decode", placed.decode.worker_id, Unavailable("a choice was left unfinished"))
 
@@ -285,7 +281,7 @@ class Generation:
         await attempt.stop_choices(stopped)
         return False
 
-    def _judge(self, failure: LegFailed) -> None:
+    def _judge(self, failure: LegFailed, placed: Placed[Worker]) -> None:
         """Prepares the next attempt, or raises what the client is to be told."""
         error = failure.error
         if isinstance(error, _CLIENTS_FAULT):
@@ -293,6 +289,7 @@ class Generation:
         if isinstance(error, Overloaded):
             self._refused.add(failure.worker_id)
             return
+        learn_failure(self._services.placement, placed, failure)
         given, self._given_before = self._given_before, self.completion_tokens
         self._failures = 1 if self.completion_tokens > given else self._failures + 1
         self._services.metrics.retries.labels(failure.leg).inc()

@@ -25,11 +25,13 @@ from pagewire_core.startup import freeze_heap
 from pagewire_core.telemetry import configure_logging
 
 from pagewire_router.admission import Admission
+from pagewire_router.breakers import Breakers
 from pagewire_router.discovery import Discovery
 from pagewire_router.generation import Services
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.model import ServedModel, load_served_model
 from pagewire_router.placement import Placement
+from pagewire_router.policies import POLICIES
 from pagewire_router.servicer import InferenceServicer, Router
 from pagewire_router.workers import Worker, WorkerTable
 
@@ -88,12 +90,19 @@ async def running_router(args: argparse.Namespace, model: ServedModel) -> AsyncI
 
     def joined(worker: Worker) -> None:
         follower.joined(worker.worker_id, worker.info.instance, worker.info.fingerprint)
+        placement.joined(worker)
 
-    workers = WorkerTable(model.digest, joined, lambda worker: follower.left(worker.worker_id))
+    def left(worker: Worker) -> None:
+        follower.left(worker.worker_id)
+        placement.left(worker)
+
+    workers = WorkerTable(model.digest, joined, left)
     discovery = Discovery(args.redis_url, workers) if args.redis_url else None
     admission = Admission(args.max_queued_requests, lambda: int(_OVERCOMMIT * workers.capacity) or _UNBOUNDED)
-    placement = Placement(workers, index)
-    services = Services(workers, placement, model.tokenizer, RouterMetrics(), args.transfer_timeout)
+    metrics = RouterMetrics()
+    breakers = Breakers(opened=lambda breaker: metrics.circuits_opened.labels(breaker.leg, breaker.cause).inc())
+    placement = Placement(workers, index, POLICIES[args.routing_policy], breakers)
+    services = Services(workers, placement, model.tokenizer, metrics, args.transfer_timeout)
     feeds = Feeds(inference_pb2.DeltaFeedResponse)
     router = Router(model, services, admission, index, discovery, args.request_timeout, feeds)
     server = RpcServer()

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _LATENCY_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 5)
+_ERROR_S = (-4, -2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)
 
 
 class RouterMetrics:
@@ -43,3 +44,21 @@ class RouterMetrics:
         self.queued = Gauge("pagewire_queued_requests", "Requests waiting for admission", registry=registry)
         self.index_blocks = Gauge("pagewire_index_blocks", "Block hashes in the prefix index", registry=registry)
         self.redis_connected = Gauge("pagewire_redis_connected", "1 while Redis answers", registry=registry)
+        self._predicted_s = Histogram(
+            "pagewire_predicted_seconds", "Time to first token, and of the KV transfer after it, as predicted",
+            ["term", "plan"], buckets=_LATENCY_S, registry=registry,
+        )  # fmt: skip
+        self._prediction_error_s = Histogram(
+            "pagewire_prediction_error_seconds", "What it took less what was predicted",
+            ["term", "plan"], buckets=_ERROR_S, registry=registry,
+        )  # fmt: skip
+        self.circuits_opened = Counter(
+            "pagewire_circuits_opened", "Circuit breakers that opened, by leg and kind of error", ["leg", "cause"],
+            registry=registry,
+        )  # fmt: skip
+        self.circuits_open = Gauge("pagewire_circuits_open", "Circuit breakers not closed", ["leg"], registry=registry)
+
+    def predicted(self, term: str, plan: str, predicted_s: float, actual_s: float) -> None:
+        """What became of a prediction (`ttft` or `transfer`) for a plan (`pair` or `local`)."""
+        self._predicted_s.labels(term, plan).observe(predicted_s)
+        self._prediction_error_s.labels(term, plan).observe(actual_s - predicted_s)

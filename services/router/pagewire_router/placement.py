@@ -2,72 +2,180 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence, Set
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from pagewire_core.block_hash import HASH_BLOCK, block_hashes, chain_root
+from pagewire_core.block_hash import block_hashes, chain_root
 from pagewire_core.prefix_index import PrefixIndex
 
-from pagewire_router import cost
+from pagewire_router.breakers import Breakers
+from pagewire_router.cost import Prediction, predict
+from pagewire_router.ledger import Booking, Ledger
+from pagewire_router.links import Links
+from pagewire_router.load import EXPECTED_OUTPUT, Ask, Load, Pool
+from pagewire_router.plan import Plan, Policy
+from pagewire_router.policies import POLICIES
 from pagewire_router.request import ValidRequest
-from pagewire_router.workers import Worker, WorkerTable
+
+_EWMA = 0.02  # weight of a request in the expected length of the next one's output
+_MAX_SESSIONS = 65_536
+
+W = TypeVar("W", bound=Ledger)
+W_co = TypeVar("W_co", bound=Ledger, covariant=True)
+
+
+class Workers(Protocol[W_co]):
+    @property
+    def live(self) -> Sequence[W_co]: ...
+
+    def get(self, worker_id: str) -> W_co | None: ...
 
 
 @dataclass(frozen=True)
-class Placed:
+class Placed(Generic[W]):
     """`prefill` None: the decode worker computes the prompt itself."""
 
-    prefill: Worker | None
-    decode: Worker
+    prefill: W | None
+    decode: W
     cache_root: bytes
-    compute_tokens: int  # prompt tokens that the index does not promise
+    predicted: Prediction
+    prefill_booking: Booking
+    decode_booking: Booking
 
     @property
     def decision(self) -> str:
         return "local" if self.prefill is None else "pair"
 
+    @contextlib.contextmanager
+    def booked(self) -> Iterator[None]:
+        """Counts the work against its workers while the body runs."""
+        with contextlib.ExitStack() as stack:
+            if self.prefill is not None:
+                stack.enter_context(self.prefill.booked(self.prefill_booking))
+            stack.enter_context(self.decode.booked(self.decode_booking))
+            yield
 
-class Placement:
-    """`rates` learns how fast pairs move KV; `rng` breaks ties."""
 
-    def __init__(self, workers: WorkerTable, index: PrefixIndex, rng: random.Random | None = None) -> None:
+@dataclass(frozen=True)
+class View:
+    """What a request finds: hashes of its blocks and roots of their chains by fingerprint, and all workers."""
+
+    ask: Ask
+    loads: Mapping[str, Load]
+    roots: Mapping[bytes, bytes]
+    hashes: Mapping[bytes, Sequence[bytes]]
+
+
+class Placement(Generic[W]):
+    """`rng` breaks ties. `links`, `breakers` and `observe_output` learn from what attempts report."""
+
+    def __init__(
+        self,
+        workers: Workers[W],
+        index: PrefixIndex,
+        policy: Policy = POLICIES["pagewire"],
+        breakers: Breakers | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
         self._workers = workers
         self._index = index
         self._rng = rng or random.Random()
-        self.rates = cost.LinkRates()
+        self._turn = 0
+        self._output_tokens = float(EXPECTED_OUTPUT)
+        self._sessions: OrderedDict[str, str] = OrderedDict()  # id -> its last decode worker
+        self.policy = policy
+        self.links = Links()
+        self.breakers = breakers or Breakers()
+
+    def joined(self, worker: W) -> None:
+        self.links.join(worker.worker_id, worker.info.address)
+        self.breakers.forget(worker.worker_id)
+
+    def left(self, worker: W) -> None:
+        self.links.leave(worker.worker_id)
+        self.breakers.forget(worker.worker_id)
+
+    def observe_output(self, tokens: float) -> None:
+        """A choice has ended after so many tokens."""
+        self._output_tokens += _EWMA * (tokens - self._output_tokens)
 
     def place(
         self, request: ValidRequest, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()
-    ) -> Placed | None:
+    ) -> Placed[W] | None:
         """The best plan now; None if no worker can serve the request.
 
-        Workers in `avoid` are used only if there is no plan without them, those in `refused` not at all.
+        Workers in `avoid` and what a circuit breaker blocks are used only if there is no plan without them, those in
+        `refused` not at all.
         """
+        view = self.view(request)
+        plans = self.plans(view, avoid, refused)
+        return self._bind(request, view, self.policy.choose(plans, self._rng)) if plans else None
+
+    def view(self, request: ValidRequest) -> View:
         live = self._workers.live
         roots = {w.info.fingerprint: chain_root(w.info.fingerprint, cache_salt=request.cache_salt) for w in live}
-        loads = self._loads(request, live, roots)
-        ask = cost.Ask(len(request.prompt_ids), request.n, request.sampling.max_tokens)
-        for pool in (cost.without(loads, avoid), loads):
-            plans = [p for p in cost.plans(ask, pool, self.rates) if refused.isdisjoint(p.workers)]
-            if plans:
-                return self._bind(request, cost.choose(plans, self._rng), loads, roots)
-        return None
+        hashes = {fingerprint: block_hashes(root, request.prompt_ids) for fingerprint, root in roots.items()}
+        indexed = {fingerprint: self._index.match(chain) for fingerprint, chain in hashes.items()}
+        loads: dict[str, Load] = {}
+        for w in live:
+            chain, known = hashes[w.info.fingerprint], indexed[w.info.fingerprint]
+            loads[w.worker_id] = w.load(w.hits(chain, known.get(w.worker_id, 0)))
+        output = min(float(request.sampling.max_tokens), self._output_tokens)
+        previous = self._sessions.get(request.session_id) if request.session_id else None
+        return View(Ask(len(request.prompt_ids), request.n, output, previous), loads, roots, hashes)
 
-    def _loads(self, request: ValidRequest, live: Sequence[Worker], roots: dict[bytes, bytes]) -> list[cost.Load]:
-        hits: dict[bytes, dict[str, int]] = {
-            fingerprint: self._index.match(block_hashes(root, request.prompt_ids))
-            for fingerprint, root in roots.items()
-        }
-        return [w.load(hits[w.info.fingerprint].get(w.worker_id, 0) * HASH_BLOCK) for w in live]
+    def plans(self, view: View, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()) -> list[Plan]:
+        """As `place`, best first; the policy chooses among the best of them."""
+        loads = [load for load in view.loads.values() if load.worker_id not in refused]
+        kept = [load for load in loads if load.worker_id not in avoid]
+        allows = self.breakers.allows
+        for pool in (Pool.of(kept, view.ask, allows), Pool.of(loads, view.ask, allows), Pool.of(loads, view.ask)):
+            if plans := self.policy.plans(view.ask, pool, self.links):
+                return plans
+        return []
 
-    def _bind(
-        self, request: ValidRequest, plan: cost.Plan, loads: Sequence[cost.Load], roots: dict[bytes, bytes]
-    ) -> Placed:
-        hits = {load.worker_id: load.hit_tokens for load in loads}
+    def predict(self, view: View, plan: Plan) -> Prediction:
+        prefill = view.loads[plan.prefill] if plan.prefill is not None else None
+        return predict(view.ask, prefill, view.loads[plan.decode], self.links)
+
+    def _bind(self, request: ValidRequest, view: View, plan: Plan) -> Placed[W]:
         decode = self._workers.get(plan.decode)
         prefill = self._workers.get(plan.prefill) if plan.prefill is not None else None
         assert decode is not None
         assert plan.prefill is None or prefill is not None
-        compute_tokens = len(request.prompt_ids) - hits[plan.prefill or plan.decode]
-        return Placed(prefill, decode, roots[decode.info.fingerprint], compute_tokens)
+        self._note(request, prefill, decode)
+        compute, fingerprint = _work(view, plan.prefill or plan.decode), decode.info.fingerprint
+        held = view.ask.prompt_tokens + request.n
+        hashes = view.hashes[fingerprint]
+        return Placed(
+            prefill,
+            decode,
+            view.roots[fingerprint],
+            self.predict(view, plan),
+            Booking(*compute, hashes=hashes),
+            Booking(*(compute if prefill is None else (0, 0)), held, request.n, hashes),
+        )
+
+    def _note(self, request: ValidRequest, prefill: W | None, decode: W) -> None:
+        self._turn += 1
+        decode.turn = self._turn
+        self.breakers.attempt("decode", decode.worker_id)
+        if prefill is not None:
+            prefill.turn = self._turn
+            self.breakers.attempt("prefill", prefill.worker_id)
+            self.breakers.attempt("transfer", prefill.worker_id, decode.worker_id)
+        if request.session_id:
+            self._sessions[request.session_id] = decode.worker_id
+            self._sessions.move_to_end(request.session_id)
+            if len(self._sessions) > _MAX_SESSIONS:
+                self._sessions.popitem(last=False)
+
+
+def _work(view: View, worker_id: str) -> tuple[int, int]:
+    """Prompt tokens that a worker is to compute, and those that it has."""
+    hit = min(view.loads[worker_id].hit_tokens, view.ask.prompt_tokens - 1)
+    return view.ask.prompt_tokens - hit, hit

@@ -30,6 +30,7 @@ class ValidRequest:
     echo_text: str | None
     cache_salt: bytes
     return_prompt_token_ids: bool
+    session_id: str = ""
 
     @property
     def skip_special_tokens(self) -> bool:
@@ -81,6 +82,7 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
         echo_text=_echo(request, model, prompt_ids, text),
         cache_salt=request.cache_salt.encode(),
         return_prompt_token_ids=request.return_prompt_token_ids,
+        session_id=request.session_id,
     )
 
 

@@ -16,7 +16,9 @@ from pagewire_core.telemetry import exposition, merge_expositions
 
 from pagewire_router.account import Account
 from pagewire_router.admission import Admission
+from pagewire_router.breakers import LEGS
 from pagewire_router.discovery import Discovery
+from pagewire_router.explain import explain
 from pagewire_router.generation import Generation, Services
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
@@ -145,11 +147,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metrics.queued.set(router.admission.num_queued)
         metrics.index_blocks.set(router.index.num_blocks)
         metrics.redis_connected.set(router.redis_connected)
+        states = [(breaker.leg, state) for breaker, state, _ in router.services.placement.breakers]
+        for leg in LEGS:
+            metrics.circuits_open.labels(leg).set(sum(there == leg and s != "closed" for there, s in states))
         workers = router.services.workers.live
         answers = await asyncio.gather(*(_metrics_of(w) for w in workers))
         texts = {"router": exposition(metrics.registry)}
         texts |= {w.worker_id: text for w, text in zip(workers, answers, strict=True) if text is not None}
         return inference_pb2.MetricsResponse(text=merge_expositions(texts))
+
+    async def Explain(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.ExplainResponse:
+        valid = validate(request, self._router.model, self._router.max_model_len)
+        return explain(valid, self._router.services.placement)
 
 
 def _status(worker: Worker) -> inference_pb2.WorkerStatus:

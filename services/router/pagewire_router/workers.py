@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import grpc
 import structlog
@@ -21,7 +19,7 @@ from pagewire_core.feed import FeedReader
 from pagewire_core.prefix_index import Snapshot
 from pagewire_core.rpc import PROTOCOL, open_channel, speaks
 
-from pagewire_router.cost import Load
+from pagewire_router.ledger import Booking, Ledger
 
 log = structlog.get_logger(__name__)
 
@@ -29,77 +27,31 @@ _INFO_TIMEOUT_S = 3.0
 _STATS_TIMEOUT_S = 5.0  # Stats come every second
 _SNAPSHOT_TIMEOUT_S = 5.0
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 2.0
-_REPORT_DELAY_S = 0.05  # a report this young may have been made before a booking reached the worker
 _DEFAULT_SEQUENCES = 128
 
 
-@dataclass(eq=False)
-class Booking:
-    """Work on its way to a worker: tokens to compute, tokens of KV to hold, sequences to run."""
-
-    compute_tokens: int = 0
-    kv_tokens: int = 0
-    num_sequences: int = 0
-    at: float = field(default_factory=time.monotonic)
-
-
-class Worker:
+class Worker(Ledger):
     """One live worker process."""
 
     def __init__(self, info: worker_pb2.InfoResponse, address: str, channel: grpc.aio.Channel) -> None:
-        self.info = info
+        super().__init__(info)
         self.address = address
         self.prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
         self.decode = decode_pb2_grpc.DecodeServiceStub(channel)
         self.control = worker_pb2_grpc.WorkerServiceStub(channel)
         self.feed = FeedReader(lambda feed_id: self.decode.Feed(decode_pb2.FeedRequest(feed_id=feed_id)))
-        self.stats = worker_pb2.StatsResponse()
-        self._stats_at = 0.0
-        self._bookings: set[Booking] = set()
         self.unused = asyncio.Event()  # set while no attempt talks to it
         self.unused.set()
 
-    @property
-    def worker_id(self) -> str:
-        return self.info.worker_id
-
-    @property
-    def can_decode(self) -> bool:
-        return self.info.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
-
-    def report(self, stats: worker_pb2.StatsResponse) -> None:
-        self.stats = stats
-        self._stats_at = time.monotonic()
-
     @contextlib.contextmanager
     def booked(self, booking: Booking) -> Iterator[None]:
-        """Counts work against this worker until it reports it itself, at the longest while the body runs."""
-        self._bookings.add(booking)
         self.unused.clear()
         try:
-            yield
+            with super().booked(booking):
+                yield
         finally:
-            self._bookings.discard(booking)
-            if not self._bookings:
+            if not self.is_booked:
                 self.unused.set()
-
-    def load(self, hit_tokens: int) -> Load:
-        unreported = [b for b in self._bookings if b.at + _REPORT_DELAY_S > self._stats_at]
-        stats, cost = self.stats, self.stats.step_cost
-        return Load(
-            worker_id=self.worker_id,
-            role=self.info.role,
-            fingerprint=self.info.fingerprint,
-            hit_tokens=hit_tokens,
-            waiting_tokens=stats.waiting_prefill_tokens + sum(b.compute_tokens for b in unreported),
-            num_sequences=stats.num_running + stats.num_waiting + sum(b.num_sequences for b in unreported),
-            free_tokens=int(stats.free_blocks) * self.info.block_size - sum(b.kv_tokens for b in unreported),
-            kv_bytes_per_token=self.info.kv_bytes_per_token,
-            prefill_base_ms=cost.prefill_base_ms,
-            prefill_ms_per_token=cost.prefill_ms_per_token,
-            decode_base_ms=cost.decode_base_ms,
-            decode_ms_per_sequence=cost.decode_ms_per_sequence,
-        )
 
 
 class WorkerTable:

@@ -1,0 +1,110 @@
+"""What a worker last said of its load, and what was sent to it since."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pagewire.v1 import common_pb2, worker_pb2
+from pagewire_core.block_hash import HASH_BLOCK
+
+from pagewire_router.load import Load, StepModel
+
+_REPORT_DELAY_S = 0.05  # a report this young may have been made before a booking reached the worker
+
+
+@dataclass(eq=False)
+class Booking:
+    """Work on its way to a worker: tokens to compute after cached ones, tokens of KV to hold, sequences to run.
+
+    hashes: of the blocks that the worker will have when it is done.
+    """
+
+    compute_tokens: int = 0
+    cached_tokens: int = 0
+    kv_tokens: int = 0
+    num_sequences: int = 0
+    hashes: Sequence[bytes] = ()
+    at: float = field(default=0.0, init=False)  # when it was booked
+
+
+class Ledger:
+    """One worker's account; `clock` is in seconds."""
+
+    def __init__(self, info: worker_pb2.InfoResponse, clock: Callable[[], float] = time.monotonic) -> None:
+        self.info = info
+        self.stats = worker_pb2.StatsResponse()
+        self.model = StepModel()
+        self.turn = 0  # number of the last placement on it
+        self._clock = clock
+        self._stats_at = 0.0
+        self._bookings: dict[Booking, None] = {}
+        self._coming: Counter[bytes] = Counter()
+
+    @property
+    def worker_id(self) -> str:
+        return self.info.worker_id
+
+    @property
+    def can_decode(self) -> bool:
+        return self.info.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
+
+    @property
+    def is_booked(self) -> bool:
+        return bool(self._bookings)
+
+    def report(self, stats: worker_pb2.StatsResponse) -> None:
+        self.stats = stats
+        self.model = StepModel.of(stats.step_cost)
+        self._stats_at = self._clock()
+
+    @contextlib.contextmanager
+    def booked(self, booking: Booking) -> Iterator[None]:
+        """Counts work against this worker until it reports it itself, at the longest while the body runs."""
+        booking.at = self._clock()
+        self._bookings[booking] = None
+        self._coming.update(booking.hashes)
+        try:
+            yield
+        finally:
+            del self._bookings[booking]
+            for value in booking.hashes:
+                self._coming[value] -= 1
+                if not self._coming[value]:
+                    del self._coming[value]
+
+    def hits(self, hashes: Sequence[bytes], indexed: int) -> int:
+        """Leading blocks that the worker has, `indexed` of them as it said, or will have when all is done."""
+        while indexed < len(hashes) and hashes[indexed] in self._coming:
+            indexed += 1
+        return indexed
+
+    def load(self, hit_blocks: int) -> Load:
+        unreported = [b for b in self._bookings if b.at + _REPORT_DELAY_S > self._stats_at]
+        stats, block_size = self.stats, self.info.block_size
+        booked_kv = sum(b.kv_tokens for b in unreported)
+        free = int(stats.free_blocks) * block_size - booked_kv
+        return Load(
+            worker_id=self.worker_id,
+            role=self.info.role,
+            fingerprint=self.info.fingerprint,
+            model=self.model,
+            hit_tokens=hit_blocks * HASH_BLOCK,
+            waiting_tokens=stats.waiting_prefill_tokens + sum(b.compute_tokens for b in unreported),
+            waiting_attended=stats.waiting_prefill_attended
+            + sum(b.compute_tokens * (b.cached_tokens + b.compute_tokens / 2) for b in unreported),
+            num_waiting=stats.num_waiting + len(unreported),
+            num_sequences=stats.num_running
+            + stats.num_waiting
+            + stats.waiting_transfers
+            + sum(b.num_sequences for b in unreported),
+            kv_tokens=stats.running_kv_tokens + booked_kv,
+            max_num_seqs=stats.max_num_seqs,
+            free_tokens=free,
+            unused_tokens=max(free - int(stats.cached_blocks) * block_size, 0),
+            kv_bytes_per_token=self.info.kv_bytes_per_token,
+            turn=self.turn,
+        )

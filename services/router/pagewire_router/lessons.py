@@ -1,0 +1,45 @@
+"""What an attempt teaches the placement of the next ones: which legs work, how fast links are, how long outputs."""
+
+from __future__ import annotations
+
+from pagewire.v1 import common_pb2, decode_pb2, prefill_pb2
+from pagewire_core.errors import TransferLost
+
+from pagewire_router.attempt import Event, LegFailed
+from pagewire_router.placement import Placed, Placement
+from pagewire_router.workers import Worker
+
+
+def learn(placement: Placement[Worker], placed: Placed[Worker], event: Event) -> None:
+    if isinstance(event, decode_pb2.FeedEntry):
+        return
+    kind, breakers, decode = event.WhichOneof("event"), placement.breakers, placed.decode.worker_id
+    if placed.prefill is None:
+        return
+    prefill = placed.prefill.worker_id
+    if kind == "first_tokens":
+        breakers.succeeded("prefill", prefill)
+    elif isinstance(event, decode_pb2.DecodeResponse) and kind == "started":
+        breakers.succeeded("transfer", prefill, decode)
+    elif isinstance(event, prefill_pb2.PrefillResponse) and kind == "kv_sent":
+        sent = event.kv_sent
+        busy_us = sent.wire_us or sent.timings.transfer_us
+        placement.links.observe(prefill, decode, sent.transferred_bytes, busy_us / 1e6)
+
+
+def learn_end(placement: Placement[Worker], placed: Placed[Worker], output_tokens: float) -> None:
+    """The attempt gave all that was wanted, so many tokens a choice."""
+    placement.breakers.succeeded("decode", placed.decode.worker_id)
+    placement.observe_output(output_tokens)
+
+
+def learn_failure(placement: Placement[Worker], placed: Placed[Worker], failure: LegFailed) -> None:
+    """A transfer that was lost is the fault of neither worker; any other failure is that of its leg's."""
+    breakers, prefill, decode = placement.breakers, placed.prefill, placed.decode
+    cause = common_pb2.ErrorCode.Name(failure.error.code).removeprefix("ERROR_CODE_").lower()
+    if isinstance(failure.error, TransferLost) and prefill is not None:
+        breakers.failed("transfer", cause, prefill.worker_id, decode.worker_id)
+    elif failure.leg == "prefill" and prefill is not None:
+        breakers.failed("prefill", cause, prefill.worker_id)
+    else:
+        breakers.failed("decode", cause, decode.worker_id)

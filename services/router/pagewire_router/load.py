@@ -1,0 +1,141 @@
+"""What a plan is made from: workers as the router sees them, their step costs, and what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pagewire.v1 import common_pb2, worker_pb2
+
+EXPECTED_OUTPUT = 64  # tokens, until requests have shown how much they generate
+_CHUNK = 2048  # tokens of a prompt in one step
+# Until a worker has measured itself.
+_PRIOR_BASE_MS, _PRIOR_MS_PER_TOKEN, _PRIOR_STEP_MS, _PRIOR_MS_PER_SEQUENCE = 5.0, 0.1, 10.0, 0.5
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """Milliseconds of a worker's steps. A token that is computed after c others attends to c of them.
+
+    t_pre(n, c) = prefill_base * steps + per_token * n + per_attended * n * (c + n / 2)
+    t_dec(B, K) = decode_base + per_sequence * B + per_kv_token * K
+    """
+
+    prefill_base_ms: float = _PRIOR_BASE_MS
+    prefill_ms_per_token: float = _PRIOR_MS_PER_TOKEN
+    prefill_ms_per_attended: float = 0.0
+    decode_base_ms: float = _PRIOR_STEP_MS
+    decode_ms_per_sequence: float = _PRIOR_MS_PER_SEQUENCE
+    decode_ms_per_kv_token: float = 0.0
+
+    @classmethod
+    def of(cls, cost: worker_pb2.StepCost) -> StepModel:
+        """What a worker says of itself; the prior for what it has not measured. Older ones know no attention."""
+        measured = StepModel()
+        if cost.prefill_base_ms or cost.prefill_ms_per_token:
+            prefill = (cost.prefill_base_ms, cost.prefill_ms_per_token, cost.prefill_ms_per_attended)
+        else:
+            prefill = (measured.prefill_base_ms, measured.prefill_ms_per_token, 0.0)
+        if cost.decode_base_ms or cost.decode_ms_per_sequence:
+            decode = (cost.decode_base_ms, cost.decode_ms_per_sequence, cost.decode_ms_per_kv_token)
+        else:
+            decode = (measured.decode_base_ms, measured.decode_ms_per_sequence, 0.0)
+        return cls(*prefill, *decode)
+
+    def prefill_ms(self, tokens: int, cached: int = 0) -> float:
+        """One prompt's `tokens` after `cached` ones, on a worker that does nothing else."""
+        return self.prefill_work_ms(tokens, tokens * (cached + tokens / 2))
+
+    def prefill_work_ms(self, tokens: int, attended: float) -> float:
+        if tokens <= 0:
+            return 0.0
+        steps = 1 + (tokens - 1) // _CHUNK
+        return (
+            self.prefill_base_ms * steps + self.prefill_ms_per_token * tokens + self.prefill_ms_per_attended * attended
+        )
+
+    def decode_ms(self, sequences: int, kv_tokens: int) -> float:
+        return (
+            self.decode_base_ms
+            + self.decode_ms_per_sequence * sequences
+            + self.decode_ms_per_kv_token * kv_tokens
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Load:
+    """One worker as a plan sees it: its last report plus what the router sent since."""
+
+    worker_id: str
+    role: int  # common_pb2.WorkerRole
+    fingerprint: bytes
+    model: StepModel = StepModel()
+    hit_tokens: int = 0  # leading prompt tokens that it has
+    waiting_tokens: int = 0  # prompt tokens to compute, cached ones left out
+    waiting_attended: float = 0.0  # and the tokens that they attend to, added up
+    num_waiting: int = 0
+    num_sequences: int = 0  # running and on the way
+    kv_tokens: int = 0  # of these sequences
+    max_num_seqs: int = 0  # 0: not known
+    free_tokens: int = 1 << 40
+    unused_tokens: int = 1 << 40  # of these, the room that holds no cached prefix
+    kv_bytes_per_token: int = 0
+    turn: int = 0  # the number of the last placement on it
+
+    @property
+    def can_prefill(self) -> bool:
+        return self.role in (common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_BOTH)
+
+    @property
+    def can_decode(self) -> bool:
+        return self.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
+
+    @cached_property
+    def queue_ms(self) -> float:
+        """Until all prompts that are here are computed."""
+        return self.model.prefill_work_ms(self.waiting_tokens, self.waiting_attended)
+
+    def has_room(self, ask: Ask) -> bool:
+        seats = not self.max_num_seqs or self.num_sequences + ask.n <= self.max_num_seqs
+        return seats and ask.prompt_tokens + ask.n <= self.free_tokens
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a plan is for. `previous`: the decode worker of the session's last request."""
+
+    prompt_tokens: int
+    n: int = 1
+    output_tokens: float = EXPECTED_OUTPUT  # of each choice, as far as one can tell
+    previous: str | None = None
+
+
+# (leg, workers) -> whether it may be tried
+Allows = Callable[..., bool]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The workers that a request may be placed on."""
+
+    prefill: Sequence[Load]
+    decode: Sequence[Load]
+    allows: Allows = lambda leg, *workers: True
+
+    @classmethod
+    def of(cls, loads: Sequence[Load], ask: Ask, allows: Allows = lambda leg, *workers: True) -> Pool:
+        """Decode workers without room are left out unless none has any."""
+        prefill = [w for w in loads if w.can_prefill and allows("prefill", w.worker_id)]
+        decode = [w for w in loads if w.can_decode and allows("decode", w.worker_id)]
+        return cls(prefill, [w for w in decode if w.has_room(ask)] or decode, allows)
+
+    def sources(self, d: Load) -> list[Load]:
+        """Prefill workers that may compute a prompt for decode worker `d`."""
+        return [
+            p
+            for p in self.prefill
+            if p.worker_id != d.worker_id
+            and p.fingerprint == d.fingerprint
+            and self.allows("transfer", p.worker_id, d.worker_id)
+        ]
