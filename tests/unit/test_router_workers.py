@@ -142,7 +142,7 @@ async def test_a_request_goes_where_its_prefix_is(byte_tokenizer: Tokenizer, red
             summary = (await s.ask(prompt)).summary
             assert summary is not None
             assert summary.prefill_worker == "p2"
-        salted = [(await s.ask(prompt, cache_salt="mine")).summary for _ in range(8)]
+        salted = [(await s.ask(prompt, cache_salt=f"{i}")).summary for i in range(8)]
         assert {x.prefill_worker for x in salted if x is not None} == {"p1", "p2"}
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
