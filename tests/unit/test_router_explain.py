@@ -143,7 +143,7 @@ async def test_the_command_prints_a_table_or_json(
         assert head == "5 prompt tokens, 7 expected of each choice; policy pagewire, costs in ms"
         assert columns.split()[:3] == ["prefill", "decode", "cost"]
         assert first.split()[:3] == ["*", "p1", "d1"]
-        assert [line.split()[:2] for line in rest[-2:]] == [["p1", "prefill"], ["d1", "decode"]]
+        assert [line.split()[:2] for line in rest[-2:]] == [["d1", "decode"], ["p1", "prefill"]]
         await explain(argparse.Namespace(**options, json=True))
         told = json.loads(capsys.readouterr().out)
         assert told["candidates"][0]["decode_worker"] == "d1" and told["circuits"] == []

@@ -27,7 +27,7 @@ def explain(request: ValidRequest, placement: Placement[Worker]) -> inference_pb
         candidates=[
             _candidate(placement, view, plan, i < len(chosen)) for i, plan in enumerate(plans[:_MAX_CANDIDATES])
         ],
-        workers=[_worker(load) for load in view.loads.values()],
+        workers=[_worker(load) for _, load in sorted(view.loads.items())],
         circuits=[
             inference_pb2.Circuit(
                 leg=breaker.leg, workers=breaker.workers, cause=breaker.cause, state=state,
