@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import certificates
 import grpc
 import httpx
 import psutil
@@ -95,7 +96,7 @@ class Process:
 
 @dataclass
 class Cluster:
-    """prefill, decode and both: how many workers of each role."""
+    """prefill, decode and both: how many workers of each role. tls: certificates of every role, for mutual TLS."""
 
     model: Path
     directory: Path
@@ -104,6 +105,8 @@ class Cluster:
     both: int = 0
     worker_flags: Sequence[str] = SMALL
     router_flags: Sequence[str] = ()
+    bridge_flags: Sequence[str] = ()
+    tls: Path | None = None
     processes: dict[str, Process] = field(default_factory=dict)
     http: httpx.AsyncClient = field(init=False)
 
@@ -123,9 +126,11 @@ class Cluster:
                 self.add_worker(role, wait=False)
         router_port = free_port()
         self._add("router", [*script("pagewire-router"), f"--model={self.model}", f"--port={router_port}",
-                             f"--redis-url={self.redis_url}", *self.router_flags], router_port)  # fmt: skip
+                             f"--redis-url={self.redis_url}", *self._tls("router"), *self.router_flags],
+                  router_port)  # fmt: skip
         self._add("bridge", [*script("pagewire-bridge"), f"--router=127.0.0.1:{router_port}",
-                             f"--port={bridge_port}"], bridge_port)  # fmt: skip
+                             f"--port={bridge_port}", *self._tls("bridge"), *self.bridge_flags],
+                  bridge_port)  # fmt: skip
         await asyncio.gather(*(self.wait_serving(p) for p in self.processes.values() if p.name.partition("-")[0] in (
             "prefill", "decode", "both", "router")))  # fmt: skip
         await self.until(self._healthy, "the bridge is not healthy")
@@ -141,8 +146,16 @@ class Cluster:
         name = f"{role}-{sum(p.startswith(role) for p in self.processes)}"
         port = free_port()
         command = [*script("pagewire-worker"), f"--role={role}", f"--model={self.model}", f"--port={port}",
-                   f"--redis-url={self.redis_url}", *self.worker_flags, *flags]  # fmt: skip
+                   f"--redis-url={self.redis_url}", *self._tls("worker"), *self.worker_flags, *flags]  # fmt: skip
         return self._add(name, command, port)
+
+    def _tls(self, role: str) -> list[str]:
+        return certificates.flags(self.tls, role) if self.tls else []
+
+    def channel(self, process: Process) -> grpc.aio.Channel:
+        """As an operator."""
+        tls = certificates.of(self.tls, "operator") if self.tls else None
+        return open_channel(process.address, tls, "router" if process.name == "router" else "worker")
 
     async def stop(self) -> None:
         for name in sorted(self.processes, key=lambda n: ("bridge", "router").index(n) if n in ("bridge", "router")
@@ -179,7 +192,7 @@ class Cluster:
 
         async def serving() -> bool:
             assert process.alive, f"{process.name} ended at start:\n{process.log.read_text()[-3000:]}"
-            async with open_channel(process.address) as channel:
+            async with self.channel(process) as channel:
                 try:
                     reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
                 except grpc.RpcError:
@@ -200,7 +213,7 @@ class Cluster:
 
     @asynccontextmanager
     async def inference(self) -> AsyncIterator[inference_pb2_grpc.InferenceServiceStub]:
-        async with open_channel(self.processes["router"].address) as channel:
+        async with self.channel(self.processes["router"]) as channel:
             yield inference_pb2_grpc.InferenceServiceStub(channel)
 
     async def status(self) -> inference_pb2.StatusResponse:
@@ -229,7 +242,7 @@ class Cluster:
         return totals
 
     async def worker_stats(self, process: Process) -> worker_pb2.StatsResponse:
-        async with open_channel(process.address) as channel:
+        async with self.channel(process) as channel:
             stats = worker_pb2_grpc.WorkerServiceStub(channel).Stats(worker_pb2.StatsRequest(), timeout=5)
             return await anext(aiter(stats))
 

@@ -204,7 +204,7 @@ async def test_redis_that_is_killed_comes_back_on_its_port(tmp_path: Path, monke
     monkeypatch.setattr(supervisor, "FIRST_RESTART_S", 0.1)
     plan = _make_plan(tmp_path)
     (port,) = ports.free_ports(1)
-    command = redis_server.command(port, tmp_path)
+    command = redis_server.command(f"127.0.0.1:{port}", tmp_path)
     redis = _spec("redis", command, port, readiness.redis_answers)
     plan = Plan((redis, *plan.services[1:]), plan.base_url, "", "m", tmp_path / "run", False, plan.state_file)
     async with _running(plan):

@@ -21,6 +21,7 @@ from pagewire_core.errors import (
 from pagewire_core.feed import FeedCall, FeedReader
 from pagewire_core.mailbox import Mailbox
 from pagewire_core.rpc import MAX_MESSAGE_BYTES, open_channel, request_metadata
+from pagewire_core.tls import ROUTER, TlsFiles
 from starlette.requests import Request
 
 log = structlog.get_logger(__name__)
@@ -37,8 +38,8 @@ class RouterClient:
     address: host:port; timeout_s: what one generation may take in all.
     """
 
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self._channel = open_channel(address)
+    def __init__(self, address: str, timeout_s: float, tls: TlsFiles | None = None) -> None:
+        self._channel = open_channel(address, tls, ROUTER)
         self._stub = pb_grpc.InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_s = timeout_s

@@ -13,6 +13,7 @@ from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, run_main
 from pagewire_core.startup import freeze_heap
 from pagewire_core.telemetry import configure_logging
+from pagewire_core.tls import tls_files
 from starlette.types import ASGIApp
 
 from pagewire_bridge.app import create_app
@@ -69,10 +70,11 @@ def serve(flags: argparse.Namespace) -> None:
     configure_logging("bridge", flags.log_format, flags.log_level)
     if not flags.router:
         raise StartupError("the bridge needs --router host:port")
+    tls = tls_files(flags.tls_cert, flags.tls_key, flags.tls_ca)
     listener = listen(flags.host, flags.port)
     host, port = listener.getsockname()[:2]
     app = create_app(
-        lambda: RouterClient(flags.router, flags.request_timeout),
+        lambda: RouterClient(flags.router, flags.request_timeout, tls),
         lambda: log.info("bridge ready", host=host, port=port, router=flags.router),
     )
     # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody

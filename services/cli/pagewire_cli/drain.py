@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 from pagewire.v1 import worker_pb2, worker_pb2_grpc
 from pagewire_core.errors import StartupError, from_rpc
-from pagewire_core.flags import FLAGS, not_negative
+from pagewire_core.flags import FLAGS, TLS_FLAGS, add_flags, not_negative
 from pagewire_core.rpc import open_channel
+from pagewire_core.tls import WORKER, TlsFiles, tls_files
 
 
 def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
@@ -24,12 +25,18 @@ def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
         "--timeout", type=not_negative, default=FLAGS["graceful-termination-timeout"].default, metavar="S",
         help="seconds that running requests may go on there",
     )  # fmt: skip
-    parser.set_defaults(parser=parser, run=lambda args: asyncio.run(drain(args.address, args.timeout)))
+    add_flags(parser, TLS_FLAGS)
+    parser.set_defaults(parser=parser, run=_run)
 
 
-async def drain(address: str, timeout_s: float) -> None:
+def _run(args: argparse.Namespace) -> None:
+    tls = tls_files(args.tls_cert, args.tls_key, args.tls_ca)
+    asyncio.run(drain(args.address, args.timeout, tls))
+
+
+async def drain(address: str, timeout_s: float, tls: TlsFiles | None) -> None:
     """Prints what still runs as it gets less. Raises StartupError if the worker cannot be reached."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls, WORKER) as channel:
         request = worker_pb2.DrainRequest(timeout_s=timeout_s)
         try:
             async for progress in worker_pb2_grpc.WorkerServiceStub(channel).Drain(request):

@@ -11,8 +11,9 @@ import grpc
 from google.protobuf import json_format
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from pagewire_core.errors import StartupError, from_rpc
-from pagewire_core.flags import positive
+from pagewire_core.flags import TLS_FLAGS, add_flags, positive
 from pagewire_core.rpc import open_channel
+from pagewire_core.tls import ROUTER, tls_files
 
 _TIMEOUT_S = 10.0
 
@@ -28,6 +29,7 @@ def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--max-tokens", type=positive, default=0, metavar="N", help="tokens to generate at most")
     parser.add_argument("--session", default="", metavar="ID", help="of the requests that it belongs to")
     parser.add_argument("--json", action="store_true", help="print everything, as JSON")
+    add_flags(parser, TLS_FLAGS)
     parser.set_defaults(parser=parser, run=lambda args: asyncio.run(explain(args)))
 
 
@@ -35,7 +37,8 @@ async def explain(args: argparse.Namespace) -> None:
     """Prints the router's answer. Raises StartupError if it cannot be reached or refuses the prompt."""
     request = inference_pb2.GenerateRequest(text=args.prompt, session_id=args.session, completion_default_length=True)
     request.sampling.max_tokens = args.max_tokens
-    async with open_channel(args.router) as channel:
+    tls = tls_files(args.tls_cert, args.tls_key, args.tls_ca)
+    async with open_channel(args.router, tls, ROUTER) as channel:
         try:
             answer = await inference_pb2_grpc.InferenceServiceStub(channel).Explain(request, timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:

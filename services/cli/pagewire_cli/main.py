@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import Parser
 
-from pagewire_cli import drain, explain, serve, version
+from pagewire_cli import certs, drain, explain, serve, version
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     serve.add_subcommand(subcommands)
     drain.add_subcommand(subcommands)
     explain.add_subcommand(subcommands)
+    certs.add_subcommand(subcommands)
     version.add_subcommand(subcommands)
     args, unknown = parser.parse_known_args(argv)
     if unknown:

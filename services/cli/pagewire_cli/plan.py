@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, available_cpus, to_command_line
+from pagewire_core.tls import OPERATOR, TlsFiles
 
 from pagewire_cli import ports, readiness, redis_server
 
 _LOOPBACK = "127.0.0.1"
+_LONGEST_SOCKET_PATH = 100  # bytes; the limit is 107 on Linux, 103 on macOS
 _CLOSE_S = 7.0  # what a service takes to end when nothing runs on it any more, at most
 WORKER_ROLES = ("prefill", "decode", "both")
 
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """One process. `address` is the host:port at which `is_ready` asks whether it can be used."""
+    """One process. `address` is where `is_ready` asks whether it can be used: host:port, or Redis' socket."""
 
     name: str
     role: str  # redis, prefill, decode, both, router or bridge
@@ -43,6 +47,7 @@ class Plan:
     verbose: bool
     state_file: Path | None
     grace_s: float = 15.0  # that each service has to stop
+    tls: TlsFiles | None = None  # with which this process speaks to the services; made in `directory`/tls
 
     def address_of(self, role: str) -> str:
         return next(spec.address for spec in self.services if spec.role == role)
@@ -55,17 +60,18 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     """
     names = [(f"{role}-{i}", role) for role in WORKER_ROLES for i in range(getattr(args, role))]
     redis_port, router_port, spare, *worker_ports = ports.free_ports(3 + len(names))
-    redis_url = args.redis_url or f"redis://{_LOOPBACK}:{redis_port}/0"
     bridge_port = args.port or spare
     directory = _state_directory(environ) / str(bridge_port)
-    shared = {**vars(args), "redis_url": redis_url, "host": _LOOPBACK, **_share(args, len(names))}
+    tls_directory = directory / "tls" if args.tls else None
+    redis_address, redis_url = _redis(tls_directory, redis_port)
+    redis_url = args.redis_url or redis_url
+    shared = {**vars(args), "redis_url": redis_url, "host": _LOOPBACK, "tls": tls_directory, **_share(args, len(names))}
     environment = _environment(environ, shared)
 
     services: list[ServiceSpec] = []
     if not args.redis_url:
-        command = redis_server.command(redis_port, directory)
-        address = f"{_LOOPBACK}:{redis_port}"
-        services.append(ServiceSpec("redis", "redis", address, command, environment, readiness.redis_answers))
+        command = redis_server.command(redis_address, directory)
+        services.append(ServiceSpec("redis", "redis", redis_address, command, environment, readiness.redis_answers))
     for index, ((name, role), port) in enumerate(zip(names, worker_ports, strict=True)):
         cpus = _own_cpus(args, index, int(shared["threads"]), len(names))
         own = {**shared, "role": role, "worker_id": None, "port": port, "cpus": cpus}
@@ -79,17 +85,38 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     verbose = args.verbose or args.log_level == "debug"
     model = (args.served_model_name or args.model).partition(",")[0]
     grace_s = args.graceful_termination_timeout + _CLOSE_S
-    return Plan(tuple(services), base_url, redis_url, model, directory, verbose, args.state_file, grace_s)
+    tls = _tls_files(tls_directory, OPERATOR)
+    return Plan(tuple(services), base_url, redis_url, model, directory, verbose, args.state_file, grace_s, tls)
+
+
+def _redis(tls_directory: Path | None, port: int) -> tuple[str, str]:
+    """Address and URL of our own Redis. It speaks no TLS: with TLS it is on a socket that only this user can open."""
+    if tls_directory is None:
+        return f"{_LOOPBACK}:{port}", f"redis://{_LOOPBACK}:{port}/0"
+    path = tls_directory / "redis.sock"
+    if len(bytes(path)) > _LONGEST_SOCKET_PATH:
+        raise StartupError(f"{path} is too long a path for a socket; set XDG_STATE_HOME to a shorter one")
+    return str(path), f"unix://{path}?db=0"
+
+
+def _tls_files(directory: Path | None, role: str) -> TlsFiles | None:
+    if directory is None:
+        return None
+    return TlsFiles(*(str(directory / name) for name in (f"{role}.crt", f"{role}.key", "ca.crt")))
 
 
 def _service(
-    name: str, role: str, values: Mapping[str, object], flags: tuple[str, ...], environment: Mapping[str, str]
+    name: str, role: str, values: Mapping[str, Any], flags: tuple[str, ...], environment: Mapping[str, str]
 ) -> ServiceSpec:
     program = role if role in ("router", "bridge") else "worker"
     if "@" in str(values["redis_url"]):  # a password belongs into the environment, not where `ps` shows it
         flags = tuple(flag for flag in flags if flag != "redis-url")
-    command = (*_program(program), *to_command_line(argparse.Namespace(**values), flags))
-    is_ready = readiness.http_healthy if role == "bridge" else readiness.grpc_serves
+    own, asking = _tls_files(values["tls"], program), _tls_files(values["tls"], OPERATOR)
+    paths = {"tls_cert": own and own.cert, "tls_key": own and own.key, "tls_ca": own and own.ca}
+    command = (*_program(program), *to_command_line(argparse.Namespace(**values, **paths), flags))
+    is_ready = {
+        "bridge": readiness.http_healthy, "router": functools.partial(readiness.router_serves, tls=asking),
+    }.get(role, functools.partial(readiness.grpc_serves, tls=asking))  # fmt: skip
     return ServiceSpec(name, role, _dialled(str(values["host"]), values["port"]), command, environment, is_ready)
 
 

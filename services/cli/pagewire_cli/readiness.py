@@ -9,21 +9,27 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pagewire.v1 import worker_pb2, worker_pb2_grpc
 from pagewire_core.redis_link import REDIS_ERRORS, ping
 from pagewire_core.rpc import open_channel
+from pagewire_core.tls import ROUTER, WORKER, TlsFiles
 
 _TIMEOUT_S = 2.0
 
 
 async def redis_answers(address: str) -> bool:
+    """`address`: host:port, or the path of a socket."""
     try:
-        await ping(f"redis://{address}")
+        await ping(f"unix://{address}" if address.startswith("/") else f"redis://{address}")
     except REDIS_ERRORS:
         return False
     return True
 
 
-async def grpc_serves(address: str) -> bool:
+async def router_serves(address: str, tls: TlsFiles | None = None) -> bool:
+    return await grpc_serves(address, tls, ROUTER)
+
+
+async def grpc_serves(address: str, tls: TlsFiles | None = None, role: str = WORKER) -> bool:
     """The standard gRPC health service says SERVING."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls, role) as channel:
         try:
             response = await health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S
@@ -33,9 +39,9 @@ async def grpc_serves(address: str) -> bool:
     return response.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def startup_phases(address: str) -> dict[str, float]:
+async def startup_phases(address: str, tls: TlsFiles | None = None) -> dict[str, float]:
     """What a worker says of its start, name -> seconds; nothing if it does not say."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls, WORKER) as channel:
         try:
             info = await worker_pb2_grpc.WorkerServiceStub(channel).Info(worker_pb2.InfoRequest(), timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError:

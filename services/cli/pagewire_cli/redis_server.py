@@ -21,9 +21,16 @@ def find_binary() -> str:
     return on_path
 
 
-def command(port: int, directory: Path) -> tuple[str, ...]:
-    """A server on loopback that keeps nothing on disk: what it holds can be rebuilt."""
+def command(address: str, directory: Path) -> tuple[str, ...]:
+    """A server that keeps nothing on disk: what it holds can be rebuilt.
+
+    address: a port of loopback (host:port), or the path of a socket that only this user can open.
+    """
+    where = ("--port", "0", "--unixsocket", address, "--unixsocketperm", "700")
+    if not address.startswith("/"):
+        host, _, port = address.rpartition(":")
+        where = ("--bind", host, "--port", port)
     return (
-        find_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory),
+        find_binary(), *where, "--dir", str(directory),
         "--save", "", "--appendonly", "no",
     )  # fmt: skip

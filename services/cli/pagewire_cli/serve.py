@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS, add_flags
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, add_flags
 
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
 
 # What the supervisor decides for each process itself.
-_OWN = frozenset({"role", "worker-id", "router"})
+_OWN = frozenset({"role", "worker-id", "router", *TLS_FLAGS})
 SERVE_FLAGS: tuple[str, ...] = tuple(
     name for name in dict.fromkeys((*ROUTER_FLAGS, *WORKER_FLAGS, *BRIDGE_FLAGS)) if name not in _OWN
 )
-_SERVE_ONLY = ("prefill", "decode", "both", "verbose", "state-file", "help")
+_SERVE_ONLY = ("prefill", "decode", "both", "tls", "verbose", "state-file", "help")
 _DEFAULT_PORT = "8000"
 
 
@@ -41,6 +41,9 @@ def add_subcommand(subcommands: argparse._SubParsersAction[Any], environ: Mappin
     parser.add_argument("--prefill", type=_count, metavar="N", help="prefill workers; default 1, or 0 with --both")
     parser.add_argument("--decode", type=_count, metavar="N", help="decode workers; default 1, or 0 with --both")
     parser.add_argument("--both", type=_count, metavar="N", help="workers that do both; default 0")
+    parser.add_argument(
+        "--tls", action="store_true", help="mutual TLS between the services, with certificates of its own"
+    )
     parser.add_argument("--verbose", action="store_true", help="show the services' logs; --log-level debug does too")
     parser.add_argument("--state-file", type=Path, metavar="PATH", help="a JSON file that lists the ready services")
     add_flags(parser, SERVE_FLAGS, {"PAGEWIRE_PORT": _DEFAULT_PORT, **environ})

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Coroutine
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ from pagewire.v1 import inference_pb2_grpc as pb_grpc
 from pagewire_core.errors import StartupError
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import open_channel
+from pagewire_core.tls import ROUTER
 
 from pagewire_cli import console, ports, readiness, state_file
 from pagewire_cli.plan import WORKER_ROLES, Plan, make_plan
@@ -74,6 +76,11 @@ class Supervisor:
     def _prepare_files(self) -> None:
         try:
             self._plan.directory.mkdir(parents=True, exist_ok=True)
+            if self._plan.tls is not None:
+                from pagewire_cli.authority import Authority, write_certificates
+
+                # The authority's key is never on disk: nobody can be added to this deployment.
+                write_certificates(Authority.new(), Path(self._plan.tls.ca).parent)
             for service in self._services:
                 service.log_path.write_bytes(b"")
         except OSError as error:
@@ -128,7 +135,8 @@ class Supervisor:
     async def _say_ready(self, service: Service) -> None:
         seconds = await service.wait_ready()
         is_worker = service.spec.role in WORKER_ROLES
-        console.ready(service, seconds, await readiness.startup_phases(service.spec.address) if is_worker else {})
+        phases = await readiness.startup_phases(service.spec.address, self._plan.tls) if is_worker else {}
+        console.ready(service, seconds, phases)
 
     async def _keep_running(self, service: Service) -> None:
         delay_s = FIRST_RESTART_S
@@ -149,11 +157,14 @@ class Supervisor:
         """Everything is ready: says so, with a command to try it."""
         is_chat = await self._has_chat_template()
         self._write_state_file()
+        if self._plan.tls is not None:
+            console.say(f"Commands take --tls-ca {self._plan.tls.ca} --tls-cert {self._plan.tls.cert} "
+                        f"--tls-key {self._plan.tls.key}")  # fmt: skip
         console.say(f"All ready after {time.monotonic() - self._started:.1f} s. Ctrl-C stops everything. Try:")
         console.say(console.curl_line(self._plan.base_url, self._plan.model, is_chat))
 
     async def _has_chat_template(self) -> bool:
-        async with open_channel(self._plan.address_of("router")) as channel:
+        async with open_channel(self._plan.address_of("router"), self._plan.tls, ROUTER) as channel:
             try:
                 response = await pb_grpc.InferenceServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5.0)
             except grpc.aio.AioRpcError:  # it went away again: its watcher sees to that

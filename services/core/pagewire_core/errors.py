@@ -117,6 +117,7 @@ _FROM_STATUS: dict[grpc.StatusCode, type[PagewireError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: ModelNotFound,
     grpc.StatusCode.FAILED_PRECONDITION: Incompatible,
+    grpc.StatusCode.PERMISSION_DENIED: Incompatible,
 }
 
 

@@ -134,6 +134,9 @@ FLAGS: dict[str, Flag] = {
     "port": Flag(0, "port to listen on; 0: any free one", port),
     "redis-url": Flag(None, "redis://host:port/db of the index and registry"),
     "router": Flag(None, "host:port of the router"),
+    "tls-cert": Flag(None, "PEM certificate of this service, for mutual TLS with the others (`pagewire certs`)"),
+    "tls-key": Flag(None, "PEM private key of --tls-cert"),
+    "tls-ca": Flag(None, "PEM certificate of the authority that has signed every service's certificate"),
     "workers": Flag("", "host:port of workers to know besides the registered ones, comma-separated"),
     "routing-policy": Flag("pagewire", "how workers are chosen: by predicted time, or as others do",
                            choices=("pagewire", "round_robin", "least_loaded", "prefix", "dynamo", "llm_d")),
@@ -146,19 +149,22 @@ FLAGS: dict[str, Flag] = {
     "log-level": Flag("info", "least severe line that is logged", choices=LOG_LEVELS),
 }  # fmt: skip
 
+TLS_FLAGS = ("tls-cert", "tls-key", "tls-ca")
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "host", "port",
     "redis-url", "workers", "routing-policy", "max-queued-requests", "request-timeout", "transfer-timeout",
-    "graceful-termination-timeout", "log-format", "log-level",
+    "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
     "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "quantization", "max-model-len",
     "block-size", "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
     "max-num-batched-tokens", "max-prefill-delay-ms", "enable-prefix-caching", "enable-chunked-prefill",
     "speculative-config", "speculate", "lanes", "threads", "cpus", "worker-id", "host", "port", "redis-url",
-    "transfer-timeout", "graceful-termination-timeout", "log-format", "log-level",
+    "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
-BRIDGE_FLAGS = ("router", "host", "port", "request-timeout", "graceful-termination-timeout", "log-format", "log-level")
+BRIDGE_FLAGS = (
+    "router", "host", "port", "request-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+)  # fmt: skip
 
 
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}

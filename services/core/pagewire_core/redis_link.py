@@ -70,6 +70,7 @@ class RedisLink:
 
     def __init__(self, url: str, purpose: str) -> None:
         self.redis = open_redis(url)
+        self._url = url
         self.connected = False
         self._purpose = purpose
         self._reported: bool | None = None
@@ -84,8 +85,9 @@ class RedisLink:
                 except REDIS_ERRORS as error:
                     backoff = _MIN_BACKOFF_S if self.connected else min(2 * backoff, _MAX_BACKOFF_S)
                     self._lost(error)
-                    # A pooled connection to a server that died would only fail again.
-                    await self.redis.connection_pool.disconnect()
+                    # A pooled connection to a server that died would only fail again, and certificates may be new.
+                    await self.redis.aclose()
+                    self.redis = open_redis(self._url)
                 await asyncio.sleep(backoff)
         finally:
             await self.redis.aclose()

@@ -1,4 +1,5 @@
-"""gRPC as every service uses it: one set of channel options, one place where errors become statuses.
+"""gRPC as every service uses it: one set of channel options, one place where errors become statuses and where
+callers prove who they are.
 
 Connections notice a killed peer at once and a frozen one in about three seconds: without
 `grpc.http2.ping_timeout_ms` a stopped peer goes unnoticed whatever the keepalive options say.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pagewire_core.errors import ERROR_METADATA_KEY, STATUS, Internal, PagewireError, StartupError
+from pagewire_core.tls import WORKER, TlsFiles, may_call, san
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +31,7 @@ log = structlog.get_logger(__name__)
 PROTOCOL = 2
 REQUEST_ID_KEY = "x-request-id"
 MAX_MESSAGE_BYTES = 16 << 20
+MAX_STREAMS = 8192  # calls that run at once on one connection
 
 _COMMON_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -44,6 +48,8 @@ _SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a silent sharing
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # who connects and says nothing is sent away
 ]
 # A pool of its own: a channel to a restarted peer must not reuse the dead one's connection.
 _CHANNEL_OPTIONS = [
@@ -56,19 +62,24 @@ _CHANNEL_OPTIONS = [
 ]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port` of another service of ours."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def open_channel(address: str, tls: TlsFiles | None = None, role: str = WORKER) -> grpc.aio.Channel:
+    """A channel to `host:port` of another service of ours; with TLS only if a certificate says it has that role."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    expected = ("grpc.ssl_target_name_override", san(role))
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=[*_CHANNEL_OPTIONS, expected])
 
 
 class RpcServer:
     """A gRPC server with health checking, reflection and error mapping.
 
-    `add(adder, servicer, name)` before `start`; `stop` lets running calls finish for `grace_s`.
+    `add(adder, servicer, name)` before `start`; `stop` lets running calls finish for `grace_s`. With `tls` every
+    client must have a certificate, and may call what its role allows.
     """
 
-    def __init__(self) -> None:
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[_ErrorInterceptor()])
+    def __init__(self, tls: TlsFiles | None = None) -> None:
+        self._tls = tls
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[_Interceptor(tls is not None)])
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._names: list[str] = [health.SERVICE_NAME, reflection.SERVICE_NAME]
@@ -81,7 +92,10 @@ class RpcServer:
 
     def bind(self, host: str, port: int) -> int:
         """Takes the port (0: any free one) and returns it. Raises StartupError if it is taken."""
+        warn_of_plain_text(host, self._tls is not None, "--tls-cert, --tls-key and --tls-ca")
         try:
+            if self._tls is not None:
+                return self._server.add_secure_port(f"{host}:{port}", self._tls.server_credentials())
             return self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise StartupError(
@@ -120,14 +134,35 @@ class RpcServer:
         await self._server.wait_for_termination()
 
 
+def warn_of_plain_text(host: str, encrypted: bool, remedy: str) -> None:
+    """Says loudly that a port will be open to the network without any proof of who calls."""
+    if not encrypted and not _is_loopback(host):
+        log.warning(
+            "LISTENING IN PLAIN TEXT on an address that others may reach: whoever does can read, use and "
+            f"change everything here; keep the network private, or give {remedy}", host=host,
+        )  # fmt: skip
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 async def abort_with(context: grpc.aio.ServicerContext, error: PagewireError) -> None:
     """Ends a call with the error's status and the Error itself in the trailing metadata."""
     status, _ = STATUS[error.code]
     await context.abort(status, error.message, ((ERROR_METADATA_KEY, error.to_proto().SerializeToString()),))
 
 
-class _ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Binds the request id to the log context and turns exceptions into statuses, for every method."""
+class _Interceptor(grpc.aio.ServerInterceptor):
+    """For every method of ours: turns away callers whose role may not call it, binds the request id to the log
+    context, and turns exceptions into statuses.
+    """
+
+    def __init__(self, authorise: bool) -> None:
+        self._authorise = authorise
 
     async def intercept_service(
         self,
@@ -146,7 +181,7 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
         }[handler.request_streaming, handler.response_streaming]
         factory = getattr(grpc, f"{behaviour}_rpc_method_handler")
         return factory(
-            wrap(getattr(handler, behaviour), handler_call_details.method),
+            wrap(getattr(handler, behaviour), handler_call_details.method, self._authorise),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -157,6 +192,14 @@ def _bind_request_id(context: grpc.aio.ServicerContext) -> None:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY:
             structlog.contextvars.bind_contextvars(request_id=value)
+
+
+async def _check_caller(context: grpc.aio.ServicerContext, method: str) -> None:
+    names = context.auth_context().get("x509_subject_alternative_name", ())
+    if not may_call(method, names):
+        told = b", ".join(names).decode(errors="replace")
+        log.warning("caller turned away", method=method, caller=told)
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{told or 'a nameless peer'} may not call {method}")
 
 
 @contextlib.asynccontextmanager
@@ -172,8 +215,12 @@ async def _mapped_errors(context: grpc.aio.ServicerContext, method: str) -> Asyn
         await abort_with(context, Internal(f"internal error: {type(error).__name__}"))
 
 
-def _wrap_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+def _wrap_unary(
+    behaviour: Callable[..., Awaitable[Any]], method: str, authorise: bool
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if authorise:
+            await _check_caller(context, method)
         _bind_request_id(context)
         async with _mapped_errors(context, method):
             return await behaviour(request, context)
@@ -181,8 +228,12 @@ def _wrap_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callab
     return call
 
 
-def _wrap_stream(behaviour: Callable[..., AsyncGenerator[Any, None]], method: str) -> Callable[..., AsyncIterator[Any]]:
+def _wrap_stream(
+    behaviour: Callable[..., AsyncGenerator[Any, None]], method: str, authorise: bool
+) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        if authorise:
+            await _check_caller(context, method)
         _bind_request_id(context)
         async with _mapped_errors(context, method):
             # aclosing: a vanished client must run the servicer's `finally` now, not at garbage collection.

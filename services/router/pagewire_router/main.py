@@ -23,6 +23,7 @@ from pagewire_core.rpc import RpcServer
 from pagewire_core.shutdown import exit_within
 from pagewire_core.startup import freeze_heap
 from pagewire_core.telemetry import configure_logging
+from pagewire_core.tls import TlsFiles, tls_files, with_certificates
 
 from pagewire_router.admission import Admission
 from pagewire_router.breakers import Breakers
@@ -53,6 +54,8 @@ def _run(args: argparse.Namespace) -> None:
         raise StartupError("no model: give --model a directory or a Hub id")
     if not args.redis_url and not args.workers:
         raise StartupError("no workers to know of: give --redis-url, --workers, or both")
+    tls = tls_files(args.tls_cert, args.tls_key, args.tls_ca)
+    args.redis_url = with_certificates(args.redis_url, tls)
     model = load_served_model(
         args.model,
         tokenizer=args.tokenizer,
@@ -62,16 +65,16 @@ def _run(args: argparse.Namespace) -> None:
         chat_template=args.chat_template,
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(args, model))
+        runner.run(_serve(args, model, tls))
 
 
-async def _serve(args: argparse.Namespace, model: ServedModel) -> None:
+async def _serve(args: argparse.Namespace, model: ServedModel, tls: TlsFiles | None) -> None:
     if args.redis_url and not args.workers:  # with a list of workers it can do without from the start
         await require_reachable(args.redis_url)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    async with running_router(args, model) as (router, server, port):
+    async with running_router(args, model, tls) as (router, server, port):
         log.info("router ready", address=f"{args.host}:{port}", model=model.names[0])
         await stopping.wait()
         log.info("router stopping", running=router.admission.num_running)
@@ -83,7 +86,9 @@ async def _serve(args: argparse.Namespace, model: ServedModel) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running_router(args: argparse.Namespace, model: ServedModel) -> AsyncIterator[tuple[Router, RpcServer, int]]:
+async def running_router(
+    args: argparse.Namespace, model: ServedModel, tls: TlsFiles | None = None
+) -> AsyncIterator[tuple[Router, RpcServer, int]]:
     """A router that listens; leaving the scope ends it without grace. `args` are ROUTER_FLAGS."""
     index = PrefixIndex()
     follower = IndexFollower(args.redis_url, index, lambda worker_id: workers.snapshot(worker_id))
@@ -96,7 +101,7 @@ async def running_router(args: argparse.Namespace, model: ServedModel) -> AsyncI
         follower.left(worker.worker_id)
         placement.left(worker)
 
-    workers = WorkerTable(model.digest, joined, left)
+    workers = WorkerTable(model.digest, joined, left, tls)
     discovery = Discovery(args.redis_url, workers) if args.redis_url else None
     admission = Admission(args.max_queued_requests, lambda: int(_OVERCOMMIT * workers.capacity) or _UNBOUNDED)
     metrics = RouterMetrics()
@@ -105,7 +110,7 @@ async def running_router(args: argparse.Namespace, model: ServedModel) -> AsyncI
     services = Services(workers, placement, model.tokenizer, metrics, args.transfer_timeout)
     feeds = Feeds(inference_pb2.DeltaFeedResponse)
     router = Router(model, services, admission, index, discovery, args.request_timeout, feeds)
-    server = RpcServer()
+    server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         InferenceServicer(router),

@@ -18,6 +18,7 @@ from pagewire_core.errors import PagewireError, from_rpc
 from pagewire_core.feed import FeedReader
 from pagewire_core.prefix_index import Snapshot
 from pagewire_core.rpc import PROTOCOL, open_channel, speaks
+from pagewire_core.tls import WORKER, TlsFiles
 
 from pagewire_router.ledger import Booking, Ledger
 
@@ -62,10 +63,12 @@ class WorkerTable:
         model_digest: bytes,
         joined: Callable[[Worker], None] = lambda worker: None,
         left: Callable[[Worker], None] = lambda worker: None,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._model_digest = model_digest
         self._joined = joined
         self._left = left
+        self._tls = tls
         self._live: dict[str, Worker] = {}
         self._static: set[str] = set()
         self._registered: set[str] = set()
@@ -150,7 +153,7 @@ class WorkerTable:
 
     async def _one_life(self, address: str) -> bool:
         """Follows a worker from its first word to its last; says whether it was alive at all."""
-        channel = open_channel(address)
+        channel = open_channel(address, self._tls, WORKER)
         worker: Worker | None = None
         try:
             worker = await self._introduced(address, channel)

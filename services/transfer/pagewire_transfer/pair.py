@@ -26,6 +26,7 @@ from pagewire_core.errors import (
     from_rpc,
 )
 from pagewire_core.rpc import open_channel
+from pagewire_core.tls import WORKER, TlsFiles
 
 from pagewire_transfer.chunking import ChunkPlan
 from pagewire_transfer.group_lanes import PREFILL_RANK
@@ -52,6 +53,7 @@ class SendSettings:
     staging: StagingSlots
     timeout_s: float
     chunk_bytes: int
+    tls: TlsFiles | None
 
 
 class Pair:
@@ -72,7 +74,7 @@ class Pair:
         self._num_queued = 0  # chunks that the thread has to send
         self._loop = asyncio.get_running_loop()
         self._thread = LaneThread(self._put, settings.timeout_s)
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, settings.tls, WORKER)
         self._call: grpc.aio.StreamStreamCall = KvChannelServiceStub(self._channel).Connect()
         settings.metrics.pairs.inc()
 

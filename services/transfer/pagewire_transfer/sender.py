@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from pagewire_core.errors import Unavailable
+from pagewire_core.tls import TlsFiles
 
 from pagewire_transfer.identity import WorkerIdentity
 from pagewire_transfer.metrics import StagingSlots, TransferMetrics
@@ -32,10 +33,11 @@ class KvSender:
         metrics: TransferMetrics,
         timeout_s: float,
         chunk_bytes: int = 4 << 20,
+        tls: TlsFiles | None = None,
     ) -> None:
         assert chunk_bytes <= MAX_CHUNK_BYTES
         self._staging = StagingSlots(metrics.staging_slots)
-        self._settings = SendSettings(identity, source, lanes, metrics, self._staging, timeout_s, chunk_bytes)
+        self._settings = SendSettings(identity, source, lanes, metrics, self._staging, timeout_s, chunk_bytes, tls)
         self._pairs: dict[tuple[str, str], tuple[Pair, asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False

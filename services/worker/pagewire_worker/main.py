@@ -14,6 +14,7 @@ from pagewire_core.flags import WORKER_FLAGS, run_main
 from pagewire_core.model_dir import resolve_model
 from pagewire_core.startup import Timeline
 from pagewire_core.telemetry import configure_logging
+from pagewire_core.tls import tls_files, with_certificates
 from pagewire_engine.loader import load
 from pagewire_engine.options import EngineOptions
 from pagewire_engine.speculative.config import read_speculative_config
@@ -33,6 +34,8 @@ def _run(args: argparse.Namespace) -> None:
     if not args.enable_chunked_prefill:
         raise StartupError("--no-enable-chunked-prefill: prompts are always computed in chunks; leave the flag out")
     configure_logging(f"worker-{args.role}", args.log_format, args.log_level)
+    tls = tls_files(args.tls_cert, args.tls_key, args.tls_ca)
+    args.redis_url = with_certificates(args.redis_url, tls)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_num_interop_threads(1)
@@ -44,7 +47,7 @@ def _run(args: argparse.Namespace) -> None:
     loaded = load(model, options, draft)
     proposer = load_proposer(speculation, loaded, options, draft) if speculation else None
     timeline.mark("model")
-    worker = Worker(args, loaded, proposer, uuid.uuid4().hex, timeline)
+    worker = Worker(args, loaded, proposer, uuid.uuid4().hex, timeline, tls)
     uvloop.run(worker.run())
     # Lane threads may still sit in a blocking receive of a peer that died; they hold nothing that matters.
     os._exit(0)

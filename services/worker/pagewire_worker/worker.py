@@ -29,6 +29,7 @@ from pagewire_core.redis_link import require_reachable
 from pagewire_core.registry import Registration
 from pagewire_core.shutdown import exit_within
 from pagewire_core.startup import Timeline, freeze_heap
+from pagewire_core.tls import TlsFiles
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine, Outbox, deliver_outbox
@@ -69,9 +70,11 @@ class Worker:
         proposer: SpeculativeProposer | None,
         instance: str,
         timeline: Timeline,
+        tls: TlsFiles | None,
     ) -> None:
         self._args, self._loaded, self._proposer, self._instance = args, loaded, proposer, instance
         self._timeline = timeline
+        self._tls = tls
         self._registry = CollectorRegistry()
         self._lanes = available_lanes(args.lanes, loaded.runner.config.device)
         self._publisher: BlockEventPublisher | None = None
@@ -98,7 +101,7 @@ class Worker:
             self._loop.add_signal_handler(name, stopping.set)
         if self._args.redis_url:
             await require_reachable(self._args.redis_url)  # later it may come and go
-        server = rpc.RpcServer()
+        server = rpc.RpcServer(self._tls)
         address = f"{self._args.host}:{server.bind(self._args.host, self._args.port)}"
         info = self._info(address)
         self._add_services(server, info)
@@ -187,7 +190,9 @@ class Worker:
         timeout_s = self._args.transfer_timeout
         if role in ("prefill", "both"):
             source = PromptSource(self._engine)
-            self._sender = KvSender(identity, source, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics)
+            self._sender = KvSender(
+                identity, source, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics, tls=self._tls
+            )
             prefill = PrefillServicer(self._engine, source, self._sender, stages, self._loaded.constraints)
             self._roles.append(prefill)
             server.add(
