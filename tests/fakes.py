@@ -133,6 +133,7 @@ class FakeWorker(
         self.stopped: list[tuple[int, ...]] = []
         self.requests: list[Any] = []
         self.open_calls = 0
+        self.silent = False  # reports nothing, as if its loop stood still, while its connections live
         self.feeds = Feeds(decode_pb2.FeedResponse)
         self._server = RpcServer()
         self.address = ""
@@ -187,6 +188,8 @@ class FakeWorker(
 
     async def Stats(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[worker_pb2.StatsResponse]:
         while True:
+            while self.silent:
+                await asyncio.sleep(0.01)
             yield worker_pb2.StatsResponse(free_blocks=64, total_blocks=64, max_num_seqs=8)
             await asyncio.sleep(0.2)
 

@@ -21,6 +21,7 @@ from pagewire_core.block_hash import block_hashes, chain_root
 from pagewire_core.registry import Registration
 from pagewire_core.rpc import PROTOCOL, open_channel
 from pagewire_core.tokenizer import Tokenizer
+from pagewire_router import ledger, workers
 from prometheus_client.parser import text_string_to_metric_families
 from router_scene import EOS, ROLES, Scene, scene, until
 
@@ -118,6 +119,33 @@ async def test_two_processes_with_one_worker_id_are_one_worker(
             await asyncio.sleep(0.8)
             assert live(s) == ["d1", "p1"]
             assert s.router.index.instance_of("d1") == "d1-1"
+
+
+async def test_a_worker_that_falls_silent_gets_nothing_new_and_then_counts_as_dead(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection may still answer, as that of a process whose loop a driver holds up does."""
+    monkeypatch.setattr(ledger, "_SUSPECT_S", 0.5)
+    monkeypatch.setattr(workers, "_DEAD_S", 1.5)
+    async with scene(byte_tokenizer, "p1 d1 d2") as s:
+        d1, d2 = s.workers["d1"], s.workers["d2"]
+        for worker in (d1, d2):
+            worker.script.hooks["decode"] = lambda w: asyncio.sleep(60) if w.silent else None
+        asking = [asyncio.create_task(s.ask()) for _ in range(6)]
+        d1.silent = True
+        await until(lambda: not s.router.services.workers.get("d1").suspect)
+        await until(lambda: s.router.services.workers.get("d1").suspect)
+        taken = len(d1.requests)
+        assert taken > 0
+        for _ in range(5):
+            assert (await s.ask()).text == {0: "hello world"}
+        assert len(d1.requests) == taken
+        for answer in await asyncio.gather(*asking):
+            assert answer.text == {0: "hello world"}
+        assert live(s) == ["d2", "p1"]
+        d1.silent = False
+        await until(lambda: live(s) == ["d1", "d2", "p1"])
+        await s.settle()
 
 
 async def test_without_a_decode_worker_the_router_is_not_serving(byte_tokenizer: Tokenizer) -> None:

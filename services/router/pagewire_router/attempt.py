@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Literal, Self
 
 import grpc
@@ -92,6 +93,10 @@ class Attempt:
 
     async def __aenter__(self) -> Self:
         self._held.enter_context(self.placed.booked())
+        legs: list[tuple[Leg, Worker | None]] = [("prefill", self.placed.prefill), ("decode", self.placed.decode)]
+        for leg, worker in legs:
+            if worker is not None:
+                self._held.enter_context(worker.watched(partial(self._die, leg)))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -223,6 +228,10 @@ class Attempt:
                 self._arrived.put(("decode", _NO_TOKENS))
         except Exception as error:  # a fault of this request, not of the feed that it shares with others
             self._arrived.put(error)
+
+    def _die(self, leg: Leg, error: PagewireError) -> None:
+        """A leg's worker counts as dead, whatever its connection says."""
+        self._arrived.put((leg, error))
 
     def _note(self, leg: Leg, event: Event) -> None:
         if isinstance(event, decode_pb2.FeedEntry):

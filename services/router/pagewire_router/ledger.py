@@ -13,6 +13,7 @@ from pagewire_core.block_hash import HASH_BLOCK
 
 from pagewire_router.load import Load, StepModel
 
+_SUSPECT_S = 3.0  # reports come every second
 _REPORT_DELAY_S = 0.05  # a report this young may have been made before a booking reached the worker
 
 
@@ -51,6 +52,11 @@ class Ledger:
     @property
     def can_decode(self) -> bool:
         return self.info.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
+
+    @property
+    def suspect(self) -> bool:
+        """It has been silent for too long to be given anything new."""
+        return self._clock() - self._stats_at > _SUSPECT_S
 
     @property
     def is_booked(self) -> bool:

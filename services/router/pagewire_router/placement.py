@@ -106,7 +106,7 @@ class Placement(Generic[W]):
     def place(
         self, request: ValidRequest, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()
     ) -> Placed[W] | None:
-        """The best plan now; None if no worker can serve the request.
+        """The best plan now; None if no worker that is known to be well can serve the request.
 
         Workers in `avoid` and what a circuit breaker blocks are used only if there is no plan without them, those in
         `refused` not at all.
@@ -116,7 +116,7 @@ class Placement(Generic[W]):
         return self._bind(request, view, self.policy.choose(plans, self._rng)) if plans else None
 
     def view(self, request: ValidRequest) -> View:
-        live = self._workers.live
+        live = [w for w in self._workers.live if not w.suspect]
         roots = {w.info.fingerprint: chain_root(w.info.fingerprint, cache_salt=request.cache_salt) for w in live}
         hashes = {fingerprint: block_hashes(root, request.prompt_ids) for fingerprint, root in roots.items()}
         indexed = {fingerprint: self._index.match(chain) for fingerprint, chain in hashes.items()}

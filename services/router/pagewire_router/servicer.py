@@ -170,7 +170,7 @@ def _status(worker: Worker) -> inference_pb2.WorkerStatus:
         worker_id=worker.worker_id,
         role=role,
         address=worker.address,
-        ready=True,
+        ready=not worker.suspect,
         num_running=stats.num_running,
         num_waiting=stats.num_waiting,
         free_blocks=stats.free_blocks,

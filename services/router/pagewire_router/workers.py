@@ -1,8 +1,10 @@
 """The workers that are alive, what they last said of their load, and what was sent to them since.
 
 A worker is known by address: from the registry in Redis, or from --workers. It counts as alive while
-its Stats stream runs; nothing else decides, so Redis may be away. A process that comes back on the
-same address is a new worker.
+its Stats stream runs; nothing else decides, so Redis may be away. One that has said nothing for 3 s is
+suspect and gets nothing new; after 10 s it counts as dead, and what runs on it fails, also where its
+connection still answers (a connection to a stopped process ends sooner). A process that comes back on
+the same address is a new worker.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import grpc
 import structlog
 from pagewire.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
-from pagewire_core.errors import PagewireError, from_rpc
+from pagewire_core.errors import PagewireError, Unavailable, from_rpc
 from pagewire_core.feed import FeedReader
 from pagewire_core.prefix_index import Snapshot
 from pagewire_core.rpc import PROTOCOL, open_channel, speaks
@@ -25,7 +27,7 @@ from pagewire_router.ledger import Booking, Ledger
 log = structlog.get_logger(__name__)
 
 _INFO_TIMEOUT_S = 3.0
-_STATS_TIMEOUT_S = 5.0  # Stats come every second
+_DEAD_S = 10.0  # without Stats, which come every second
 _SNAPSHOT_TIMEOUT_S = 5.0
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 2.0
 _DEFAULT_SEQUENCES = 128
@@ -43,6 +45,20 @@ class Worker(Ledger):
         self.feed = FeedReader(lambda feed_id: self.decode.Feed(decode_pb2.FeedRequest(feed_id=feed_id)))
         self.unused = asyncio.Event()  # set while no attempt talks to it
         self.unused.set()
+        self._watchers: set[Callable[[PagewireError], None]] = set()
+
+    @contextlib.contextmanager
+    def watched(self, dead: Callable[[PagewireError], None]) -> Iterator[None]:
+        """While the body runs, `dead` is told when the worker counts as dead."""
+        self._watchers.add(dead)
+        try:
+            yield
+        finally:
+            self._watchers.discard(dead)
+
+    def declare_dead(self) -> None:
+        for tell in list(self._watchers):
+            tell(Unavailable(f"it has said nothing for {_DEAD_S:.0f} s"))
 
     @contextlib.contextmanager
     def booked(self, booking: Booking) -> Iterator[None]:
@@ -188,7 +204,7 @@ class WorkerTable:
         why: str = "stream ended"
         try:
             while True:
-                async with asyncio.timeout(_STATS_TIMEOUT_S):
+                async with asyncio.timeout(_DEAD_S):
                     report = await reports.read()
                 if report is grpc.aio.EOF:
                     break
@@ -199,6 +215,7 @@ class WorkerTable:
                     self._join(worker)
         except TimeoutError:
             why = "no report for too long"
+            worker.declare_dead()
         except (grpc.RpcError, PagewireError) as error:
             why = from_rpc(error).message if isinstance(error, grpc.RpcError) else error.message
         finally:
