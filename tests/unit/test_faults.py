@@ -39,6 +39,13 @@ def test_a_fault_happens_once_after_so_many_passes_to_the_rank_it_names(armed: P
     assert sorted(file.name for file in armed.iterdir()) == ["bind-other:decode-0:flip", "bind:decode-1:drop"]
 
 
+def test_a_fault_may_be_for_a_whole_role_and_happen_several_times(armed: Path) -> None:
+    (armed / "bind:decode:drop").write_text("after=1 times=2")
+    (armed / "bind:prefill:flip").touch()
+    assert [faults.point("bind") for _ in range(5)] == ["", "drop", "drop", "", ""]
+    assert [file.name for file in armed.iterdir()] == ["bind:prefill:flip"]
+
+
 def test_refuse_raises_and_delay_waits(armed: Path) -> None:
     (armed / "bind:decode-0:refuse").touch()
     with pytest.raises(Overloaded, match="injected at bind"):

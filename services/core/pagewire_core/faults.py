@@ -1,9 +1,10 @@
 """Faults on demand, for tests: what a process does to itself when it comes to a named point.
 
 `main` of a service arms it from the environment, PAGEWIRE_FAULTS=RANK@DIRECTORY; no flag, message or request
-can. A fault is a file in DIRECTORY with the name `stage:rank:action`. The first process of that rank that comes
-to the point of that stage removes the file and acts, once; whoever made the file sees by its going that it was
-done. The file may say `after=N` (N passes first) and `seconds=S` (for delay, 1 by default).
+can. A fault is a file in DIRECTORY with the name `stage:rank:action`, where the rank `decode` means every
+`decode-N`. The first process of that rank that comes to the point of that stage removes the file and acts; whoever
+made the file sees by its going that it was done. The file may say `after=N` (N passes first), `times=N` and
+`seconds=S` (for delay, 1 by default).
 
     kill, stop     SIGKILL or SIGSTOP to itself
     delay          stands still for some seconds, with everything that this thread serves
@@ -44,27 +45,29 @@ def arm(setting: str | None) -> None:
 
 
 def _armed_point(stage: str) -> str:
-    prefix = f"{stage}:{_rank}:"
+    asked = ""
     for name in os.listdir(_directory):
-        if name.startswith(prefix):
-            options = _claim(name)
+        if name.startswith(stage + ":"):
+            _, rank, action = name.split(":")
+            options = _claim(name) if rank in (_rank, _rank.partition("-")[0]) else None
             if options is not None:
-                return _act(stage, name.removeprefix(prefix), options)
-    return ""
+                asked = _act(stage, action, options) or asked
+    return asked
 
 
 def _claim(name: str) -> dict[str, str] | None:
     """The fault's options if it is due and this thread is the one to do it."""
+    file = _directory / name
     try:
-        options = dict(word.split("=") for word in (_directory / name).read_text().split())
+        options = dict(word.split("=") for word in file.read_text().split())
         _passes[name] += 1
-        if _passes[name] <= int(options.get("after", 0)):
-            return None
-        (_directory / name).unlink()
+        due = _passes[name] - int(options.get("after", 0))
+        if due == int(options.get("times", 1)):
+            file.unlink()
+            del _passes[name]
     except FileNotFoundError:  # another thread or process did it
         return None
-    del _passes[name]
-    return options
+    return options if due > 0 else None
 
 
 def _act(stage: str, action: str, options: dict[str, str]) -> str:
