@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from pagewire_bridge.anthropic.routes import ROUTES as ANTHROPIC_ROUTES
+from pagewire_bridge.chat_page import ROUTES as CHAT_PAGE_ROUTES
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.disconnect import STATUS_CLIENT_GONE, ClientGone
 from pagewire_bridge.error_shapes import error_shape
@@ -91,6 +92,7 @@ _ROUTES = (
     *OLLAMA_ROUTES,
     *ANTHROPIC_ROUTES,
     *TOKENIZE_ROUTES,
+    *CHAT_PAGE_ROUTES,
     Route("/health", health, methods=["GET"]),
     Route("/ping", health, methods=["GET", "POST"]),
     Route("/load", load, methods=["GET"]),

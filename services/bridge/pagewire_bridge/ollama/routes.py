@@ -7,7 +7,7 @@ from typing import TypeVar
 from pagewire.v1.inference_pb2 import GenerateRequest, Model, TokenIds, TokenizeRequest
 from pagewire_core.errors import ContextLength, ModelNotFound
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from pagewire_bridge.body import read_body, to_object, validated
@@ -29,10 +29,6 @@ API_VERSION = "0.12.6"
 _NDJSON = "application/x-ndjson"
 
 Body = TypeVar("Body", GenerateBody, ChatBody)
-
-
-async def banner(request: Request) -> Response:
-    return PlainTextResponse("Ollama is running")
 
 
 async def show_version(request: Request) -> Response:
@@ -138,7 +134,6 @@ async def _find(request: Request, name: str) -> Model:
 
 
 ROUTES = [
-    Route("/", banner, methods=["GET"]),
     Route("/api/version", show_version, methods=["GET"]),
     Route("/api/tags", tags, methods=["GET"]),
     Route("/api/ps", ps, methods=["GET"]),

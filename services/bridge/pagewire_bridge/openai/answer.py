@@ -15,6 +15,7 @@ from pagewire_bridge import sse
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.errors import from_error
 from pagewire_bridge.openai.shapes import Choice, Shape
+from pagewire_bridge.served_by import account
 
 log = structlog.get_logger(__name__)
 
@@ -87,7 +88,8 @@ async def stream(answer: Answer, generation: Generation, include_usage: bool) ->
         yield sse.event(from_error(error))
         return
     if include_usage:
-        yield sse.event({**head, "choices": [], "usage": usage(generation.summaries)})
+        summaries = generation.summaries
+        yield sse.event({**head, "choices": [], "usage": usage(summaries), "pagewire": account(summaries)})
     yield sse.DONE
 
 

@@ -1,0 +1,152 @@
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const messages = []; // of the conversation, as the API wants them
+let running = null; // the AbortController of the answer that is being written
+
+function headers() {
+  const key = $("key").value;
+  return { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
+}
+
+async function failure(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `The server answered ${response.status}.`;
+  }
+}
+
+async function listModels() {
+  const response = await fetch("/v1/models", { headers: headers() });
+  if (!response.ok) throw new Error(await failure(response));
+  const options = (await response.json()).data.map((model) => new Option(model.id));
+  $("model").replaceChildren(...options);
+}
+
+function show(role, text) {
+  const article = document.createElement("article");
+  article.className = role;
+  const body = document.createElement("pre");
+  body.textContent = text;
+  article.append(body, document.createElement("footer"));
+  $("conversation").append(article);
+  article.scrollIntoView({ block: "end" });
+  return article;
+}
+
+// The data of every event of a stream, in order.
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    text += value;
+    const blocks = text.split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const data = block.replace(/^data: /, "");
+      if (data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}
+
+function account(began, first, event) {
+  const { usage, pagewire } = event;
+  const seconds = (performance.now() - first) / 1000;
+  const rate = usage.completion_tokens > 1 ? `${((usage.completion_tokens - 1) / seconds).toFixed(1)} tokens/s` : "1 token";
+  const parts = [
+    rate,
+    `first token after ${Math.round(first - began)} ms`,
+    `${usage.prompt_tokens} prompt tokens, ${usage.prompt_tokens_details.cached_tokens} from the cache`,
+  ];
+  const { prefill_worker: prefill, decode_worker: decode, transferred_bytes: bytes } = pagewire;
+  parts.push(prefill ? `prefill by ${prefill}, decode by ${decode}` : `served by ${decode}`);
+  if (bytes) parts.push(`${(bytes / 1024).toFixed(0)} KiB of KV over ${pagewire.lane}`);
+  return parts.join(" · ");
+}
+
+async function answer() {
+  const article = show("assistant", "");
+  const [body, foot] = article.children;
+  const system = $("system").value.trim();
+  const request = {
+    model: $("model").value,
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
+    temperature: $("temperature").valueAsNumber,
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+  if ($("max-tokens").value) request.max_tokens = $("max-tokens").valueAsNumber;
+  const began = performance.now();
+  let first = 0;
+  try {
+    const { signal } = running;
+    const response = await fetch("/v1/chat/completions", {
+      method: "POST", headers: headers(), body: JSON.stringify(request), signal,
+    });
+    if (!response.ok) throw new Error(await failure(response));
+    for await (const event of events(response.body)) {
+      if (event.error) throw new Error(event.error.message);
+      const piece = event.choices[0]?.delta?.content;
+      if (piece) {
+        first ||= performance.now();
+        body.textContent += piece;
+        article.scrollIntoView({ block: "end" });
+      }
+      if (event.usage) foot.textContent = account(began, first || performance.now(), event);
+    }
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    foot.className = stopped ? "" : "error";
+    foot.textContent = stopped ? "stopped" : error.message;
+  }
+  return body.textContent;
+}
+
+async function send(event) {
+  event?.preventDefault();
+  const text = $("prompt").value.trim();
+  if (!text || running) return;
+  $("prompt").value = "";
+  show("user", text);
+  messages.push({ role: "user", content: text });
+  running = new AbortController();
+  $("send").hidden = true;
+  $("stop").hidden = false;
+  messages.push({ role: "assistant", content: await answer() });
+  running = null;
+  $("send").hidden = false;
+  $("stop").hidden = true;
+  $("prompt").focus();
+}
+
+$("composer").addEventListener("submit", send);
+$("stop").addEventListener("click", () => running?.abort());
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") running?.abort();
+});
+$("new").addEventListener("click", () => {
+  running?.abort();
+  messages.length = 0;
+  $("conversation").replaceChildren();
+  $("prompt").focus();
+});
+$("key").value = sessionStorage.getItem("key") ?? "";
+$("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", $("key").value);
+  begin();
+});
+
+function begin() {
+  listModels().catch((error) => {
+    const [, foot] = show("assistant", "").children;
+    foot.className = "error";
+    foot.textContent = error.message;
+  });
+}
+begin();

@@ -1,0 +1,102 @@
+"""The chat page in a real browser, on real workers: ask, read the answer as it comes, stop it, begin anew."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from cluster import Cluster, running
+from pagewire_cli.serve import demo_model
+from playwright.async_api import Page, async_playwright, expect
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ("--kv-cache-memory-bytes=16M", "--max-model-len=512", "--threads=1")
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(not CHROMIUM, reason="no browser: install chromium, or name one in CHROMIUM"),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    directory: Path = tmp_path_factory.mktemp("page")
+    names = ("--served-model-name=demo",)
+    async with running(Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names)) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def page(cluster: Cluster) -> AsyncIterator[Page]:
+    """Errors of the page, and requests to anywhere else, fail the test."""
+    complaints: list[str] = []
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET])
+        shown = await browser.new_page(base_url=cluster.base_url, viewport={"width": 900, "height": 640})
+        shown.on("pageerror", lambda error: complaints.append(str(error)))
+        shown.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        shown.on(
+            "request", lambda r: None if r.url.startswith(("data:", cluster.base_url)) else complaints.append(r.url)
+        )
+        await shown.goto("/")
+        yield shown
+        await browser.close()
+    assert not complaints
+
+
+async def test_a_question_is_answered_and_accounted_for_with_the_keyboard_alone(page: Page) -> None:
+    await expect(page.get_by_label("Model")).to_have_value("demo")
+    await page.get_by_text("Settings").click()
+    await page.get_by_label("Temperature").fill("0")
+    await page.get_by_text("Settings").click()
+    await page.get_by_label("Message").focus()
+    await page.keyboard.type("What is the capital of Japan?")
+    await page.keyboard.press("Enter")
+    answer = page.locator("article.assistant").last
+    await expect(answer.locator("pre")).to_have_text("The capital of Japan is Tokyo.")
+    for words in ("tokens/s", "first token after", "from the cache", "prefill by prefill-", "decode by decode-", "KiB"):
+        await expect(answer.locator("footer")).to_contain_text(words)
+    await expect(page.get_by_label("Message")).to_be_focused()
+    if path := os.environ.get("PAGEWIRE_SCREENSHOT"):
+        await page.keyboard.type("Count from 3 to 9.")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("article.assistant").last.locator("footer")).to_contain_text("tokens/s")
+        await page.screenshot(path=path)
+
+
+async def test_an_answer_is_stopped_with_escape_and_leaves_nothing_behind(page: Page, cluster: Cluster) -> None:
+    await page.get_by_text("Settings").click()
+    await page.get_by_label("Temperature").fill("2")  # wanders, so that it does not end by itself at once
+    await page.get_by_label("Message").fill("Tell me a story about Mia and a fox at the river.")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("button", name="Send")).to_be_visible()
+    await cluster.settle()
+    await page.get_by_role("button", name="New chat").click()
+    await expect(page.locator("article")).to_have_count(0)
+
+
+async def test_both_colour_schemes_are_readable(page: Page) -> None:
+    colours = {}
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        colours[scheme] = await page.evaluate(
+            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        )
+    assert colours["light"] == ["rgb(27, 31, 36)", "rgb(255, 255, 255)"]
+    assert colours["dark"] == ["rgb(230, 232, 235)", "rgb(20, 23, 26)"]
+
+
+async def test_only_browsers_get_the_page(cluster: Cluster) -> None:
+    assert (await cluster.http.get("/")).text == "Ollama is running"
+    shown = await cluster.http.get("/", headers={"accept": "text/html,*/*"})
+    assert shown.headers["content-type"].startswith("text/html") and "default-src 'self'" in str(shown.headers)
+    assert (await cluster.http.get("/page/../app.py")).status_code == 404
+    assert (await cluster.http.get("/page/other.js")).status_code == 404
