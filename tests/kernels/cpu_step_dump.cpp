@@ -76,7 +76,8 @@ int main() {
             }
         m.embedding = embedding, m.cos_sin = cos_sin, m.cache = keep<float>(size_t(LAYERS) * 2 * BLOCKS * KV_HEADS * 16 * DIM);
         std::fill_n((uint32_t*)m.cache, size_t(LAYERS) * 2 * BLOCKS * KV_HEADS * 16 * DIM, 0x7fc07fc0u);  // NaN in either type
-        Runner runner(2, nullptr, 0, 0);
+        Cores cores(2, nullptr, 0, nullptr);
+        Runner runner(cores, 0);
         const int32_t tables[] = {3, 9, 1, 0, 7, 2, 5, 4}, seats[] = {0, 1}, chunks[][2] = {{ROWS_IN - 5, 5}, {1, 1}};
         int32_t done[] = {0, 0};
         for (auto& chunk : chunks) {

@@ -44,6 +44,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "lanes": ("gloo,grpc", "gloo,grpc"),
     "threads": ("3", 3),
     "cpus": ("0,2-3", (0, 2, 3)),
+    "cpu-lending": ("/dev/shm/cores", "/dev/shm/cores"),
     "role": ("decode", "decode"),
     "worker-id": ("w1", "w1"),
     "host": ("::1", "::1"),

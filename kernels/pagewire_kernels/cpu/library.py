@@ -9,7 +9,7 @@ from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_
 
 from pagewire_kernels.cpu.build import BuildError, library_path, runnable
 
-ABI = 4
+ABI = 5
 STRIP = 32  # outputs in a strip of packed weights
 PAGE = 16  # tokens in a page of the packed KV layout
 MAX_HEAD_DIM = 512
@@ -53,7 +53,13 @@ class Batch(ctypes.Structure):
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "pw_abi": (c_int, ()),
     "pw_variant": (c_char_p, ()),
-    "pw_runner": (c_void_p, (c_int, c_void_p, c_int, c_int64)),
+    "pw_cores": (c_void_p, (c_int, c_void_p, c_int, c_void_p)),
+    "pw_cores_free": (None, (c_void_p,)),
+    "pw_cores_rest": (None, (c_void_p,)),
+    "pw_cores_borrowed": (c_int64, (c_void_p,)),
+    "pw_cores_returned": (c_int64, (c_void_p,)),
+    "pw_core_lines_bytes": (c_int64, ()),
+    "pw_runner": (c_void_p, (c_void_p, c_int64)),
     "pw_runner_free": (None, (c_void_p,)),
     "pw_step": (None, (c_void_p, c_void_p, c_void_p)),
     "pw_use_huge_pages": (None, (c_void_p, c_int64)),

@@ -47,6 +47,7 @@ struct Batch {
 
 constexpr int64_t FETCH_EARLY = 32 << 10;
 constexpr int FEW_ROWS = 4;  // up to so many, every thread does the norms for itself
+constexpr int LARGEST_PIECE = 32;  // some milliseconds at most, so that a borrowed core is soon given back
 
 struct Best {
     float value;
@@ -62,15 +63,10 @@ int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 class Runner {
    public:
     // small_step: see is_small.
-    // The threads divide the cores; without cores they go where the system puts them.
-    Runner(int threads, const int32_t* cores, int num_cores, int64_t small_step)
-        : threads_(threads), cores_(cores, cores + num_cores), small_step_(small_step) {
-        if (num_cores) threads_.run([this](int thread) { if (thread) pin(thread); });
-    }
+    Runner(Cores& cores, int64_t small_step) : threads_(cores), small_step_(small_step) {}
 
     void step(const Model& model, const Batch& batch) {
         model_ = &model, b_ = &batch;
-        pin_caller();
         prepare();
         threads_.run([this](int thread) { model_->half ? forward<uint16_t>(thread) : forward<float>(thread); }, is_small());
     }
@@ -78,20 +74,6 @@ class Runner {
     Threads& threads() { return threads_; }
 
    private:
-    // Two threads that the system puts on one core take turns at every barrier, and it sees nothing to move.
-    void pin(int thread) {
-        const size_t cores = cores_.size(), threads = threads_.count();
-        pin_to_cores(cores_.data() + cores * thread / threads, cores_.data() + cores * (thread + 1) / threads);
-    }
-
-    // Thread 0 is whoever calls. A process's first thread has other work, and is left where the system puts it.
-    void pin_caller() {
-        static thread_local bool is_pinned = false;
-        if (cores_.empty() || is_pinned || is_first_thread()) return;
-        pin(0);
-        is_pinned = true;
-    }
-
     // Whether the step takes about as long as its threads' meetings would: 40 of them cost some 20 microseconds on an
     // idle machine, and far more on a busy one. Counts the weights to go through, again for every eight rows.
     bool is_small() const {
@@ -149,9 +131,9 @@ class Runner {
         sequence_of_.resize(b_->num_rows);
         for (int s = 0; s < b_->num_sequences; s++)
             for (int r = b_->query_start[s]; r < b_->query_start[s + 1]; r++) sequence_of_[r] = s;
-        best_.assign(size_t(threads_.count()) * b_->num_samples, {-INFINITY, -1});
-        if ((int)scratch_.size() < threads_.count()) scratch_.resize(threads_.count());
-        if ((int)samplers_.size() < threads_.count()) samplers_.resize(threads_.count());
+        best_.assign(size_t(threads_.most()) * b_->num_samples, {-INFINITY, -1});
+        if ((int)scratch_.size() < threads_.most()) scratch_.resize(threads_.most());
+        if ((int)samplers_.size() < threads_.most()) samplers_.resize(threads_.most());
     }
 
     void lay_out() {
@@ -169,7 +151,7 @@ class Runner {
         attended_ = buffer(l.o, rows, width);
         middle_ = buffer(l.down, rows, l.gate_up.n / 2);
         final_ = buffer(m.head, std::max(b_->num_samples, 1), m.hidden);
-        own_.resize(threads_.count());
+        own_.resize(threads_.most());
         for (Own& own : own_) {
             own.normed = buffer(l.qkv, FEW_ROWS, m.hidden);
             own.row = take<float>(wide_stride_ + 256);
@@ -346,7 +328,7 @@ class Runner {
     // As many rows as stay in the second-level cache beside the strip that walks over them.
     static int rows_per_block(const Linear& w) { return w.kind == F32 ? 64 : 128; }
 
-    int piece(int items, int pieces) const { return std::max(1, items / (threads_.count() * pieces)); }
+    int piece(int items, int pieces) const { return std::clamp(items / (threads_.count() * pieces), 1, LARGEST_PIECE); }
 
     // ------------------------------------------------------------------ the tokens
 
@@ -384,7 +366,7 @@ class Runner {
     int32_t token(int r, int thread) {
         if (b_->choices[r].temperature > 0) return samplers_[thread].draw(b_->logits + r * logits_stride_, int(logits_stride_), b_->choices[r]);
         Best found = {-INFINITY, -1};
-        for (int t = 0; t < threads_.count(); t++) {
+        for (int t = 0; t < threads_.most(); t++) {
             const Best& other = best_[size_t(t) * b_->num_samples + r];
             if (other.token < 0) continue;
             if (found.token < 0 || other.value > found.value || (other.value == found.value && other.token < found.token)) found = other;
@@ -401,7 +383,6 @@ class Runner {
     };
 
     Threads threads_;
-    std::vector<int32_t> cores_;
     const int64_t small_step_;
     const Model* model_ = nullptr;
     const Batch* b_ = nullptr;

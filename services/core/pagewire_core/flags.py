@@ -127,6 +127,8 @@ FLAGS: dict[str, Flag] = {
     "lanes": Flag("auto", "how KV travels, best first, of nccl, shm (on one host), gloo, grpc; auto: all that work"),
     "threads": Flag(None, "CPU threads of the engine; default: the cores divided by the workers", positive),
     "cpus": Flag((), "cores that the engine's threads divide among them (0,2-3); default: all", cpus),
+    "cpu-lending": Flag(None, "a file in memory (/dev/shm/x) through which the workers of a host, each with --cpus of "
+                              "its own, lend each other idle cores"),
     # The services.
     "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
     "worker-id": Flag(None, "a stable name; default: role, host and port"),
@@ -159,8 +161,8 @@ WORKER_FLAGS = (
     "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "quantization", "max-model-len",
     "block-size", "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
     "max-num-batched-tokens", "max-prefill-delay-ms", "enable-prefix-caching", "enable-chunked-prefill",
-    "speculative-config", "speculate", "lanes", "threads", "cpus", "worker-id", "host", "port", "redis-url",
-    "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+    "speculative-config", "speculate", "lanes", "threads", "cpus", "cpu-lending", "worker-id", "host", "port",
+    "redis-url", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 BRIDGE_FLAGS = (
     "router", "host", "port", "request-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",

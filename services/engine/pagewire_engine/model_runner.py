@@ -41,6 +41,10 @@ class Runner(Protocol):
         """Starts the step; when its tokens are there the batch's KV is in the cache."""
         ...
 
+    def rest(self) -> None:
+        """Told when there is nothing to launch for a while; called by the thread that launches."""
+        ...
+
 
 @dataclass(frozen=True)
 class Done:
@@ -71,3 +75,6 @@ class TorchRunner:
         rows = torch.from_numpy(batch.sample_from).to(self.config.device, torch.int64)
         num_tokens = (batch.positions[batch.sample_from] + 1).tolist()
         return Done(sample(self.model.logits(hidden[rows]), batch.sample_rows, num_tokens, batch.allowed))
+
+    def rest(self) -> None:
+        pass

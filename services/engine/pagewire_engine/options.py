@@ -25,4 +25,5 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     threads: int | None = None
     cpus: tuple[int, ...] = ()  # that the threads divide among them; empty: all that there are
+    cpu_lending: str | None = None
     poison_free_blocks: bool = False  # tests: a free block holds NaN, so that any stale read shows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 import torch
@@ -12,6 +14,7 @@ from pagewire_core.flags import available_cpus
 from pagewire_kernels import ops
 from pagewire_kernels.cpu import library as cpu_library
 from pagewire_kernels.cpu.build import BuildError
+from pagewire_kernels.cpu.cores import Cores
 
 from pagewire_engine.cpu.kv_cache import PackedKVCache
 from pagewire_engine.cpu.model import CpuModel
@@ -72,11 +75,23 @@ def _cpu_runner(
     with torch.inference_mode():
         model = CpuModel(library, config, checkpoint, max_model_len, scheme)
     cache = PackedKVCache(library, config, num_blocks(), options.block_size, poison=options.poison_free_blocks)
-    cpus = options.cpus or available_cpus()
-    threads = options.threads or len(cpus)
+    threads, cores = _cores(library, options)
     log.info("compiled CPU step", variant=library.pw_variant().decode(), threads=threads,
              weights=f"{model.weight_bytes / 2**20:.0f} MiB", quantization=options.quantization)  # fmt: skip
-    return CpuRunner(library, model, cache, threads, cpus if threads <= len(cpus) else ())
+    return CpuRunner(library, model, cache, cores)
+
+
+def _cores(library: ctypes.CDLL, options: EngineOptions) -> tuple[int, Cores]:
+    """How many threads the step has, and where they run. Without the memory for it, no core is lent."""
+    cpus = options.cpus or available_cpus()
+    threads = options.threads or len(cpus)
+    if options.cpu_lending:
+        others = sorted(set(available_cpus()) - set(cpus))
+        try:
+            return threads, Cores(library, threads, (*cpus, *others), Path(options.cpu_lending))
+        except OSError as error:
+            log.warning("this worker lends and borrows no cores", reason=str(error))
+    return threads, Cores(library, threads, cpus if threads <= len(cpus) else ())
 
 
 def _gpu_runner(
@@ -104,6 +119,8 @@ def _check_cpu_can(options: EngineOptions) -> None:
     missing = set(options.cpus) - set(available_cpus())
     if missing:
         raise StartupError(f"--cpus names cores that this process may not use: {', '.join(map(str, sorted(missing)))}")
+    if options.cpu_lending and not (options.cpus and options.threads in (None, len(options.cpus))):
+        raise StartupError("--cpu-lending needs --cpus, the cores that are this worker's own: as many as --threads")
     if options.cpus and (options.threads or 0) > len(options.cpus):
         raise StartupError(f"--cpus names {len(options.cpus)} cores for --threads {options.threads}; name one for each")
 

@@ -71,6 +71,7 @@ def _options(args: argparse.Namespace) -> EngineOptions:
         enable_prefix_caching=args.enable_prefix_caching,
         threads=args.threads,
         cpus=args.cpus,
+        cpu_lending=args.cpu_lending,
         # For tests: stale reads of free blocks give NaN instead of somebody else's KV.
         poison_free_blocks=os.environ.get("PAGEWIRE_POISON_FREE_BLOCKS") == "1",
     )

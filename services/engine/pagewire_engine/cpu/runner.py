@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import torch
 from pagewire_core.errors import Internal
+from pagewire_kernels.cpu.cores import Cores
 from pagewire_kernels.cpu.library import STRIP
 from pagewire_kernels.cpu.library import Batch as BatchStruct
 
@@ -24,20 +25,16 @@ _CHOICE = np.dtype(
 
 
 class CpuRunner:
-    """threads: of the step; cpus: the cores that they divide among them, or none: wherever the system puts them."""
+    """Its threads keep to `cores`."""
 
     overlaps = False
 
-    def __init__(
-        self, library: ctypes.CDLL, model: CpuModel, cache: PackedKVCache, threads: int, cpus: tuple[int, ...]
-    ) -> None:
-        assert not cpus or len(cpus) >= threads
+    def __init__(self, library: ctypes.CDLL, model: CpuModel, cache: PackedKVCache, cores: Cores) -> None:
         self.config = model.config
         self.cache = cache
-        self._library, self._model = library, model
+        self._library, self._model, self.cores = library, model, cores
         model.fill(cache.model)
-        self._runner = library.pw_runner(threads, (ctypes.c_int32 * len(cpus))(*cpus), len(cpus), SMALL_STEP)
-        self.threads = threads
+        self._runner = library.pw_runner(cores.handle, SMALL_STEP)
         self._vocab = -(-self.config.vocab_size // STRIP) * STRIP
         self._logits = np.empty((0, self._vocab), np.float32)
         weakref.finalize(self, library.pw_runner_free, self._runner)
@@ -57,6 +54,9 @@ class CpuRunner:
         )  # fmt: skip
         self._library.pw_step(self._runner, ctypes.byref(self.cache.model), ctypes.byref(struct))
         return Done(self._sampled(batch, tokens, raw))
+
+    def rest(self) -> None:
+        self.cores.rest()
 
     def _sampled(self, batch: Batch, tokens: np.ndarray, raw: np.ndarray) -> list[Sampled]:
         """The step's own tokens, and those of the rows whose logits it gave back."""
