@@ -61,7 +61,7 @@ int main() {
         for (int i = 0; i < LAYERS; i++)
             layers.push_back({ones(HIDDEN), ones(HIDDEN), ones(DIM), ones(DIM), linear(kind, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, 0),
                               linear(kind, HIDDEN, HEADS * DIM, 0), linear(kind, 2 * INNER, HIDDEN, INNER), linear(kind, HIDDEN, INNER, 0), i ? 24 : 0});
-        Model m = {HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, 16, BLOCKS, half, 1e-5f, 0.25f, nullptr, nullptr, ones(HIDDEN), linear(kind, VOCAB, HIDDEN, 0), layers.data(), nullptr};
+        Model m = {HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, 16, BLOCKS, half, 1e-5f, 0.25f, nullptr, nullptr, ones(HIDDEN), linear(kind, VOCAB, HIDDEN, 0), layers.data(), nullptr, {0, 1, nullptr}};
         float* embedding = keep<float>(VOCAB * HIDDEN);
         for (int i = 0; i < VOCAB * HIDDEN; i++) {
             const float x = random_float(1.0f);
@@ -91,7 +91,7 @@ int main() {
             const uint8_t raw[] = {1, 0};
             int32_t tokens[2];
             std::vector<float> logits(2 * VOCAB);
-            Batch b = {int32_t(ids.size()), 2, 2, ids.data(), starts.data(), lengths.data(), tables, seats, 4, from.data(), choices, raw, nullptr, tokens, logits.data()};
+            Batch b = {int32_t(ids.size()), 2, 2, ids.data(), starts.data(), lengths.data(), tables, seats, 4, from.data(), choices, raw, nullptr, tokens, logits.data(), nullptr, nullptr};
             pw_step(&runner, &m, &b);
             std::printf("%d", tokens[1]);
             for (int i = 0; i < VOCAB; i++) std::printf(" %.6g", double(logits[i]));

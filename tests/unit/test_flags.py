@@ -25,6 +25,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "download-dir": ("/models", "/models"),
     "dtype": ("bfloat16", "bfloat16"),
     "device": ("cpu", "cpu"),
+    "tensor-parallel-size": ("2", 2),
+    "pipeline-parallel-size": ("3", 3),
     "quantization": ("int4", "int4"),
     "served-model-name": ("a,b", "a,b"),
     "chat-template": ("{% for m in messages %}\n--{{ m }}", "{% for m in messages %}\n--{{ m }}"),

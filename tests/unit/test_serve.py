@@ -37,10 +37,11 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size is not implemented yet"),
+        (["--data-parallel-size", "2"], "--data-parallel-size is not implemented yet"),
         (["--load-format=dummy"], "--load-format is not implemented yet"),
         (["--no-enable-log-requests"], "--no-enable-log-requests is not implemented yet"),
-        (["-tp", "2"], "-tp is not implemented yet"),
+        (["-dp", "2"], "-dp is not implemented yet"),
+        (["-tp", "0"], "argument --tensor-parallel-size/-tp/--num-shard: must be positive"),
         (["--max_model_len=3"], "unknown flag --max_model_len; did you mean --max-model-len?"),
         (["--frobnicate"], "unknown flag --frobnicate"),
         (["a", "b"], "unexpected argument 'b'; there is one MODEL"),

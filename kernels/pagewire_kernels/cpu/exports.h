@@ -51,7 +51,7 @@ static inline void pw_pack_scales(const float* scales, int64_t n, int64_t packed
 extern "C" {
 
 // Increased whenever a structure or a packed layout changes.
-int pw_abi() { return 5; }
+int pw_abi() { return 6; }
 
 // lines: null, or pw_core_lines_bytes() of memory that begins as zeros and that all workers of the host share.
 void* pw_cores(int own, const int32_t* numbers, int count, void* lines) { return new pw::Cores(own, numbers, count, (pw::CoreLine*)lines); }
@@ -63,7 +63,7 @@ int64_t pw_core_lines_bytes() { return pw::MOST_CORES * sizeof(pw::CoreLine); }
 
 void* pw_runner(void* cores, int64_t small_step) { return new pw::Runner(*(pw::Cores*)cores, small_step); }
 void pw_runner_free(void* runner) { delete (pw::Runner*)runner; }
-void pw_step(void* runner, const pw::Model* model, const pw::Batch* batch) { ((pw::Runner*)runner)->step(*model, *batch); }
+int pw_step(void* runner, const pw::Model* model, const pw::Batch* batch) { return ((pw::Runner*)runner)->step(*model, *batch); }
 
 // Asks for huge pages where the system has them: weights and pages of KV are walked through once a step, and every
 // 4 KiB of them would cost a walk of the page table.

@@ -58,6 +58,8 @@ def _options(args: argparse.Namespace) -> EngineOptions:
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         device=args.device,
+        tensor_parallel_size=args.tensor_parallel_size,
+        pipeline_parallel_size=args.pipeline_parallel_size,
         quantization=args.quantization,
         max_model_len=args.max_model_len,
         block_size=args.block_size,
