@@ -29,6 +29,7 @@ from pagewire_router.admission import Admission
 from pagewire_router.breakers import Breakers
 from pagewire_router.discovery import Discovery
 from pagewire_router.generation import Services
+from pagewire_router.grammars import Grammars
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.model import ServedModel, load_served_model
 from pagewire_router.placement import Placement
@@ -109,7 +110,8 @@ async def running_router(
     placement = Placement(workers, index, POLICIES[args.routing_policy], breakers)
     services = Services(workers, placement, model.tokenizer, metrics, args.transfer_timeout)
     feeds = Feeds(inference_pb2.DeltaFeedResponse)
-    router = Router(model, services, admission, index, discovery, args.request_timeout, feeds)
+    grammars = Grammars(model.tokenizer.path, model.vocab_size, model.eos_token_ids)
+    router = Router(model, services, admission, index, discovery, args.request_timeout, feeds, grammars)
     server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
@@ -125,6 +127,7 @@ async def running_router(
             yield router, server, port
     finally:
         await server.stop(0)
+        await grammars.close()
         await workers.close()
 
 

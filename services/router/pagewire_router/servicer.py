@@ -20,6 +20,7 @@ from pagewire_router.breakers import LEGS
 from pagewire_router.discovery import Discovery
 from pagewire_router.explain import explain
 from pagewire_router.generation import Generation, Services
+from pagewire_router.grammars import Grammars, constrain
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
 from pagewire_router.text import detokenize, tokenize
@@ -39,6 +40,7 @@ class Router:
     discovery: Discovery | None  # None: there is no Redis
     request_timeout_s: float
     feeds: Feeds[inference_pb2.DeltaFeedResponse]
+    grammars: Grammars
 
     @property
     def redis_connected(self) -> bool:
@@ -59,6 +61,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metrics = self._router.services.metrics
         try:
             valid = validate(request, self._router.model, self._router.max_model_len)
+            await constrain(valid, request, self._router.grammars)
         except PagewireError:
             metrics.requests.labels("invalid_request").inc()
             raise
