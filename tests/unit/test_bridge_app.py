@@ -42,10 +42,10 @@ async def test_every_parameter_may_be_null(bridge: Bridge) -> None:
 
 async def test_ignored_fields_are_named_in_a_header_that_cannot_be_broken(bridge: Bridge) -> None:
     response = await bridge.chat(
-        **{"user": "u", "wat": 1, "a\r\nset-cookie: x": 1, "stream": True, "stream_options": {"odd": 1}}
+        **{"safety_identifier": "u", "wat": 1, "a\r\nset-cookie: x": 1, "stream": True, "stream_options": {"odd": 1}}
     )
     assert response.status_code == 200
-    assert response.headers["x-pagewire-ignored-fields"] == "stream_options.odd,user,wat"
+    assert response.headers["x-pagewire-ignored-fields"] == "safety_identifier,stream_options.odd,wat"
     assert "set-cookie" not in response.headers
 
 

@@ -144,6 +144,12 @@ def test_template_options_reach_the_template() -> None:
     assert chat(cache_salt="s" * 1024).cache_salt == "s" * 1024
 
 
+def test_a_cache_key_or_else_the_user_keeps_requests_together() -> None:
+    assert chat(user="u", prompt_cache_key="k").session_id == "k"
+    assert chat(user="u").session_id == completions(user="u")[0].session_id == "u"
+    assert chat().session_id == ""
+
+
 BOTH_WRONG: list[tuple[str, object]] = [
     ("model", 3), ("n", 0), ("n", 129), ("n", 1.5), ("n", True), ("n", "2"), ("stream", "yes"), ("stream", 1),
     ("stream_options", {"include_usage": True}), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", "5"),
@@ -236,8 +242,8 @@ def test_values_that_ask_for_nothing_are_accepted_and_unknown_fields_are_named()
     }  # fmt: skip
     chat(**harmless)
     completions(**harmless)
-    body = parse_body(ChatBody, orjson.dumps({"messages": [USER], "user": "u", "metadata": {}}))
-    assert sorted(ignored_fields(body)) == ["metadata", "user"]
+    body = parse_body(ChatBody, orjson.dumps({"messages": [USER], "user": "u", "store": True, "metadata": {}}))
+    assert sorted(ignored_fields(body)) == ["metadata", "store"]
 
 
 def test_mistakes_never_quote_the_prompt() -> None:

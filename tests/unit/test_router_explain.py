@@ -92,8 +92,11 @@ async def test_a_prompt_that_is_on_its_way_counts_as_a_hit(byte_tokenizer: Token
         assert {w.hit_tokens for w in answer.workers} == {0}, "these workers published nothing"
 
 
-async def test_what_failed_again_and_again_is_left_alone_and_shown(byte_tokenizer: Tokenizer) -> None:
+async def test_what_failed_again_and_again_is_left_alone_and_shown(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with scene(byte_tokenizer, "p1 p2 d1") as s:
+        monkeypatch.setattr(s.router.services.placement.breakers, "_clock", lambda: 0.0)  # however slow this is
 
         def fail(worker: FakeWorker) -> None:
             raise Unavailable("out of order")

@@ -16,6 +16,7 @@ from pagewire_engine.engine import Engine
 from pagewire_engine.events import Failed
 from pagewire_engine.metrics import StageMetrics
 from pagewire_engine.wire import from_proto
+from pagewire_transfer.loss import transferring
 
 from pagewire_decode.call import Call
 from pagewire_decode.transfers import Transfers
@@ -128,7 +129,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             return
         transfer = self._transfers.claim(request.transfer_id)
         try:
-            received, first = await transfer.ready
+            with transferring():
+                received, first = await transfer.ready
         except BaseException:
             self._transfers.end(request.transfer_id, Cancelled("the decode call ended"))
             raise

@@ -48,6 +48,10 @@ class BlockManager:
         self._removed, self._freed, self._allocated = removed, freed, allocated
 
     @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
     def num_free(self) -> int:
         """Blocks that `allocate` can give: free ones and cached ones."""
         return len(self._free) + len(self._cached)

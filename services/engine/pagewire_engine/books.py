@@ -46,13 +46,14 @@ class Books:
         self.seats = Seats(config.max_num_seqs, config.blocks_for(config.max_model_len))
         self.launched = self.landed = 0
         self._late: deque[tuple[int, int]] = deque()  # (step, block): references to give back when it has landed
-        self._num_waiting_tokens = 0
+        self._waiting_work = (0, 0.0)  # of the waiting sequences
 
     # ---------------------------------------------------------------- coming
 
     def enqueue(self, seq: Sequence) -> None:
+        seq.expected_hit = len(self.lookup(seq)) * self.config.block_size
         self.waiting[seq] = None
-        self._num_waiting_tokens += len(seq.tokens)
+        self._count_waiting(seq, 1)
 
     def lookup(self, seq: Sequence) -> list[int]:
         """Blocks of a waiting sequence's cached prefix; its last token is always computed, for its logits."""
@@ -232,7 +233,11 @@ class Books:
 
     def _leave_queue(self, seq: Sequence) -> None:
         del self.waiting[seq]
-        self._num_waiting_tokens -= len(seq.tokens)
+        self._count_waiting(seq, -1)
+
+    def _count_waiting(self, seq: Sequence, sign: int) -> None:
+        tokens, attended = _work(len(seq.tokens), seq.expected_hit)
+        self._waiting_work = (self._waiting_work[0] + sign * tokens, self._waiting_work[1] + sign * attended)
 
     def _give_back(self, seq: Sequence) -> None:
         self.blocks.release(seq.block_table)
@@ -247,9 +252,11 @@ class Books:
     # ---------------------------------------------------------------- what others see
 
     @property
-    def num_prefill_tokens(self) -> int:
-        """Tokens of prompts still to be computed."""
-        return self._num_waiting_tokens + sum(len(seq.tokens) - seq.num_scheduled for seq in self.prompts)
+    def prefill_work(self) -> tuple[int, float]:
+        """Tokens of prompts still to be computed, and what they attend to; of waiting ones, as they came."""
+        work = [_work(len(seq.tokens), seq.num_scheduled) for seq in self.prompts]
+        tokens, attended = self._waiting_work
+        return tokens + sum(n for n, _ in work), attended + sum(a for _, a in work)
 
     @property
     def num_kv_tokens(self) -> int:
@@ -278,3 +285,8 @@ class Books:
             if not self.in_flight(seq):
                 assert self.rows.positions[seq.row] == seq.num_computed == len(seq.tokens) - 1
                 assert self.rows.next_ids[seq.row] == seq.tokens[-1]
+
+
+def _work(end: int, start: int) -> tuple[int, float]:
+    """Tokens from start to end, and the tokens that each of them attends to, added up."""
+    return end - start, (end - start) * (end + start) / 2

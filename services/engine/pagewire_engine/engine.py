@@ -293,7 +293,7 @@ class Engine:
 
     def _observe(self, flight: Flight, accepted: int, milliseconds: float) -> None:
         """Learns from how long a step took."""
-        self.step_cost.add(flight.num_prefill_tokens, flight.num_decode, milliseconds)
+        self.step_cost.add(flight.prefill_work, flight.decode_work, milliseconds)
         if self._proposer and not flight.num_prefill_tokens:
             self._proposer.observe(sum(map(len, flight.drafts)), accepted, flight.num_decode, milliseconds)
 
@@ -305,16 +305,19 @@ class Engine:
             self._books.check()
             self.blocks.check([*self._books.tables(), *self.external.tables])
 
-    def load(self) -> dict[str, int]:
+    def load(self) -> dict[str, float]:
         """The numbers of WorkerService.Stats that the engine knows."""
         with self._lock:
+            tokens, attended = self._books.prefill_work
             return {
                 "free_blocks": max(self.blocks.num_free - self.external.reserved, 0),
                 "total_blocks": self.blocks.num_blocks,
                 "reserved_blocks": self.external.reserved,
                 "num_running": len(self._books.running),
                 "num_waiting": len(self._books.waiting),
-                "waiting_prefill_tokens": self._books.num_prefill_tokens,
+                "waiting_prefill_tokens": tokens,
+                "waiting_prefill_attended": attended,
+                "cached_blocks": self.blocks.num_cached,
                 "running_kv_tokens": self._books.num_kv_tokens,
                 "max_num_seqs": self.config.max_num_seqs,
             }

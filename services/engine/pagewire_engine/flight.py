@@ -47,6 +47,18 @@ class Flight:
     def num_prefill_tokens(self) -> int:
         return sum(count for _, count in self.batch.scheduled[self.num_decode :])
 
+    @property
+    def prefill_work(self) -> tuple[int, float]:
+        """Prompt tokens, and the tokens that each of them attends to, added up."""
+        chunks = [count for _, count in self.batch.scheduled[self.num_decode :]]
+        ends = self.batch.seq_lens[self.num_decode :].tolist()
+        return sum(chunks), sum(count * (end - count / 2) for count, end in zip(chunks, ends, strict=True))
+
+    @property
+    def decode_work(self) -> tuple[int, int]:
+        """Sequences that decode, and their tokens."""
+        return self.num_decode, int(self.batch.seq_lens[: self.num_decode].sum())
+
 
 def _attempt(work: Callable[[], _T]) -> _T | PagewireError:
     try:

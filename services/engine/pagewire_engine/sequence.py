@@ -43,6 +43,7 @@ class Sequence:
     row: int = -1  # index in DecodeRows while it decodes
     last_step: int = 0  # number of the last step with it; only while it has no row
     draft: list[int] = field(default_factory=list)  # guesses of its next tokens, for the next step
+    expected_hit: int = 0  # tokens of its prefix that were cached when it began to wait
     wanted_blocks: int = 0  # when it was last refused a place: the free blocks that it would have taken
 
     @property

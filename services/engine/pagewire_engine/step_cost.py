@@ -1,46 +1,86 @@
-"""What a step costs on this worker, fitted from its own step times; the router's cost model."""
+"""What a step costs on this worker, fitted from its own step times; the router's cost model.
+
+prompts    base + per_token * tokens + per_attended * the tokens that each of them attends to, added up
+decoding   base + per_sequence * sequences + per_kv_token * their tokens
+"""
 
 from __future__ import annotations
 
 from pagewire.v1 import worker_pb2 as pb
 
+Triple = tuple[float, float, float]
+
 
 class LinearFit:
-    """y = base + slope * x by least squares with exponential forgetting (half-life about 70 steps)."""
+    """y = a + b * x + c * z by recursive least squares with directional forgetting, no part negative.
 
-    _KEEP = 0.99
+    Only what a new sample tells anew is forgotten of the old ones (Kulhavy, "Restricted exponential forgetting in
+    real-time identification", Automatica 23, 1987): steps that are all alike do not wear down what others told.
+    `spread` is how large each part may well be, before anything is known; the noise of y is 1.
+    """
+
+    _KEEP = 0.99  # half-life about 70 samples
     _LEAST_SLOPE = 0.05  # of y / x: noise must not make more work look free, or all of it goes to one worker
 
-    def __init__(self) -> None:
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
+    def __init__(self, spread: Triple) -> None:
+        self._spread = spread
+        self._parts = [0.0, 0.0, 0.0]  # in units of the spread, as is the covariance
+        self._covariance = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+        self._mean = (0.0, 0.0, 0.0)  # of x, z and y
         self.num_samples = 0
 
-    def add(self, x: float, y: float) -> None:
-        k = self._KEEP
+    def add(self, x: float, z: float, y: float) -> None:
         self.num_samples += 1
-        self._n, self._x, self._y = k * self._n + 1, k * self._x + x, k * self._y + y
-        self._xx, self._xy = k * self._xx + x * x, k * self._xy + x * y
+        new = max(1 - self._KEEP, 1 / self.num_samples)
+        mean_x, mean_z, mean_y = self._mean
+        self._mean = (mean_x + new * (x - mean_x), mean_z + new * (z - mean_z), mean_y + new * (y - mean_y))
+        u0, u1, u2 = self._spread[0], self._spread[1] * x, self._spread[2] * z
+        gain = [row[0] * u0 + row[1] * u1 + row[2] * u2 for row in self._covariance]
+        told = gain[0] * u0 + gain[1] * u1 + gain[2] * u2  # variance of what was expected of y
+        parts = self._parts
+        error = (y - parts[0] * u0 - parts[1] * u1 - parts[2] * u2) / (1 + told)
+        self._parts = [part + g * error for part, g in zip(parts, gain, strict=True)]
+        self._learn(gain, told)
+        self._keep_positive()
+
+    def _learn(self, gain: list[float], told: float) -> None:
+        if told <= 0:
+            return
+        weight = self._KEEP - (1 - self._KEEP) / told  # negative: less is known after it than before
+        shrink = weight / (1 + weight * told)
+        for row, g in zip(self._covariance, gain, strict=True):
+            for j in range(3):
+                row[j] -= shrink * g * gain[j]
+
+    def _keep_positive(self) -> None:
+        """Where a part is negative, the best parts with 0 for it."""
+        for j in range(3):
+            part, column = self._parts[j], [row[j] for row in self._covariance]
+            if part < 0 < column[j]:
+                self._parts = [other - c * part / column[j] for other, c in zip(self._parts, column, strict=True)]
+        self._parts = [max(part, 0.0) for part in self._parts]
 
     @property
-    def mean(self) -> tuple[float, float]:
-        """(x, y); (0, 0) before anything was added."""
-        return (self._x / self._n, self._y / self._n) if self._n else (0.0, 0.0)
+    def mean(self) -> Triple:
+        """(x, z, y) of late; zeros before anything was added."""
+        return self._mean
 
-    def fit(self) -> tuple[float, float]:
-        """(base, slope), neither negative; (0, 0) before anything was added."""
-        if not self._n:
-            return 0.0, 0.0
-        mean_x, mean_y = self.mean
-        variance = self._xx / self._n - mean_x**2
-        if variance <= 1e-9 * max(mean_x**2, 1.0):  # one size only: all of it is slope
-            return 0.0, mean_y / mean_x if mean_x else 0.0
-        least = self._LEAST_SLOPE * mean_y / mean_x
-        slope = max((self._xy / self._n - mean_x * mean_y) / variance, least)
-        return max(mean_y - slope * mean_x, 0.0), slope
+    def fit(self) -> Triple:
+        """(a, b, c); zeros before anything was added."""
+        a, b, c = (part * spread for part, spread in zip(self._parts, self._spread, strict=True))
+        mean_x, mean_z, mean_y = self._mean
+        least = self._LEAST_SLOPE * mean_y / mean_x - c * mean_z / mean_x if mean_x else 0.0
+        if b < least:
+            a, b = max(a - (least - b) * mean_x, 0.0), least
+        return a, b, c
+
+    def at(self, x: float, z: float) -> float:
+        a, b, c = self.fit()
+        return a + b * x + c * z
 
 
 class StepCost:
-    """Prefill steps by their tokens, decode steps by their sequences.
+    """Learns from every step: prompt tokens, what they attend to, decoding sequences, their KV tokens.
 
     A mixed step tells of prefill once decode is known: its time less that of its decoding sequences' share.
 
@@ -52,25 +92,27 @@ class StepCost:
     _ENOUGH = 4  # steps after which something is expected
     _REACH = 2.0  # times the mean chunk: how far costs are extrapolated
     _LEAST_SHARE = 0.1  # of a mixed step's time that is the prompt's, however slow decoding looks
+    _PREFILL: Triple = (3.0, 10.0, 1e-3)  # milliseconds
+    _DECODE: Triple = (3.0, 10.0, 1e-2)
 
     def __init__(self) -> None:
-        self._prefill, self._decode = LinearFit(), LinearFit()
+        self._prefill, self._decode = LinearFit(self._PREFILL), LinearFit(self._DECODE)
 
-    def add(self, num_prefill_tokens: int, num_decode: int, milliseconds: float) -> None:
-        if num_prefill_tokens and not num_decode:
-            self._add(self._prefill, num_prefill_tokens, milliseconds)
-        elif num_decode and not num_prefill_tokens:
-            self._add(self._decode, num_decode, milliseconds)
-        elif num_prefill_tokens and self._decode.num_samples >= self._ENOUGH:
-            _, per_sequence = self._decode.fit()
-            rest = max(milliseconds - per_sequence * num_decode, self._LEAST_SHARE * milliseconds)
-            self._add(self._prefill, num_prefill_tokens, rest)
+    def add(self, prefill: tuple[int, float], decode: tuple[int, int], milliseconds: float) -> None:
+        """prefill: prompt tokens, and what they attend to; decode: sequences, and their KV tokens."""
+        if prefill[0] and not decode[0]:
+            self._add(self._prefill, prefill, milliseconds)
+        elif decode[0] and not prefill[0]:
+            self._add(self._decode, decode, milliseconds)
+        elif prefill[0] and self._decode.num_samples >= self._ENOUGH:
+            _, per_sequence, per_kv_token = self._decode.fit()
+            rest = milliseconds - per_sequence * decode[0] - per_kv_token * decode[1]
+            self._add(self._prefill, prefill, max(rest, self._LEAST_SHARE * milliseconds))
 
-    def _add(self, fit: LinearFit, x: float, milliseconds: float) -> None:
-        base, slope = fit.fit()
+    def _add(self, fit: LinearFit, work: tuple[float, float], milliseconds: float) -> None:
         if fit.num_samples >= self._ENOUGH:
-            milliseconds = min(milliseconds, self._OUTLIER * (base + slope * x))
-        fit.add(x, milliseconds)
+            milliseconds = min(milliseconds, self._OUTLIER * fit.at(*work))
+        fit.add(*work, milliseconds)
 
     def prefill_tokens(self, delay_ms: float) -> int:
         """Prompt tokens that make a decode step longer by at most `delay_ms`; 0 while that is not known.
@@ -78,18 +120,20 @@ class StepCost:
         Chunks that are all of nearly one size say little of the slope, so what they took beyond a decode step's base
         counts as theirs; and as few tokens are cheaper apiece than many, twice the usual number is the most.
         """
-        (prefill_base, slope), (decode_base, _) = self._prefill.fit(), self._decode.fit()
-        usual, milliseconds = self._prefill.mean
+        (prefill_base, per_token, per_attended), (decode_base, _, _) = self._prefill.fit(), self._decode.fit()
+        usual, attended, milliseconds = self._prefill.mean
         if not usual:
             return 0
-        per_token = max(slope, (milliseconds - decode_base) / usual)
-        return max(int(min((delay_ms - max(prefill_base - decode_base, 0.0)) / per_token, self._REACH * usual)), 0)
+        slope = max(per_token + per_attended * attended / usual, (milliseconds - decode_base) / usual)
+        return max(int(min((delay_ms - max(prefill_base - decode_base, 0.0)) / slope, self._REACH * usual)), 0)
 
     def to_proto(self) -> pb.StepCost:
         prefill, decode = self._prefill.fit(), self._decode.fit()
         return pb.StepCost(
             prefill_base_ms=prefill[0],
             prefill_ms_per_token=prefill[1],
+            prefill_ms_per_attended=prefill[2],
             decode_base_ms=decode[0],
             decode_ms_per_sequence=decode[1],
+            decode_ms_per_kv_token=decode[2],
         )

@@ -18,6 +18,7 @@ from pagewire_engine.metrics import StageMetrics
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request
 from pagewire_engine.wire import to_proto
+from pagewire_transfer.loss import transferring
 from pagewire_transfer.sender import KvSender, Outgoing, SendStats
 
 from pagewire_prefill.source import PromptSource
@@ -80,8 +81,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             faults.point("first-token")
             tokens = [to_proto(sampled) for sampled in first.tokens]
             yield prefill_pb2.PrefillResponse(first_tokens=prefill_pb2.FirstTokens(tokens=tokens))
-            outgoing = await opening
-            stats = await outgoing.seal(tokens)
+            with transferring():
+                outgoing = await opening
+                stats = await outgoing.seal(tokens)
             yield self._kv_sent(request, stats, work.arrived, started_at, first_at)
         finally:
             self._running.discard(events)
@@ -101,7 +103,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         try:
             while True:
                 if opening.done():
-                    opening.result().extend(num_final)
+                    with transferring():
+                        opening.result().extend(num_final)
                 getting = getting or asyncio.create_task(events.get())
                 waiting = {getting} if opening.done() else {getting, opening}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -136,7 +139,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                  transfer_ms=timings.transfer_us / 1e3, kv_tail_ms=timings.kv_tail_us / 1e3)  # fmt: skip
         return prefill_pb2.PrefillResponse(
             kv_sent=prefill_pb2.KvSent(
-                transferred_tokens=num_tokens, transferred_bytes=stats.bytes, lane=stats.lane, timings=timings
+                transferred_tokens=num_tokens,
+                transferred_bytes=stats.bytes,
+                lane=stats.lane,
+                timings=timings,
+                wire_us=stats.wire_us,
             )
         )
 

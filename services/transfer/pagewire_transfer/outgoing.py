@@ -21,13 +21,17 @@ from pagewire_transfer.wire import ChunkRange, root_checksum
 
 @dataclass(frozen=True)
 class SendStats:
-    """What one transfer moved. transfer_us: first chunk taken (or seal sent, if none) to seal acknowledged."""
+    """What one transfer moved. transfer_us: first chunk taken (or seal sent, if none) to seal acknowledged.
+
+    wire_us: of these, the time in which at least one chunk was on its way.
+    """
 
     bytes: int
     chunks: int
     lane: str
     transfer_us: int
     resent: int
+    wire_us: int
 
 
 class Port(Protocol):
@@ -72,6 +76,8 @@ class Outgoing:
         self._first_tokens: Sequence[pb.SampledToken] | None = None
         self._seal_sent = False
         self._started_s: float | None = None
+        self._busy_since_s = 0.0  # while a chunk is on its way
+        self._wire_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._progress_s = time.monotonic()
         self._timer = self._loop.call_later(timeout_s, self._watch)
@@ -119,7 +125,9 @@ class Outgoing:
     def stats(self) -> SendStats:
         elapsed_s = 0.0 if self._started_s is None else self._progress_s - self._started_s
         lane = self._port.lane_name
-        return SendStats(self._bytes, len(self._checksums), lane, int(elapsed_s * 1e6), len(self._resent))
+        return SendStats(
+            self._bytes, len(self._checksums), lane, int(elapsed_s * 1e6), len(self._resent), int(self._wire_s * 1e6)
+        )
 
     # What the pair calls.
 
@@ -150,6 +158,8 @@ class Outgoing:
         elif self._plan.has_next and len(self._inflight) < self._window:
             seq = len(self._checksums)
             self._checksums.append(0)
+            if not self._inflight:
+                self._busy_since_s = time.monotonic()
             self._inflight[seq] = self._plan.take()
         else:
             return None
@@ -169,6 +179,8 @@ class Outgoing:
         self._touch()
         if not resend:
             del self._inflight[seq]
+            if not self._inflight:
+                self._wire_s += time.monotonic() - self._busy_since_s
             self._seal_if_complete()
         elif seq in self._resent:
             self.abort(Unavailable(f"chunk {seq} was damaged on its way, twice"))

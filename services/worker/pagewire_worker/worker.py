@@ -256,7 +256,7 @@ class Worker:
     def _stats(self) -> worker_pb2.StatsResponse:
         load: dict[str, Any] = dict(self._engine.load())
         stats = worker_pb2.StatsResponse(**load, step_cost=self._engine.step_cost.to_proto())
-        stats.open_transfers = len(self._transfers)
+        stats.open_transfers = stats.waiting_transfers = len(self._transfers)
         stats.draining = self._draining
         if self._sender:
             stats.open_transfers += self._sender.open_transfers

@@ -105,6 +105,8 @@ class GenerationBody(_Body):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
     request_id: Annotated[str | None, AfterValidator(_request_id)] = None
     return_token_ids: bool | None = None
     echo: bool | None = None
@@ -114,6 +116,11 @@ class GenerationBody(_Body):
     def length_limit(self) -> int | None:
         """Tokens asked for at most; None: what fits."""
         return self.max_tokens
+
+    @property
+    def session_id(self) -> str:
+        """Requests of one session are best placed where the one before was."""
+        return self.prompt_cache_key or self.user or ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
