@@ -10,7 +10,7 @@ import grpc
 import pytest
 from fakes import FakeWorker
 from pagewire.v1 import inference_pb2
-from pagewire_cli.explain import explain
+from pagewire_cli.explain import add_subcommand, explain
 from pagewire_cli.main import main
 from pagewire_core.block_events import STORED
 from pagewire_core.block_hash import block_hashes, chain_root
@@ -135,25 +135,30 @@ async def test_a_lost_transfer_blocks_the_pair_and_neither_worker(byte_tokenizer
         await s.settle()
 
 
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_subcommand(parser.add_subparsers())
+    return parser.parse_args(["explain", "hello", *words])
+
+
 async def test_the_command_prints_a_table_or_json(
     byte_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
-        options = {"router": s.address, "max_tokens": 7, "session": "", "prompt": "hello"}
         capsys.readouterr()
-        await explain(argparse.Namespace(**options, json=False))
+        await explain(arguments("--router", s.address, "--max-tokens", "7"))
         head, _, columns, first, *rest = capsys.readouterr().out.splitlines()
         assert head == "5 prompt tokens, 7 expected of each choice; policy pagewire, costs in ms"
         assert columns.split()[:3] == ["prefill", "decode", "cost"]
         assert first.split()[:3] == ["*", "p1", "d1"]
         assert [line.split()[:2] for line in rest[-2:]] == [["d1", "decode"], ["p1", "prefill"]]
-        await explain(argparse.Namespace(**options, json=True))
+        await explain(arguments("--router", s.address, "--json"))
         told = json.loads(capsys.readouterr().out)
         assert told["candidates"][0]["decode_worker"] == "d1" and told["circuits"] == []
         with pytest.raises(StartupError, match="context length"):
-            await explain(argparse.Namespace(**{**options, "max_tokens": 9999}, json=False))
+            await explain(arguments("--router", s.address, "--max-tokens", "9999"))
     with pytest.raises(StartupError, match="did not answer"):
-        await explain(argparse.Namespace(**options, json=False))
+        await explain(arguments("--router", s.address))
 
 
 def test_the_command_has_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
