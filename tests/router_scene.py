@@ -104,8 +104,8 @@ async def scene(
     for worker in workers.values():
         await worker.start()
     values = {
-        "host": "127.0.0.1", "port": 0, "redis_url": None, "max_queued_requests": 16, "request_timeout": 20.0,
-        "transfer_timeout": 5.0, "routing_policy": "pagewire",
+        "host": "127.0.0.1", "port": 0, "redis_url": None, "max_queued_requests": 16, "max_queued_tokens": 1 << 20,
+        "request_timeout": 20.0, "send_timeout": 10.0, "transfer_timeout": 5.0, "routing_policy": "pagewire",
         "workers": ",".join(w.address for w in workers.values()), **flags,
     }  # fmt: skip
     model = ServedModel(("demo",), "demo", DIGEST, 256, 258, (EOS,), tokenizer, ChatTemplate(TEMPLATE, "<s>", "</s>"))

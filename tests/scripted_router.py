@@ -104,6 +104,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> Events:
         self.requests.append(request)
+        self.time_remaining: float | None = context.time_remaining()
         self.num_started += 1
         feed, num_entries = self.feeds.get(request.feed_id), 0
         try:
@@ -179,12 +180,14 @@ async def running_router(router: ScriptedRouter) -> AsyncIterator[tuple[RpcServe
 
 
 @asynccontextmanager
-async def running_bridge(request_timeout_s: float = 30.0) -> AsyncIterator[Bridge]:
+async def running_bridge(request_timeout_s: float = 30.0, send_timeout_s: float = 30.0) -> AsyncIterator[Bridge]:
     router = ScriptedRouter()
     async with running_router(router) as (router_server, address):
         listener = listen("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = build_server(create_app(lambda: RouterClient(address, request_timeout_s)))
+        server = build_server(
+            create_app(lambda: RouterClient(address, request_timeout_s)), send_timeout_s=send_timeout_s
+        )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         async with (
             httpx.AsyncClient(base_url=url, timeout=10) as http,

@@ -91,3 +91,19 @@ async def test_version_and_metrics_are_served(bridge: Bridge) -> None:
     assert (
         'pagewire_bridge_requests_total{instance="bridge",route="/v1/chat/completions",status="200"}' in response.text
     )
+
+
+async def test_a_tier_that_was_asked_for_is_told(bridge: Bridge) -> None:
+    for asked, told in (("auto", "default"), ("flex", "flex")):
+        assert (await bridge.chat(service_tier=asked)).json()["service_tier"] == told
+    assert "service_tier" not in (await bridge.chat()).json()
+    assert (await bridge.chat(service_tier="gold")).status_code == 400
+
+
+async def test_what_the_proxy_allows_bounds_the_call(bridge: Bridge) -> None:
+    body = {"messages": MESSAGES}
+    for allowed, expected in (("1500", 1.5), ("0", None), ("soon", None), ("99999999", None)):
+        headers = {"x-envoy-expected-rq-timeout-ms": allowed}
+        assert (await bridge.http.post("/v1/chat/completions", json=body, headers=headers)).status_code == 200
+        left_s = bridge.router.time_remaining
+        assert left_s is not None and (left_s <= 2) == (expected == 1.5)

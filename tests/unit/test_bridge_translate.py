@@ -159,10 +159,8 @@ BOTH_WRONG: list[tuple[str, object]] = [
     ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"4294967296": 1}), ("stop", ""),
     ("stop", ["a", ""]), ("stop", ["a"] * 65), ("stop", 5), ("seed", 1.5), ("seed", 2**63), ("stop_token_ids", [-1]),
     ("ignore_eos", 1), ("cache_salt", ""), ("cache_salt", "x" * 1025), ("request_id", "a\nb"), ("request_id", ""),
-    ("response_format", {"type": "json_schema"}), ("response_format", {"type": "xml"}),
-    ("tools", [{"type": "function"}]), ("tool_choice", "required"),
-    ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"guided": 1}),
-    ("prompt_logprobs", 0), ("audio", {}), ("modalities", ["text", "audio"]),
+    ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
+    ("structured_outputs", {"json": {}}), ("prompt_logprobs", 0), ("audio", {}), ("modalities", ["text", "audio"]),
     ("use_beam_search", True), ("suffix", "x"), ("chat_template", "{{ x }}"), ("truncate_prompt_tokens", 5),
 ]  # fmt: skip
 
@@ -290,3 +288,20 @@ def test_any_json_value_is_either_taken_or_an_invalid_request(field: str, value:
             for request in made if isinstance(made, list) else [made]:
                 assert math.isfinite(request.sampling.repetition_penalty)
                 request.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("fields", "priority"),
+    [
+        ({}, 0),
+        ({"priority": -3}, -3),
+        ({"service_tier": "auto"}, 0),
+        ({"service_tier": "default"}, 0),
+        ({"service_tier": "flex"}, 10),
+        ({"service_tier": "priority"}, -10),
+        ({"service_tier": "flex", "priority": 2}, 2),
+    ],
+)
+def test_a_priority_is_said_by_number_or_by_tier(fields: dict[str, Any], priority: int) -> None:
+    assert chat(**fields).priority == priority
+    assert [request.priority for request in completions(prompt=["a", "b"], **fields)] == [priority, priority]

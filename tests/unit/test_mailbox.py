@@ -9,7 +9,7 @@ from pagewire_core.mailbox import Mailbox
 
 
 async def test_items_come_in_order_whether_the_reader_waits_or_not() -> None:
-    box: Mailbox[int] = Mailbox()
+    box: Mailbox[int] = Mailbox(9, lambda: None)
     box.put(1)
     box.put(2)
     assert [await box.get(), await box.get()] == [1, 2]
@@ -21,7 +21,7 @@ async def test_items_come_in_order_whether_the_reader_waits_or_not() -> None:
 
 
 async def test_a_cancelled_reader_loses_nothing() -> None:
-    box: Mailbox[int] = Mailbox()
+    box: Mailbox[int] = Mailbox(9, lambda: None)
     waiting = asyncio.create_task(box.get())
     await asyncio.sleep(0)
     waiting.cancel()
@@ -30,3 +30,17 @@ async def test_a_cancelled_reader_loses_nothing() -> None:
         await waiting
     box.put(2)
     assert [await box.get(), await box.get()] == [1, 2]
+
+
+async def test_what_nobody_reads_is_dropped_and_its_reader_is_told() -> None:
+    told: list[int] = []
+
+    def overflow() -> None:
+        told.append(1)
+        box.put(-1)
+
+    box: Mailbox[int] = Mailbox(3, overflow)
+    for item in range(9):
+        box.put(item)
+    assert await box.get() == -1
+    assert told == [1]

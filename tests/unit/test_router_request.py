@@ -124,3 +124,10 @@ def test_a_model_without_template_says_what_to_do(model: ServedModel) -> None:
     with pytest.raises(InvalidRequest, match="--chat-template"):
         request = inference_pb2.GenerateRequest(chat=chat(("user", "hi")))
         validate(request, dataclasses.replace(model, chat_template=None), LIMIT)
+
+
+def test_a_tenant_and_a_priority_are_passed_on(model: ServedModel) -> None:
+    valid = ask(model, tenant="team-a", priority=-4)
+    assert (valid.tenant, valid.priority) == ("team-a", -4)
+    with pytest.raises(InvalidRequest, match="tenant must have at most 256"):
+        ask(model, tenant="x" * 257)

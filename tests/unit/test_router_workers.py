@@ -202,6 +202,7 @@ async def test_every_metric_keeps_its_name(byte_tokenizer: Tokenizer) -> None:
             "pagewire_time_to_first_token_seconds", "pagewire_inter_token_latency_seconds", "pagewire_e2e_seconds",
             "pagewire_prompt_tokens", "pagewire_generation_tokens", "pagewire_cached_tokens", "pagewire_route",
             "pagewire_retries", "pagewire_resumed_requests", "pagewire_running_requests", "pagewire_queued_requests",
+            "pagewire_queued_prompt_tokens",
             "pagewire_index_blocks", "pagewire_predicted_seconds", "pagewire_prediction_error_seconds",
             "pagewire_circuits_opened", "pagewire_circuits_open",
             "pagewire_redis_connected",

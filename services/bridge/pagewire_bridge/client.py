@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Sequence
 
 import grpc
@@ -21,6 +22,7 @@ from pagewire_core.errors import (
 from pagewire_core.feed import FeedCall, FeedReader
 from pagewire_core.mailbox import Mailbox
 from pagewire_core.rpc import MAX_MESSAGE_BYTES, open_channel, request_metadata
+from pagewire_core.slow_reader import MAX_UNREAD, too_slow
 from pagewire_core.tls import ROUTER, TlsFiles
 from starlette.requests import Request
 
@@ -57,19 +59,27 @@ class RouterClient:
         await self._feed.close()
         await self._channel.close()
 
-    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[Event]:
+    async def generate(self, request: pb.GenerateRequest, timeout_s: float = math.inf) -> AsyncGenerator[Event]:
         """The router's events as they come. Closing the generator cancels the call. Raises PagewireError.
 
+        timeout_s: what the client allows, where that is less than the server does.
         Deltas come over the feed if one is open, and bare; else as responses on the call's own stream.
         """
         if request.ByteSize() > MAX_MESSAGE_BYTES:
             raise InvalidRequest(f"The prompt is larger than {MAX_MESSAGE_BYTES >> 20} MiB; send a shorter one.")
-        arrived: Mailbox[_Arrived] = Mailbox()
+        call: grpc.aio.UnaryStreamCall | None = None
+
+        def overflow() -> None:
+            if call is not None:
+                call.cancel()
+            arrived.put(too_slow())
+
+        arrived: Mailbox[_Arrived] = Mailbox(MAX_UNREAD, overflow)
         with self._feed.joined(arrived.put, arrived.put) as feed:
             if feed is not None:
                 request.feed_id, request.feed_call = feed.feed_id, feed.number
             metadata = request_metadata(request.request_id)
-            call = self._stub.Generate(request, timeout=self._timeout_s, metadata=metadata)
+            call = self._stub.Generate(request, timeout=min(self._timeout_s, timeout_s), metadata=metadata)
             pump = asyncio.create_task(self._pump(call, feed, arrived))
             try:
                 while (event := await arrived.get()) is not None:
@@ -152,3 +162,9 @@ def client_of(request: Request) -> RouterClient:
     """The application's one client."""
     client: RouterClient = request.state.client
     return client
+
+
+def time_allowed(request: Request) -> float:
+    """Seconds that a proxy in front of us waits for the answer, if it says so: what cannot begin before is refused."""
+    milliseconds = request.headers.get("x-envoy-expected-rq-timeout-ms", "")
+    return int(milliseconds) / 1e3 if milliseconds.isdecimal() and int(milliseconds) else math.inf

@@ -18,12 +18,14 @@ from starlette.types import ASGIApp
 
 from pagewire_bridge.app import create_app
 from pagewire_bridge.client import RouterClient
+from pagewire_bridge.write_timeout import http_protocol
 
 log = structlog.get_logger(__name__)
 
 # Longer than what clients and proxies keep an idle connection: they close it, and no request meets our close.
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+SEND_BUFFER_BYTES = 128 << 10  # of the kernel, for each client; left to itself it grows to 4 MiB that nobody reads
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -33,6 +35,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             listener.bind(address)
             listener.listen(BACKLOG)
         except OSError:
@@ -45,13 +48,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build_server(app: ASGIApp, grace_s: float = 10.0) -> uvicorn.Server:
+def build_server(app: ASGIApp, grace_s: float = 10.0, send_timeout_s: float = 30.0) -> uvicorn.Server:
     """The HTTP server, not yet running; logging is ours, not uvicorn's. grace_s: for running requests at the end."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
             loop="uvloop",
-            http="httptools",
+            http=http_protocol(send_timeout_s),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -82,7 +85,7 @@ def serve(flags: argparse.Namespace) -> None:
     for ended_by in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ended_by, lambda _signal, _frame: None)
     freeze_heap()
-    build_server(app, flags.graceful_termination_timeout).run(sockets=[listener])
+    build_server(app, flags.graceful_termination_timeout, flags.send_timeout).run(sockets=[listener])
 
 
 def main() -> None:

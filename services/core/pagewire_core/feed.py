@@ -26,6 +26,7 @@ from pagewire_core.errors import InvalidRequest, PagewireError, Unavailable, fro
 
 _ID_BYTES = 16
 _LAST_ENTRIES_S = 5.0  # they were sent before the word that counts them
+_MAX_UNREAD = 1 << 18  # additions to a batch that its reader does not take: several seconds of many calls
 _RETRY_S = 1.0  # a peer that has just refused or lost a feed is not asked again for so long
 
 
@@ -45,6 +46,7 @@ class Feed(Generic[B]):
     def __init__(self, make_batch: Callable[[], B]) -> None:
         self._make_batch = make_batch
         self._batch = make_batch()
+        self._num_added = 0  # to it
         self._entries: dict[int, Any] = {}  # of the batch that is being filled, by call
         self._wake = asyncio.Event()
         self._num_users = 0
@@ -56,6 +58,10 @@ class Feed(Generic[B]):
 
         Raises Unavailable when the feed has ended: the call's reader has given it up then.
         """
+        self._num_added += 1
+        if self._num_added > _MAX_UNREAD:
+            self._closed = True
+            self._wake.set()
         if self._closed:
             raise Unavailable("the caller's feed has ended")
         known = self._entries.get(call)
@@ -94,6 +100,7 @@ class Feed(Generic[B]):
             if self._entries:
                 batch, self._batch = self._batch, self._make_batch()
                 self._entries.clear()
+                self._num_added = 0
                 yield batch
 
 

@@ -23,7 +23,6 @@ class Flag:
     help: str
     type: Callable[[str], Any] | None = str  # None: a switch with a --no- form
     choices: tuple[str, ...] | None = None
-    aliases: tuple[str, ...] = ()  # as they are typed
 
 
 def size(text: str) -> int:
@@ -103,10 +102,6 @@ FLAGS: dict[str, Flag] = {
     "dtype": Flag("auto", "compute and KV dtype; auto: the checkpoint's, float32 for float16 on a CPU",
                   choices=("auto", "float32", "bfloat16", "float16", "half", "float")),
     "device": Flag("auto", "auto: cuda if there is one", choices=("auto", "cpu", "cuda")),
-    "tensor-parallel-size": Flag(1, "processes that share every layer of the model; on CUDA, a GPU each", positive,
-                                 aliases=("-tp", "--num-shard")),
-    "pipeline-parallel-size": Flag(1, "stages of layers, each of --tensor-parallel-size processes", positive,
-                                   aliases=("-pp",)),
     "quantization": Flag(None, "store the weights in fewer bits, made at load from an unquantized checkpoint",
                          choices=("int8", "int4", "fp8")),
     "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
@@ -130,11 +125,8 @@ FLAGS: dict[str, Flag] = {
     "enable-prefix-caching": Flag(True, "reuse KV of equal prefixes", None),
     "enable-chunked-prefill": Flag(True, "compute prompts in chunks beside decoding; cannot be turned off", None),
     "lanes": Flag("auto", "how KV travels, best first, of nccl, shm (on one host), gloo, grpc; auto: all that work"),
-    "threads": Flag(None, "CPU threads of the engine, of all its processes; default: the cores divided by the workers",
-                    positive),
+    "threads": Flag(None, "CPU threads of the engine; default: the cores divided by the workers", positive),
     "cpus": Flag((), "cores that the engine's threads divide among them (0,2-3); default: all", cpus),
-    "cpu-lending": Flag(None, "a file in memory (/dev/shm/x) through which the workers of a host, each with --cpus of "
-                              "its own, lend each other idle cores"),
     # The services.
     "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
     "worker-id": Flag(None, "a stable name; default: role, host and port"),
@@ -148,8 +140,12 @@ FLAGS: dict[str, Flag] = {
     "workers": Flag("", "host:port of workers to know besides the registered ones, comma-separated"),
     "routing-policy": Flag("pagewire", "how workers are chosen: by predicted time, or as others do",
                            choices=("pagewire", "round_robin", "least_loaded", "prefix", "dynamo", "llm_d")),
-    "max-queued-requests": Flag(256, "requests that may wait; more are answered 429", positive),
+    "max-queued-requests": Flag(1024, "requests that may wait; more are answered 429", positive),
+    "max-queued-tokens": Flag(1 << 20, "prompt tokens that may wait for each worker that computes prompts; more are "
+                                       "answered 429", positive),
     "request-timeout": Flag(600.0, "seconds a request may take in all", seconds),
+    "send-timeout": Flag(30.0, "seconds in which a client may take nothing of its answer; then it is cancelled",
+                         seconds),
     "transfer-timeout": Flag(30.0, "seconds a KV transfer may stand still", seconds),
     "graceful-termination-timeout": Flag(10.0, "seconds that running requests may go on after SIGTERM; what a decode "
                                                "worker has left then goes on elsewhere", not_negative),
@@ -160,19 +156,19 @@ FLAGS: dict[str, Flag] = {
 TLS_FLAGS = ("tls-cert", "tls-key", "tls-ca")
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "host", "port",
-    "redis-url", "workers", "routing-policy", "max-queued-requests", "request-timeout", "transfer-timeout",
-    "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+    "redis-url", "workers", "routing-policy", "max-queued-requests", "max-queued-tokens", "request-timeout",
+    "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
-    "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "tensor-parallel-size",
-    "pipeline-parallel-size", "quantization", "max-model-len", "block-size", "gpu-memory-utilization",
-    "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
+    "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "quantization", "max-model-len",
+    "block-size", "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
     "max-num-batched-tokens", "max-prefill-delay-ms", "enable-prefix-caching", "enable-chunked-prefill",
-    "speculative-config", "speculate", "lanes", "threads", "cpus", "cpu-lending", "worker-id", "host", "port",
-    "redis-url", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+    "speculative-config", "speculate", "lanes", "threads", "cpus", "worker-id", "host", "port", "redis-url",
+    "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 BRIDGE_FLAGS = (
-    "router", "host", "port", "request-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+    "router", "host", "port", "request-timeout", "send-timeout", "graceful-termination-timeout", *TLS_FLAGS,
+    "log-format", "log-level",
 )  # fmt: skip
 
 
@@ -206,7 +202,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], environ: Ma
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=flag.help)
             continue
         parser.add_argument(
-            f"--{name}", *flag.aliases, type=flag.type, default=default, help=flag.help,
+            f"--{name}", type=flag.type, default=default, help=flag.help,
             choices=[flag.type(c) for c in flag.choices] if flag.choices else None,
         )  # fmt: skip
 

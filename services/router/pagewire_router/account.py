@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import structlog
 from pagewire.v1 import common_pb2, decode_pb2, inference_pb2, prefill_pb2
 
+from pagewire_router.admission import Slot
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.placement import Placed
 from pagewire_router.workers import Worker
@@ -21,6 +22,7 @@ class Account:
 
     request_id: str
     prompt_tokens: int
+    slot: Slot
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first_token: float | None = None
@@ -43,6 +45,7 @@ class Account:
         """resumed: it goes on where one was lost, whose prompt is the one that is accounted for."""
         self.attempts += 1
         self.attempt_at = time.monotonic()
+        self.slot.placed(placed.compute_tokens)
         self.placed = placed
         self.resumed = resumed
         self.finished = decode_pb2.DecodeFinished()
@@ -68,6 +71,7 @@ class Account:
 
     def note_tokens(self, choice: int, count: int, metrics: RouterMetrics) -> None:
         now = time.monotonic()
+        self.slot.generated(count)
         if self.first_token is None:
             self.first_token = now
             metrics.ttft_s.observe(now - self.arrived)

@@ -26,6 +26,7 @@ from pagewire_core.errors import DeadlineExceeded, PagewireError, TransferLost, 
 from pagewire_core.feed import FeedCall
 from pagewire_core.mailbox import Mailbox
 from pagewire_core.rpc import request_metadata
+from pagewire_core.slow_reader import MAX_UNREAD, too_slow
 
 from pagewire_router.placement import Placed
 from pagewire_router.request import ValidRequest
@@ -79,7 +80,9 @@ class Attempt:
         self._take = take
         self._prior = prior
         self._metadata = request_metadata(request.request_id)
-        self._arrived: Mailbox[tuple[Leg, Event | PagewireError | None] | TimeUp | Exception] = Mailbox()
+        self._arrived: Mailbox[tuple[Leg, Event | PagewireError | None] | TimeUp | Exception] = Mailbox(
+            MAX_UNREAD, self._overflow
+        )
         self._held = contextlib.ExitStack()  # bookings and the place on the feed
         self._feed: FeedCall | None = None
         self._calls: dict[Leg, grpc.aio.UnaryStreamCall] = {}
@@ -232,6 +235,12 @@ class Attempt:
     def _die(self, leg: Leg, error: PagewireError) -> None:
         """A leg's worker counts as dead, whatever its connection says."""
         self._arrived.put((leg, error))
+
+    def _overflow(self) -> None:
+        """Nobody takes the events: the workers stop making them."""
+        for call in self._calls.values():
+            call.cancel()
+        self._arrived.put(too_slow())
 
     def _note(self, leg: Leg, event: Event) -> None:
         if isinstance(event, decode_pb2.FeedEntry):

@@ -54,6 +54,19 @@ class Ledger:
         return self.info.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
 
     @property
+    def can_prefill(self) -> bool:
+        return self.info.role in (common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_BOTH)
+
+    @property
+    def free_kv_tokens(self) -> int:
+        """Tokens that its free blocks hold, without what is on its way to it."""
+        return int(self.stats.free_blocks) * self.info.block_size - sum(b.kv_tokens for b in self._unreported)
+
+    @property
+    def _unreported(self) -> list[Booking]:
+        return [b for b in self._bookings if b.at + _REPORT_DELAY_S > self._stats_at]
+
+    @property
     def suspect(self) -> bool:
         """It has been silent for too long to be given anything new."""
         return self._clock() - self._stats_at > _SUSPECT_S
@@ -89,7 +102,7 @@ class Ledger:
         return indexed
 
     def load(self, hit_blocks: int) -> Load:
-        unreported = [b for b in self._bookings if b.at + _REPORT_DELAY_S > self._stats_at]
+        unreported = self._unreported
         stats, block_size = self.stats, self.info.block_size
         booked_kv = sum(b.kv_tokens for b in unreported)
         free = int(stats.free_blocks) * block_size - booked_kv

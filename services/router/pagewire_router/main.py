@@ -25,23 +25,22 @@ from pagewire_core.startup import freeze_heap
 from pagewire_core.telemetry import configure_logging
 from pagewire_core.tls import TlsFiles, tls_files, with_certificates
 
-from pagewire_router.admission import Admission
+from pagewire_router.admission import Admission, Limits
 from pagewire_router.breakers import Breakers
 from pagewire_router.discovery import Discovery
 from pagewire_router.generation import Services
-from pagewire_router.grammars import Grammars
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.model import ServedModel, load_served_model
 from pagewire_router.placement import Placement
 from pagewire_router.policies import POLICIES
+from pagewire_router.room import room_of
 from pagewire_router.servicer import InferenceServicer, Router
 from pagewire_router.workers import Worker, WorkerTable
 
 log = structlog.get_logger(__name__)
 
 _CLOSE_S = 3.0  # how long connections may take to close after that
-_OVERCOMMIT = 1.25  # sequences admitted per decode slot: the next prompt is computed while a slot empties
-_UNBOUNDED = 1 << 30  # nobody decodes yet: requests wait for a worker, not for each other
+_LOOK_S = 0.01  # reports of many workers within it are looked at together
 
 
 def main() -> None:
@@ -104,14 +103,13 @@ async def running_router(
 
     workers = WorkerTable(model.digest, joined, left, tls)
     discovery = Discovery(args.redis_url, workers) if args.redis_url else None
-    admission = Admission(args.max_queued_requests, lambda: int(_OVERCOMMIT * workers.capacity) or _UNBOUNDED)
+    admission = Admission(Limits(args.max_queued_requests, args.max_queued_tokens), lambda: room_of(workers.live))
     metrics = RouterMetrics()
     breakers = Breakers(opened=lambda breaker: metrics.circuits_opened.labels(breaker.leg, breaker.cause).inc())
     placement = Placement(workers, index, POLICIES[args.routing_policy], breakers)
     services = Services(workers, placement, model.tokenizer, metrics, args.transfer_timeout)
     feeds = Feeds(inference_pb2.DeltaFeedResponse)
-    grammars = Grammars(model.tokenizer.path, model.vocab_size, model.eos_token_ids)
-    router = Router(model, services, admission, index, discovery, args.request_timeout, feeds, grammars)
+    router = Router(model, services, admission, index, discovery, args.request_timeout, args.send_timeout, feeds)
     server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
@@ -127,7 +125,6 @@ async def running_router(
             yield router, server, port
     finally:
         await server.stop(0)
-        await grammars.close()
         await workers.close()
 
 
@@ -151,6 +148,7 @@ async def _report_health(server: RpcServer, workers: WorkerTable, admission: Adm
             serving = workers.usable
             await server.set_serving(serving)
         admission.wake()
+        await asyncio.sleep(_LOOK_S)
         await workers.wait_changed(1.0)
 
 

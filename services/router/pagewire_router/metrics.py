@@ -42,6 +42,9 @@ class RouterMetrics:
         )
         self.running = Gauge("pagewire_running_requests", "Requests admitted and not ended", registry=registry)
         self.queued = Gauge("pagewire_queued_requests", "Requests waiting for admission", registry=registry)
+        self.queued_tokens = Gauge(
+            "pagewire_queued_prompt_tokens", "Prompt tokens of requests that wait for admission", registry=registry
+        )
         self.index_blocks = Gauge("pagewire_index_blocks", "Block hashes in the prefix index", registry=registry)
         self.redis_connected = Gauge("pagewire_redis_connected", "1 while Redis answers", registry=registry)
         self._predicted_s = Histogram(

@@ -50,6 +50,11 @@ class Placed(Generic[W]):
     def decision(self) -> str:
         return "local" if self.prefill is None else "pair"
 
+    @property
+    def compute_tokens(self) -> int:
+        """Prompt tokens that nobody has yet, as far as is known."""
+        return (self.decode_booking if self.prefill is None else self.prefill_booking).compute_tokens
+
     @contextlib.contextmanager
     def booked(self) -> Iterator[None]:
         """Counts the work against its workers while the body runs."""
@@ -116,8 +121,7 @@ class Placement(Generic[W]):
         return self._bind(request, view, self.policy.choose(plans, self._rng)) if plans else None
 
     def view(self, request: ValidRequest) -> View:
-        constrained = request.sampling.HasField("constraint")
-        live = [w for w in self._workers.live if not w.suspect and (w.info.constraints or not constrained)]
+        live = [w for w in self._workers.live if not w.suspect]
         roots = {w.info.fingerprint: chain_root(w.info.fingerprint, cache_salt=request.cache_salt) for w in live}
         hashes = {fingerprint: block_hashes(root, request.prompt_ids) for fingerprint, root in roots.items()}
         indexed = {fingerprint: self._index.match(chain) for fingerprint, chain in hashes.items()}

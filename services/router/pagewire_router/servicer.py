@@ -12,15 +12,15 @@ from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb
 from pagewire_core.errors import PagewireError
 from pagewire_core.feed import Feeds
 from pagewire_core.prefix_index import PrefixIndex
+from pagewire_core.slow_reader import ended_if_unread
 from pagewire_core.telemetry import exposition, merge_expositions
 
 from pagewire_router.account import Account
-from pagewire_router.admission import Admission
+from pagewire_router.admission import Admission, Slot
 from pagewire_router.breakers import LEGS
 from pagewire_router.discovery import Discovery
 from pagewire_router.explain import explain
 from pagewire_router.generation import Generation, Services
-from pagewire_router.grammars import Grammars, constrain
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
 from pagewire_router.text import detokenize, tokenize
@@ -39,8 +39,8 @@ class Router:
     index: PrefixIndex
     discovery: Discovery | None  # None: there is no Redis
     request_timeout_s: float
+    send_timeout_s: float
     feeds: Feeds[inference_pb2.DeltaFeedResponse]
-    grammars: Grammars
 
     @property
     def redis_connected(self) -> bool:
@@ -58,13 +58,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        metrics = self._router.services.metrics
         try:
             valid = validate(request, self._router.model, self._router.max_model_len)
-            await constrain(valid, request, self._router.grammars)
         except PagewireError:
-            metrics.requests.labels("invalid_request").inc()
+            self._router.services.metrics.requests.labels("invalid_request").inc()
             raise
+        responses = self._counted(request, valid, self._deadline(context))
+        async with contextlib.aclosing(ended_if_unread(responses, context, self._router.send_timeout_s)) as read:
+            async for response in read:
+                yield response
+
+    async def DeltaFeed(
+        self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[inference_pb2.DeltaFeedResponse, None]:
+        batches = self._router.feeds.serve(request.feed_id)
+        async with contextlib.aclosing(ended_if_unread(batches, context, self._router.send_timeout_s)) as read:
+            async for batch in read:
+                yield batch
+
+    async def _counted(
+        self, request: inference_pb2.GenerateRequest, valid: ValidRequest, deadline: float
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """The responses, which say how many entries of the client's feed belong to them."""
         feed = self._router.feeds.get(request.feed_id)
         num_entries = 0
 
@@ -76,28 +91,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             num_entries += new
 
         with feed.used() if feed else contextlib.nullcontext():
-            async with contextlib.aclosing(self._generate(valid, send if feed else None)) as responses:
+            async with contextlib.aclosing(self._generate(valid, deadline, send if feed else None)) as responses:
                 async for response in responses:
                     response.feed_entries = num_entries
                     yield response
 
-    async def DeltaFeed(
-        self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[inference_pb2.DeltaFeedResponse, None]:
-        async with contextlib.aclosing(self._router.feeds.serve(request.feed_id)) as batches:
-            async for batch in batches:
-                yield batch
-
     async def _generate(
-        self, request: ValidRequest, send: Callable[[inference_pb2.Delta], None] | None
+        self, request: ValidRequest, deadline: float, send: Callable[[inference_pb2.Delta], None] | None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         router, services = self._router, self._router.services
-        deadline = asyncio.get_running_loop().time() + router.request_timeout_s
-        account = Account(request.request_id, len(request.prompt_ids))
+        num_tokens = len(request.prompt_ids)
+        slot = Slot(num_tokens, request.tenant, request.priority, n=request.n, deadline=deadline)
+        account = Account(request.request_id, num_tokens, slot)
         generation = Generation(request, services, account, deadline, send)
         outcome = "rejected"
         try:
-            async with router.admission.slot(request.n, deadline):
+            async with router.admission.slot(slot):
                 outcome = ""  # the generation knows
                 account.admit(services.metrics)
                 async with contextlib.aclosing(generation.responses()) as responses:
@@ -108,6 +117,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise
         finally:
             account.close(outcome or generation.outcome, generation.completion_tokens, services.metrics)
+
+    def _deadline(self, context: grpc.aio.ServicerContext) -> float:
+        """On the loop's clock: what this router allows, or less if the client does not wait so long."""
+        allowed_s, left_s = self._router.request_timeout_s, context.time_remaining()
+        return asyncio.get_running_loop().time() + (allowed_s if left_s is None else min(allowed_s, left_s))
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
@@ -148,6 +162,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         router, metrics = self._router, self._router.services.metrics
         metrics.running.set(router.admission.num_running)
         metrics.queued.set(router.admission.num_queued)
+        metrics.queued_tokens.set(router.admission.queued_tokens)
         metrics.index_blocks.set(router.index.num_blocks)
         metrics.redis_connected.set(router.redis_connected)
         states = [(breaker.leg, state) for breaker, state, _ in router.services.placement.breakers]

@@ -30,7 +30,6 @@ _INFO_TIMEOUT_S = 3.0
 _DEAD_S = 10.0  # without Stats, which come every second
 _SNAPSHOT_TIMEOUT_S = 5.0
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 2.0
-_DEFAULT_SEQUENCES = 128
 
 
 class Worker(Ledger):
@@ -104,11 +103,6 @@ class WorkerTable:
     def usable(self) -> bool:
         """Whether some request could be served: anyone who decodes can prefill too."""
         return any(w.can_decode for w in self._live.values())
-
-    @property
-    def capacity(self) -> int:
-        """Sequences that the decode workers run at once; 0 if there are none."""
-        return sum(w.stats.max_num_seqs or _DEFAULT_SEQUENCES for w in self._live.values() if w.can_decode)
 
     @property
     def max_model_len(self) -> int | None:

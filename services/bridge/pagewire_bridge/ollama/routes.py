@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pagewire_bridge.body import read_body, to_object, validated
-from pagewire_bridge.client import RouterClient, client_of
+from pagewire_bridge.client import RouterClient, client_of, time_allowed
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.ollama import models
 from pagewire_bridge.ollama.answer import Answer, line, lines, whole
@@ -111,7 +111,7 @@ async def _answer(
 async def _generate(
     request: Request, asked: GenerateRequest, answer: Answer, headers: dict[str, str], *, streams: bool
 ) -> Response:
-    generation = Generation([client_of(request).generate(asked)], 1)
+    generation = Generation([client_of(request).generate(asked, time_allowed(request))], 1)
 
     async def answer_whole() -> Response:
         content = await whole(answer, generation)

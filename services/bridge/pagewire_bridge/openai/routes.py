@@ -13,21 +13,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pagewire_bridge.body import read_body
-from pagewire_bridge.client import client_of
+from pagewire_bridge.client import client_of, time_allowed
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.answer import Answer, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
 from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Shape
-from pagewire_bridge.openai.translate import (
-    blaming,
-    chat_echo,
-    from_model,
-    from_models,
-    to_chat_request,
-    to_completion_requests,
-)
+from pagewire_bridge.openai.translate import chat_echo, from_model, from_models, to_chat_request, to_completion_requests
 from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
@@ -83,27 +76,27 @@ def _request_id(request: Request, body: GenerationBody) -> str:
     return request_id
 
 
-def _head(request: Request, shape: Shape, model: str) -> dict[str, Any]:
+def _head(request: Request, shape: Shape, model: str, tier: str | None) -> dict[str, Any]:
     return {
         "id": shape.id_prefix + request.state.request_id,
         "created": int(time.time()),
         "model": model,
         "system_fingerprint": _FINGERPRINT,
+        **({"service_tier": "default" if tier == "auto" else tier} if tier else {}),
     }
 
 
 async def _generate(request: Request, body: GenerationBody, asked: list[GenerateRequest], shape: Shape) -> Response:
     """Answers only after the router has accepted every prompt, so that a refusal has its status."""
     n = body.n or 1
-    generation = Generation([client_of(request).generate(one) for one in asked], n)
+    generation = Generation([client_of(request).generate(one, time_allowed(request)) for one in asked], n)
     headers = ignored_fields_header(ignored_fields(body))
     streaming = False
     try:
-        with blaming(body):
-            await until_disconnect(request.receive, generation.open())
+        await until_disconnect(request.receive, generation.open())
         answer = Answer(
             shape=shape,
-            head=_head(request, shape, generation.accepted[0].model or body.model or ""),
+            head=_head(request, shape, generation.accepted[0].model or body.model or "", body.service_tier),
             num_choices=len(asked) * n,
             logprobs=asked[0].sampling.HasField("logprobs"),
             stop_token_ids=frozenset(body.stop_token_ids or ()),

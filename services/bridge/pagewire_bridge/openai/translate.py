@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import orjson
 from pagewire.v1 import common_pb2, inference_pb2
@@ -11,6 +10,14 @@ from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message
+
+# OpenAI's service tiers as priorities; lower goes first.
+_TIER_PRIORITY = {"flex": 10, "scale": -10, "priority": -10, "fast": -10}
+
+
+def to_priority(body: GenerationBody) -> int:
+    """What the request says itself counts; else what its tier stands for."""
+    return _TIER_PRIORITY.get(body.service_tier or "", 0) if body.priority is None else body.priority
 
 
 def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.SamplingParams:
@@ -34,23 +41,6 @@ def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.Sampli
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens,
     )
-
-
-def to_structured_output(body: GenerationBody) -> inference_pb2.StructuredOutput | None:
-    if body.structured_outputs is not None:
-        return body.structured_outputs.to_proto()
-    return body.response_format.to_proto() if body.response_format is not None else None
-
-
-@contextmanager
-def blaming(body: GenerationBody) -> Iterator[None]:
-    """A form of output that the router refuses is told by the name of the field it came in."""
-    try:
-        yield
-    except InvalidRequest as error:
-        if error.param in ("structured_outputs", "structural_tag") and body.structured_outputs is None:
-            raise InvalidRequest(error.message, "response_format") from error
-        raise
 
 
 def to_chat(body: ChatBody) -> inference_pb2.Chat:
@@ -79,7 +69,7 @@ def to_chat_request(body: ChatBody, request_id: str) -> inference_pb2.GenerateRe
         session_id=body.session_id,
         add_special_tokens=body.add_special_tokens,
         return_prompt_token_ids=bool(body.return_token_ids),
-        structured_output=to_structured_output(body),
+        priority=to_priority(body),
     )
 
 
@@ -100,7 +90,7 @@ def to_completion_requests(body: CompletionBody, request_id: str) -> list[infere
             completion_default_length=True,
             add_special_tokens=body.add_special_tokens,
             return_prompt_token_ids=bool(body.return_token_ids),
-            structured_output=to_structured_output(body),
+            priority=to_priority(body),
         )
         for i, prompt in enumerate(body.prompt)
     ]
