@@ -23,7 +23,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
 SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:benchmarks
 
-.PHONY: serve test setup protos lint check bench clean
+.PHONY: serve test setup protos lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
 
 serve: $(RUNTIME)
@@ -47,6 +47,10 @@ lint: $(TESTING)
 		services benchmarks
 
 check: lint test
+
+# A thousand random JSON schemas: valid instances, or errors. SCHEMAS=10000 for a longer run.
+fuzz-schemas: $(TESTING)
+	$(BIN)/python tests/fuzz_schemas.py $(or $(SCHEMAS),1000)
 
 bench: $(TESTING)
 	$(BIN)/python benchmarks/serve.py --base-url $(BASE_URL) $(ARGS)

@@ -54,6 +54,9 @@ class NullRunner:
         self.cache: Any = self
         self._sampled = Sampled(7)
 
+    def rest(self) -> None:
+        pass
+
     def allocated(self, blocks: Sequence[int]) -> None:
         pass
 

@@ -17,13 +17,16 @@ from pagewire_engine.sequence import Request
 ROOT = b"r" * 32
 
 
+# Poisoned free pages, a small pool and chunks that do not depend on the clock.
+OPTIONS: dict[str, Any] = {
+    "block_size": 16, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 40, "max_model_len": 256,
+    "poison_free_blocks": True, "device": "cpu", "max_prefill_delay_ms": 0.0,
+}  # fmt: skip
+
+
 def make_engine(path: Path, **options: Any) -> Engine:
-    """Poisoned free pages, a small pool and chunks that do not depend on the clock, unless told otherwise."""
-    settings: dict[str, Any] = {
-        "block_size": 16, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 40, "max_model_len": 256,
-        "poison_free_blocks": True, "device": "cpu", "max_prefill_delay_ms": 0.0,
-    }  # fmt: skip
-    loaded = load(resolve_model(str(path)), EngineOptions(**(settings | options)))
+    """With OPTIONS unless told otherwise."""
+    loaded = load(resolve_model(str(path)), EngineOptions(**(OPTIONS | options)))
     return Engine(loaded.runner, loaded.config)
 
 

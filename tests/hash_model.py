@@ -94,6 +94,9 @@ class HashRunner:
             return _Done(self, batch, None, step.sampled)
         return step
 
+    def rest(self) -> None:
+        pass
+
     def _follow(self, batch: Batch) -> None:
         """Keeps its own copy of the tables by the changes it is told of, as a device would."""
         assert batch.tables.flags.c_contiguous and batch.tables.dtype == np.int32

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pagewire_core.flags import available_cpus
+
 from pagewire_bench import compressed
 
 PRECISIONS = ("bf16", "int8", "int4")
@@ -47,12 +49,12 @@ class Contestant:
 
 
 def pagewire(setting: Setting, arrangement: str) -> Contestant:
-    """`arrangement` is one of OURS; with two workers each has half of the threads."""
+    """`arrangement` is one of OURS; two workers divide the cores, and lend each other those that they do not use."""
     both = arrangement == "pagewire both"
     workers = ("--both=1",) if both else ("--prefill=1", "--decode=1")
-    threads = setting.threads if both else max(1, setting.threads // 2)
+    cpus = ",".join(map(str, available_cpus()[: setting.threads]))
     command = [
-        str(Path(sys.executable).with_name("pagewire")), "serve", str(setting.model), *workers, f"--threads={threads}",
+        str(Path(sys.executable).with_name("pagewire")), "serve", str(setting.model), *workers, f"--cpus={cpus}",
         "--dtype=bfloat16", "--served-model-name=model", f"--max-model-len={setting.max_len}", "--log-level=warning",
         f"--max-num-seqs={setting.slots}", f"--kv-cache-memory-bytes={_KV_GIB if both else _KV_GIB // 2}G",
     ]  # fmt: skip

@@ -35,7 +35,8 @@ class RandomWeights:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
 
-    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+    def take(self, name: str, shape: Sequence[int], rows: tuple[int, int] | None = None) -> Tensor:
+        assert rows is None
         if len(shape) == 1:
             return torch.ones(tuple(shape), dtype=self._dtype, device=self._device)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))

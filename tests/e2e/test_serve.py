@@ -19,6 +19,7 @@ import psutil
 import pytest
 import pytest_asyncio
 from cluster import free_port, script
+from pagewire_core.flags import available_cpus
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SERVICES = {"redis", "prefill-0", "decode-0", "router", "bridge"}
@@ -172,6 +173,18 @@ async def test_metrics_of_every_process_are_on_the_bridge(served: Served) -> Non
         assert name in text
     for role in ("prefill", "decode"):
         assert re.search(rf'pagewire_engine_steps_total{{.*instance="{role}[^"]*".*}} [1-9]', text)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(available_cpus()) < 2, reason="needs Linux and two cores")
+async def test_a_prompt_is_computed_on_the_idle_decode_workers_core_too(served: Served) -> None:
+    """Each worker had half of the machine for ever, and the other half idled beside it."""
+    import httpx
+
+    story = "Tell me a story about a fox who finds a kite and a boat and a bell and then brings them all home."
+    await served.client.completions.create(model="pagewire-demo", prompt=story, max_tokens=1)
+    async with httpx.AsyncClient(trust_env=False) as http:
+        text = (await http.get(served.state["base_url"] + "/metrics")).text
+    assert re.search(r'pagewire_engine_cores_borrowed_total{.*instance="prefill[^"]*".*} [1-9]', text)
 
 
 async def test_the_example_client_speaks_the_native_api(served: Served) -> None:

@@ -91,9 +91,7 @@ def test_a_service_whose_redis_is_not_there_does_not_start(program: str, llama: 
     assert code == 1 and f"cannot reach Redis at {address}" in last_line(stderr) and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize(
-    "flag", ["--tensor-parallel-size=2", "--no-such-flag", "--quantization=awq", "--max-num-seqs=0"]
-)
+@pytest.mark.parametrize("flag", ["--data-parallel-size=2", "--no-such-flag", "--quantization=awq", "--max-num-seqs=0"])
 def test_a_flag_that_is_unknown_or_not_implemented(flag: str, llama: Path) -> None:
     code, stderr = run("pagewire", "serve", str(llama), flag)
     assert code == 2 and flag.partition("=")[0] in last_line(stderr)

@@ -61,7 +61,7 @@ int main() {
         for (int i = 0; i < LAYERS; i++)
             layers.push_back({ones(HIDDEN), ones(HIDDEN), ones(DIM), ones(DIM), linear(kind, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, 0),
                               linear(kind, HIDDEN, HEADS * DIM, 0), linear(kind, 2 * INNER, HIDDEN, INNER), linear(kind, HIDDEN, INNER, 0), i ? 24 : 0});
-        Model m = {HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, 16, BLOCKS, half, 1e-5f, 0.25f, nullptr, nullptr, ones(HIDDEN), linear(kind, VOCAB, HIDDEN, 0), layers.data(), nullptr};
+        Model m = {HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, 16, BLOCKS, half, 1e-5f, 0.25f, nullptr, nullptr, ones(HIDDEN), linear(kind, VOCAB, HIDDEN, 0), layers.data(), nullptr, {0, 1, nullptr}};
         float* embedding = keep<float>(VOCAB * HIDDEN);
         for (int i = 0; i < VOCAB * HIDDEN; i++) {
             const float x = random_float(1.0f);
@@ -76,7 +76,8 @@ int main() {
             }
         m.embedding = embedding, m.cos_sin = cos_sin, m.cache = keep<float>(size_t(LAYERS) * 2 * BLOCKS * KV_HEADS * 16 * DIM);
         std::fill_n((uint32_t*)m.cache, size_t(LAYERS) * 2 * BLOCKS * KV_HEADS * 16 * DIM, 0x7fc07fc0u);  // NaN in either type
-        Runner runner(2, nullptr, 0, 0);
+        Cores cores(2, nullptr, 0, nullptr);
+        Runner runner(cores, 0);
         const int32_t tables[] = {3, 9, 1, 0, 7, 2, 5, 4}, seats[] = {0, 1}, chunks[][2] = {{ROWS_IN - 5, 5}, {1, 1}};
         int32_t done[] = {0, 0};
         for (auto& chunk : chunks) {
@@ -90,7 +91,7 @@ int main() {
             const uint8_t raw[] = {1, 0};
             int32_t tokens[2];
             std::vector<float> logits(2 * VOCAB);
-            Batch b = {int32_t(ids.size()), 2, 2, ids.data(), starts.data(), lengths.data(), tables, seats, 4, from.data(), choices, raw, nullptr, tokens, logits.data()};
+            Batch b = {int32_t(ids.size()), 2, 2, ids.data(), starts.data(), lengths.data(), tables, seats, 4, from.data(), choices, raw, nullptr, tokens, logits.data(), nullptr, nullptr};
             pw_step(&runner, &m, &b);
             std::printf("%d", tokens[1]);
             for (int i = 0; i < VOCAB; i++) std::printf(" %.6g", double(logits[i]));

@@ -27,6 +27,7 @@ from pagewire_bench.loads import LOADS, Load, apply
 from pagewire_bench.server_process import ServerProcess
 from pagewire_bench.stream import send
 from pagewire_bench.workload import TokenWorkload
+from pagewire_core.flags import available_cpus
 from rich.console import Console
 
 # Answers every POST; has a child process, as most servers do.
@@ -162,7 +163,8 @@ def test_the_table_sets_ours_against_the_best_of_the_others_and_names_it() -> No
 
 def test_every_server_gets_the_same_threads_sequences_and_length(setting: Setting) -> None:
     both, split = (contestants.pagewire(setting, name) for name in contestants.OURS)
-    assert "--threads=2" in both.command and "--threads=1" in split.command and "--max-num-seqs=32" in both.command
+    cpus = f"--cpus={','.join(map(str, available_cpus()[:2]))}"
+    assert cpus in both.command and cpus in split.command and "--max-num-seqs=32" in both.command
     llama, vllm = contestants.llama_cpp(setting, "llama-server"), contestants.vllm(setting, sys.executable)
     assert llama is not None and vllm is not None
     assert llama.command[llama.command.index("--ctx-size") + 1] == "32000"

@@ -159,8 +159,10 @@ BOTH_WRONG: list[tuple[str, object]] = [
     ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"4294967296": 1}), ("stop", ""),
     ("stop", ["a", ""]), ("stop", ["a"] * 65), ("stop", 5), ("seed", 1.5), ("seed", 2**63), ("stop_token_ids", [-1]),
     ("ignore_eos", 1), ("cache_salt", ""), ("cache_salt", "x" * 1025), ("request_id", "a\nb"), ("request_id", ""),
-    ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
-    ("structured_outputs", {"json": {}}), ("prompt_logprobs", 0), ("audio", {}), ("modalities", ["text", "audio"]),
+    ("response_format", {"type": "json_schema"}), ("response_format", {"type": "xml"}),
+    ("tools", [{"type": "function"}]), ("tool_choice", "required"),
+    ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"guided": 1}),
+    ("prompt_logprobs", 0), ("audio", {}), ("modalities", ["text", "audio"]),
     ("use_beam_search", True), ("suffix", "x"), ("chat_template", "{{ x }}"), ("truncate_prompt_tokens", 5),
 ]  # fmt: skip
 

@@ -53,7 +53,7 @@ class NoVisitToTheHost(TorchFunctionMode):
 class Shapes:
     """Weights without values."""
 
-    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+    def take(self, name: str, shape: Sequence[int], rows: tuple[int, int] | None = None) -> Tensor:
         return torch.empty(tuple(shape), dtype=torch.bfloat16)
 
 

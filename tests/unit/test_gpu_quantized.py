@@ -40,8 +40,8 @@ class Dequantized(Checkpoint):
 
     scheme = "int8"
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        weight = super().take(name, shape)
+    def take(self, name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None) -> Tensor:
+        weight = super().take(name, shape, rows)
         scheme = SCHEMES[self.scheme].for_head if name.startswith("lm_head") else SCHEMES[self.scheme]
         matrix = weight.ndim == 2 and "embed" not in name
         return dequantize(quantize(weight, scheme)) if matrix and scheme else weight

@@ -37,10 +37,11 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size is not implemented yet"),
+        (["--data-parallel-size", "2"], "--data-parallel-size is not implemented yet"),
         (["--load-format=dummy"], "--load-format is not implemented yet"),
         (["--no-enable-log-requests"], "--no-enable-log-requests is not implemented yet"),
-        (["-tp", "2"], "-tp is not implemented yet"),
+        (["-dp", "2"], "-dp is not implemented yet"),
+        (["-tp", "0"], "argument --tensor-parallel-size/-tp/--num-shard: must be positive"),
         (["--max_model_len=3"], "unknown flag --max_model_len; did you mean --max-model-len?"),
         (["--frobnicate"], "unknown flag --frobnicate"),
         (["a", "b"], "unexpected argument 'b'; there is one MODEL"),
@@ -108,8 +109,9 @@ def test_workers_divide_the_cores_and_the_memory(tmp_path: Path, monkeypatch: py
     """Two workers on one machine that each take 90 % of its memory would not both start."""
     monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _pid: set(range(9)), raising=False)
     made = _plan(tmp_path, "m", "--prefill=2", "--decode=2")
+    assert [_taken(spec).threads for spec in made.services[1:5]] == [2, 2, 2, 3]
     for spec in made.services[1:5]:
-        assert (_taken(spec).threads, spec.environment["OMP_NUM_THREADS"]) == (2, "2")
+        assert spec.environment["OMP_NUM_THREADS"] == "2"
         assert _taken(spec).gpu_memory_utilization == 0.225
     given = _plan(tmp_path, "m", "--threads=5").services[1]
     assert (_taken(given).threads, given.environment["OMP_NUM_THREADS"]) == (5, "5")

@@ -205,7 +205,7 @@ def test_a_shorter_draft_model_serves_a_longer_target(llama: Path, tmp_path: Pat
 def test_target_and_draft_share_the_memory_that_is_not_given_by_size(
     llama: Path, smaller: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pagewire_engine.loader.DEFAULT_CPU_KV_BYTES", 8 << 20)
+    monkeypatch.setattr("pagewire_engine.resources.DEFAULT_CPU_KV_BYTES", 8 << 20)
     options = EngineOptions(**(OPTIONS | {"kv_cache_memory_bytes": None}))
     model, draft = resolve_model(str(llama)), resolve_model(str(smaller))
     alone, beside = load(model, options), load(model, options, draft)

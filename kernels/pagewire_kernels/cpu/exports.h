@@ -51,11 +51,19 @@ static inline void pw_pack_scales(const float* scales, int64_t n, int64_t packed
 extern "C" {
 
 // Increased whenever a structure or a packed layout changes.
-int pw_abi() { return 4; }
+int pw_abi() { return 6; }
 
-void* pw_runner(int threads, const int32_t* cores, int num_cores, int64_t small_step) { return new pw::Runner(threads, cores, num_cores, small_step); }
+// lines: null, or pw_core_lines_bytes() of memory that begins as zeros and that all workers of the host share.
+void* pw_cores(int own, const int32_t* numbers, int count, void* lines) { return new pw::Cores(own, numbers, count, (pw::CoreLine*)lines); }
+void pw_cores_free(void* cores) { delete (pw::Cores*)cores; }
+void pw_cores_rest(void* cores) { ((pw::Cores*)cores)->rest(); }
+int64_t pw_cores_borrowed(void* cores) { return ((pw::Cores*)cores)->borrowed(); }
+int64_t pw_cores_returned(void* cores) { return ((pw::Cores*)cores)->returned(); }
+int64_t pw_core_lines_bytes() { return pw::MOST_CORES * sizeof(pw::CoreLine); }
+
+void* pw_runner(void* cores, int64_t small_step) { return new pw::Runner(*(pw::Cores*)cores, small_step); }
 void pw_runner_free(void* runner) { delete (pw::Runner*)runner; }
-void pw_step(void* runner, const pw::Model* model, const pw::Batch* batch) { ((pw::Runner*)runner)->step(*model, *batch); }
+int pw_step(void* runner, const pw::Model* model, const pw::Batch* batch) { return ((pw::Runner*)runner)->step(*model, *batch); }
 
 // Asks for huge pages where the system has them: weights and pages of KV are walked through once a step, and every
 // 4 KiB of them would cost a walk of the page table.
@@ -141,7 +149,7 @@ void pw_move_kv(const pw::Model* m, const int64_t* slots, int64_t tokens, int32_
 double pw_read_bandwidth(void* runner, const uint8_t* data, int64_t bytes, int rounds) {
     using namespace pw;
     double best = 0;
-    std::vector<float> kept(64);
+    std::vector<float> kept(((Runner*)runner)->threads().most());
     for (int round = 0; round < rounds; round++) {
         auto started = std::chrono::steady_clock::now();
         Threads& threads = ((Runner*)runner)->threads();

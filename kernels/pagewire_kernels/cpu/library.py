@@ -9,7 +9,7 @@ from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_
 
 from pagewire_kernels.cpu.build import BuildError, library_path, runnable
 
-ABI = 4
+ABI = 6
 STRIP = 32  # outputs in a strip of packed weights
 PAGE = 16  # tokens in a page of the packed KV layout
 MAX_HEAD_DIM = 512
@@ -31,13 +31,22 @@ class Layer(ctypes.Structure):
     )  # fmt: skip
 
 
+GATHER = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_int64)
+
+
+class Peers(ctypes.Structure):
+    """The ranks that share a layer; `gather(mine, everyone's, bytes)` is called on the thread that called the step."""
+
+    _fields_ = (("rank", c_int32), ("ranks", c_int32), ("gather", GATHER))
+
+
 class Model(ctypes.Structure):
     _fields_ = (
         ("hidden", c_int32), ("intermediate", c_int32), ("heads", c_int32), ("kv_heads", c_int32),
         ("head_dim", c_int32), ("layers", c_int32), ("vocab", c_int32), ("block_size", c_int32),
         ("num_blocks", c_int64), ("half", c_int32), ("eps", c_float), ("scale", c_float), ("embedding", c_void_p),
         ("cos_sin", c_void_p), ("norm", c_void_p), ("head", Linear), ("layer", ctypes.POINTER(Layer)),
-        ("cache", c_void_p),
+        ("cache", c_void_p), ("peers", Peers),
     )  # fmt: skip
 
 
@@ -47,15 +56,22 @@ class Batch(ctypes.Structure):
         ("query_start", c_void_p), ("seq_lens", c_void_p), ("tables", c_void_p), ("seats", c_void_p),
         ("table_stride", c_int64), ("sample_from", c_void_p), ("choices", c_void_p), ("raw", c_void_p),
         ("mask", c_void_p), ("tokens", c_void_p), ("logits", c_void_p),
+        ("hidden_in", c_void_p), ("hidden_out", c_void_p),
     )  # fmt: skip
 
 
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "pw_abi": (c_int, ()),
     "pw_variant": (c_char_p, ()),
-    "pw_runner": (c_void_p, (c_int, c_void_p, c_int, c_int64)),
+    "pw_cores": (c_void_p, (c_int, c_void_p, c_int, c_void_p)),
+    "pw_cores_free": (None, (c_void_p,)),
+    "pw_cores_rest": (None, (c_void_p,)),
+    "pw_cores_borrowed": (c_int64, (c_void_p,)),
+    "pw_cores_returned": (c_int64, (c_void_p,)),
+    "pw_core_lines_bytes": (c_int64, ()),
+    "pw_runner": (c_void_p, (c_void_p, c_int64)),
     "pw_runner_free": (None, (c_void_p,)),
-    "pw_step": (None, (c_void_p, c_void_p, c_void_p)),
+    "pw_step": (c_int, (c_void_p, c_void_p, c_void_p)),
     "pw_use_huge_pages": (None, (c_void_p, c_int64)),
     "pw_touch": (None, (c_void_p, c_int64)),
     "pw_allocate": (c_void_p, (c_int64,)),

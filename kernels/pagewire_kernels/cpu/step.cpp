@@ -20,17 +20,27 @@ struct Layer {
     int32_t window;  // 0: none
 };
 
+// Some of a model's outputs are this rank's and the others' come from other processes: of a layer's o and down and of
+// gate and up by units of 16, of the head by 32, as `share` says; of the attention by heads.
+struct Peers {
+    int32_t rank, ranks;
+    // Fills all [ranks][bytes] with what every rank has in `mine`. Not 0: it failed, and so has the step.
+    int (*gather)(const void* mine, void* all, int64_t bytes);
+};
+
+// A rank's model: its own layers and heads.
 struct Model {
     int32_t hidden, intermediate, heads, kv_heads, head_dim, layers, vocab, block_size;
     int64_t num_blocks;
     int32_t half;  // whether KV and activations are bf16, not float32
     float eps, scale;
-    const void* embedding;  // [vocab][hidden] in the type that `half` says
+    const void* embedding;  // [vocab][hidden] in the type that `half` says; null: the rows come from another stage
     const float* cos_sin;   // [positions][head_dim]
     const float* norm;
     Linear head;
     const Layer* layer;
     void* cache;
+    Peers peers;
 };
 
 struct Batch {
@@ -43,10 +53,13 @@ struct Batch {
     const uint32_t* mask;      // [samples][ceil(vocab / 32)] allowed tokens, or null; raw rows stay as they are
     int32_t* tokens;           // [samples], -1 where no logit is a number
     float* logits;             // [samples][vocab rounded up to 32], written where raw or temperature > 0
+    const float* hidden_in;    // [rows][hidden] from the stage before, where the model has no embedding
+    float* hidden_out;         // [rows][hidden] for the stage that follows, or null; then no token is chosen
 };
 
 constexpr int64_t FETCH_EARLY = 32 << 10;
 constexpr int FEW_ROWS = 4;  // up to so many, every thread does the norms for itself
+constexpr int LARGEST_PIECE = 32;  // some milliseconds at most, so that a borrowed core is soon given back
 
 struct Best {
     float value;
@@ -59,39 +72,29 @@ struct Query {  // one piece of attention: some flattened query rows of one sequ
 
 int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// First of the outputs of `rank` when `total` are divided by units.
+int64_t first_output(int64_t total, int64_t unit, int64_t rank, int64_t ranks) {
+    const int64_t units = (total + unit - 1) / unit;
+    return std::min(units * rank / ranks * unit, total);
+}
+
 class Runner {
    public:
     // small_step: see is_small.
-    // The threads divide the cores; without cores they go where the system puts them.
-    Runner(int threads, const int32_t* cores, int num_cores, int64_t small_step)
-        : threads_(threads), cores_(cores, cores + num_cores), small_step_(small_step) {
-        if (num_cores) threads_.run([this](int thread) { if (thread) pin(thread); });
-    }
+    Runner(Cores& cores, int64_t small_step) : threads_(cores), small_step_(small_step) {}
 
-    void step(const Model& model, const Batch& batch) {
+    // 0, or what a gathering returned that failed: the rest was then computed with whatever was there.
+    int step(const Model& model, const Batch& batch) {
         model_ = &model, b_ = &batch;
-        pin_caller();
+        failed_ = 0;
         prepare();
         threads_.run([this](int thread) { model_->half ? forward<uint16_t>(thread) : forward<float>(thread); }, is_small());
+        return failed_;
     }
 
     Threads& threads() { return threads_; }
 
    private:
-    // Two threads that the system puts on one core take turns at every barrier, and it sees nothing to move.
-    void pin(int thread) {
-        const size_t cores = cores_.size(), threads = threads_.count();
-        pin_to_cores(cores_.data() + cores * thread / threads, cores_.data() + cores * (thread + 1) / threads);
-    }
-
-    // Thread 0 is whoever calls. A process's first thread has other work, and is left where the system puts it.
-    void pin_caller() {
-        static thread_local bool is_pinned = false;
-        if (cores_.empty() || is_pinned || is_first_thread()) return;
-        pin(0);
-        is_pinned = true;
-    }
-
     // Whether the step takes about as long as its threads' meetings would: 40 of them cost some 20 microseconds on an
     // idle machine, and far more on a busy one. Counts the weights to go through, again for every eight rows.
     bool is_small() const {
@@ -129,6 +132,9 @@ class Runner {
 
     // Lays the step's buffers out in one arena that only grows; the first pass finds its size.
     void prepare() {
+        wanted_.clear();
+        for (int r = 0; r < b_->num_samples; r++)
+            if (wants_logits(r)) wanted_.push_back(r);
         for (int pass = 0; pass < 2; pass++) {
             used_ = 0;
             lay_out();
@@ -149,32 +155,90 @@ class Runner {
         sequence_of_.resize(b_->num_rows);
         for (int s = 0; s < b_->num_sequences; s++)
             for (int r = b_->query_start[s]; r < b_->query_start[s + 1]; r++) sequence_of_[r] = s;
-        best_.assign(size_t(threads_.count()) * b_->num_samples, {-INFINITY, -1});
-        if ((int)scratch_.size() < threads_.count()) scratch_.resize(threads_.count());
-        if ((int)samplers_.size() < threads_.count()) samplers_.resize(threads_.count());
+        best_.assign(size_t(threads_.most()) * b_->num_samples, {-INFINITY, -1});
+        if ((int)scratch_.size() < threads_.most()) scratch_.resize(threads_.most());
+        if ((int)samplers_.size() < threads_.most()) samplers_.resize(threads_.most());
     }
 
     void lay_out() {
         const Model& m = *model_;
         const Layer& l = m.layer[0];
-        int64_t rows = std::max(b_->num_rows, b_->num_samples), width = m.heads * int64_t(m.head_dim);
+        int64_t rows = std::max(b_->num_rows, b_->num_samples), width = m.heads * int64_t(m.head_dim) * m.peers.ranks;
         x_stride_ = rounded(m.hidden, STRIP);
         x_ = take<float>(rows * x_stride_);
         qkv_stride_ = l.qkv.n;
         qkv_ = take<float>(rows * qkv_stride_);
         wide_stride_ = rounded(std::max<int64_t>({width, l.gate_up.n / 2, l.down.k, l.o.k, m.hidden, l.qkv.k}), STRIP) + 128;
         wide_ = take<float>(rows * wide_stride_);
-        query_ = take<uint8_t>(rows * width * (m.half ? 2 : 4));
+        query_ = take<uint8_t>(rows * m.heads * m.head_dim * (m.half ? 2 : 4));
         normed_ = buffer(l.qkv, rows, m.hidden);
         attended_ = buffer(l.o, rows, width);
-        middle_ = buffer(l.down, rows, l.gate_up.n / 2);
+        middle_ = buffer(l.down, rows, m.peers.ranks > 1 ? 0 : l.gate_up.n / 2);
         final_ = buffer(m.head, std::max(b_->num_samples, 1), m.hidden);
-        own_.resize(threads_.count());
+        own_.resize(threads_.most());
         for (Own& own : own_) {
             own.normed = buffer(l.qkv, FEW_ROWS, m.hidden);
             own.row = take<float>(wide_stride_ + 256);
         }
         logits_stride_ = rounded(m.vocab, STRIP);
+        hidden_ = shares(m.hidden, 16), middle_shares_ = shares(m.intermediate, 16), vocab_ = shares(m.vocab, STRIP);
+        attended_shares_ = shares(width, m.heads * m.head_dim);
+        if (m.peers.ranks == 1) return;
+        const int64_t widest = std::max({hidden_.widest, middle_shares_.widest, attended_shares_.widest});
+        const int64_t floats = std::max(rows * widest, choices_bytes() / int64_t(sizeof(float)));
+        mine_ = take<float>(floats);
+        all_ = take<float>(floats * m.peers.ranks);
+    }
+
+    // ------------------------------------------------------------------ the other ranks
+
+    // How the outputs of a matrix are divided: rank r has [first(r), first(r + 1)).
+    struct Shares {
+        int64_t total, unit, ranks, widest, own;
+
+        int64_t first(int64_t rank) const { return first_output(total, unit, rank, ranks); }
+        int64_t width(int64_t rank) const { return first(rank + 1) - first(rank); }
+    };
+
+    Shares shares(int64_t total, int64_t unit) const {
+        const Peers& peers = model_->peers;
+        Shares s = {total, unit, peers.ranks, 0, 0};
+        for (int r = 0; r < peers.ranks; r++) s.widest = std::max(s.widest, s.width(r));
+        s.widest = rounded(s.widest, unit);
+        s.own = s.first(peers.rank);
+        return s;
+    }
+
+    bool divided() const { return model_->peers.ranks > 1; }
+
+    // Every rank's `mine_` into `all_`, once all threads have filled their part of it.
+    void gather(int thread, int64_t bytes) {
+        if (thread == 0 && !failed_) failed_ = model_->peers.gather(mine_, all_, bytes);
+        threads_.barrier();
+    }
+
+    // mine_ [rows][widest] of every rank, elements of type E, side by side in the rows of `to`, and zeros from there up
+    // to `filled`. own: also this rank's.
+    template <class E>
+    void gather_rows(const Shares& s, E* to, int64_t stride, int64_t filled, bool own, int thread) {
+        const int64_t rows = b_->num_rows;
+        gather(thread, rows * s.widest * int64_t(sizeof(E)));
+        threads_.share(thread, int(rows), piece(int(rows), 4), [&](int begin, int end) {
+            for (int row = begin; row < end; row++) {
+                for (int64_t i = s.total; i < filled; i++) to[row * stride + i] = 0;
+                for (int r = 0; r < s.ranks; r++)
+                    if (own || r != model_->peers.rank)
+                        std::memcpy(to + row * stride + s.first(r), (const E*)all_ + (r * rows + row) * s.widest, s.width(r) * sizeof(E));
+            }
+        });
+    }
+
+    // The same into a buffer of rows that a linear layer reads, by way of `wide_` where they have to be quantized.
+    void gather_rows(const Shares& s, const RowBuffer& to, int thread) {
+        if (to.kind == F32) return gather_rows(s, to.f32, to.stride, to.stride, true, thread);
+        if (to.kind == BF16) return gather_rows(s, to.bf16, to.stride, to.stride, true, thread);
+        gather_rows(s, wide_, wide_stride_, 0, true, thread);
+        put_rows(to, s.total, thread);
     }
 
     // ------------------------------------------------------------------ the step
@@ -187,13 +251,20 @@ class Runner {
             for (int r = begin; r < end; r++) embed<T>(r);
         });
         for (int i = 0; i < m.layers; i++) layer<T>(m.layer[i], i, thread);
-        if (b_->num_samples) choose(thread);
+        if (b_->hidden_out) leave(thread);
+        else if (b_->num_samples) choose(thread);
+    }
+
+    void leave(int thread) {
+        threads_.share(thread, b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
+            for (int r = begin; r < end; r++) std::memcpy(b_->hidden_out + int64_t(r) * model_->hidden, x_ + r * x_stride_, model_->hidden * sizeof(float));
+        });
     }
 
     template <class T>
     void layer(const Layer& l, int index, int thread) {
         const Model& m = *model_;
-        const Linear* next = index + 1 < m.layers ? &m.layer[index + 1].qkv : b_->num_samples ? &m.head : nullptr;
+        const Linear* next = index + 1 < m.layers ? &m.layer[index + 1].qkv : b_->num_samples && !b_->hidden_out ? &m.head : nullptr;
         times(l.qkv, norm(l.input_norm, thread), b_->num_rows, thread, &l.o, [&](int row, int strip, float* c) {
             float* out = qkv_ + row * qkv_stride_ + strip * STRIP;
             store(out, load(c) + bias(l.qkv, strip, 0)), store(out + 16, load(c + 16) + bias(l.qkv, strip, 16));
@@ -205,17 +276,28 @@ class Runner {
             });
         attention<T>(l, index, thread);
         times(l.o, attended_.rows(), b_->num_rows, thread, &l.gate_up, [&](int row, int strip, float* c) { add(l.o, row, strip, c); });
+        if (divided()) gather_rows(hidden_, x_, x_stride_, 0, false, thread);
         // gate and up lie side by side in a strip: 16 outputs of each.
         const bool direct = middle_.kind <= BF16;
         times(l.gate_up, norm(l.post_norm, thread), b_->num_rows, thread, &l.down, [&](int row, int strip, float* c) {
             F16 gate = load(c) + bias(l.gate_up, strip, 0), up = load(c + 16) + bias(l.gate_up, strip, 16);
             F16 y = gate / (splat(1.0f) + exponential(splat(0.0f) - gate)) * up;
+            if (divided()) return put_middle(row, strip, y);
             if (!direct) return store(wide_ + row * wide_stride_ + strip * 16, y);
             if (middle_.kind == F32) return store(middle_.f32 + row * middle_.stride + strip * 16, y);
             store_bf16(middle_.bf16 + row * middle_.stride + strip * 16, y);
         });
-        if (!direct) put_rows(middle_, l.gate_up.n / 2, thread);
+        if (divided()) gather_rows(middle_shares_, middle_, thread);
+        else if (!direct) put_rows(middle_, l.gate_up.n / 2, thread);
         times(l.down, middle_.rows(), b_->num_rows, thread, next, [&](int row, int strip, float* c) { add(l.down, row, strip, c); });
+        if (divided()) gather_rows(hidden_, x_, x_stride_, 0, false, thread);
+    }
+
+    // In the type that it will be read in; what is quantized later is whole float32 rows first.
+    void put_middle(int row, int strip, F16 y) {
+        const int64_t at = row * middle_shares_.widest + strip * 16;
+        if (middle_.kind == BF16) return store_bf16((uint16_t*)mine_ + at, y);
+        store(mine_ + at, y);
     }
 
     static F16 bias(const Linear& w, int strip, int at) {
@@ -223,16 +305,30 @@ class Runner {
     }
 
     void add(const Linear& w, int row, int strip, const float* c) {
-        float* x = x_ + row * x_stride_ + strip * STRIP;
-        store(x, load(x) + (load(c) + bias(w, strip, 0)));
-        store(x + 16, load(x + 16) + (load(c + 16) + bias(w, strip, 16)));
+        float* x = x_ + row * x_stride_ + hidden_.own + strip * STRIP;
+        if (!divided()) {
+            store(x, load(x) + (load(c) + bias(w, strip, 0)));
+            store(x + 16, load(x + 16) + (load(c + 16) + bias(w, strip, 16)));
+            return;
+        }
+        float* mine = mine_ + row * hidden_.widest + strip * STRIP;
+        const int64_t width = hidden_.width(model_->peers.rank);
+        for (int half = 0; half < 2 && strip * STRIP + 16 * half < width; half++) {
+            F16 sum = load(x + 16 * half) + (load(c + 16 * half) + bias(w, strip, 16 * half));
+            store(x + 16 * half, sum), store(mine + 16 * half, sum);
+        }
     }
 
     template <class T>
     void embed(int row) {
         const Model& m = *model_;
-        const T* from = (const T*)m.embedding + int64_t(b_->input_ids[row]) * m.hidden;
         float* x = x_ + row * x_stride_;
+        if (!m.embedding) {
+            std::memcpy(x, b_->hidden_in + int64_t(row) * m.hidden, m.hidden * sizeof(float));
+            for (int64_t i = m.hidden; i < x_stride_; i++) x[i] = 0.0f;
+            return;
+        }
+        const T* from = (const T*)m.embedding + int64_t(b_->input_ids[row]) * m.hidden;
         for (int i = 0; i < m.hidden; i += 16) {
             if constexpr (sizeof(T) == 2) store(x + i, load_bf16((const uint16_t*)from + i));
             else store(x + i, load((const float*)from + i));
@@ -310,12 +406,14 @@ class Runner {
                 auto go = [&](auto* out, int64_t stride) {
                     attend<T>(a, index, l.window, kv_head, table, (const T*)query_, row, position, q.first, q.count, scratch, out, stride);
                 };
-                if (!direct) go(wide_, wide_stride_);
+                if (divided()) direct && attended_.kind == BF16 ? go((uint16_t*)mine_, attended_shares_.widest) : go(mine_, attended_shares_.widest);
+                else if (!direct) go(wide_, wide_stride_);
                 else if (attended_.kind == F32) go(attended_.f32, attended_.stride);
                 else go(attended_.bf16, attended_.stride);
             }
         });
-        if (!direct) put_rows(attended_, m.heads * int64_t(m.head_dim), thread);
+        if (divided()) gather_rows(attended_shares_, attended_, thread);
+        else if (!direct) put_rows(attended_, m.heads * int64_t(m.head_dim), thread);
     }
 
     // done(row, strip, c[32]) for every row and strip of y = W x. next: the layer that comes after.
@@ -346,7 +444,7 @@ class Runner {
     // As many rows as stay in the second-level cache beside the strip that walks over them.
     static int rows_per_block(const Linear& w) { return w.kind == F32 ? 64 : 128; }
 
-    int piece(int items, int pieces) const { return std::max(1, items / (threads_.count() * pieces)); }
+    int piece(int items, int pieces) const { return std::clamp(items / (threads_.count() * pieces), 1, LARGEST_PIECE); }
 
     // ------------------------------------------------------------------ the tokens
 
@@ -361,35 +459,78 @@ class Runner {
             }
         });
         Best* best = best_.data() + size_t(thread) * samples;
+        const int first = int(vocab_.own);
         times(m.head, final_.rows(), samples, thread, nullptr, [&](int r, int strip, float* c) {
-            const uint32_t outside = (strip + 1) * STRIP > m.vocab ? ~0u << (m.vocab - strip * STRIP) : 0;
-            const uint32_t banned = outside | (b_->mask && !b_->raw[r] ? ~b_->mask[int64_t(r) * words + strip] : 0);
+            const int from = first + strip * STRIP;
+            const uint32_t outside = from + STRIP > m.vocab ? ~0u << (m.vocab - from) : 0;
+            const uint32_t banned = outside | (b_->mask && !b_->raw[r] ? ~b_->mask[int64_t(r) * words + from / 32] : 0);
             if (banned)
                 for (int i = 0; i < STRIP; i++)
                     if (banned >> i & 1) c[i] = -INFINITY;
-            if (b_->raw[r] || b_->choices[r].temperature > 0) {
-                float* out = b_->logits + r * logits_stride_ + strip * STRIP;
+            if (wants_logits(r)) {
+                float* out = b_->logits + r * logits_stride_ + from;
                 store(out, load(c)), store(out + 16, load(c + 16));
                 return;
             }
             if (!(largest(max(load(c), load(c + 16))) > best[r].value)) return;
             for (int i = 0; i < STRIP; i++)
-                if (c[i] > best[r].value) best[r] = {c[i], strip * STRIP + i};
+                if (c[i] > best[r].value) best[r] = {c[i], from + i};
         });
+        if (divided()) gather_choices(thread);
+        if (m.peers.rank) return;
         threads_.share(thread, samples, 1, [&](int begin, int end) {
             for (int r = begin; r < end; r++) b_->tokens[r] = b_->raw[r] ? -1 : token(r, thread);
         });
     }
 
+    int64_t choices_bytes() const {
+        return b_->num_samples * int64_t(sizeof(Best)) + int64_t(wanted_.size()) * vocab_.widest * int64_t(sizeof(float));
+    }
+
+    bool wants_logits(int r) const { return b_->raw[r] || b_->choices[r].temperature > 0; }
+
+    // The greatest of this rank's part of the vocabulary for every sample, then the logits of those that want them.
+    void gather_choices(int thread) {
+        const int64_t samples = b_->num_samples, width = vocab_.widest, wanted = int64_t(wanted_.size()), bytes = choices_bytes();
+        auto bests = [&](float* p) { return (Best*)p; };
+        auto logits = [&](float* p) { return (float*)(bests(p) + samples); };
+        threads_.share(thread, int(samples), 1, [&](int begin, int end) {
+            for (int r = begin; r < end; r++) bests(mine_)[r] = greatest(r);
+        });
+        threads_.share(thread, int(wanted), 1, [&](int begin, int end) {
+            for (int i = begin; i < end; i++)
+                std::memcpy(logits(mine_) + i * width, b_->logits + wanted_[i] * logits_stride_ + vocab_.own, rounded(vocab_.width(model_->peers.rank), STRIP) * sizeof(float));
+        });
+        gather(thread, bytes);
+        if (model_->peers.rank) return;
+        for (int64_t rank = 0; rank < vocab_.ranks; rank++) {
+            float* from = all_ + rank * (bytes / int64_t(sizeof(float)));
+            if (thread == 0)
+                for (int r = 0; r < samples; r++) best_[r] = rank ? better(best_[r], bests(from)[r]) : bests(from)[r];
+            if (rank == 0) continue;
+            threads_.share(thread, int(wanted), 1, [&](int begin, int end) {
+                for (int i = begin; i < end; i++)
+                    std::memcpy(b_->logits + wanted_[i] * logits_stride_ + vocab_.first(rank), logits(from) + i * width, rounded(vocab_.width(rank), STRIP) * sizeof(float));
+            });
+        }
+        if (thread == 0) std::fill(best_.begin() + samples, best_.end(), Best{-INFINITY, -1});
+        threads_.barrier();
+    }
+
+    static Best better(const Best& a, const Best& b) {
+        if (b.token < 0) return a;
+        return a.token < 0 || b.value > a.value || (b.value == a.value && b.token < a.token) ? b : a;
+    }
+
+    Best greatest(int r) const {
+        Best found = {-INFINITY, -1};
+        for (int t = 0; t < threads_.most(); t++) found = better(found, best_[size_t(t) * b_->num_samples + r]);
+        return found;
+    }
+
     int32_t token(int r, int thread) {
         if (b_->choices[r].temperature > 0) return samplers_[thread].draw(b_->logits + r * logits_stride_, int(logits_stride_), b_->choices[r]);
-        Best found = {-INFINITY, -1};
-        for (int t = 0; t < threads_.count(); t++) {
-            const Best& other = best_[size_t(t) * b_->num_samples + r];
-            if (other.token < 0) continue;
-            if (found.token < 0 || other.value > found.value || (other.value == found.value && other.token < found.token)) found = other;
-        }
-        return found.token;
+        return greatest(r).token;
     }
 
     struct Own {  // what each thread has for itself
@@ -401,7 +542,6 @@ class Runner {
     };
 
     Threads threads_;
-    std::vector<int32_t> cores_;
     const int64_t small_step_;
     const Model* model_ = nullptr;
     const Batch* b_ = nullptr;
@@ -415,6 +555,10 @@ class Runner {
     std::vector<Query> queries_;
     std::vector<int> sequence_of_;
     std::vector<Best> best_;
+    std::vector<int> wanted_;  // samples whose logits are wanted
+    Shares hidden_ = {}, middle_shares_ = {}, attended_shares_ = {}, vocab_ = {};
+    float *mine_ = nullptr, *all_ = nullptr;  // what the ranks of a stage tell each other
+    int failed_ = 0;
     std::vector<std::unique_ptr<AttentionScratch<float>>> scratch_;
     std::vector<Sampler> samplers_;
     bool decode_only_ = false;

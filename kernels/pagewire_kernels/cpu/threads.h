@@ -2,20 +2,14 @@
 //
 // Every thread begins with its own contiguous share of a phase's items, so that what it fetches ahead is its own, claims
 // it piece by piece, and then helps the others: one which the system took off its core holds up only the piece it has.
-// Waiting spins for a short while, then sleeps in the kernel: threads that spin on a core that another process
-// needs make both slow.
+// For the same reason a thread whose core is wanted back can leave at any piece. Waiting spins for a short while, then
+// sleeps in the kernel: threads that spin on a core that another process needs make both slow.
 
 #pragma once
 
-#include <pthread.h>
-#include <sched.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <cstdint>
 #include <functional>
-#include <thread>
-#include <vector>
+
+#include "cores.h"
 
 namespace pw {
 
@@ -38,59 +32,62 @@ inline void wait_while_equal(std::atomic<uint32_t>& value, uint32_t old, int spi
 
 class Threads {
    public:
-    explicit Threads(int count) : count_(count), claimed_(count) {
-        for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
-    }
+    explicit Threads(Cores& cores) : cores_(cores), seats_(cores.most_threads()), claimed_(cores.most_threads()), workers_(cores.most_threads()) {}
 
     ~Threads() {
         stopping_ = true;
-        wake();
-        for (std::thread& worker : workers_) worker.join();
+        for (size_t i = 0; i < workers_.size(); i++) {
+            if (!workers_[i].joinable()) continue;
+            wake(int(i));
+            workers_[i].join();
+        }
     }
 
+    // Threads that may ever take part, and those that began the step at hand.
+    int most() const { return int(seats_.size()); }
     int count() const { return count_; }
 
-    // Runs body(thread) on every thread, the caller's being number 0; returns when all are done. alone: on the
-    // caller's only, for work that is shorter than waking the others.
+    // Runs body(0), body(1), ... on the threads of the cores that are to be had, body(0) on the caller's; returns when all
+    // are done. alone: on the caller's only, for work that is shorter than waking the others.
     void run(const std::function<void(int)>& body, bool alone = false) {
-        active_ = alone ? 1 : count_;
-        if (active_ == 1) return body(0);
+        cores_.pin_caller();
+        cores_.gather(alone, taking_part_);
+        count_ = int(taking_part_.size());
+        present_.store(count_, std::memory_order_relaxed);
         body_ = &body;
-        wake();
+        for (int i = 1; i < count_; i++) {
+            std::thread& worker = workers_[taking_part_[i]];
+            seats_[taking_part_[i]].index = i;
+            if (!worker.joinable()) worker = std::thread([this, thread = taking_part_[i]] { work(thread); });
+            wake(taking_part_[i]);
+        }
         body(0);
         barrier();
+        cores_.give_back(taking_part_);
     }
 
     // Inside run: returns when every thread has arrived. `arrived_` counts, `turn_` says which barrier it is.
     void barrier() {
-        if (active_ == 1) return;
-        uint32_t turn = turn_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            for (Claimed& claimed : claimed_) claimed.items.store(0, std::memory_order_relaxed);
-            // A full fence: with a plain store, notify_all may look for sleepers before the store is seen by one who
-            // is about to sleep, and nobody ever wakes that thread.
-            turn_.fetch_add(1, std::memory_order_seq_cst);
-            turn_.notify_all();
-        } else {
-            wait_while_equal(turn_, turn, BARRIER_SPINS);
-        }
+        if (count_ == 1) return;
+        const uint32_t turn = turn_.load(std::memory_order_relaxed);
+        if (!arrive()) wait_while_equal(turn_, turn, BARRIER_SPINS);
     }
 
     // First item of `thread` when `items` are shared out.
-    int first_item(int thread, int items) const { return int(int64_t(items) * thread / active_); }
+    int first_item(int thread, int items) const { return int(int64_t(items) * thread / count_); }
 
     // Inside run, on every thread: calls body(begin, end) for pieces of [0, items), then `last` once, then waits for
     // the others.
     template <class Body, class Last>
     void share(int thread, int items, int piece, Body body, Last last) {
-        for (int i = 0; i < active_; i++) {
-            const int owner = (thread + i) % active_, end = first_item(owner + 1, items);
+        for (int i = 0; i < count_; i++) {
+            const int owner = (thread + i) % count_, end = first_item(owner + 1, items);
             for (;;) {
-                int begin = first_item(owner, items) + (active_ == 1 ? 0 : claimed_[owner].items.fetch_add(piece, std::memory_order_relaxed));
+                if (thread && cores_.is_wanted(taking_part_[thread])) leave(thread);
+                int begin = first_item(owner, items) + (count_ == 1 ? 0 : claimed_[owner].items.fetch_add(piece, std::memory_order_relaxed));
                 if (begin >= end) break;
-                body(begin, active_ == 1 || begin + piece > end ? end : begin + piece);
-                if (active_ == 1) break;
+                body(begin, count_ == 1 || begin + piece > end ? end : begin + piece);
+                if (count_ == 1) break;
             }
         }
         last();
@@ -104,53 +101,69 @@ class Threads {
 
    private:
     static constexpr int BARRIER_SPINS = 2000, IDLE_SPINS = 1000;
+    struct Left {};
 
-    void wake() {
-        start_.fetch_add(1, std::memory_order_seq_cst);
-        start_.notify_all();
+    // Whether this thread was the last. How many there are must be read before: the last one changes it.
+    bool arrive() {
+        const int present = present_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < present) return false;
+        arrived_.store(0, std::memory_order_relaxed);
+        present_.store(present - left_.exchange(0, std::memory_order_relaxed), std::memory_order_relaxed);
+        for (Claimed& claimed : claimed_) claimed.items.store(0, std::memory_order_relaxed);
+        // A full fence: with a plain store, notify_all may look for sleepers before the store is seen by one who is
+        // about to sleep, and nobody ever wakes that thread.
+        turn_.fetch_add(1, std::memory_order_seq_cst);
+        turn_.notify_all();
+        return true;
+    }
+
+    // Ends this thread's part in the step; the others do what it has not claimed. The core is given first: once the
+    // thread has arrived, the step may end and the next one borrow the core again.
+    [[noreturn]] void leave(int thread) {
+        cores_.give_early(taking_part_[thread]);
+        left_.fetch_add(1, std::memory_order_relaxed);
+        arrive();
+        throw Left{};
+    }
+
+    void wake(int thread) {
+        seats_[thread].start.fetch_add(1, std::memory_order_seq_cst);
+        seats_[thread].start.notify_one();
     }
 
     void work(int thread) {
-        uint32_t seen = 0;
-        for (;;) {
-            wait_while_equal(start_, seen, IDLE_SPINS);
-            seen++;
+        cores_.pin(thread);
+        const int spins = thread < cores_.own() ? IDLE_SPINS : 0;  // on another's core none
+        for (uint32_t seen = 0;;) {
+            wait_while_equal(seats_[thread].start, seen++, spins);
             if (stopping_) return;
-            (*body_)(thread);
-            barrier();
+            try {
+                (*body_)(seats_[thread].index);
+                barrier();
+            } catch (const Left&) {
+            }
         }
     }
 
-    const int count_;
-    int active_ = 1;
-    const std::function<void(int)>* body_ = nullptr;
-    std::atomic<bool> stopping_{false};
-    alignas(64) std::atomic<uint32_t> start_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> turn_{0};
+    struct alignas(64) Seat {
+        std::atomic<uint32_t> start{0};
+        int index = 0;  // in the step at hand
+    };
     struct alignas(64) Claimed {
         std::atomic<int> items{0};
     };
-    std::vector<Claimed> claimed_;
+
+    Cores& cores_;
+    int count_ = 1;
+    std::vector<int> taking_part_;
+    const std::function<void(int)>* body_ = nullptr;
+    std::atomic<bool> stopping_{false};
+    std::atomic<int> present_{1}, left_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> turn_{0};
+    std::vector<Seat> seats_;
+    std::vector<Claimed> claimed_;  // of each share
     std::vector<std::thread> workers_;
 };
-
-// Keeps the calling thread on these cores; does nothing where the system does not allow it.
-inline void pin_to_cores(const int32_t* begin, const int32_t* end) {
-#if defined(__linux__)
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    for (; begin < end; begin++) CPU_SET(*begin, &set);
-    pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
-#endif
-}
-
-inline bool is_first_thread() {
-#if defined(__linux__)
-    return gettid() == getpid();
-#else
-    return false;
-#endif
-}
 
 }  // namespace pw

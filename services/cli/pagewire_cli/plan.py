@@ -16,6 +16,7 @@ from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS,
 from pagewire_core.tls import OPERATOR, TlsFiles
 
 from pagewire_cli import ports, readiness, redis_server
+from pagewire_cli.core_file import CoreFile
 
 _LOOPBACK = "127.0.0.1"
 _LONGEST_SOCKET_PATH = 100  # bytes; the limit is 107 on Linux, 103 on macOS
@@ -48,6 +49,7 @@ class Plan:
     state_file: Path | None
     grace_s: float = 15.0  # that each service has to stop
     tls: TlsFiles | None = None  # with which this process speaks to the services; made in `directory`/tls
+    core_file: CoreFile | None = None
 
     def address_of(self, role: str) -> str:
         return next(spec.address for spec in self.services if spec.role == role)
@@ -56,7 +58,8 @@ class Plan:
 def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Plan:
     """Chooses ports and command lines for settled `serve` arguments. Raises StartupError.
 
-    A share of memory or of the cores is meant for the machine: the workers divide it.
+    A share of memory or of the cores is meant for the machine: the workers divide it. Unless told how many threads
+    each has, they lend each other the cores that they do not use.
     """
     names = [(f"{role}-{i}", role) for role in WORKER_ROLES for i in range(getattr(args, role))]
     redis_port, router_port, spare, *worker_ports = ports.free_ports(3 + len(names))
@@ -68,13 +71,16 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     shared = {**vars(args), "redis_url": redis_url, "host": _LOOPBACK, "tls": tls_directory, **_share(args, len(names))}
     environment = _environment(environ, shared)
 
+    core_file = _core_file(args, len(names))
     services: list[ServiceSpec] = []
     if not args.redis_url:
         command = redis_server.command(redis_address, directory)
         services.append(ServiceSpec("redis", "redis", redis_address, command, environment, readiness.redis_answers))
     for index, ((name, role), port) in enumerate(zip(names, worker_ports, strict=True)):
-        cpus = _own_cpus(args, index, int(shared["threads"]), len(names))
-        own = {**shared, "role": role, "worker_id": None, "port": port, "cpus": cpus}
+        own = {**shared, "role": role, "worker_id": None, "port": port, "cpu_lending": None}
+        own["cpus"] = cpus = _own_cpus(args, index, int(shared["threads"]), len(names))
+        if core_file:
+            own |= {"cpu_lending": core_file.path, "threads": len(cpus)}
         services.append(_service(name, role, own, WORKER_FLAGS, environment))
     workers = [args.workers, *(f"{_LOOPBACK}:{port}" for port in worker_ports)]
     router = {**shared, "port": router_port, "workers": ",".join(filter(None, workers))}
@@ -86,7 +92,9 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     model = (args.served_model_name or args.model).partition(",")[0]
     grace_s = args.graceful_termination_timeout + _CLOSE_S
     tls = _tls_files(tls_directory, OPERATOR)
-    return Plan(tuple(services), base_url, redis_url, model, directory, verbose, args.state_file, grace_s, tls)
+    return Plan(
+        tuple(services), base_url, redis_url, model, directory, verbose, args.state_file, grace_s, tls, core_file
+    )
 
 
 def _redis(tls_directory: Path | None, port: int) -> tuple[str, str]:
@@ -133,6 +141,13 @@ def _share(args: argparse.Namespace, num_workers: int) -> dict[str, object]:
         "threads": args.threads or max(1, len(args.cpus or available_cpus()) // num_workers),
         "gpu_memory_utilization": round(args.gpu_memory_utilization / num_workers, 4),
     }
+
+
+def _core_file(args: argparse.Namespace, num_workers: int) -> CoreFile | None:
+    cores = len(args.cpus or available_cpus())
+    if args.threads or not 1 < num_workers <= cores or not hasattr(os, "memfd_create"):
+        return None
+    return CoreFile()
 
 
 def _own_cpus(args: argparse.Namespace, index: int, threads: int, num_workers: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FL
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
 
 # What the supervisor decides for each process itself.
-_OWN = frozenset({"role", "worker-id", "router", *TLS_FLAGS})
+_OWN = frozenset({"role", "worker-id", "router", "cpu-lending", *TLS_FLAGS})
 SERVE_FLAGS: tuple[str, ...] = tuple(
     name for name in dict.fromkeys((*ROUTER_FLAGS, *WORKER_FLAGS, *BRIDGE_FLAGS)) if name not in _OWN
 )

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+from pagewire_core import tether
 from pagewire_core.errors import StartupError
 
-from pagewire_cli import tether
 from pagewire_cli.plan import ServiceSpec
 
 _POLL_S = 0.05

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 NOT_IMPLEMENTED: frozenset[str] = frozenset({
     # Parallelism.
-    "tensor-parallel-size", "tp", "pipeline-parallel-size", "pp", "data-parallel-size", "dp",
+    "data-parallel-size", "dp",
     "enable-expert-parallel", "distributed-executor-backend", "nnodes", "node-rank",
     # Weights, memory and execution.
     "q", "load-format", "tokenizer-mode", "tokenizer-revision", "hf-overrides",

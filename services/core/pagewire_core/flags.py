@@ -23,6 +23,7 @@ class Flag:
     help: str
     type: Callable[[str], Any] | None = str  # None: a switch with a --no- form
     choices: tuple[str, ...] | None = None
+    aliases: tuple[str, ...] = ()  # as they are typed
 
 
 def size(text: str) -> int:
@@ -102,6 +103,10 @@ FLAGS: dict[str, Flag] = {
     "dtype": Flag("auto", "compute and KV dtype; auto: the checkpoint's, float32 for float16 on a CPU",
                   choices=("auto", "float32", "bfloat16", "float16", "half", "float")),
     "device": Flag("auto", "auto: cuda if there is one", choices=("auto", "cpu", "cuda")),
+    "tensor-parallel-size": Flag(1, "processes that share every layer of the model; on CUDA, a GPU each", positive,
+                                 aliases=("-tp", "--num-shard")),
+    "pipeline-parallel-size": Flag(1, "stages of layers, each of --tensor-parallel-size processes", positive,
+                                   aliases=("-pp",)),
     "quantization": Flag(None, "store the weights in fewer bits, made at load from an unquantized checkpoint",
                          choices=("int8", "int4", "fp8")),
     "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
@@ -125,8 +130,11 @@ FLAGS: dict[str, Flag] = {
     "enable-prefix-caching": Flag(True, "reuse KV of equal prefixes", None),
     "enable-chunked-prefill": Flag(True, "compute prompts in chunks beside decoding; cannot be turned off", None),
     "lanes": Flag("auto", "how KV travels, best first, of nccl, shm (on one host), gloo, grpc; auto: all that work"),
-    "threads": Flag(None, "CPU threads of the engine; default: the cores divided by the workers", positive),
+    "threads": Flag(None, "CPU threads of the engine, of all its processes; default: the cores divided by the workers",
+                    positive),
     "cpus": Flag((), "cores that the engine's threads divide among them (0,2-3); default: all", cpus),
+    "cpu-lending": Flag(None, "a file in memory (/dev/shm/x) through which the workers of a host, each with --cpus of "
+                              "its own, lend each other idle cores"),
     # The services.
     "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
     "worker-id": Flag(None, "a stable name; default: role, host and port"),
@@ -160,11 +168,12 @@ ROUTER_FLAGS = (
     "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
-    "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "quantization", "max-model-len",
-    "block-size", "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
+    "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "tensor-parallel-size",
+    "pipeline-parallel-size", "quantization", "max-model-len", "block-size", "gpu-memory-utilization",
+    "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
     "max-num-batched-tokens", "max-prefill-delay-ms", "enable-prefix-caching", "enable-chunked-prefill",
-    "speculative-config", "speculate", "lanes", "threads", "cpus", "worker-id", "host", "port", "redis-url",
-    "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+    "speculative-config", "speculate", "lanes", "threads", "cpus", "cpu-lending", "worker-id", "host", "port",
+    "redis-url", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 BRIDGE_FLAGS = (
     "router", "host", "port", "request-timeout", "send-timeout", "graceful-termination-timeout", *TLS_FLAGS,
@@ -202,7 +211,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], environ: Ma
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=flag.help)
             continue
         parser.add_argument(
-            f"--{name}", type=flag.type, default=default, help=flag.help,
+            f"--{name}", *flag.aliases, type=flag.type, default=default, help=flag.help,
             choices=[flag.type(c) for c in flag.choices] if flag.choices else None,
         )  # fmt: skip
 

@@ -39,8 +39,14 @@ class Tokenizer:
         self.bos_token_id = self._id_of(self.bos_token)
         self.eos_token_id = self._id_of(self.eos_token)
         self.special_ids = frozenset(i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special)
+        self.path = path
         self._prepend = self._missing_bos()
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The added tokens that stand for no text, by what they are written as."""
+        return {self._added[i]: i for i in self.special_ids}
 
     @property
     def vocab_size(self) -> int:

@@ -180,15 +180,20 @@ class Engine:
 
     def run_forever(self) -> None:
         """Steps until `stop`; sleeps while there is nothing to do."""
-        while True:
+        while not self._stopping:
             with self._lock:
-                while not (self._stopping or self._books.waiting or self._books.running or self._flights):
-                    self._wake.wait()
-                if self._stopping:
-                    return
+                if not (self._books.waiting or self._books.running or self._flights):
+                    self._sleep()
+                    continue
             if not self.step():
                 with self._lock:  # work, but no room for it: wait until something is given back
-                    self._wake.wait(timeout=0.05)
+                    self._sleep(timeout=0.05)
+        self.runner.rest()
+
+    def _sleep(self, timeout: float | None = None) -> None:
+        if not self._stopping:
+            self.runner.rest()
+            self._wake.wait(timeout)
 
     def stop(self) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ A slot is block * block_size + offset. The wire layout is [layers, 2, tokens, nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pagewire.v1 import kv_channel_pb2 as pb
@@ -15,13 +15,22 @@ from pagewire_kernels import ops
 
 from pagewire_engine.models.config import ModelConfig
 
+Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of this process alone."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
 
 class KVCache:
     """Pages for every layer. Gather and scatter may run on any thread, on blocks no step writes."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, *, poison: bool = False) -> None:
-        shape = self._shape(config, num_blocks, block_size)
-        self.kv = torch.empty(shape, dtype=config.dtype, device=config.device)
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, *, poison: bool = False, allocate: Allocate = empty
+    ) -> None:
+        self.kv = allocate(self._shape(config, num_blocks, block_size), config.dtype, config.device)
+        self.dtype = self.kv.dtype
         self.num_blocks, self.block_size = num_blocks, block_size
         self._config = config
         self._poison = poison
@@ -37,13 +46,13 @@ class KVCache:
 
     @property
     def layout(self) -> pb.KvLayout:
-        c, dtype = self._config, str(self.kv.dtype).removeprefix("torch.")
+        c, dtype = self._config, str(self.dtype).removeprefix("torch.")
         return pb.KvLayout(num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, dtype=dtype)
 
     @property
     def bytes_per_token(self) -> int:
         c = self._config
-        return c.num_layers * 2 * c.num_kv_heads * c.head_dim * self.kv.element_size()
+        return c.num_layers * 2 * c.num_kv_heads * c.head_dim * self.dtype.itemsize
 
     def allocated(self, blocks: Sequence[int]) -> None:
         """Told which blocks are about to be used."""
@@ -80,7 +89,7 @@ class KVCache:
     def _new_wire(self, layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:
         c = self._config
         shape = (layers[1] - layers[0], 2, tokens[1] - tokens[0], c.num_kv_heads, c.head_dim)
-        return torch.empty(shape, dtype=self.kv.dtype)
+        return torch.empty(shape, dtype=self.dtype)
 
     def scatter(
         self, wire: torch.Tensor, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pagewire_kernels.cpu.cores import Cores
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -56,6 +57,20 @@ class EngineCollector:
             yield GaugeMetricFamily(f"pagewire_engine_{name}", text, load[name])
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"pagewire_engine_{name}", text, getattr(self._engine.counters, name))
+
+
+class CoreCollector:
+    """Reads how often cores were lent when it is scraped."""
+
+    def __init__(self, cores: Cores) -> None:
+        self._cores = cores
+
+    def collect(self) -> Iterator[Metric]:
+        prefix = "pagewire_engine_cores"
+        text = "Cores of other workers that steps used, summed over the steps"
+        yield CounterMetricFamily(f"{prefix}_borrowed", text, self._cores.borrowed)
+        text = "Borrowed cores that were given back in the middle of a step"
+        yield CounterMetricFamily(f"{prefix}_returned", text, self._cores.returned)
 
 
 class SpeculationCollector:

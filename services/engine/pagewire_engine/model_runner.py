@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from pagewire_engine.batch import Batch
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.models.config import ModelConfig
 from pagewire_engine.models.dense import DenseModel
+from pagewire_engine.parallel.peers import ALONE, Peers
 from pagewire_engine.sampler import Sampled, sample
 from pagewire_engine.step_tensors import step_tensors
 
@@ -41,6 +43,38 @@ class Runner(Protocol):
         """Starts the step; when its tokens are there the batch's KV is in the cache."""
         ...
 
+    def rest(self) -> None:
+        """Told when there is nothing to launch for a while; called by the thread that launches."""
+        ...
+
+
+Arrays = dict[str, np.ndarray]
+Tensors = dict[str, torch.Tensor]
+
+
+class RankRunner(Protocol):
+    """A runner that does a rank's part of a step. Only `compute` runs on every rank; it may wait for the others."""
+
+    @property
+    def cache(self) -> KVCache: ...
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def sampling(self, batch: Batch) -> Arrays:
+        """What `compute` has to know of the rows whose tokens are chosen, besides the batch."""
+        ...
+
+    def compute(self, batch: Batch, sampling: Arrays) -> Tensors | None:
+        """Copies and forward pass. What tokens are chosen from; None unless this is the last stage of the model.
+
+        `batch` may lack the sequences and `sample_rows`: they stay with who composed it.
+        """
+        ...
+
+    def choose(self, batch: Batch, sampling: Arrays, result: Tensors) -> list[Sampled]:
+        """The tokens, from what `compute` gave on the first rank of the last stage."""
+        ...
+
 
 @dataclass(frozen=True)
 class Done:
@@ -57,17 +91,45 @@ class TorchRunner:
 
     overlaps = False
 
-    def __init__(self, model: DenseModel, cache: KVCache) -> None:
+    def __init__(self, model: DenseModel, cache: KVCache, peers: Peers = ALONE) -> None:
         self.model = model
         self.cache = cache
         self.config = model.config
+        self._peers = peers
+
+    def launch(self, batch: Batch) -> Launched:
+        result = self.compute(batch, {})
+        assert result is not None
+        return Done(self.choose(batch, {}, result))
+
+    def sampling(self, batch: Batch) -> Arrays:
+        return {}
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Launched:
+    def compute(self, batch: Batch, sampling: Arrays) -> Tensors | None:
+        """The rows' logits."""
+        part, device = self._peers.part, self.config.device
         self.cache.copy_blocks(batch.copies)
-        hidden = self.model.forward(step_tensors(batch, self.cache.block_size, self.config.device), self.cache)
+        hidden = None
+        if not part.is_first:
+            size = len(batch.input_ids), self.config.hidden_size
+            hidden = torch.empty(size, dtype=self.config.dtype, device=device)
+            self._peers.receive(hidden)
+        hidden = self.model.forward(step_tensors(batch, self.cache.block_size, device), self.cache, hidden)
+        if not part.is_last:
+            self._peers.send(hidden)
+            return None
+        if not len(batch.sample_from):
+            return {}
+        rows = torch.from_numpy(batch.sample_from).to(device, torch.int64)
+        return {"logits": self.model.logits(hidden[rows])}
+
+    @torch.inference_mode()
+    def choose(self, batch: Batch, sampling: Arrays, result: Tensors) -> list[Sampled]:
         if not batch.sample_rows:
-            return Done([])
-        rows = torch.from_numpy(batch.sample_from).to(self.config.device, torch.int64)
+            return []
         num_tokens = (batch.positions[batch.sample_from] + 1).tolist()
-        return Done(sample(self.model.logits(hidden[rows]), batch.sample_rows, num_tokens, batch.allowed))
+        return sample(result["logits"], batch.sample_rows, num_tokens, batch.allowed)
+
+    def rest(self) -> None:
+        pass

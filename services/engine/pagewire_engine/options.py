@@ -12,6 +12,8 @@ class EngineOptions:
     tokenizer: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     quantization: str | None = None
     max_model_len: int | None = None
     block_size: int = 16
@@ -25,4 +27,10 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     threads: int | None = None
     cpus: tuple[int, ...] = ()  # that the threads divide among them; empty: all that there are
+    cpu_lending: str | None = None
     poison_free_blocks: bool = False  # tests: a free block holds NaN, so that any stale read shows
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that compute a step together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size

@@ -28,26 +28,25 @@ class Checkpoint:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._open.clear()
 
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor called `name`, checked against the shape that config.json implies."""
-        tensor = self._read(name)
-        if tuple(tensor.shape) != shape:
-            raise StartupError(
-                f"tensor {name} in {self._path} has shape {tuple(tensor.shape)}, config.json implies {shape}; "
-                "the checkpoint and its config do not belong together"
-            )
-        return tensor.to(device=self._device, dtype=self._dtype)
-
-    def _read(self, name: str) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The tensor called `name`, checked against the shape that config.json implies; or only some of its rows."""
         file = self._file_of.get(name)
         if file is None:
             raise StartupError(f"the checkpoint in {self._path} has no tensor {name}; download the model again")
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self._path / file, "pt")  # type: ignore[no-untyped-call]
-            return self._open[file].get_tensor(name)
+            stored = self._open[file].get_slice(name)
+            found = tuple(stored.get_shape())
+            if found != shape:
+                raise StartupError(
+                    f"tensor {name} in {self._path} has shape {found}, config.json implies {shape}; "
+                    "the checkpoint and its config do not belong together"
+                )
+            tensor = stored[rows[0] : rows[1]] if rows else self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _corrupt(self._path / file, error) from None
+        return tensor.to(device=self._device, dtype=self._dtype)
 
 
 def _corrupt(file: Path, error: Exception) -> StartupError:

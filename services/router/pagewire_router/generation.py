@@ -202,6 +202,7 @@ class Generation:
                 model=request.model,
                 prompt_tokens=len(request.prompt_ids),
                 prompt_token_ids=request.prompt_ids if request.return_prompt_token_ids else (),
+                prompt_tail=request.prompt_tail,
             )
         )
 

@@ -29,12 +29,13 @@ from pagewire_router.admission import Admission, Limits
 from pagewire_router.breakers import Breakers
 from pagewire_router.discovery import Discovery
 from pagewire_router.generation import Services
+from pagewire_router.grammars import Grammars
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.model import ServedModel, load_served_model
 from pagewire_router.placement import Placement
 from pagewire_router.policies import POLICIES
 from pagewire_router.room import room_of
-from pagewire_router.servicer import InferenceServicer, Router
+from pagewire_router.servicer import InferenceServicer, Router, Timeouts
 from pagewire_router.workers import Worker, WorkerTable
 
 log = structlog.get_logger(__name__)
@@ -109,7 +110,9 @@ async def running_router(
     placement = Placement(workers, index, POLICIES[args.routing_policy], breakers)
     services = Services(workers, placement, model.tokenizer, metrics, args.transfer_timeout)
     feeds = Feeds(inference_pb2.DeltaFeedResponse)
-    router = Router(model, services, admission, index, discovery, args.request_timeout, args.send_timeout, feeds)
+    timeouts = Timeouts(args.request_timeout, args.send_timeout)
+    grammars = Grammars(model.tokenizer.path, model.vocab_size, model.eos_token_ids)
+    router = Router(model, services, admission, index, discovery, timeouts, feeds, grammars)
     server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
@@ -125,6 +128,7 @@ async def running_router(
             yield router, server, port
     finally:
         await server.stop(0)
+        await grammars.close()
         await workers.close()
 
 

@@ -15,6 +15,7 @@ from pagewire_router.model import ServedModel
 from pagewire_router.sampling_limits import check_sampling
 
 MAX_CHOICES = 128
+_TAIL = 64  # characters of the prompt: enough to see whether thoughts are open at its end
 MAX_TENANT_LENGTH = 256
 _COMPLETION_TOKENS = 16  # what a plain completion gives when it does not say
 
@@ -32,6 +33,7 @@ class ValidRequest:
     cache_salt: bytes
     return_prompt_token_ids: bool
     session_id: str = ""
+    prompt_tail: str = ""  # of its text, if it came as text
     tenant: str = ""
     priority: int = 0
 
@@ -88,6 +90,7 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
         cache_salt=request.cache_salt.encode(),
         return_prompt_token_ids=request.return_prompt_token_ids,
         session_id=request.session_id,
+        prompt_tail=(text or "")[-_TAIL:],
         tenant=request.tenant,
         priority=request.priority,
     )

@@ -21,12 +21,21 @@ from pagewire_router.breakers import LEGS
 from pagewire_router.discovery import Discovery
 from pagewire_router.explain import explain
 from pagewire_router.generation import Generation, Services
+from pagewire_router.grammars import Grammars, constrain
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
 from pagewire_router.text import detokenize, tokenize
 from pagewire_router.workers import Worker
 
 _METRICS_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """request_s: of a request in all; send_s: in which its client may take nothing."""
+
+    request_s: float
+    send_s: float
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,9 @@ class Router:
     admission: Admission
     index: PrefixIndex
     discovery: Discovery | None  # None: there is no Redis
-    request_timeout_s: float
-    send_timeout_s: float
+    timeouts: Timeouts
     feeds: Feeds[inference_pb2.DeltaFeedResponse]
+    grammars: Grammars
 
     @property
     def redis_connected(self) -> bool:
@@ -60,11 +69,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
             valid = validate(request, self._router.model, self._router.max_model_len)
+            await constrain(valid, request, self._router.grammars)
         except PagewireError:
             self._router.services.metrics.requests.labels("invalid_request").inc()
             raise
         responses = self._counted(request, valid, self._deadline(context))
-        async with contextlib.aclosing(ended_if_unread(responses, context, self._router.send_timeout_s)) as read:
+        async with contextlib.aclosing(ended_if_unread(responses, context, self._router.timeouts.send_s)) as read:
             async for response in read:
                 yield response
 
@@ -72,7 +82,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[inference_pb2.DeltaFeedResponse, None]:
         batches = self._router.feeds.serve(request.feed_id)
-        async with contextlib.aclosing(ended_if_unread(batches, context, self._router.send_timeout_s)) as read:
+        async with contextlib.aclosing(ended_if_unread(batches, context, self._router.timeouts.send_s)) as read:
             async for batch in read:
                 yield batch
 
@@ -120,7 +130,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def _deadline(self, context: grpc.aio.ServicerContext) -> float:
         """On the loop's clock: what this router allows, or less if the client does not wait so long."""
-        allowed_s, left_s = self._router.request_timeout_s, context.time_remaining()
+        allowed_s, left_s = self._router.timeouts.request_s, context.time_remaining()
         return asyncio.get_running_loop().time() + (allowed_s if left_s is None else min(allowed_s, left_s))
 
     async def ListModels(

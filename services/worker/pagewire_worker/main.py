@@ -58,6 +58,8 @@ def _options(args: argparse.Namespace) -> EngineOptions:
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         device=args.device,
+        tensor_parallel_size=args.tensor_parallel_size,
+        pipeline_parallel_size=args.pipeline_parallel_size,
         quantization=args.quantization,
         max_model_len=args.max_model_len,
         block_size=args.block_size,
@@ -71,6 +73,7 @@ def _options(args: argparse.Namespace) -> EngineOptions:
         enable_prefix_caching=args.enable_prefix_caching,
         threads=args.threads,
         cpus=args.cpus,
+        cpu_lending=args.cpu_lending,
         # For tests: stale reads of free blocks give NaN instead of somebody else's KV.
         poison_free_blocks=os.environ.get("PAGEWIRE_POISON_FREE_BLOCKS") == "1",
     )

@@ -32,9 +32,10 @@ from pagewire_core.startup import Timeline, freeze_heap
 from pagewire_core.tls import TlsFiles
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
+from pagewire_engine.cpu.runner import CpuRunner
 from pagewire_engine.engine import Engine, Outbox, deliver_outbox
 from pagewire_engine.loader import Loaded
-from pagewire_engine.metrics import EngineCollector, SpeculationCollector, StageMetrics
+from pagewire_engine.metrics import CoreCollector, EngineCollector, SpeculationCollector, StageMetrics
 from pagewire_engine.speculative.proposer import SpeculativeProposer
 from pagewire_engine.warm_up import warm_up
 from pagewire_prefill.servicer import PrefillServicer
@@ -181,6 +182,8 @@ class Worker:
     def _add_services(self, server: rpc.RpcServer, info: worker_pb2.InfoResponse) -> None:
         registry, role = self._registry, self._args.role
         registry.register(EngineCollector(self._engine))  # type: ignore[arg-type]
+        if isinstance(self._loaded.runner, CpuRunner):
+            registry.register(CoreCollector(self._loaded.runner.cores))  # type: ignore[arg-type]
         if self._proposer:
             registry.register(SpeculationCollector(self._engine, self._proposer))  # type: ignore[arg-type]
         stages, transfer_metrics = StageMetrics(registry), TransferMetrics(registry)

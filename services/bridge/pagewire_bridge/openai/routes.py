@@ -20,7 +20,14 @@ from pagewire_bridge.openai.answer import Answer, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
 from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Shape
-from pagewire_bridge.openai.translate import chat_echo, from_model, from_models, to_chat_request, to_completion_requests
+from pagewire_bridge.openai.translate import (
+    blaming,
+    chat_echo,
+    from_model,
+    from_models,
+    to_chat_request,
+    to_completion_requests,
+)
 from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
@@ -93,7 +100,8 @@ async def _generate(request: Request, body: GenerationBody, asked: list[Generate
     headers = ignored_fields_header(ignored_fields(body))
     streaming = False
     try:
-        await until_disconnect(request.receive, generation.open())
+        with blaming(body):
+            await until_disconnect(request.receive, generation.open())
         answer = Answer(
             shape=shape,
             head=_head(request, shape, generation.accepted[0].model or body.model or "", body.service_tier),

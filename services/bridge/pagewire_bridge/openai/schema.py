@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pagewire_core.errors import InvalidRequest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from pagewire_bridge.openai.structured import ResponseFormat, StructuredOutputs
+
 MAX_STOP_STRINGS = 64
 MAX_PROMPTS = 256  # each is a call of its own to the router
 MAX_COMPLETION_LOGPROBS = 5
@@ -108,6 +110,8 @@ class GenerationBody(_Body):
     request_id: Annotated[str | None, AfterValidator(_request_id)] = None
     return_token_ids: bool | None = None
     echo: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
 
@@ -124,6 +128,8 @@ class GenerationBody(_Body):
     def _consistent(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("`stream_options` is only allowed with `stream: true`.", "stream_options")
+        if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
+            raise InvalidRequest("`response_format` and `structured_outputs` exclude each other.", "response_format")
         limit = self.length_limit()
         if limit is not None and (self.min_tokens or 0) > limit:
             raise InvalidRequest("`min_tokens` must not be greater than the limit of tokens.", "min_tokens")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import orjson
 from pagewire.v1 import common_pb2, inference_pb2
@@ -43,6 +44,23 @@ def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.Sampli
     )
 
 
+def to_structured_output(body: GenerationBody) -> inference_pb2.StructuredOutput | None:
+    if body.structured_outputs is not None:
+        return body.structured_outputs.to_proto()
+    return body.response_format.to_proto() if body.response_format is not None else None
+
+
+@contextmanager
+def blaming(body: GenerationBody) -> Iterator[None]:
+    """A form of output that the router refuses is told by the name of the field it came in."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param in ("structured_outputs", "structural_tag") and body.structured_outputs is None:
+            raise InvalidRequest(error.message, "response_format") from error
+        raise
+
+
 def to_chat(body: ChatBody) -> inference_pb2.Chat:
     """Raises InvalidRequest for message content that is not text."""
     add_generation_prompt = body.add_generation_prompt
@@ -69,6 +87,7 @@ def to_chat_request(body: ChatBody, request_id: str) -> inference_pb2.GenerateRe
         session_id=body.session_id,
         add_special_tokens=body.add_special_tokens,
         return_prompt_token_ids=bool(body.return_token_ids),
+        structured_output=to_structured_output(body),
         priority=to_priority(body),
     )
 
@@ -90,6 +109,7 @@ def to_completion_requests(body: CompletionBody, request_id: str) -> list[infere
             completion_default_length=True,
             add_special_tokens=body.add_special_tokens,
             return_prompt_token_ids=bool(body.return_token_ids),
+            structured_output=to_structured_output(body),
             priority=to_priority(body),
         )
         for i, prompt in enumerate(body.prompt)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from pagewire_kernels.cpu.library import Model
 
-from pagewire_engine.kv_cache import KVCache
+from pagewire_engine.kv_cache import Allocate, KVCache, empty
 from pagewire_engine.models.config import ModelConfig
 
 _AHEAD_BYTES = 256 << 20  # of blocks beyond those in use
@@ -26,9 +26,16 @@ class PackedKVCache(KVCache):
     """
 
     def __init__(
-        self, library: ctypes.CDLL, config: ModelConfig, num_blocks: int, block_size: int, *, poison: bool = False
+        self,
+        library: ctypes.CDLL,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        *,
+        poison: bool = False,
+        allocate: Allocate = empty,
     ) -> None:
-        super().__init__(config, num_blocks, block_size, poison=poison)
+        super().__init__(config, num_blocks, block_size, poison=poison, allocate=allocate)
         self._library = library
         library.pw_use_huge_pages(self.kv.data_ptr(), self.kv.nbytes)
         self.model = Model(

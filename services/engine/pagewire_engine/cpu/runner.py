@@ -8,13 +8,14 @@ import weakref
 import numpy as np
 import torch
 from pagewire_core.errors import Internal
+from pagewire_kernels.cpu.cores import Cores
 from pagewire_kernels.cpu.library import STRIP
 from pagewire_kernels.cpu.library import Batch as BatchStruct
 
 from pagewire_engine.batch import Batch
 from pagewire_engine.cpu.kv_cache import PackedKVCache
 from pagewire_engine.cpu.model import CpuModel
-from pagewire_engine.model_runner import Done, Launched
+from pagewire_engine.model_runner import Arrays, Done, Launched, Tensors
 from pagewire_engine.sampler import NOT_NUMBERS, Sampled, sample, uniform
 
 SMALL_STEP = 4 << 20  # weights; steps that go through fewer run on one thread
@@ -24,51 +25,84 @@ _CHOICE = np.dtype(
 
 
 class CpuRunner:
-    """threads: of the step; cpus: the cores that they divide among them, or none: wherever the system puts them."""
+    """Its threads keep to `cores`."""
 
     overlaps = False
 
-    def __init__(
-        self, library: ctypes.CDLL, model: CpuModel, cache: PackedKVCache, threads: int, cpus: tuple[int, ...]
-    ) -> None:
-        assert not cpus or len(cpus) >= threads
+    def __init__(self, library: ctypes.CDLL, model: CpuModel, cache: PackedKVCache, cores: Cores) -> None:
         self.config = model.config
         self.cache = cache
-        self._library, self._model = library, model
+        self._library, self._model, self.cores = library, model, cores
         model.fill(cache.model)
-        self._runner = library.pw_runner(threads, (ctypes.c_int32 * len(cpus))(*cpus), len(cpus), SMALL_STEP)
-        self.threads = threads
+        self._runner = library.pw_runner(cores.handle, SMALL_STEP)
         self._vocab = -(-self.config.vocab_size // STRIP) * STRIP
         self._logits = np.empty((0, self._vocab), np.float32)
         weakref.finalize(self, library.pw_runner_free, self._runner)
 
     def launch(self, batch: Batch) -> Launched:
-        self.cache.copy_blocks(batch.copies)
-        rows = batch.sample_rows
+        sampling = self.sampling(batch)
+        result = self.compute(batch, sampling)
+        assert result is not None
+        return Done(self.choose(batch, sampling, result))
+
+    def sampling(self, batch: Batch) -> Arrays:
+        """How each row's token is drawn, and whether its logits are wanted instead."""
         choices, raw = _choices(batch)
-        tokens = np.empty(len(rows), np.int32)
-        if len(rows) > len(self._logits) and (raw.any() or choices["temperature"].any()):
-            self._logits = np.empty((len(rows) * 2, self._vocab), np.float32)
+        return {"choices": choices, "raw": raw}
+
+    def compute(self, batch: Batch, sampling: Arrays) -> Tensors | None:
+        """tokens int32 [R], -1 where logits are wanted; logits float32 of those that want them."""
+        part, size = self._model.peers.part, (len(batch.input_ids), self.config.hidden_size)
+        self.cache.copy_blocks(batch.copies)
+        before = None if part.is_first else torch.empty(size, dtype=torch.float32)
+        if before is not None:
+            self._model.peers.receive(before)
+        after = None if part.is_last else torch.empty(size, dtype=torch.float32)
+        tokens = self._step(batch, sampling["choices"].view(_CHOICE), sampling["raw"], before, after)
+        if after is not None:
+            self._model.peers.send(after)
+            return None
+        wanted = np.flatnonzero(sampling["raw"])
+        logits = torch.from_numpy(self._logits[wanted, : self.config.vocab_size])
+        return {"tokens": torch.from_numpy(tokens), "logits": logits}
+
+    def _step(
+        self,
+        batch: Batch,
+        choices: np.ndarray,
+        raw: np.ndarray,
+        before: torch.Tensor | None,
+        after: torch.Tensor | None,
+    ) -> np.ndarray:
+        samples = len(batch.sample_from)
+        tokens = np.empty(samples, np.int32)
+        if samples > len(self._logits) and (raw.any() or choices["temperature"].any()):
+            self._logits = np.empty((samples * 2, self._vocab), np.float32)
         allowed = None if batch.allowed is None else _at(batch.allowed)
         struct = BatchStruct(
-            len(batch.input_ids), len(batch.seq_lens), len(rows), _at(batch.input_ids), _at(batch.query_start),
+            len(batch.input_ids), len(batch.seq_lens), samples, _at(batch.input_ids), _at(batch.query_start),
             _at(batch.seq_lens), _at(batch.tables), _at(batch.seats), batch.tables.shape[1], _at(batch.sample_from),
             _at(choices), _at(raw), allowed, _at(tokens), _at(self._logits),
+            None if before is None else before.data_ptr(), None if after is None else after.data_ptr(),
         )  # fmt: skip
-        self._library.pw_step(self._runner, ctypes.byref(self.cache.model), ctypes.byref(struct))
-        return Done(self._sampled(batch, tokens, raw))
+        if self._library.pw_step(self._runner, ctypes.byref(self.cache.model), ctypes.byref(struct)):
+            self._model.raise_failure()
+        return tokens
 
-    def _sampled(self, batch: Batch, tokens: np.ndarray, raw: np.ndarray) -> list[Sampled]:
+    def rest(self) -> None:
+        self.cores.rest()
+
+    def choose(self, batch: Batch, sampling: Arrays, result: Tensors) -> list[Sampled]:
         """The step's own tokens, and those of the rows whose logits it gave back."""
+        tokens, raw = result["tokens"].numpy(), sampling["raw"]
         wanted = np.flatnonzero(raw)
         if np.any(tokens[raw == 0] < 0):
             raise Internal(NOT_NUMBERS)
         sampled = [Sampled(token) for token in tokens.tolist()]
         if len(wanted):
-            logits = torch.from_numpy(self._logits[wanted, : self.config.vocab_size])
             num_tokens = (batch.positions[batch.sample_from[wanted]] + 1).tolist()
             allowed = None if batch.allowed is None else batch.allowed[wanted]
-            chosen = sample(logits, [batch.sample_rows[i] for i in wanted], num_tokens, allowed)
+            chosen = sample(result["logits"], [batch.sample_rows[i] for i in wanted], num_tokens, allowed)
             for row, token in zip(wanted, chosen, strict=True):
                 sampled[row] = token
         return sampled

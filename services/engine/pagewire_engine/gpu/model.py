@@ -29,6 +29,7 @@ class GpuModel:
         self._fp8 = scheme is not None and scheme.name == "fp8"
         self._cos_sin = RotaryEmbedding(config, max_model_len).table(max_model_len)
         ends = load_ends(config, tensors)
+        assert ends.embedding is not None and ends.norm is not None and ends.head is not None
         self._embedding, self._norm = ends.embedding, ends.norm
         self._layers = [
             load_layer(config, tensors, i, lambda _, weight, bias: make_linear(weight, bias, scheme))

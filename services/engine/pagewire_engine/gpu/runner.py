@@ -65,6 +65,9 @@ class GpuRunner:
         parts = [tokens] if logprobs is None else [tokens, logprobs.chosen, logprobs.ids, logprobs.values]
         return Chosen(self._downloads.start(parts), logprobs)
 
+    def rest(self) -> None:
+        pass
+
     def _run(self, batch: Batch, sampling: Arrays) -> tuple[Tensor, Tensor]:
         arrays = row_arrays(batch, self.cache.block_size) | sampling
         previous = self._tokens if (batch.input_ids < 0).any() else None

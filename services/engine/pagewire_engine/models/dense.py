@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.models.config import ModelConfig
-from pagewire_engine.models.layer import Layer, load_ends, load_layer
+from pagewire_engine.models.layer import Layer, Tensors, load_ends, load_layer
+from pagewire_engine.models.part import VOCABULARY_UNIT
 from pagewire_engine.models.rope import RotaryEmbedding
+from pagewire_engine.parallel.peers import ALONE, Peers
 from pagewire_engine.step_tensors import StepTensors
-from pagewire_engine.weights import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,39 +30,53 @@ class Linear:
 
 
 class DenseModel:
-    """The forward pass over one batch of paged sequences."""
+    """The forward pass over one batch of paged sequences; with `peers`, this rank's part of it."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, max_model_len: int) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, tensors: Tensors, max_model_len: int, peers: Peers = ALONE) -> None:
+        self.config, self._peers = config, peers
+        self._local = peers.part.local(config)
         self._rotary = RotaryEmbedding(config, max_model_len)
         self._scale = config.head_dim**-0.5
-        ends = load_ends(config, checkpoint)
-        self._embedding, self._norm, self._head = ends.embedding, ends.norm, ends.head
+        self._ends = load_ends(config, tensors, peers.part)
         self._layers = [
-            load_layer(config, checkpoint, i, lambda _, weight, bias: Linear(weight, bias))
-            for i in range(config.num_layers)
+            load_layer(config, tensors, i, lambda _, weight, bias: Linear(weight, bias), peers.part)
+            for i in range(*peers.part.layers(config))
         ]
 
-    def forward(self, batch: StepTensors, cache: KVCache) -> torch.Tensor:
-        """Final hidden states [T, E]; writes the batch's KV into the cache."""
-        x = self._embedding[batch.input_ids]
+    def forward(self, batch: StepTensors, cache: KVCache, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [T, E] after the layers; writes the batch's KV into the cache.
+
+        hidden: what the stage before gave; None on the first.
+        """
+        if hidden is None:
+            assert self._ends.embedding is not None
+            hidden = self._ends.embedding[batch.input_ids]
+        x, c = hidden, self.config
         cos, sin = self._rotary(batch.positions)
         for index, layer in enumerate(self._layers):
-            x = x + self._attention(ops.rms_norm(x, layer.input_norm, self.config.rms_norm_eps), layer, index, cos, sin,
+            x = x + self._attention(ops.rms_norm(x, layer.input_norm, c.rms_norm_eps), layer, index, cos, sin,
                                     batch, cache)  # fmt: skip
-            hidden = ops.rms_norm(x, layer.post_attention_norm, self.config.rms_norm_eps)
-            x = x + layer.down(ops.silu_and_mul(layer.gate_up(hidden)))
-        return ops.rms_norm(x, self._norm, self.config.rms_norm_eps)
+            gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, c.rms_norm_eps))
+            activated = self._gather(ops.silu_and_mul(gate_up), c.intermediate_size)
+            x = x + self._gather(layer.down(activated), c.hidden_size)
+        return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, E] -> float32 [R, vocabulary]."""
-        return F.linear(hidden, self._head).float()
+        """[R, E] -> float32 [R, vocabulary]; on the last stage."""
+        norm, head = self._ends.norm, self._ends.head
+        assert norm is not None and head is not None
+        logits = F.linear(ops.rms_norm(hidden, norm, self.config.rms_norm_eps), head)
+        return self._peers.gather(logits, self._peers.part.widths(self.config.vocab_size, VOCABULARY_UNIT)).float()
+
+    def _gather(self, x: torch.Tensor, total: int) -> torch.Tensor:
+        """All outputs of a matrix, of which `x` are this rank's."""
+        return self._peers.gather(x, self._peers.part.widths(total))
 
     def _attention(
         self, x: torch.Tensor, layer: Layer[Linear], index: int, cos: torch.Tensor, sin: torch.Tensor,
         batch: StepTensors, cache: KVCache,
     ) -> torch.Tensor:  # fmt: skip
-        c = self.config
+        c = self._local
         q, k, v = layer.qkv(x).split((c.num_heads * c.head_dim, *[c.num_kv_heads * c.head_dim] * 2), -1)
         q, k, v = (t.view(len(x), -1, c.head_dim) for t in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -69,8 +84,9 @@ class DenseModel:
         q, k = ops.rope(q, k, cos, sin)
         k_cache, v_cache = cache.layer(index)
         ops.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-        out = self._attend(q, k_cache, v_cache, batch, layer.window)
-        return layer.o(out.reshape(len(x), -1))
+        out = self._attend(q, k_cache, v_cache, batch, layer.window).reshape(len(x), -1)
+        out = self._peers.gather(out, [out.shape[1]] * self._peers.part.ranks)
+        return self._gather(layer.o(out), c.hidden_size)
 
     def _attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: StepTensors, window: int

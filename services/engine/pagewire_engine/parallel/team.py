@@ -1,0 +1,128 @@
+"""The other ranks of a worker, as rank 0 sees them: processes that live and die with it.
+
+Two socket pairs to each, which have no name and no port: one for steps and their results, one for the keys of the
+process groups. Both ends see at once when the other is gone: a worker that has lost a rank ends, and a rank that has
+lost its worker ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import structlog
+from pagewire_core import tether
+from pagewire_transfer.relay_store import RelayStore
+
+from pagewire_engine.options import EngineOptions
+from pagewire_engine.parallel import messages
+
+log = structlog.get_logger(__name__)
+
+EXIT_CODE = 70  # of a worker that has lost a rank: what the others hold is of no use
+START_S = 120.0  # that ranks may take to join
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank: its process, and this end of the two links to it."""
+
+    process: subprocess.Popen[bytes]
+    steps: socket.socket
+    keys: socket.socket
+
+
+class Team:
+    """All ranks but this one. `store` reaches them and nobody else."""
+
+    def __init__(self, model: Path, options: EngineOptions) -> None:
+        """Starts the processes, from the thread whose end ends them: the process's first."""
+        self._closing = False
+        self._telling = threading.Lock()  # several watchers may tell one rank
+        self.store = RelayStore(lambda key, value: self._tell(key, value, self._members.values()), START_S)
+        self._members = {rank: _start(rank) for rank in range(1, options.num_ranks)}
+        for member in self._members.values():
+            hello = json.dumps({"model": str(model), "options": asdict(options)})
+            messages.send(member.steps, {"hello": np.frombuffer(hello.encode(), np.uint8)})
+        self._watchers = [
+            threading.Thread(target=self._watch, args=(rank,), name=f"rank-{rank}", daemon=True)
+            for rank in self._members
+        ]
+        for watcher in self._watchers:
+            watcher.start()
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(self._members)
+
+    @property
+    def pids(self) -> list[int]:
+        return [member.process.pid for member in self._members.values()]
+
+    def send(self, arrays: messages.Arrays) -> None:
+        for member in self._members.values():
+            messages.send(member.steps, arrays)
+
+    def receive(self, rank: int) -> messages.Arrays:
+        return messages.receive(self._members[rank].steps)
+
+    def receive_file(self, rank: int) -> int:
+        """A file descriptor that the rank has sent."""
+        _, [file], _, _ = socket.recv_fds(self._members[rank].steps, 1, 1)
+        return file
+
+    def close(self) -> None:
+        """Ends the ranks and waits for them. Idempotent."""
+        self._closing = True
+        for member in self._members.values():
+            for link in (member.steps, member.keys):
+                with contextlib.suppress(OSError):
+                    link.shutdown(socket.SHUT_RDWR)
+        for member, watcher in zip(self._members.values(), self._watchers, strict=True):
+            watcher.join()
+            member.steps.close()
+            member.keys.close()
+
+    def _watch(self, rank: int) -> None:
+        """Passes the rank's keys on to all others until it is gone."""
+        member = self._members[rank]
+        with contextlib.suppress(OSError):
+            while True:
+                for key, value in messages.receive(member.keys).items():
+                    self.store.receive(key, value.tobytes())
+                    self._tell(key, value.tobytes(), [m for r, m in self._members.items() if r != rank])
+        if self._closing:
+            member.process.wait()
+            return
+        self.store.close()
+        code = member.process.wait()
+        log.critical("a rank of this worker has ended, and so does the worker", rank=rank, exit_code=code)
+        sys.stdout.flush()
+        os._exit(code if code > 0 else EXIT_CODE)
+
+    def _tell(self, key: str, value: bytes, members: Iterable[Member]) -> None:
+        for member in members:
+            with self._telling, contextlib.suppress(OSError):  # its watcher sees that it is gone
+                messages.send(member.keys, {key: np.frombuffer(value, np.uint8)})
+
+
+def _start(rank: int) -> Member:
+    steps, its_steps = socket.socketpair()
+    keys, its_keys = socket.socketpair()
+    with its_steps, its_keys:
+        files = (its_steps.fileno(), its_keys.fileno())
+        command = [
+            *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
+            *(sys.executable, "-m", "pagewire_engine.parallel.rank", str(rank), *map(str, files)),
+        ]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=files)
+    return Member(process, steps, keys)

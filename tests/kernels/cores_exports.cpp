@@ -1,0 +1,15 @@
+// The lending of cores by single operations, for test_cores.py.
+
+#include "cores.h"
+
+using pw::Cores;
+
+extern "C" {
+void* cores_new(int own, const int32_t* numbers, int count, void* lines) { return new Cores(own, numbers, count, (pw::CoreLine*)lines); }
+int cores_ask(void* c) { return ((Cores*)c)->ask(); }
+void cores_seize(void* c) { ((Cores*)c)->seize(); }
+int cores_take(void* c, int i) { return ((Cores*)c)->take(i); }
+void cores_give(void* c, int i) { ((Cores*)c)->give(i); }
+int cores_is_wanted(void* c, int i) { return ((Cores*)c)->is_wanted(i); }
+void cores_rest(void* c) { ((Cores*)c)->rest(); }
+}

@@ -1,0 +1,94 @@
+"""The ranks of a worker as threads of this process: real groups, real messages, every rank its own runner and pool."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from engines import OPTIONS, make_engine
+from pagewire_core.model_dir import resolve_model
+from pagewire_engine.config import EngineConfig
+from pagewire_engine.engine import Engine
+from pagewire_engine.model_runner import RankRunner
+from pagewire_engine.models.part import Part
+from pagewire_engine.options import EngineOptions
+from pagewire_engine.parallel import messages
+from pagewire_engine.parallel.loading import load_rank
+from pagewire_engine.parallel.pools import JoinedKVCache, RankPool
+from pagewire_engine.parallel.runner import ParallelRunner, work
+from pagewire_transfer.relay_store import RelayStore
+
+
+class ThreadTeam:
+    """As Team, without the processes."""
+
+    def __init__(self, runners: list[RankRunner], parts: list[Part]) -> None:
+        self._links = {part.index: socket.socketpair() for part in parts[1:]}
+        self._threads = [
+            threading.Thread(target=_work, args=(runner, part, self._links[part.index][1]))
+            for runner, part in zip(runners[1:], parts[1:], strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, arrays: messages.Arrays) -> None:
+        for link, _ in self._links.values():
+            messages.send(link, arrays)
+
+    def receive(self, rank: int) -> messages.Arrays:
+        return messages.receive(self._links[rank][0])
+
+    def close(self) -> None:
+        for link, _ in self._links.values():
+            link.close()
+        for thread in self._threads:
+            thread.join()
+        for _, link in self._links.values():
+            link.close()
+
+
+def _work(runner: RankRunner, part: Part, link: socket.socket) -> None:
+    with contextlib.suppress(ConnectionError):
+        work(runner, part, link)
+
+
+@contextlib.contextmanager
+def parallel_engine(path: Path, tp: int = 1, pp: int = 1, **options: Any) -> Iterator[Engine]:
+    """As make_engine, of tp * pp ranks."""
+    if tp * pp == 1:
+        yield make_engine(path, **options)
+        return
+    chosen = EngineOptions(**(OPTIONS | options), tensor_parallel_size=tp, pipeline_parallel_size=pp)
+    parts = [Part.of(rank, tp, pp) for rank in range(tp * pp)]
+    store, agreed, least = RelayStore(lambda key, value: None, 20.0), threading.Barrier(len(parts)), []
+
+    def agree(num_blocks: int) -> int:
+        least.append(num_blocks)
+        agreed.wait()
+        return min(least)
+
+    model = resolve_model(str(path))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        runners = list(pool.map(lambda part: load_rank(model, chosen, part, store, agree), parts))
+    config = runners[0].config
+    cache = JoinedKVCache(
+        config, [RankPool.of(runner.cache, part, config) for runner, part in zip(runners, parts, strict=True)]
+    )
+    team: Any = ThreadTeam(runners, parts)
+    limits = EngineConfig(
+        max_model_len=chosen.max_model_len or config.max_position_embeddings,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        max_num_seqs=chosen.max_num_seqs,
+        max_num_batched_tokens=chosen.max_num_batched_tokens,
+    )
+    runner = ParallelRunner(runners[0], cache, parts[0], team)
+    try:
+        yield Engine(runner, limits)
+    finally:
+        runner.close()
