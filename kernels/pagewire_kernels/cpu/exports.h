@@ -51,7 +51,7 @@ static inline void pw_pack_scales(const float* scales, int64_t n, int64_t packed
 extern "C" {
 
 // Increased whenever a structure or a packed layout changes.
-int pw_abi() { return 6; }
+int pw_abi() { return 7; }
 
 // lines: null, or pw_core_lines_bytes() of memory that begins as zeros and that all workers of the host share.
 void* pw_cores(int own, const int32_t* numbers, int count, void* lines) { return new pw::Cores(own, numbers, count, (pw::CoreLine*)lines); }

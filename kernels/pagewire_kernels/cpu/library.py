@@ -9,7 +9,7 @@ from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_
 
 from pagewire_kernels.cpu.build import BuildError, library_path, runnable
 
-ABI = 6
+ABI = 7
 STRIP = 32  # outputs in a strip of packed weights
 PAGE = 16  # tokens in a page of the packed KV layout
 MAX_HEAD_DIM = 512
@@ -57,6 +57,7 @@ class Batch(ctypes.Structure):
         ("table_stride", c_int64), ("sample_from", c_void_p), ("choices", c_void_p), ("raw", c_void_p),
         ("mask", c_void_p), ("tokens", c_void_p), ("logits", c_void_p),
         ("hidden_in", c_void_p), ("hidden_out", c_void_p),
+        ("progress", c_void_p), ("progress_group", c_int32), ("progress_pipe", c_int32),
     )  # fmt: skip
 
 

@@ -55,6 +55,8 @@ struct Batch {
     float* logits;             // [samples][vocab rounded up to 32], written where raw or temperature > 0
     const float* hidden_in;    // [rows][hidden] from the stage before, where the model has no embedding
     float* hidden_out;         // [rows][hidden] for the stage that follows, or null; then no token is chosen
+    int64_t* progress;         // null, or where the number of layers whose KV is final is added to its low 16 bits
+    int32_t progress_group, progress_pipe;  // after so many layers each a byte goes into the pipe
 };
 
 constexpr int64_t FETCH_EARLY = 32 << 10;
@@ -275,6 +277,7 @@ class Runner {
                     for (int h = 0; h < m.kv_heads; h++) position<T>(l, index, r, h);
             });
         attention<T>(l, index, thread);
+        if (thread == 0 && b_->progress) tell(index + 1);
         times(l.o, attended_.rows(), b_->num_rows, thread, &l.gate_up, [&](int row, int strip, float* c) { add(l.o, row, strip, c); });
         if (divided()) gather_rows(hidden_, x_, x_stride_, 0, false, thread);
         // gate and up lie side by side in a strip: 16 outputs of each.
@@ -298,6 +301,14 @@ class Runner {
         const int64_t at = row * middle_shares_.widest + strip * 16;
         if (middle_.kind == BF16) return store_bf16((uint16_t*)mine_ + at, y);
         store(mine_ + at, y);
+    }
+
+    // The KV of so many layers is final: transfers of it need not wait for the others. What is left of a step after the
+    // last layer's attention is short.
+    void tell(int layers) {
+        __atomic_store_n(b_->progress, (*b_->progress & ~int64_t(0xffff)) | layers, __ATOMIC_RELEASE);
+        if (layers % b_->progress_group == 0 && layers < model_->layers)
+            if (write(b_->progress_pipe, "", 1) < 0) return;  // full: its reader has been told often enough
     }
 
     static F16 bias(const Linear& w, int strip, int at) {

@@ -32,3 +32,5 @@ class Batch:
     copies: tuple[tuple[int, int], ...]  # blocks to copy before the step (copy-on-write): source, destination
     # uint32 [R, ceil(vocabulary / 32)]: token v may be chosen if bit v % 32 of word v // 32 is set; None: all may
     allowed: np.ndarray | None = None
+    number: int = 0  # of the step, ascending
+    layer_group: int = 0  # tell `LayerProgress` after so many layers each; 0: nobody wants to know

@@ -31,6 +31,7 @@ from pagewire_engine.config import EngineConfig
 from pagewire_engine.events import Started
 from pagewire_engine.external_blocks import ExternalBlocks
 from pagewire_engine.flight import Flight
+from pagewire_engine.layer_stream import LayerStream
 from pagewire_engine.masks import allowed_tokens
 from pagewire_engine.model_runner import Runner
 from pagewire_engine.outbox import Outbox, deliver_outbox
@@ -75,6 +76,7 @@ class Engine:
         self._proposer = proposer
         self._books = Books(config, self.blocks, self._announced, proposer.ended if proposer else lambda seq: None)
         self._publisher = Publisher(self._books, self.counters)
+        self.layers = LayerStream(runner)
         self._flights: deque[Flight] = deque()
         self._depth = 1 if runner.overlaps and not proposer else 0  # steps in flight while the next is composed
         self._landed_at = 0.0
@@ -178,6 +180,12 @@ class Engine:
 
     # ---------------------------------------------------------------- the loop
 
+    def tell_layers(self) -> None:
+        """Tells prompts that are to be sent how far the step in flight is; when `runner.progress` is readable."""
+        with self._lock:  # before it lands, so that what it then says comes after this
+            outbox = self.layers.news()
+        deliver_outbox(outbox)
+
     def run_forever(self) -> None:
         """Steps until `stop`; sleeps while there is nothing to do."""
         while not self._stopping:
@@ -208,7 +216,7 @@ class Engine:
             outbox, batch = self._apply(decision)
         self._deliver(outbox)
         if batch:
-            batch = self._masked(batch)
+            batch = self.layers.watched(self._masked(batch), self._books.launched)
             drafts = tuple(tuple(seq.draft) for seq in decision.drafted)
             self._flights.append(Flight.launch(self.runner, self._books.launched, batch, drafts))
         progress = bool(batch or self._flights or preempted)
@@ -283,6 +291,7 @@ class Engine:
         accepted = self.counters.accepted_tokens
         with self._lock:
             self._books.land(flight.number)
+            self.layers.landed(flight.number)
             if isinstance(sampled, PagewireError):
                 outbox = self._publisher.fail({seq.request: sampled for seq, _ in flight.batch.scheduled})
             else:

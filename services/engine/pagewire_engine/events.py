@@ -20,9 +20,13 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """The KV of the first `num_computed` prompt tokens is final (prefill-only requests)."""
+    """The KV of the first `num_computed` prompt tokens is final (prefill-only requests).
+
+    ahead: up to which token it is so too in the first layers, and in how many; the step is still running.
+    """
 
     num_computed: int
+    ahead: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

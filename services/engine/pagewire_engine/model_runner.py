@@ -10,6 +10,7 @@ import torch
 
 from pagewire_engine.batch import Batch
 from pagewire_engine.kv_cache import KVCache
+from pagewire_engine.layer_progress import LayerProgress
 from pagewire_engine.models.config import ModelConfig
 from pagewire_engine.models.dense import DenseModel
 from pagewire_engine.parallel.peers import ALONE, Peers
@@ -38,6 +39,8 @@ class Runner(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def overlaps(self) -> bool: ...
+    @property
+    def progress(self) -> LayerProgress | None: ...  # None: its steps do not tell how far they are
 
     def launch(self, batch: Batch) -> Launched:
         """Starts the step; when its tokens are there the batch's KV is in the cache."""
@@ -92,6 +95,7 @@ class TorchRunner:
     overlaps = False
 
     def __init__(self, model: DenseModel, cache: KVCache, peers: Peers = ALONE) -> None:
+        self.progress = LayerProgress()
         self.model = model
         self.cache = cache
         self.config = model.config
@@ -115,7 +119,8 @@ class TorchRunner:
             size = len(batch.input_ids), self.config.hidden_size
             hidden = torch.empty(size, dtype=self.config.dtype, device=device)
             self._peers.receive(hidden)
-        hidden = self.model.forward(step_tensors(batch, self.cache.block_size, device), self.cache, hidden)
+        tensors, told = step_tensors(batch, self.cache.block_size, device), (batch.number, batch.layer_group)
+        hidden = self.model.forward(tensors, self.cache, hidden, self.progress.of(*told))
         if not part.is_last:
             self._peers.send(hidden)
             return None

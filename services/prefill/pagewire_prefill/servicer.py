@@ -76,7 +76,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             yield prefill_pb2.PrefillResponse(started=prefill_pb2.PrefillStarted(cached_tokens=started.cached_tokens))
             # Pages are bound on the decode side only now that the prompt is being computed.
             opening = asyncio.create_task(self._open(request))
-            first = await self._until_first_tokens(events, opening, started.cached_tokens)
+            first = await self._until_first_tokens(events, opening, Progress(started.cached_tokens))
             first_at = time.monotonic()
             faults.point("first-token")
             tokens = [to_proto(sampled) for sampled in first.tokens]
@@ -96,7 +96,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         return await self._sender.open(request.transfer_id, request.decode_address, request.decode_instance, tokens)
 
     async def _until_first_tokens(
-        self, events: asyncio.Queue[Event], opening: asyncio.Task[Outgoing], num_final: int
+        self, events: asyncio.Queue[Event], opening: asyncio.Task[Outgoing], progress: Progress
     ) -> FirstTokens:
         """Passes progress on to the transfer as it happens; raises what the transfer raises."""
         getting: asyncio.Task[Event] | None = None
@@ -104,7 +104,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             while True:
                 if opening.done():
                     with transferring():
-                        opening.result().extend(num_final)
+                        opening.result().extend(progress.num_computed, progress.ahead)
                 getting = getting or asyncio.create_task(events.get())
                 waiting = {getting} if opening.done() else {getting, opening}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -116,7 +116,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 if isinstance(event, FirstTokens):
                     return event
                 assert isinstance(event, Progress)
-                num_final = event.num_computed
+                progress = event
         finally:
             if getting:
                 getting.cancel()

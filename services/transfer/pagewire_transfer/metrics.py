@@ -6,6 +6,7 @@ import threading
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+_RATES = (1e7, 3e7, 1e8, 2e8, 4e8, 8e8, 1.5e9, 3e9, 6e9, 1e10, 2e10, 4e10)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -18,9 +19,30 @@ class TransferMetrics:
         )
         self.seconds = Histogram(
             "pagewire_kv_transfer_seconds",
-            "First chunk taken to seal acknowledged, at the sender",
+            "Time in which a transfer had something to send or on its way, at the sender",
             ["lane"],
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.tail_seconds = Histogram(
+            "pagewire_kv_tail_seconds",
+            "First token to seal acknowledged: what the hand-off adds after the prompt is computed",
+            ["lane"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.overlap = Histogram(
+            "pagewire_kv_overlap_ratio",
+            "Share of a transfer's time that was hidden behind the computation of its prompt",
+            ["lane"],
+            buckets=[i / 10 for i in range(11)],
+            registry=registry,
+        )
+        self.rate = Histogram(
+            "pagewire_kv_transfer_bytes_per_second",
+            "Bytes of a transfer by its time",
+            ["lane"],
+            buckets=_RATES,
             registry=registry,
         )
         self.transfers = Counter(
@@ -34,6 +56,14 @@ class TransferMetrics:
         self.staging_slots = Gauge(
             "pagewire_kv_staging_slots", "Chunks held between the wire and the pages", registry=registry
         )
+
+    def sent(self, lane: str, num_bytes: int, transfer_us: int, tail_us: int, overlap: float) -> None:
+        """One transfer that was sealed; an empty one has nothing to hide."""
+        self.seconds.labels(lane=lane).observe(transfer_us / 1e6)
+        self.tail_seconds.labels(lane=lane).observe(tail_us / 1e6)
+        if num_bytes and transfer_us:
+            self.overlap.labels(lane=lane).observe(overlap)
+            self.rate.labels(lane=lane).observe(num_bytes * 1e6 / transfer_us)
 
 
 class StagingSlots:

@@ -21,9 +21,11 @@ from pagewire_transfer.wire import ChunkRange, root_checksum
 
 @dataclass(frozen=True)
 class SendStats:
-    """What one transfer moved. transfer_us: first chunk taken (or seal sent, if none) to seal acknowledged.
+    """What one transfer moved.
 
-    wire_us: of these, the time in which at least one chunk was on its way.
+    transfer_us: time in which something was ready to be sent or on its way. overlap: the share of it that had passed
+    when `seal` was called, and so was hidden behind the computation. tail_us: from then to the end.
+    wire_us: time in which at least one chunk was on its way.
     """
 
     bytes: int
@@ -32,6 +34,28 @@ class SendStats:
     transfer_us: int
     resent: int
     wire_us: int
+    overlap: float
+    tail_us: int
+
+
+class _Stopwatch:
+    """Seconds in which it was on."""
+
+    def __init__(self) -> None:
+        self._total_s = 0.0
+        self._since_s: float | None = None
+
+    def turn(self, on: bool) -> None:
+        now = time.monotonic()
+        if on and self._since_s is None:
+            self._since_s = now
+        elif not on and self._since_s is not None:
+            self._total_s += now - self._since_s
+            self._since_s = None
+
+    @property
+    def seconds(self) -> float:
+        return self._total_s + (0.0 if self._since_s is None else time.monotonic() - self._since_s)
 
 
 class Port(Protocol):
@@ -75,9 +99,9 @@ class Outgoing:
         self._bytes = 0
         self._first_tokens: Sequence[pb.SampledToken] | None = None
         self._seal_sent = False
-        self._started_s: float | None = None
-        self._busy_since_s = 0.0  # while a chunk is on its way
-        self._wire_s = 0.0
+        self._busy, self._wire = _Stopwatch(), _Stopwatch()
+        self._hidden_s: float | None = None  # of the busy time, when all was computed
+        self._sealing_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._progress_s = time.monotonic()
         self._timer = self._loop.call_later(timeout_s, self._watch)
@@ -87,10 +111,14 @@ class Outgoing:
         """Why the transfer has failed, if it has."""
         return self._error
 
-    def extend(self, token_end: int) -> None:
-        """Tokens before `token_end` are final and may be sent. Never blocks; nothing happens after the end."""
+    def extend(self, final: int, ahead: tuple[int, int] = (0, 0)) -> None:
+        """Tokens before `final` may be sent, and those before ahead[0] in the layers before ahead[1].
+
+        Never blocks; nothing happens after the end.
+        """
         if not self._ended.is_set():
-            self._plan.extend(token_end)
+            self._plan.extend(final, ahead)
+            self._note_busy()
             self._port.wake()
 
     async def seal(self, first_tokens: Sequence[pb.SampledToken]) -> SendStats:
@@ -98,6 +126,7 @@ class Outgoing:
 
         Raises the PagewireError that ended the transfer. Being cancelled aborts it.
         """
+        self._hidden_s, self._sealing_s = self._busy.seconds, time.monotonic()
         self.extend(self._plan.end)
         self._first_tokens = first_tokens
         self._seal_if_complete()
@@ -123,10 +152,16 @@ class Outgoing:
             await settled(self.gathering)
 
     def stats(self) -> SendStats:
-        elapsed_s = 0.0 if self._started_s is None else self._progress_s - self._started_s
-        lane = self._port.lane_name
+        busy_s, hidden_s = self._busy.seconds, self._hidden_s or 0.0
         return SendStats(
-            self._bytes, len(self._checksums), lane, int(elapsed_s * 1e6), len(self._resent), int(self._wire_s * 1e6)
+            bytes=self._bytes,
+            chunks=len(self._checksums),
+            lane=self._port.lane_name,
+            transfer_us=int(busy_s * 1e6),
+            resent=len(self._resent),
+            wire_us=int(self._wire.seconds * 1e6),
+            overlap=hidden_s / busy_s if busy_s else 0.0,
+            tail_us=int((self._progress_s - self._sealing_s) * 1e6) if self._hidden_s is not None else 0,
         )
 
     # What the pair calls.
@@ -146,6 +181,7 @@ class Outgoing:
 
     def grant(self, window: int) -> None:
         self._window = window
+        self._note_busy()
         self._granted.set()
         self._port.wake()
 
@@ -158,8 +194,6 @@ class Outgoing:
         elif self._plan.has_next and len(self._inflight) < self._window:
             seq = len(self._checksums)
             self._checksums.append(0)
-            if not self._inflight:
-                self._busy_since_s = time.monotonic()
             self._inflight[seq] = self._plan.take()
         else:
             return None
@@ -179,9 +213,8 @@ class Outgoing:
         self._touch()
         if not resend:
             del self._inflight[seq]
-            if not self._inflight:
-                self._wire_s += time.monotonic() - self._busy_since_s
             self._seal_if_complete()
+            self._note_busy()
         elif seq in self._resent:
             self.abort(Unavailable(f"chunk {seq} was damaged on its way, twice"))
         else:
@@ -203,6 +236,7 @@ class Outgoing:
 
     def _end(self) -> None:
         self._timer.cancel()
+        self._busy.turn(on=False)
         self._ended.set()
         self._granted.set()
         self._port.ended(self)
@@ -218,13 +252,17 @@ class Outgoing:
             first_tokens=self._first_tokens,
         )
         self._seal_sent = True
+        self._note_busy()
         self._touch()
         self._port.post(kv.ConnectRequest(sealed=sealed))
 
+    def _note_busy(self) -> None:
+        may_send = self._window > 0 and self._plan.has_next
+        self._wire.turn(on=bool(self._inflight))
+        self._busy.turn(on=bool(self._inflight) or may_send or self._seal_sent)
+
     def _touch(self) -> None:
         self._progress_s = time.monotonic()
-        if self._started_s is None:
-            self._started_s = self._progress_s
 
     def _watch(self) -> None:
         """A peer that acknowledges nothing while it has something to acknowledge is as good as dead."""

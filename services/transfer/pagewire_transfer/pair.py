@@ -166,7 +166,8 @@ class Pair:
         if self.error is not None:
             raise self.error
         assert transfer_id not in self._transfers, "one transfer, one offer"
-        plan = ChunkPlan(self._settings.identity.layout, tokens, self._settings.chunk_bytes)
+        limit = self._settings.chunk_bytes
+        plan = ChunkPlan(self._settings.identity.layout, tokens, limit, limit // 4)
         outgoing = Outgoing(self, transfer_id, plan, self._settings.timeout_s)
         self._transfers[transfer_id] = outgoing
         self._turns.append(outgoing)
@@ -189,11 +190,11 @@ class Pair:
     def ended(self, outgoing: Outgoing) -> None:
         del self._transfers[outgoing.transfer_id]
         self._turns.remove(outgoing)
-        metrics, stats = self._settings.metrics, outgoing.stats()
         outcome = type(outgoing.error).__name__ if outgoing.error else "ok"
-        metrics.transfers.labels(direction="sent", outcome=outcome).inc()
+        self._settings.metrics.transfers.labels(direction="sent", outcome=outcome).inc()
         if outgoing.error is None:
-            metrics.seconds.labels(lane=self.lane_name).observe(stats.transfer_us / 1e6)
+            stats = outgoing.stats()
+            self._settings.metrics.sent(self.lane_name, stats.bytes, stats.transfer_us, stats.tail_us, stats.overlap)
 
     async def _write(self) -> None:
         while True:

@@ -106,6 +106,8 @@ class Worker:
         address = f"{self._args.host}:{server.bind(self._args.host, self._args.port)}"
         info = self._info(address)
         self._add_services(server, info)
+        if progress := self._loaded.runner.progress:
+            self._loop.add_reader(progress, self._engine.tell_layers)
         warm_up(self._engine)
         if self._proposer:
             self._proposer.policy.restart()
@@ -192,6 +194,7 @@ class Worker:
         )
         timeout_s = self._args.transfer_timeout
         if role in ("prefill", "both"):
+            self._engine.layers.enabled = True
             source = PromptSource(self._engine)
             self._sender = KvSender(
                 identity, source, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics, tls=self._tls

@@ -15,6 +15,7 @@ from pagewire_kernels.cpu.library import Batch as BatchStruct
 from pagewire_engine.batch import Batch
 from pagewire_engine.cpu.kv_cache import PackedKVCache
 from pagewire_engine.cpu.model import CpuModel
+from pagewire_engine.layer_progress import LayerProgress
 from pagewire_engine.model_runner import Arrays, Done, Launched, Tensors
 from pagewire_engine.sampler import NOT_NUMBERS, Sampled, sample, uniform
 
@@ -35,6 +36,7 @@ class CpuRunner:
         self._library, self._model, self.cores = library, model, cores
         model.fill(cache.model)
         self._runner = library.pw_runner(cores.handle, SMALL_STEP)
+        self.progress = LayerProgress()
         self._vocab = -(-self.config.vocab_size // STRIP) * STRIP
         self._logits = np.empty((0, self._vocab), np.float32)
         weakref.finalize(self, library.pw_runner_free, self._runner)
@@ -85,6 +87,10 @@ class CpuRunner:
             _at(choices), _at(raw), allowed, _at(tokens), _at(self._logits),
             None if before is None else before.data_ptr(), None if after is None else after.data_ptr(),
         )  # fmt: skip
+        if batch.layer_group:
+            self.progress.begin(batch.number)
+            struct.progress = _at(self.progress.cell)
+            struct.progress_group, struct.progress_pipe = batch.layer_group, self.progress.writing
         if self._library.pw_step(self._runner, ctypes.byref(self.cache.model), ctypes.byref(struct)):
             self._model.raise_failure()
         return tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pagewire_kernels import ops
 from torch import Tensor
@@ -25,7 +27,12 @@ class MixedStep:
         self._workspace = ops.decode_workspace(config.num_heads, config.num_kv_heads, config.head_dim, config.device)
 
     def __call__(
-        self, arrays: Arrays, num_decode: int, tables: DeviceTables, previous: Tensor | None
+        self,
+        arrays: Arrays,
+        num_decode: int,
+        tables: DeviceTables,
+        previous: Tensor | None,
+        layer_done: Callable[[int], None],
     ) -> tuple[Tensor, Tensor]:
         """Logits [R, V] and tokens int64 [R]. previous: what negative input ids refer to, if there are any."""
         inputs = upload(arrays, self._device)
@@ -36,7 +43,8 @@ class MixedStep:
             num_decode, tables.rows(inputs["seats"]), inputs["seq_lens"], chunk_start, self._workspace
         )
         hidden = self._model.forward(
-            inputs["input_ids"], inputs["positions"], inputs["slots"], attention, self._cache
+            inputs["input_ids"], inputs["positions"], inputs["slots"], attention, self._cache,
+            layer_done,
         )  # fmt: skip
         return self._choose(hidden, inputs)
 

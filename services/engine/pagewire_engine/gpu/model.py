@@ -8,6 +8,8 @@ Shapes: T tokens of the batch, H heads, K kv heads, D head_dim, E hidden_size, I
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pagewire_kernels import ops
 from torch import Tensor
@@ -44,15 +46,25 @@ class GpuModel:
         return sum(linear.weight.num_bytes for linear in (*linears, self._head))
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, slot_mapping: Tensor, attention: Attention, cache: KVCache
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        attention: Attention,
+        cache: KVCache,
+        layer_done: Callable[[int], None] = lambda layers: None,
     ) -> Tensor:
-        """Final hidden states [T, E]; writes the batch's KV into the cache. Slot -1: a padding row, written nowhere."""
+        """Final hidden states [T, E]; writes the batch's KV into the cache, and tells for how many layers it has.
+
+        Slot -1: a padding row, written nowhere.
+        """
         residual = self._embedding[input_ids]
         hidden = self._norm_of(None, residual, self._layers[0].input_norm)
         following = [layer.input_norm for layer in self._layers[1:]]
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(hidden)
             attended = self._attend(qkv, layer, index, positions, slot_mapping, attention, cache)
+            layer_done(index + 1)
             hidden = self._norm_of(layer.o(attended), residual, layer.post_attention_norm)
             down = layer.down(self._activate(layer.gate_up(hidden)))
             if index < len(following):

@@ -17,12 +17,14 @@ from pagewire_engine.gpu.changed_rows import sample_changed
 from pagewire_engine.gpu.chosen import Chosen, logprobs_of
 from pagewire_engine.gpu.decode_step import DecodeStep
 from pagewire_engine.gpu.inputs import chunk_arrays, row_arrays, samples_each_row
+from pagewire_engine.gpu.layer_events import LayerEvents
 from pagewire_engine.gpu.mixed_step import MixedStep
 from pagewire_engine.gpu.model import GpuModel
 from pagewire_engine.gpu.sampling_rows import SamplingRows
 from pagewire_engine.gpu.tables import DeviceTables
 from pagewire_engine.gpu.transfers import Arrays, Downloads
 from pagewire_engine.kv_cache import KVCache
+from pagewire_engine.layer_progress import LayerProgress
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +40,8 @@ class GpuRunner:
         max_blocks = -(-max_model_len // cache.block_size)
         self._decode = DecodeStep(model, cache, max_num_seqs, max_blocks)
         self._mixed = MixedStep(model, cache)
+        self.progress = LayerProgress()
+        self._layers = LayerEvents(self.progress, model.config.device)
         self._tables = DeviceTables(model.config.device)
         self._sampling = SamplingRows()
         self._downloads = Downloads(model.config.device)
@@ -73,4 +77,5 @@ class GpuRunner:
         previous = self._tokens if (batch.input_ids < 0).any() else None
         if samples_each_row(batch) and len(batch.seats) <= self._decode.sizes[-1]:
             return self._decode(arrays, self._tables, previous)
-        return self._mixed(arrays | chunk_arrays(batch), batch.num_decode, self._tables, previous)
+        layer_done = self._layers.of(batch.number, batch.layer_group)
+        return self._mixed(arrays | chunk_arrays(batch), batch.num_decode, self._tables, previous, layer_done)

@@ -5,6 +5,7 @@ Shapes: T tokens of the batch, H heads, K kv heads, D head_dim, E hidden_size, I
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,16 @@ class DenseModel:
             for i in range(*peers.part.layers(config))
         ]
 
-    def forward(self, batch: StepTensors, cache: KVCache, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        batch: StepTensors,
+        cache: KVCache,
+        hidden: torch.Tensor | None = None,
+        layer_done: Callable[[int], None] = lambda layers: None,
+    ) -> torch.Tensor:
         """Hidden states [T, E] after the layers; writes the batch's KV into the cache.
 
-        hidden: what the stage before gave; None on the first.
+        hidden: what the stage before gave; None on the first. layer_done: told for how many layers it is there.
         """
         if hidden is None:
             assert self._ends.embedding is not None
@@ -56,6 +63,7 @@ class DenseModel:
         for index, layer in enumerate(self._layers):
             x = x + self._attention(ops.rms_norm(x, layer.input_norm, c.rms_norm_eps), layer, index, cos, sin,
                                     batch, cache)  # fmt: skip
+            layer_done(index + 1)
             gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, c.rms_norm_eps))
             activated = self._gather(ops.silu_and_mul(gate_up), c.intermediate_size)
             x = x + self._gather(layer.down(activated), c.hidden_size)

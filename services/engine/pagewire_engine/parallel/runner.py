@@ -23,6 +23,7 @@ class ParallelRunner:
     """A Runner, with one step under way. own: this rank's part of it."""
 
     overlaps = False
+    progress = None  # a layer is final when all ranks have it
 
     def __init__(self, own: RankRunner, cache: JoinedKVCache, part: Part, team: Team) -> None:
         self.config = own.config
