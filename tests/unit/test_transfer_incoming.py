@@ -38,29 +38,40 @@ def cells(part: ChunkRange) -> set[tuple[int, int]]:
     begin=st.integers(0, 5),
     tokens=st.integers(0, 30),
     limit=st.integers(1, 3000),
-    steps=st.lists(st.integers(0, 35), max_size=8),
+    least=st.integers(0, 200),
+    steps=st.lists(st.tuples(st.integers(0, 35), st.integers(0, 35), st.integers(0, 6)), max_size=8),
     takes=st.integers(0, 4),
 )
 def test_a_plan_covers_every_cell_once_within_the_limit(
-    layers: int, begin: int, tokens: int, limit: int, steps: list[int], takes: int
+    layers: int, begin: int, tokens: int, limit: int, least: int, steps: list[tuple[int, int, int]], takes: int
 ) -> None:
+    """Steps end one after the other; some tell of their first layers before they do."""
     layout = kv.KvLayout(num_layers=layers, num_kv_heads=1, head_dim=3, dtype="bfloat16")
     end = begin + tokens
-    plan = ChunkPlan(layout, (begin, end), limit)
+    plan = ChunkPlan(layout, (begin, end), limit, least)
     seen: set[tuple[int, int]] = set()
-    ready = begin
+    ready = {(layer, token) for layer in range(layers) for token in range(begin)}
 
     def take() -> None:
         part = plan.take()
         new = cells(part)
         assert new and not new & seen
         assert chunk_bytes(layout, part) <= max(limit, token_bytes(layout))
-        assert part.tokens[1] <= ready, "a token was sent before it was final"
+        assert new <= ready, "KV was sent before it was final"
         seen.update(new)
 
-    for step in [*(min(step, end) for step in steps), end]:
-        ready = max(ready, step)
-        plan.extend(step)
+    final = 0
+    for length, told, told_layers in [*steps, (0, 0, 0), (end, 0, 0)]:
+        step_end = min(final + length, end)
+        for layer in range(1, min(told_layers, layers)):  # while the step runs
+            ready |= {(known, token) for known in range(layer) for token in range(step_end)}
+            plan.extend(final, (step_end, layer))
+            for _ in range(told):
+                if plan.has_next:
+                    take()
+        final = step_end
+        ready |= {(layer, token) for layer in range(layers) for token in range(final)}
+        plan.extend(final)
         for _ in range(takes):
             if plan.has_next:
                 take()

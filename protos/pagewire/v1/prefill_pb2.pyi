@@ -52,15 +52,19 @@ class FirstTokens(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.SampledToken, _Mapping]]] = ...) -> None: ...
 
 class KvSent(_message.Message):
-    __slots__ = ("transferred_tokens", "transferred_bytes", "lane", "timings", "wire_us")
+    __slots__ = ("transferred_tokens", "transferred_bytes", "lane", "timings", "wire_us", "overlap", "resent_chunks")
     TRANSFERRED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     WIRE_US_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    RESENT_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     transferred_tokens: int
     transferred_bytes: int
     lane: str
     timings: _common_pb2.StageTimings
     wire_us: int
-    def __init__(self, transferred_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., lane: _Optional[str] = ..., timings: _Optional[_Union[_common_pb2.StageTimings, _Mapping]] = ..., wire_us: _Optional[int] = ...) -> None: ...
+    overlap: float
+    resent_chunks: int
+    def __init__(self, transferred_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., lane: _Optional[str] = ..., timings: _Optional[_Union[_common_pb2.StageTimings, _Mapping]] = ..., wire_us: _Optional[int] = ..., overlap: _Optional[float] = ..., resent_chunks: _Optional[int] = ...) -> None: ...

@@ -136,7 +136,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         log.info("prefill done", request_id=request.request_id, prompt_tokens=len(request.prompt_ids),
                  transferred_tokens=num_tokens, transferred_bytes=stats.bytes, lane=stats.lane,
                  queue_ms=timings.queue_us / 1e3, prefill_ms=timings.prefill_us / 1e3,
-                 transfer_ms=timings.transfer_us / 1e3, kv_tail_ms=timings.kv_tail_us / 1e3)  # fmt: skip
+                 transfer_ms=timings.transfer_us / 1e3, kv_tail_ms=timings.kv_tail_us / 1e3,
+                 kv_overlap=round(stats.overlap, 3), resent_chunks=stats.resent)  # fmt: skip
         return prefill_pb2.PrefillResponse(
             kv_sent=prefill_pb2.KvSent(
                 transferred_tokens=num_tokens,
@@ -144,6 +145,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 lane=stats.lane,
                 timings=timings,
                 wire_us=stats.wire_us,
+                overlap=stats.overlap,
+                resent_chunks=stats.resent,
             )
         )
 

@@ -121,6 +121,8 @@ class Account:
             timings=self.timings(),
             time_to_first_token_us=int(ttft * 1e6),
             total_us=int((time.monotonic() - self.arrived) * 1e6),
+            kv_overlap=self.kv_sent.overlap,
+            resent_chunks=self.kv_sent.resent_chunks,
         )
 
     def close(self, outcome: str, completion_tokens: int, metrics: RouterMetrics) -> None:
@@ -161,6 +163,8 @@ class Account:
             "prefill_ms": timings.prefill_us / 1000,
             "transfer_ms": timings.transfer_us / 1000,
             "kv_tail_ms": timings.kv_tail_us / 1000,
+            "kv_overlap": round(summary.kv_overlap, 3),
+            "resent_chunks": summary.resent_chunks,
             "decode_ms": timings.decode_us / 1000,
         }
 
