@@ -197,6 +197,7 @@ class Outgoing:
             self._inflight[seq] = self._plan.take()
         else:
             return None
+        self._note_busy()
         self._touch()
         return seq, self._inflight[seq]
 
@@ -236,7 +237,8 @@ class Outgoing:
 
     def _end(self) -> None:
         self._timer.cancel()
-        self._busy.turn(on=False)
+        for stopwatch in (self._busy, self._wire):
+            stopwatch.turn(on=False)
         self._ended.set()
         self._granted.set()
         self._port.ended(self)
