@@ -41,6 +41,7 @@ class Cluster:
     worker_flags: Sequence[str] = SMALL
     router_flags: Sequence[str] = ()
     bridge_flags: Sequence[str] = ()
+    bridge_flags: Sequence[str] = ()
     tls: Path | None = None
     with_faults: bool = False
     processes: dict[str, Process] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class Cluster:
                              f"--redis-url={self.redis_url}", *self._tls("router"), *self.router_flags],
                   router_port)  # fmt: skip
         self._add("bridge", [*script("pagewire-bridge"), f"--router=127.0.0.1:{router_port}",
-                             f"--port={bridge_port}", *self._tls("bridge"), *self.bridge_flags],
+                             f"--port={bridge_port}", *self.bridge_flags, *self._tls("bridge"), *self.bridge_flags],
                   bridge_port)  # fmt: skip
         await asyncio.gather(*(self.wait_serving(p) for p in self.processes.values() if p.name.partition("-")[0] in (
             "prefill", "decode", "both", "router")))  # fmt: skip

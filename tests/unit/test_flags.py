@@ -53,6 +53,10 @@ VALUES: dict[str, tuple[str, Any]] = {
     "port": ("9000", 9000),
     "redis-url": ("redis://:p=w@h:1/2", "redis://:p=w@h:1/2"),
     "router": ("h:1", "h:1"),
+    "api-key": ("a,b", "a,b"),
+    "api-keys-file": ("/etc/keys.yaml", "/etc/keys.yaml"),
+    "allowed-origins": ('["https://a.example"]', ("https://a.example",)),
+    "ollama-port": ("11434", 11434),
     "tls-cert": ("/tls/worker.crt", "/tls/worker.crt"),
     "tls-key": ("/tls/worker.key", "/tls/worker.key"),
     "tls-ca": ("/tls/ca.crt", "/tls/ca.crt"),
@@ -106,7 +110,7 @@ def test_the_environment_gives_a_default_and_the_command_line_wins(name: str) ->
     environ = {f"PAGEWIRE_{_attribute(name).upper()}": text}
     assert getattr(_parser(environ=environ).parse_args([]), _attribute(name)) == value
     flag = FLAGS[name]
-    other = flag.choices[0] if flag.choices else {"gpu-memory-utilization": "1"}.get(name, "1")
+    other = flag.choices[0] if flag.choices else {"allowed-origins": '["*"]'}.get(name, "1")
     expected = flag.type(other) if flag.type else None
     assert getattr(_parser(environ=environ).parse_args([f"--{name}={other}"]), _attribute(name)) == expected
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from importlib.metadata import version
@@ -13,19 +13,23 @@ from pagewire_core.telemetry import exposition, merge_expositions
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from pagewire_bridge.access import Access
 from pagewire_bridge.anthropic.routes import ROUTES as ANTHROPIC_ROUTES
 from pagewire_bridge.chat_page import ROUTES as CHAT_PAGE_ROUTES
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.disconnect import STATUS_CLIENT_GONE, ClientGone
 from pagewire_bridge.error_shapes import error_shape
+from pagewire_bridge.keys import KeyRing
 from pagewire_bridge.observe import BridgeMetrics, Observe
 from pagewire_bridge.ollama.routes import ROUTES as OLLAMA_ROUTES
 from pagewire_bridge.openai.routes import ROUTES as OPENAI_ROUTES
+from pagewire_bridge.rate_limit import RateLimiter
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.tgi.routes import ROUTES as TGI_ROUTES
 from pagewire_bridge.tokenize import ROUTES as TOKENIZE_ROUTES
@@ -101,12 +105,20 @@ _ROUTES = (
 )
 
 
-def create_app(open_client: Callable[[], RouterClient], on_ready: Callable[[], None] = lambda: None) -> ASGIApp:
+def create_app(
+    open_client: Callable[[], RouterClient],
+    on_ready: Callable[[], None] = lambda: None,
+    *,
+    keys: KeyRing | None = None,
+    redis_url: str | None = None,
+    allowed_origins: Sequence[str] = (),
+) -> ASGIApp:
     """The ASGI application.
 
-    open_client is called in the serving event loop, on_ready just before requests are taken.
+    open_client is called in the serving event loop, on_ready just before requests are taken. redis_url: where the
+    limits of keys are counted. allowed_origins: whose web pages may call it.
     """
-    bridge_metrics = BridgeMetrics()
+    bridge_metrics, limiter = BridgeMetrics(), RateLimiter(redis_url)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[State]:
@@ -114,6 +126,7 @@ def create_app(open_client: Callable[[], RouterClient], on_ready: Callable[[], N
         on_ready()
         yield {"client": client, "metrics": bridge_metrics}
         await client.close()
+        await limiter.close()
 
     app = Starlette(
         routes=_ROUTES,
@@ -127,4 +140,9 @@ def create_app(open_client: Callable[[], RouterClient], on_ready: Callable[[], N
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    return Observe(app, bridge_metrics, _ROUTES)
+    guarded: ASGIApp = Access(app, keys or KeyRing(), limiter)
+    if allowed_origins:
+        guarded = CORSMiddleware(
+            guarded, allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        )
+    return Observe(guarded, bridge_metrics, _ROUTES)

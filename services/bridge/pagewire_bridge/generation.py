@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from pagewire.v1 import common_pb2, inference_pb2
@@ -46,10 +46,13 @@ async def merge(streams: Sequence[Events]) -> AsyncGenerator[tuple[int, Event]]:
 class Generation:
     """Life: `open` (until every prompt is accepted), `deltas` to the end, then `summaries`; `close` at any time.
 
-    accepted and summaries are in the order of the prompts. The index of a choice is prompt * n + choice.
+    accepted and summaries are in the order of the prompts. The index of a choice is prompt * n + choice. charge is
+    told once, at the end, how many tokens of prompts and answers there were.
     """
 
-    def __init__(self, streams: Sequence[Events], n: int) -> None:
+    def __init__(
+        self, streams: Sequence[Events], n: int, charge: Callable[[int], None] = lambda num_tokens: None
+    ) -> None:
         self.accepted = [inference_pb2.Accepted()] * len(streams)
         self.summaries = [inference_pb2.Summary()] * len(streams)
         self._n = n
@@ -57,6 +60,8 @@ class Generation:
         self._early: list[tuple[int, inference_pb2.Delta]] = []  # came while another prompt was not yet accepted
         self._ended = 0
         self._unfinished = set(range(len(streams) * n))
+        self._charge = charge
+        self._num_output_tokens = 0
 
     async def open(self) -> None:
         """Returns when all prompts are accepted. Raises PagewireError when one is refused."""
@@ -84,6 +89,7 @@ class Generation:
     async def close(self) -> None:
         """Cancels what still runs."""
         await self._events.aclose()
+        self._charge(sum(accepted.prompt_tokens for accepted in self.accepted) + self._num_output_tokens)
 
     def _take(self, prompt: int, event: Event) -> tuple[int, inference_pb2.Delta] | None:
         if isinstance(event, inference_pb2.Delta):
@@ -98,6 +104,7 @@ class Generation:
 
     def _numbered(self, prompt: int, delta: inference_pb2.Delta) -> tuple[int, inference_pb2.Delta]:
         index = prompt * self._n + delta.choice
+        self._num_output_tokens += len(delta.tokens)
         if delta.finish_reason in _FINISHED:
             self._unfinished.discard(index)
         return index, delta

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from pagewire_bridge.app import create_app
 from pagewire_bridge.client import RouterClient
+from pagewire_bridge.keys import load_keys
 from pagewire_bridge.write_timeout import http_protocol
 
 log = structlog.get_logger(__name__)
@@ -74,23 +75,33 @@ def serve(flags: argparse.Namespace) -> None:
     if not flags.router:
         raise StartupError("the bridge needs --router host:port")
     tls = tls_files(flags.tls_cert, flags.tls_key, flags.tls_ca)
-    listener = listen(flags.host, flags.port)
-    host, port = listener.getsockname()[:2]
+    keys = load_keys(flags.api_key, flags.api_keys_file)
+    ports = [flags.port, *([flags.ollama_port] if flags.ollama_port else [])]
+    listeners = [listen(flags.host, port) for port in ports]
+    host, port = listeners[0].getsockname()[:2]
     app = create_app(
         lambda: RouterClient(flags.router, flags.request_timeout, tls),
         lambda: log.info("bridge ready", host=host, port=port, router=flags.router),
+        keys=keys,
+        redis_url=flags.redis_url,
+        allowed_origins=flags.allowed_origins,
     )
     # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody
     # needs to, and the process ends with exit code 0.
     for ended_by in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ended_by, lambda _signal, _frame: None)
     freeze_heap()
-    build_server(app, flags.graceful_termination_timeout, flags.send_timeout).run(sockets=[listener])
+    build_server(app, flags.graceful_termination_timeout, flags.send_timeout).run(sockets=listeners)
 
 
 def main() -> None:
     """Entry point of `pagewire-bridge`."""
-    run_main("pagewire-bridge", serve, BRIDGE_FLAGS, "The OpenAI API over HTTP, in front of a pagewire router.")
+    run_main(
+        "pagewire-bridge",
+        serve,
+        BRIDGE_FLAGS,
+        "The OpenAI, TGI, Ollama and Anthropic APIs over HTTP, in front of a router.",
+    )
 
 
 if __name__ == "__main__":

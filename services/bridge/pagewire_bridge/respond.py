@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from pagewire.v1.inference_pb2 import GenerateRequest
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pagewire_bridge.client import client_of, time_allowed
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.generation import Generation
+
+
+def begin(request: Request, asked: Sequence[GenerateRequest], n: int) -> Generation:
+    """The calls behind a request, one for each prompt, for the tenant whose key it has shown."""
+    for one in asked:
+        one.tenant = request.state.tenant
+    client, allowed_s = client_of(request), time_allowed(request)
+    return Generation([client.generate(one, allowed_s) for one in asked], n, request.state.charge)
 
 
 async def respond(

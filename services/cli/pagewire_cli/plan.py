@@ -119,6 +119,7 @@ def _service(
     program = role if role in ("router", "bridge") else "worker"
     if "@" in str(values["redis_url"]):  # a password belongs into the environment, not where `ps` shows it
         flags = tuple(flag for flag in flags if flag != "redis-url")
+    flags = tuple(flag for flag in flags if flag != "api-key")
     own, asking = _tls_files(values["tls"], program), _tls_files(values["tls"], OPERATOR)
     paths = {"tls_cert": own and own.cert, "tls_key": own and own.key, "tls_ca": own and own.ca}
     command = (*_program(program), *to_command_line(argparse.Namespace(**values, **paths), flags))
@@ -173,6 +174,7 @@ def _environment(environ: Mapping[str, str], values: Mapping[str, object]) -> di
     return {
         **inherited,
         "PAGEWIRE_REDIS_URL": str(values["redis_url"]),
+        **({"PAGEWIRE_API_KEY": str(values["api_key"])} if values["api_key"] else {}),
         "OMP_NUM_THREADS": str(values["threads"]),
         "PYTHONUNBUFFERED": "1",
     }

@@ -17,8 +17,8 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "structured-outputs-config", "enable-auto-tool-choice", "tool-call-parser", "tool-parser-plugin",
     "reasoning-parser", "watermark-config",
     # The HTTP server.
-    "uds", "api-key", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "enable-ssl-refresh",
-    "allowed-origins", "allowed-methods", "allowed-headers", "allow-credentials", "root-path", "middleware",
+    "uds", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "enable-ssl-refresh",
+    "allowed-methods", "allowed-headers", "allow-credentials", "root-path", "middleware",
     "api-server-count", "response-role", "chat-template-content-format", "enable-prompt-tokens-details",
     "enable-request-id-headers", "enable-server-load-tracking", "enable-log-requests", "max-log-len",
     "uvicorn-log-level", "disable-fastapi-docs",

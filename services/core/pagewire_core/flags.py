@@ -8,6 +8,7 @@ wins. Unknown flags are errors, and no flag is accepted that does nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,17 @@ def cpus(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def origins(text: str) -> tuple[str, ...]:
+    """'["https://example.org"]' -> that origin."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(origin, str) for origin in found):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON list of origins; write ["https://example.org"]')
+    return tuple(found)
+
+
 def available_cpus() -> tuple[int, ...]:
     """Cores that this process and its children may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -142,6 +154,10 @@ FLAGS: dict[str, Flag] = {
     "port": Flag(0, "port to listen on; 0: any free one", port),
     "redis-url": Flag(None, "redis://host:port/db of the index and registry"),
     "router": Flag(None, "host:port of the router"),
+    "api-key": Flag("", "keys that clients must show, comma-separated; PAGEWIRE_API_KEY keeps them from `ps`"),
+    "api-keys-file": Flag(None, "a YAML list of named keys with tenants and limits (`pagewire key` makes entries)"),
+    "allowed-origins": Flag((), "web pages of these origins may call the APIs, as a JSON list; [\"*\"]: any", origins),
+    "ollama-port": Flag(None, "a second port with the same APIs, for Ollama's clients, which expect 11434", port),
     "tls-cert": Flag(None, "PEM certificate of this service, for mutual TLS with the others (`pagewire certs`)"),
     "tls-key": Flag(None, "PEM private key of --tls-cert"),
     "tls-ca": Flag(None, "PEM certificate of the authority that has signed every service's certificate"),
@@ -176,8 +192,8 @@ WORKER_FLAGS = (
     "redis-url", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 BRIDGE_FLAGS = (
-    "router", "host", "port", "request-timeout", "send-timeout", "graceful-termination-timeout", *TLS_FLAGS,
-    "log-format", "log-level",
+    "router", "host", "port", "redis-url", "api-key", "api-keys-file", "allowed-origins", "ollama-port",
+    "request-timeout", "send-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 
 
@@ -238,6 +254,8 @@ def to_command_line(values: argparse.Namespace, names: Sequence[str]) -> list[st
         value = getattr(values, name.replace("-", "_"))
         if isinstance(value, bool):
             line.append(f"--{name}" if value else f"--no-{name}")
+        elif name == "allowed-origins":
+            line += [f"--{name}={json.dumps(value)}"] if value else []
         elif isinstance(value, tuple):
             line += [f"--{name}={','.join(map(str, value))}"] if value else []
         elif value is not None:

@@ -123,7 +123,8 @@ class Placement(Generic[W]):
     def view(self, request: ValidRequest) -> View:
         constrained = request.sampling.HasField("constraint")
         live = [w for w in self._workers.live if not w.suspect and (w.info.constraints or not constrained)]
-        roots = {w.info.fingerprint: chain_root(w.info.fingerprint, cache_salt=request.cache_salt) for w in live}
+        salts = {"tenant_salt": request.tenant.encode(), "cache_salt": request.cache_salt}
+        roots = {w.info.fingerprint: chain_root(w.info.fingerprint, **salts) for w in live}
         hashes = {fingerprint: block_hashes(root, request.prompt_ids) for fingerprint, root in roots.items()}
         indexed = {fingerprint: self._index.match(chain) for fingerprint, chain in hashes.items()}
         loads: dict[str, Load] = {}

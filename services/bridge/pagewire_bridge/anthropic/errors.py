@@ -20,7 +20,7 @@ _KINDS: dict[int, tuple[int, str]] = {
     pb.ERROR_CODE_DEADLINE: (504, "timeout_error"),
 }
 _OTHER = (500, "api_error")
-_OF_STATUS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+_OF_STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
 
 
 def error_object(message: str, kind: str) -> dict[str, object]:

@@ -11,11 +11,10 @@ from pagewire_bridge.anthropic.answer import Answer, events, whole
 from pagewire_bridge.anthropic.schema import CountBody, MessagesBody
 from pagewire_bridge.anthropic.translate import to_chat, to_request
 from pagewire_bridge.body import read_body, to_object, validated
-from pagewire_bridge.client import client_of, time_allowed
-from pagewire_bridge.generation import Generation
+from pagewire_bridge.client import client_of
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.unsupported import ignored_fields_header
-from pagewire_bridge.respond import respond
+from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
@@ -23,8 +22,7 @@ from pagewire_bridge.sse import EventStream
 
 async def messages(request: Request) -> Response:
     body = validated(MessagesBody, to_object(await read_body(request)))
-    asked = to_request(body, request.state.request_id)
-    generation = Generation([client_of(request).generate(asked, time_allowed(request))], 1)
+    generation = begin(request, [to_request(body, request.state.request_id)], 1)
     head = {"id": f"msg_{request.state.request_id}", "type": "message", "role": "assistant", "model": body.model}
     answer, headers = Answer(head), ignored_fields_header(body.model_extra or ())
 

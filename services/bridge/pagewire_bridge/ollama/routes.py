@@ -11,15 +11,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pagewire_bridge.body import read_body, to_object, validated
-from pagewire_bridge.client import RouterClient, client_of, time_allowed
-from pagewire_bridge.generation import Generation
+from pagewire_bridge.client import RouterClient, client_of
 from pagewire_bridge.ollama import models
 from pagewire_bridge.ollama.answer import Answer, line, lines, whole
 from pagewire_bridge.ollama.prompt_fit import cut_to_fit
 from pagewire_bridge.ollama.schema import ChatBody, GenerateBody, ModelBody
 from pagewire_bridge.ollama.translate import ignored, to_chat_request, to_generate_request, to_model
 from pagewire_bridge.openai.unsupported import ignored_fields_header
-from pagewire_bridge.respond import respond
+from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
@@ -111,7 +110,7 @@ async def _answer(
 async def _generate(
     request: Request, asked: GenerateRequest, answer: Answer, headers: dict[str, str], *, streams: bool
 ) -> Response:
-    generation = Generation([client_of(request).generate(asked, time_allowed(request))], 1)
+    generation = begin(request, [asked], 1)
 
     async def answer_whole() -> Response:
         content = await whole(answer, generation)

@@ -26,7 +26,13 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     pb.ERROR_CODE_INCOMPATIBLE: ("server_error", "internal_error"),
     pb.ERROR_CODE_INTERNAL: ("server_error", "internal_error"),
 }
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_HTTP_CODES = {
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+}
 
 
 def error_object(message: str, kind: str, param: str | None, code: str | None) -> dict[str, object]:

@@ -13,9 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pagewire_bridge.body import read_body
-from pagewire_bridge.client import client_of, time_allowed
+from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
-from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.answer import Answer, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
@@ -29,6 +28,7 @@ from pagewire_bridge.openai.translate import (
     to_completion_requests,
 )
 from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.respond import begin
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
@@ -96,7 +96,7 @@ def _head(request: Request, shape: Shape, model: str, tier: str | None) -> dict[
 async def _generate(request: Request, body: GenerationBody, asked: list[GenerateRequest], shape: Shape) -> Response:
     """Answers only after the router has accepted every prompt, so that a refusal has its status."""
     n = body.n or 1
-    generation = Generation([client_of(request).generate(one, time_allowed(request)) for one in asked], n)
+    generation = begin(request, asked, n)
     headers = ignored_fields_header(ignored_fields(body))
     streaming = False
     try:

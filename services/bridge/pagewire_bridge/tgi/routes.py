@@ -15,11 +15,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pagewire_bridge.body import read_body, to_object, validated
-from pagewire_bridge.client import client_of, time_allowed
+from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
-from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.routes import answer_chat, answer_completion
-from pagewire_bridge.respond import respond
+from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
@@ -144,7 +143,7 @@ async def _answer(request: Request, body: GenerateBody, *, streams: bool, in_lis
     if streams and (parameters.best_of or 1) > 1:
         raise InvalidRequest("`best_of` must be 1 where the answer is streamed", "best_of")
     asked = to_request(body, request.state.request_id, with_tokens=streams)
-    generation = Generation([client_of(request).generate(asked, time_allowed(request))], asked.n)
+    generation = begin(request, [asked], asked.n)
     about = _about(body, asked)
 
     async def answer_whole() -> Response:
@@ -172,7 +171,7 @@ async def _texts(request: Request, bodies: Sequence[GenerateBody]) -> list[str]:
 
 async def _text(request: Request, body: GenerateBody, request_id: str) -> str:
     asked = to_request(body, request_id, with_tokens=False)
-    generation = Generation([client_of(request).generate(asked, time_allowed(request))], asked.n)
+    generation = begin(request, [asked], asked.n)
     try:
         await generation.open()
         content = await whole(_about(body, asked), generation, asked.n)

@@ -1,0 +1,187 @@
+"""API keys: who may ask, how often, and in whose name; over real HTTP, with limits in a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from cluster import free_port, redis_binary
+from pagewire_bridge.app import create_app
+from pagewire_bridge.client import RouterClient
+from pagewire_bridge.keys import ApiKey, KeyRing, digest_of, load_keys
+from pagewire_bridge.main import build_server, listen
+from pagewire_bridge.rate_limit import RateLimiter
+from pagewire_cli.main import main
+from pagewire_core.errors import Overloaded, StartupError
+from scripted_router import ScriptedRouter, running_router
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
+ALICE = ApiKey(name="alice", sha256=digest_of("alice-secret"), tenant="team")
+BOB = ApiKey(name="bob", sha256=digest_of("bob-secret"), requests_per_minute=3, tokens_per_minute=1000)
+ROOT = ApiKey(name="root", sha256=digest_of("root-secret"), admin=True)
+
+
+@asynccontextmanager
+async def bridge(
+    keys: KeyRing, redis_url: str | None = None, allowed_origins: Sequence[str] = ()
+) -> AsyncIterator[tuple[httpx.AsyncClient, ScriptedRouter]]:
+    router = ScriptedRouter()
+    async with running_router(router) as (_, address):
+        listener = listen("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        app = create_app(
+            lambda: RouterClient(address, 30), keys=keys, redis_url=redis_url, allowed_origins=allowed_origins
+        )
+        server = build_server(app)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        async with httpx.AsyncClient(base_url=url, timeout=10) as http:
+            yield http, router
+        server.should_exit = True
+        await serving
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}"}
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    port = free_port()
+    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with subprocess.Popen([redis_binary(), *arguments], stdout=subprocess.DEVNULL) as server:
+        yield f"redis://127.0.0.1:{port}/0"
+        server.terminate()
+
+
+ROUTES = [
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/metrics"),
+    ("GET", "/version"), ("GET", "/load"), ("POST", "/generate"), ("POST", "/generate_stream"), ("POST", "/"),
+    ("GET", "/info"), ("POST", "/tokenize"), ("POST", "/invocations"), ("POST", "/vertex"),
+    ("POST", "/v2/models/m/infer"), ("POST", "/api/chat"), ("POST", "/api/generate"), ("GET", "/api/tags"),
+    ("GET", "/api/version"), ("POST", "/v1/messages"), ("GET", "/nowhere"),
+]  # fmt: skip
+
+
+async def test_every_route_but_liveness_asks_for_a_key_in_the_shape_of_its_api() -> None:
+    async with bridge(KeyRing([ALICE])) as (http, router):
+        for method, path in ROUTES:
+            for headers in (
+                {},
+                bearer("wrong"),
+                {"authorization": "Bearer"},
+                {"authorization": "alice-secret"},
+                {"x-api-key": "x"},
+            ):
+                response = await http.request(method, path, headers=headers, json=CHAT if method == "POST" else None)
+                assert response.status_code == 401, path
+                assert response.headers["www-authenticate"] == "Bearer" and "error" in response.json()
+        assert (await http.post("/v1/chat/completions", json=CHAT)).json()["error"]["code"] == "invalid_api_key"
+        assert (await http.post("/v1/messages")).json()["error"]["type"] == "authentication_error"
+        for path in ("/health", "/ping", "/", "/v2/health/live"):
+            assert (await http.get(path)).status_code == 200
+        assert not router.requests
+
+
+async def test_a_request_carries_the_tenant_of_its_key_and_not_of_its_body() -> None:
+    async with bridge(KeyRing([ALICE, BOB])) as (http, router):
+        for headers in (bearer("alice-secret"), {"x-api-key": "bob-secret"}):
+            response = await http.post("/v1/chat/completions", json={**CHAT, "tenant": "other"}, headers=headers)
+            assert response.status_code == 200
+        assert [request.tenant for request in router.requests] == ["team", "bob"]
+
+
+async def test_limits_are_told_and_kept() -> None:
+    async with bridge(KeyRing([ALICE, BOB])) as (http, _):
+        for left in (2, 1, 0):
+            response = await http.post("/v1/chat/completions", json=CHAT, headers=bearer("bob-secret"))
+            assert response.status_code == 200
+            assert response.headers["x-ratelimit-limit-requests"] == "3"
+            assert response.headers["x-ratelimit-remaining-requests"] == str(left)
+        refused = await http.post("/v1/chat/completions", json=CHAT, headers=bearer("bob-secret"))
+        assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 20
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        unlimited = await http.post("/v1/chat/completions", json=CHAT, headers=bearer("alice-secret"))
+        assert unlimited.status_code == 200 and "x-ratelimit-limit-requests" not in unlimited.headers
+
+
+async def test_tokens_of_prompt_and_answer_are_charged_when_the_answer_ends() -> None:
+    key = ApiKey(name="carol", sha256=digest_of("carol-secret"), tokens_per_minute=10)
+    async with bridge(KeyRing([key])) as (http, _):  # the scripted prompt has 7 tokens
+        ask = lambda: http.post("/v1/chat/completions", json=CHAT, headers=bearer("carol-secret"))  # noqa: E731
+        statuses = [(await ask()).status_code for _ in range(3)]
+        assert statuses == [200, 200, 429]
+
+
+async def test_bridges_with_one_redis_share_the_limits(redis_url: str) -> None:
+    async with bridge(KeyRing([BOB]), redis_url) as (one, _), bridge(KeyRing([BOB]), redis_url) as (two, _):
+        clients = (one, two, one, two)
+        statuses = [(await http.get("/version", headers=bearer("bob-secret"))).status_code for http in clients]
+        assert statuses == [200, 200, 200, 429]
+
+
+async def test_a_bucket_fills_evenly_and_without_redis_each_bridge_counts_alone() -> None:
+    limiter = RateLimiter(f"redis://127.0.0.1:{free_port()}/0")  # nobody is there
+    key = ApiKey(name="dave", sha256="0" * 64, requests_per_minute=1200)
+    for _ in range(1200):
+        await limiter.admit(key)
+    with pytest.raises(Overloaded) as refused:
+        await limiter.admit(key)
+    assert 0 < refused.value.retry_after_s <= 0.051
+    await asyncio.sleep(0.12)
+    await limiter.admit(key)
+    await limiter.close()
+
+
+async def test_web_pages_of_other_origins_need_leave() -> None:
+    preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    async with bridge(KeyRing([ALICE]), allowed_origins=("https://a.example",)) as (http, _):
+        allowed = await http.options("/v1/chat/completions", headers=preflight)
+        assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+        other = await http.options("/v1/chat/completions", headers={**preflight, "origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+    async with bridge(KeyRing()) as (http, _):
+        response = await http.get("/version", headers=preflight)
+        assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_made_key_opens_with_its_entry(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(["key", "erin", "--tenant", "team", "--tokens-per-minute", "500", "--admin"])
+    comment, *entry = capsys.readouterr().out.splitlines()
+    secret = comment.rpartition(" ")[2]
+    file = tmp_path / "keys.yaml"
+    file.write_text("\n".join(entry))
+    ring = load_keys("", str(file))
+    found = ring.find(secret)
+    assert found is not None and found.tenant_name == "team" and found.admin and found.tokens_per_minute == 500
+    assert secret not in file.read_text() and ring.find(secret + "x") is None and ring.find("") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read"),
+        ("alice: x", "must be a YAML list"),
+        ("- name: a", "sha256"),
+        ("- {name: a, sha256: short}", "sha256"),
+        (f"- {{name: a, sha256: '{'0' * 64}', wat: 1}}", "wat"),
+        (f"- {{name: a, sha256: '{'0' * 64}'}}\n- {{name: b, sha256: '{'0' * 64}'}}", "same sha256"),
+    ],
+)
+def test_a_bad_keys_file_is_one_sentence(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    with pytest.raises(StartupError, match=words):
+        load_keys("", str(file))
+
+
+def test_keys_of_the_flag_have_a_tenant_each() -> None:
+    ring = load_keys("one, two", None)
+    tenants = {key.tenant_name for key in map(ring.find, ("one", "two")) if key}
+    assert tenants == {"api-key-1", "api-key-2"} and not load_keys("", None)
+    assert digest_of("one") == hashlib.sha256(b"one").hexdigest()
