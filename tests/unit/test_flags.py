@@ -62,6 +62,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "tls-ca": ("/tls/ca.crt", "/tls/ca.crt"),
     "workers": ("h:1,h:2", "h:1,h:2"),
     "max-queued-requests": ("9", 9),
+    "max-queued-tokens": ("9000", 9000),
+    "send-timeout": ("2.5", 2.5),
     "routing-policy": ("llm_d", "llm_d"),
     "request-timeout": ("1.5", 1.5),
     "transfer-timeout": ("0.25", 0.25),
