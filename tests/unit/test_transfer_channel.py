@@ -9,7 +9,7 @@ import torch
 from kv_endpoints import FIRST, LAYOUT, ends, held_by_process, lane_threads, new_id, random_kv, until
 from pagewire.v1 import kv_channel_pb2 as kv
 
-LANES = ("shm", "gloo", "grpc")
+LANES = ("shm", "gloo", "tcp", "grpc")
 
 
 @pytest.mark.parametrize("lane", LANES)

@@ -14,7 +14,7 @@ from kv_endpoints import FIRST, LAYOUT, Ends, ends, lane_threads, new_id, random
 from pagewire_core.errors import Cancelled, Unavailable
 from pagewire_transfer.sender import Outgoing
 
-LANES = ("shm", "gloo", "grpc")
+LANES = ("shm", "gloo", "tcp", "grpc")
 
 
 async def while_unextended(both: Ends) -> Outgoing:

@@ -14,7 +14,7 @@ from pagewire_core.errors import Cancelled, DeadlineExceeded, Overloaded, Unavai
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 
-LANES = ("shm", "gloo", "grpc")
+LANES = ("shm", "gloo", "tcp", "grpc")
 
 
 class DamagingLane:

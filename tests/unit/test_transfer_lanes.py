@@ -29,15 +29,22 @@ def test_named_lanes_keep_their_order() -> None:
     assert available_lanes("grpc, gloo,grpc", torch.device("cpu")) == ["grpc", "gloo"]
 
 
-@pytest.mark.parametrize("flag", ["", "tcp", "gloo,rdma", "gloo,"])
+@pytest.mark.parametrize("flag", ["", "udp", "gloo,rdma", "gloo,"])
 def test_an_unknown_lane_is_refused_with_the_choices(flag: str) -> None:
-    with pytest.raises(StartupError, match=r"is not a lane; choose auto or some of nccl, shm, gloo, grpc"):
+    with pytest.raises(StartupError, match=r"is not a lane; choose auto or some of nccl, shm, gloo, tcp, grpc"):
         available_lanes(flag, "cpu")
 
 
 def test_a_lane_that_cannot_work_here_is_refused_not_ignored() -> None:
     with pytest.raises(StartupError, match="nccl does not work"):
         available_lanes("nccl,gloo", "cpu")
+
+
+def test_with_tls_auto_is_what_no_stranger_can_read_or_write() -> None:
+    assert available_lanes("auto", "cpu", encrypted=True) == ["shm", "tcp", "grpc"]
+    assert available_lanes("gloo", "cpu", encrypted=True) == ["gloo"]  # who names it knows the network
+    with pytest.raises(StartupError, match="tcp needs --tls-cert"):
+        available_lanes("tcp", "cpu")
 
 
 def relayed(timeout_s: float = 2.0) -> tuple[RelayStore, RelayStore]:
@@ -58,7 +65,7 @@ def opened(name: str) -> tuple[Lane, Lane]:
         return ends[0].result(), ends[1].result()
 
 
-@pytest.mark.parametrize("name", ["shm", "gloo", "grpc"])
+@pytest.mark.parametrize("name", ["shm", "gloo", "tcp", "grpc"])
 def test_bytes_cross_in_order(name: str) -> None:
     sender, receiver = opened(name)
     wires = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in (1, 4096, 1_000_003, 77, 70_000, 5)]
@@ -83,7 +90,7 @@ def send_until_stuck(sender: Lane) -> None:
         send(sender, torch.zeros(1 << 20, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("name", ["shm", "gloo"])
+@pytest.mark.parametrize("name", ["shm", "gloo", "tcp"])
 def test_an_interrupt_ends_a_send_that_nobody_receives(name: str) -> None:
     """Gloo completes no send without a receive and has no cancel: closing a pair must not take its timeout."""
     sender, receiver = opened(name)
@@ -100,7 +107,7 @@ def test_an_interrupt_ends_a_send_that_nobody_receives(name: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", ["shm", "gloo"])
+@pytest.mark.parametrize("name", ["shm", "gloo", "tcp"])
 def test_a_peer_that_never_comes_is_unavailable(name: str, rank: int) -> None:
     store = RelayStore(lambda key, value: None, 0.1)
     with pytest.raises(Unavailable, match=f"{name} lane failed"):
@@ -108,7 +115,7 @@ def test_a_peer_that_never_comes_is_unavailable(name: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", ["shm", "gloo"])
+@pytest.mark.parametrize("name", ["shm", "gloo", "tcp"])
 def test_a_closed_store_releases_who_waits_for_the_peer(name: str, rank: int) -> None:
     store = RelayStore(lambda key, value: None, 30)
     threading.Timer(0.05, store.close).start()

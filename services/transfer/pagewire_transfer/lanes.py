@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import structlog
 import torch
 import torch.distributed as dist
 from pagewire_core.errors import StartupError, Unavailable
@@ -19,8 +20,12 @@ from pagewire_transfer.group_lanes import GlooLane, NcclLane
 from pagewire_transfer.relay_store import RelayStore
 from pagewire_transfer.reused import Reused
 from pagewire_transfer.shm_lane import ShmLane, host_id
+from pagewire_transfer.tcp_lane import TcpLane
 
-LANES = ("nccl", "shm", "gloo", "grpc")  # best first
+log = structlog.get_logger(__name__)
+
+LANES = ("nccl", "shm", "gloo", "tcp", "grpc")  # best first
+_UNPROTECTED = ("nccl", "gloo")  # whoever reaches their ports can read and write blocks
 
 
 class Lane(Protocol):
@@ -78,8 +83,11 @@ class GrpcLane:
         pass
 
 
-def available_lanes(flag: str, device: torch.device | str) -> list[str]:
+def available_lanes(flag: str, device: torch.device | str, encrypted: bool = False) -> list[str]:
     """The lanes of `--lanes`, best first; "auto" is all that work on this device.
+
+    encrypted: the services speak TLS. Then auto leaves out what a stranger could read or write; the tcp lane, whose
+    keys travel on the control stream, works only then.
 
     Raises StartupError for an unknown name, or for one that was asked for and cannot work here.
     """
@@ -87,14 +95,19 @@ def available_lanes(flag: str, device: torch.device | str) -> list[str]:
         "nccl": torch.device(device).type == "cuda" and torch.cuda.is_available() and dist.is_nccl_available(),
         "shm": bool(host_id()),
         "gloo": dist.is_gloo_available(),
+        "tcp": encrypted,
         "grpc": True,
     }
     if flag == "auto":
-        return [name for name in LANES if works[name]]
+        return [name for name in LANES if works[name] and not (encrypted and name in _UNPROTECTED)]
     names = list(dict.fromkeys(name.strip() for name in flag.split(",")))
     for name in names:
         if name not in works:
             raise StartupError(f"--lanes: {name!r} is not a lane; choose auto or some of {', '.join(LANES)}")
+        if name == "tcp" and not encrypted:
+            raise StartupError("--lanes: tcp needs --tls-cert, --tls-key and --tls-ca; use gloo on a private network")
+        if encrypted and name in _UNPROTECTED:
+            log.warning("THIS LANE IS NEITHER AUTHENTICATED NOR ENCRYPTED; keep its network private", lane=name)
         if not works[name]:
             raise StartupError(f"--lanes: {name} does not work on this machine's device; leave it out or use auto")
     return names
@@ -104,7 +117,9 @@ def open_lane(name: str, store: RelayStore, rank: int, host: str, epoch: int, ti
     """Opens this side's end; blocks until the peer has opened its own. Raises Unavailable."""
     if name == "grpc":
         return GrpcLane()
-    lanes: dict[str, type[GlooLane | NcclLane | ShmLane]] = {"gloo": GlooLane, "nccl": NcclLane, "shm": ShmLane}
+    lanes: dict[str, type[GlooLane | NcclLane | ShmLane | TcpLane]] = {
+        "gloo": GlooLane, "nccl": NcclLane, "shm": ShmLane, "tcp": TcpLane,
+    }  # fmt: skip
     return lanes[name](store, rank, host, epoch, timeout_s)
 
 

@@ -12,7 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+from pagewire_core.errors import Incompatible
 from torch.distributed import Store
+
+_MAX_PAIRS = 16
+_MAX_PAIR_BYTES = 4096
 
 
 class RelayStore(Store):
@@ -27,8 +31,10 @@ class RelayStore(Store):
         self._closed = False
 
     def receive(self, key: str, value: bytes) -> None:
-        """A pair that the peer has set."""
+        """A pair that the peer has set. Raises Incompatible for more than any lane needs."""
         with self._changed:
+            if len(self._values) >= _MAX_PAIRS or len(key) + len(value) > _MAX_PAIR_BYTES:
+                raise Incompatible("the peer puts more into the store than a lane needs")
             self._values[key] = value
             self._changed.notify_all()
 

@@ -77,7 +77,7 @@ class Worker:
         self._timeline = timeline
         self._tls = tls
         self._registry = CollectorRegistry()
-        self._lanes = available_lanes(args.lanes, loaded.runner.config.device)
+        self._lanes = available_lanes(args.lanes, loaded.runner.config.device, tls is not None)
         self._publisher: BlockEventPublisher | None = None
         self._engine = Engine(
             loaded.runner,
