@@ -1,7 +1,8 @@
 # Everything a checkout needs. `make serve` and `make test` set up .venv by themselves.
 #
 #   make serve MODEL=path-or-hub-id PORT=8000 HOST=127.0.0.1 PREFILL=1 DECODE=1 ARGS='--max-num-seqs 64'
-#   make test ARGS='-k router'      make check      make bench BASE_URL=http://127.0.0.1:8000
+#   make test ARGS='-k router'      make test-faults      make chaos      make soak MINUTES=20
+#   make check      make bench BASE_URL=http://127.0.0.1:8000
 #
 # PYTHON names the interpreter that .venv is made of (3.11 or newer). Where there is no GPU, PIP_EXTRA_INDEX_URL
 # may point at an index with CPU wheels of torch: a far smaller download.
@@ -14,6 +15,7 @@ PREFILL ?= 1
 DECODE ?= 1
 BASE_URL ?= http://127.0.0.1:$(PORT)
 ARGS ?=
+MINUTES ?= 20
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
 SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:benchmarks
 
-.PHONY: serve test setup protos lint check fuzz-schemas bench clean
+.PHONY: serve test test-faults chaos soak setup protos lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
 
 serve: $(RUNTIME)
@@ -32,6 +34,18 @@ serve: $(RUNTIME)
 
 test: $(TESTING)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every cell of the failure matrix, also in network namespaces where that is allowed: about ten minutes.
+test-faults: $(TESTING)
+	$(BIN)/python -m pytest -m 'faults or not faults' tests/e2e/test_fault_matrix.py tests/e2e/test_network_faults.py $(ARGS)
+
+# At least FAULTS random faults under load; SEED makes a run again.
+chaos: $(TESTING)
+	$(BIN)/python tests/chaos.py $(ARGS)
+
+# MINUTES of mixed traffic with clients that leave: nothing may grow.
+soak: $(TESTING)
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) --out benchmarks/results/soak.json $(ARGS)
 
 setup: $(TESTING)
 

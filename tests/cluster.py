@@ -19,6 +19,7 @@ import grpc
 import httpx
 import leaks
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from network import Network
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from pagewire_core.rpc import open_channel
 from processes import Process, free_port, redis_binary, script
@@ -44,6 +45,7 @@ class Cluster:
     bridge_flags: Sequence[str] = ()
     tls: Path | None = None
     with_faults: bool = False
+    network: Network | None = None  # where the workers live, if not beside everybody else
     processes: dict[str, Process] = field(default_factory=dict)
     ceiling: dict[str, leaks.Resources] = field(default_factory=dict)
     http: httpx.AsyncClient = field(init=False)
@@ -56,8 +58,9 @@ class Cluster:
         self.base_url = f"http://127.0.0.1:{bridge_port}"
         self.http = httpx.AsyncClient(base_url=self.base_url, timeout=60, trust_env=False)
         redis_port = free_port()
-        self.redis_url = f"redis://127.0.0.1:{redis_port}/0"
-        arguments = f"--port {redis_port} --bind 127.0.0.1 --save '' --appendonly no".split()
+        outside = self.network.outside if self.network else "127.0.0.1"
+        self.redis_url = f"redis://{outside}:{redis_port}/0"
+        arguments = f"--port {redis_port} --bind {outside} --protected-mode no --save '' --appendonly no".split()
         arguments[arguments.index("''")] = ""
         self._add("redis", [redis_binary(), *arguments], redis_port)
         for role in ("prefill", "decode", "both"):
@@ -75,18 +78,21 @@ class Cluster:
         await self.until(self.healthy, "the bridge is not healthy")
         await self.wait_workers(self.prefill + self.decode + self.both)
 
-    def _add(self, name: str, command: list[str], port: int) -> Process:
-        process = Process(name, command, f"127.0.0.1:{port}", self.directory / f"{name}.log", self.faults)
+    def _add(self, name: str, command: list[str], port: int, host: str = "127.0.0.1") -> Process:
+        process = Process(name, command, f"{host}:{port}", self.directory / f"{name}.log", self.faults)
         self.processes[name] = process
         process.start()
         return process
 
     def add_worker(self, role: str, wait: bool = True, flags: Sequence[str] = ()) -> Process:
         name = f"{role}-{sum(p.startswith(role) for p in self.processes)}"
-        port = free_port()
-        command = [*script("pagewire-worker"), f"--role={role}", f"--model={self.model}", f"--port={port}",
-                   f"--redis-url={self.redis_url}", *self._tls("worker"), *self.worker_flags, *flags]  # fmt: skip
-        return self._add(name, command, port)
+        port, host, enter = free_port(), "127.0.0.1", list[str]()
+        if self.network:
+            host, enter = self.network.host(role), self.network.enter(role)
+        command = [*enter, *script("pagewire-worker"), f"--role={role}", f"--model={self.model}", f"--host={host}",
+                   f"--port={port}", f"--redis-url={self.redis_url}", *self._tls("worker"), *self.worker_flags,
+                   *flags]  # fmt: skip
+        return self._add(name, command, port, host)
 
     def _tls(self, role: str) -> list[str]:
         return certificates.flags(self.tls, role) if self.tls else []

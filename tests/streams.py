@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 from cluster import Cluster
 from tiny_models import VOCAB
@@ -23,13 +24,27 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [rng.randrange(5, VOCAB) for _ in range(length)]
 
 
+# Of one choice: text, token ids, log probabilities, and how it ended.
+Told = list[Any]
+
+
+def merge(told: dict[int, Told], event: dict[str, Any]) -> None:
+    """Adds what one event of a stream says of its choices."""
+    for choice in event["choices"]:
+        text, ids, logprobs, end = told.setdefault(choice["index"], ["", [], [], None])
+        logprobs = [*logprobs, *(choice["logprobs"] or {}).get("token_logprobs", [])]
+        ids = [*ids, *choice.get("token_ids", [])]
+        end = end or (choice["finish_reason"], choice.get("stop_reason"))
+        told[choice["index"]] = [text + choice["text"], ids, logprobs, end if choice["finish_reason"] else None]
+
+
 async def stream(
     cluster: Cluster, i: int, arrived: Callable[[], object] = lambda: None, max_tokens: int = 150
-) -> dict[int, list[object]]:
-    """All that the client is told of each choice: texts joined, token ids, log probabilities, how it ended."""
+) -> dict[int, Told]:
+    """All that the client is told of each choice."""
     body = {"prompt": prompt_of(40 + 7 * i, i), "max_tokens": max_tokens, "ignore_eos": True, "return_token_ids": True,
             "stream": True, **STYLES[i % len(STYLES)]}  # fmt: skip
-    told: dict[int, list[object]] = {}
+    told: dict[int, Told] = {}
     lines: list[str] = []
     async with cluster.http.stream("POST", "/v1/completions", json=body) as response:
         assert response.status_code == 200
@@ -39,12 +54,7 @@ async def stream(
     assert lines[-1] == "[DONE]", lines[-1]
     for event in map(json.loads, lines[:-1]):
         assert "error" not in event, event
-        for choice in event["choices"]:
-            text, ids, logprobs, end = told.setdefault(choice["index"], ["", [], [], None])
-            logprobs = [*logprobs, *(choice["logprobs"] or {}).get("token_logprobs", [])]
-            ids = [*ids, *choice.get("token_ids", [])]
-            end = end or (choice["finish_reason"], choice.get("stop_reason"))
-            told[choice["index"]] = [text + choice["text"], ids, logprobs, end if choice["finish_reason"] else None]
+        merge(told, event)
     return told
 
 
