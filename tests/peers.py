@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pagewire_transfer.identity import WorkerIdentity
 from pagewire_transfer.metrics import TransferMetrics
 from pagewire_transfer.receiver import KvChannelServicer
 from pagewire_transfer.sender import KvSender
+from pagewire_worker.prefixes import PrefixFetcher, PrefixLender
 from prometheus_client import CollectorRegistry
 
 SERVICE = kv.DESCRIPTOR.services_by_name["KvChannelService"]
@@ -37,13 +39,27 @@ SERVICE = kv.DESCRIPTOR.services_by_name["KvChannelService"]
 class Peer:
     """One worker of both roles."""
 
+    name: str
+    address: str
     engine: Engine
     transfers: Transfers
     sender: KvSender
     receiver: KvChannelServicer
+    server: RpcServer
+    lender: PrefixLender
     prefill: PrefillServicer
     decode: DecodeServicer
     registry: CollectorRegistry
+
+    def holds(self, tokens: int, timeout_s: float = 5.0) -> pb.KvHolder:
+        """How a router names this worker as the holder of a prefix."""
+        return pb.KvHolder(
+            worker_id=self.name,
+            address=self.address,
+            instance=f"{self.name}-life-1",
+            tokens=tokens,
+            timeout_s=timeout_s,
+        )
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(f"pagewire_kv_{name}", labels) or 0.0
@@ -74,18 +90,21 @@ async def peer(
     identity = WorkerIdentity(name, f"{name}-life-1", b"f" * 32, engine.runner.cache.layout, "127.0.0.1")
     common: dict[str, Any] = {"lanes": [lane], "metrics": metrics, "timeout_s": 5.0}
     transfers, source = Transfers(engine), PromptSource(engine)
-    sender = KvSender(identity, source, chunk_bytes=chunk_bytes, **common)
+    lender = PrefixLender(engine, source)
+    sender = KvSender(identity, lender, chunk_bytes=chunk_bytes, **common)
     receiver = KvChannelServicer(identity, transfers, **common)
     transfers.abort_peer = receiver.abort
+    receiver.lend = partial(lender.lend, sender)
     server = RpcServer()
     server.add(add_KvChannelServiceServicer_to_server, receiver, SERVICE)
     address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
     thread = threading.Thread(target=engine.run_forever)
     thread.start()
-    prefill = PrefillServicer(engine, source, sender, stages)
-    decode = DecodeServicer(engine, transfers, stages, identity.instance, address)
+    fetch = PrefixFetcher(engine, transfers, identity, address, None, registry)
+    prefill = PrefillServicer(engine, source, sender, stages, fetch=fetch)
+    decode = DecodeServicer(engine, transfers, stages, identity.instance, address, fetch=fetch)
     try:
-        yield Peer(engine, transfers, sender, receiver, prefill, decode, registry)
+        yield Peer(name, address, engine, transfers, sender, receiver, server, lender, prefill, decode, registry)
     finally:
         await sender.close()
         await server.stop(0)
@@ -96,31 +115,53 @@ async def peer(
 
 
 @dataclass
+class Alone:
+    tokens: list[int]
+    started: decode_pb2.DecodeStarted
+
+
+@dataclass
 class Answer:
     tokens: list[int]
     started: prefill_pb2.PrefillStarted
     sent: prefill_pb2.KvSent
 
 
-async def hand_over(prompt: Sequence[int], source: Peer, target: Peer, max_tokens: int = 12) -> Answer:
+async def compute(
+    prompt: Sequence[int], worker: Peer, holder: pb.KvHolder | None = None, max_tokens: int = 12
+) -> Alone:
+    """Computes a prompt and decodes it on one worker."""
+    request = decode_pb2.DecodeRequest(
+        transfer_id=os.urandom(16), prompt_ids=prompt, cache_root=ROOT, request_id="test", local_prefill=True,
+        sampling=pb.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=1), holder=holder,
+    )  # fmt: skip
+    return await _decode(worker, request)
+
+
+async def hand_over(
+    prompt: Sequence[int], source: Peer, target: Peer, max_tokens: int = 12, holder: pb.KvHolder | None = None
+) -> Answer:
     """Computes a prompt on one worker and decodes it, greedily, on another."""
     ids: dict[str, Any] = {"transfer_id": os.urandom(16), "prompt_ids": prompt, "cache_root": ROOT}
     sampling = pb.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=1)
     reserved = await target.decode.Reserve(decode_pb2.ReserveRequest(**ids), None)  # type: ignore[arg-type]
     request = prefill_pb2.PrefillRequest(
         **ids, request_id="test", sampling=sampling, decode_address=reserved.kv_address,
-        decode_instance=reserved.instance, decode_local_tokens=reserved.local_tokens,
+        decode_instance=reserved.instance, decode_local_tokens=reserved.local_tokens, holder=holder,
     )  # fmt: skip
     decoding = asyncio.create_task(
         _decode(target, decode_pb2.DecodeRequest(**ids, request_id="test", sampling=sampling))
     )
     events = [event async for event in source.prefill.Prefill(request, None)]  # type: ignore[arg-type]
-    return Answer(await decoding, events[0].started, events[-1].kv_sent)
+    return Answer((await decoding).tokens, events[0].started, events[-1].kv_sent)
 
 
-async def _decode(target: Peer, request: decode_pb2.DecodeRequest) -> list[int]:
+async def _decode(target: Peer, request: decode_pb2.DecodeRequest) -> Alone:
     tokens: list[int] = []
+    started = decode_pb2.DecodeStarted()
     async for event in target.decode.Decode(request, None):  # type: ignore[arg-type]
+        if event.HasField("started"):
+            started = event.started
         tokens += [token.token_id for token in event.started.first_tokens]
         tokens += [token.token_id for choice in event.tokens.choices for token in choice.tokens]
-    return tokens
+    return Alone(tokens, started)

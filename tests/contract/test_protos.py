@@ -26,7 +26,7 @@ SERVICES = {
         "Detokenize",
         "Explain",
     },
-    "KvChannelService": {"Connect"},
+    "KvChannelService": {"Connect", "Fetch"},
     "PrefillService": {"Prefill"},
     "WorkerService": {"Info", "Stats", "Snapshot", "Drain", "Metrics"},
 }

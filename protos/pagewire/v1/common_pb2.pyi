@@ -159,6 +159,32 @@ class ChoiceTokens(_message.Message):
     stop_token_id: int
     def __init__(self, choice: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
 
+class KvHolder(_message.Message):
+    __slots__ = ("worker_id", "address", "instance", "tokens", "timeout_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    address: str
+    instance: str
+    tokens: int
+    timeout_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., instance: _Optional[str] = ..., tokens: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class Fetched(_message.Message):
+    __slots__ = ("tokens", "bytes", "lane", "fetch_us")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    FETCH_US_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    bytes: int
+    lane: str
+    fetch_us: int
+    def __init__(self, tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., lane: _Optional[str] = ..., fetch_us: _Optional[int] = ...) -> None: ...
+
 class StageTimings(_message.Message):
     __slots__ = ("queue_us", "prefill_us", "transfer_us", "decode_us", "kv_tail_us")
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]

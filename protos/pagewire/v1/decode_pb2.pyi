@@ -30,7 +30,7 @@ class ReserveResponse(_message.Message):
     def __init__(self, local_tokens: _Optional[int] = ..., instance: _Optional[str] = ..., kv_address: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "local_prefill", "feed_id", "feed_call", "prior")
+    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "local_prefill", "feed_id", "feed_call", "prior", "holder")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class DecodeRequest(_message.Message):
     FEED_ID_FIELD_NUMBER: _ClassVar[int]
     FEED_CALL_FIELD_NUMBER: _ClassVar[int]
     PRIOR_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -51,7 +52,8 @@ class DecodeRequest(_message.Message):
     feed_id: bytes
     feed_call: int
     prior: _containers.RepeatedCompositeFieldContainer[PriorOutput]
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., local_prefill: _Optional[bool] = ..., feed_id: _Optional[bytes] = ..., feed_call: _Optional[int] = ..., prior: _Optional[_Iterable[_Union[PriorOutput, _Mapping]]] = ...) -> None: ...
+    holder: _common_pb2.KvHolder
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., local_prefill: _Optional[bool] = ..., feed_id: _Optional[bytes] = ..., feed_call: _Optional[int] = ..., prior: _Optional[_Iterable[_Union[PriorOutput, _Mapping]]] = ..., holder: _Optional[_Union[_common_pb2.KvHolder, _Mapping]] = ...) -> None: ...
 
 class PriorOutput(_message.Message):
     __slots__ = ("token_ids", "ended")
@@ -72,7 +74,7 @@ class DecodeResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[DecodeStarted, _Mapping]] = ..., tokens: _Optional[_Union[DecodeTokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ...) -> None: ...
 
 class DecodeStarted(_message.Message):
-    __slots__ = ("first_tokens", "cached_tokens", "received_tokens", "computed_tokens", "received_bytes", "lane", "resumed")
+    __slots__ = ("first_tokens", "cached_tokens", "received_tokens", "computed_tokens", "received_bytes", "lane", "resumed", "fetched")
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +82,7 @@ class DecodeStarted(_message.Message):
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     first_tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.SampledToken]
     cached_tokens: int
     received_tokens: int
@@ -87,7 +90,8 @@ class DecodeStarted(_message.Message):
     received_bytes: int
     lane: str
     resumed: bool
-    def __init__(self, first_tokens: _Optional[_Iterable[_Union[_common_pb2.SampledToken, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., lane: _Optional[str] = ..., resumed: _Optional[bool] = ...) -> None: ...
+    fetched: _common_pb2.Fetched
+    def __init__(self, first_tokens: _Optional[_Iterable[_Union[_common_pb2.SampledToken, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., lane: _Optional[str] = ..., resumed: _Optional[bool] = ..., fetched: _Optional[_Union[_common_pb2.Fetched, _Mapping]] = ...) -> None: ...
 
 class DecodeTokens(_message.Message):
     __slots__ = ("choices",)

@@ -179,7 +179,7 @@ class TokenText(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., bytes: _Optional[bytes] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenText, _Mapping]]] = ..., special: _Optional[bool] = ...) -> None: ...
 
 class Summary(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "computed_tokens", "transferred_tokens", "transferred_bytes", "lane", "prefill_worker", "decode_worker", "attempts", "timings", "time_to_first_token_us", "total_us", "kv_overlap", "resent_chunks")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "computed_tokens", "transferred_tokens", "transferred_bytes", "lane", "prefill_worker", "decode_worker", "attempts", "timings", "time_to_first_token_us", "total_us", "kv_overlap", "resent_chunks", "fetched_tokens", "fetched_bytes")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +195,8 @@ class Summary(_message.Message):
     TOTAL_US_FIELD_NUMBER: _ClassVar[int]
     KV_OVERLAP_FIELD_NUMBER: _ClassVar[int]
     RESENT_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -210,7 +212,9 @@ class Summary(_message.Message):
     total_us: int
     kv_overlap: float
     resent_chunks: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., lane: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., attempts: _Optional[int] = ..., timings: _Optional[_Union[_common_pb2.StageTimings, _Mapping]] = ..., time_to_first_token_us: _Optional[int] = ..., total_us: _Optional[int] = ..., kv_overlap: _Optional[float] = ..., resent_chunks: _Optional[int] = ...) -> None: ...
+    fetched_tokens: int
+    fetched_bytes: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., lane: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., attempts: _Optional[int] = ..., timings: _Optional[_Union[_common_pb2.StageTimings, _Mapping]] = ..., time_to_first_token_us: _Optional[int] = ..., total_us: _Optional[int] = ..., kv_overlap: _Optional[float] = ..., resent_chunks: _Optional[int] = ..., fetched_tokens: _Optional[int] = ..., fetched_bytes: _Optional[int] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

@@ -25,39 +25,43 @@ _sym_db = _symbol_database.Default()
 from pagewire.v1 import common_pb2 as pagewire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpagewire/v1/kv_channel.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"\x82\x02\n\x0e\x43onnectRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.pagewire.v1.HelloH\x00\x12*\n\tstore_put\x18\x02 \x01(\x0b\x32\x15.pagewire.v1.StorePutH\x00\x12#\n\x05offer\x18\x03 \x01(\x0b\x32\x12.pagewire.v1.OfferH\x00\x12#\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x12.pagewire.v1.ChunkH\x00\x12%\n\x06sealed\x18\x05 \x01(\x0b\x32\x13.pagewire.v1.SealedH\x00\x12#\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x12.pagewire.v1.AbortH\x00\x42\t\n\x07message\"\x95\x02\n\x0f\x43onnectResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.pagewire.v1.WelcomeH\x00\x12*\n\tstore_put\x18\x02 \x01(\x0b\x32\x15.pagewire.v1.StorePutH\x00\x12#\n\x05grant\x18\x03 \x01(\x0b\x32\x12.pagewire.v1.GrantH\x00\x12*\n\tchunk_ack\x18\x04 \x01(\x0b\x32\x15.pagewire.v1.ChunkAckH\x00\x12,\n\nsealed_ack\x18\x05 \x01(\x0b\x32\x16.pagewire.v1.SealedAckH\x00\x12#\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x12.pagewire.v1.AbortH\x00\x42\t\n\x07message\"U\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\"\xa2\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x17\n\x0f\x65xpect_instance\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12%\n\x06layout\x18\x06 \x01(\x0b\x32\x15.pagewire.v1.KvLayout\x12\r\n\x05lanes\x18\x07 \x03(\t\"8\n\x07Welcome\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04lane\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"&\n\x08StorePut\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"D\n\x05Offer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0btoken_begin\x18\x02 \x01(\r\x12\x11\n\ttoken_end\x18\x03 \x01(\r\",\n\x05Grant\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06window\x18\x02 \x01(\r\"\xac\x01\n\x05\x43hunk\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0b\n\x03seq\x18\x02 \x01(\r\x12\x13\n\x0blayer_begin\x18\x03 \x01(\r\x12\x11\n\tlayer_end\x18\x04 \x01(\r\x12\x13\n\x0btoken_begin\x18\x05 \x01(\r\x12\x11\n\ttoken_end\x18\x06 \x01(\r\x12\x11\n\tnum_bytes\x18\x07 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\t \x01(\x0c\"<\n\x08\x43hunkAck\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0b\n\x03seq\x18\x02 \x01(\r\x12\x0e\n\x06resend\x18\x03 \x01(\x08\"y\n\x06Sealed\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nnum_chunks\x18\x02 \x01(\r\x12\x15\n\rroot_checksum\x18\x03 \x01(\x06\x12/\n\x0c\x66irst_tokens\x18\x04 \x03(\x0b\x32\x19.pagewire.v1.SampledToken\" \n\tSealedAck\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"?\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.pagewire.v1.Error2\\\n\x10KvChannelService\x12H\n\x07\x43onnect\x12\x1b.pagewire.v1.ConnectRequest\x1a\x1c.pagewire.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpagewire/v1/kv_channel.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"\x9c\x01\n\x0c\x46\x65tchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\ncache_root\x18\x03 \x01(\x0c\x12\x13\n\x0btoken_begin\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x10\n\x08instance\x18\x06 \x01(\t\x12\x17\n\x0f\x65xpect_instance\x18\x07 \x01(\t\"8\n\rFetchResponse\x12\x19\n\x11transferred_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04lane\x18\x02 \x01(\t\"\x82\x02\n\x0e\x43onnectRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.pagewire.v1.HelloH\x00\x12*\n\tstore_put\x18\x02 \x01(\x0b\x32\x15.pagewire.v1.StorePutH\x00\x12#\n\x05offer\x18\x03 \x01(\x0b\x32\x12.pagewire.v1.OfferH\x00\x12#\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x12.pagewire.v1.ChunkH\x00\x12%\n\x06sealed\x18\x05 \x01(\x0b\x32\x13.pagewire.v1.SealedH\x00\x12#\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x12.pagewire.v1.AbortH\x00\x42\t\n\x07message\"\x95\x02\n\x0f\x43onnectResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.pagewire.v1.WelcomeH\x00\x12*\n\tstore_put\x18\x02 \x01(\x0b\x32\x15.pagewire.v1.StorePutH\x00\x12#\n\x05grant\x18\x03 \x01(\x0b\x32\x12.pagewire.v1.GrantH\x00\x12*\n\tchunk_ack\x18\x04 \x01(\x0b\x32\x15.pagewire.v1.ChunkAckH\x00\x12,\n\nsealed_ack\x18\x05 \x01(\x0b\x32\x16.pagewire.v1.SealedAckH\x00\x12#\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x12.pagewire.v1.AbortH\x00\x42\t\n\x07message\"U\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\"\xa2\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x17\n\x0f\x65xpect_instance\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12%\n\x06layout\x18\x06 \x01(\x0b\x32\x15.pagewire.v1.KvLayout\x12\r\n\x05lanes\x18\x07 \x03(\t\"8\n\x07Welcome\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04lane\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"&\n\x08StorePut\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"D\n\x05Offer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0btoken_begin\x18\x02 \x01(\r\x12\x11\n\ttoken_end\x18\x03 \x01(\r\",\n\x05Grant\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06window\x18\x02 \x01(\r\"\xac\x01\n\x05\x43hunk\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0b\n\x03seq\x18\x02 \x01(\r\x12\x13\n\x0blayer_begin\x18\x03 \x01(\r\x12\x11\n\tlayer_end\x18\x04 \x01(\r\x12\x13\n\x0btoken_begin\x18\x05 \x01(\r\x12\x11\n\ttoken_end\x18\x06 \x01(\r\x12\x11\n\tnum_bytes\x18\x07 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\t \x01(\x0c\"<\n\x08\x43hunkAck\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0b\n\x03seq\x18\x02 \x01(\r\x12\x0e\n\x06resend\x18\x03 \x01(\x08\"y\n\x06Sealed\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nnum_chunks\x18\x02 \x01(\r\x12\x15\n\rroot_checksum\x18\x03 \x01(\x06\x12/\n\x0c\x66irst_tokens\x18\x04 \x03(\x0b\x32\x19.pagewire.v1.SampledToken\" \n\tSealedAck\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"?\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.pagewire.v1.Error2\x9c\x01\n\x10KvChannelService\x12H\n\x07\x43onnect\x12\x1b.pagewire.v1.ConnectRequest\x1a\x1c.pagewire.v1.ConnectResponse(\x01\x30\x01\x12>\n\x05\x46\x65tch\x12\x19.pagewire.v1.FetchRequest\x1a\x1a.pagewire.v1.FetchResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewire.v1.kv_channel_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONNECTREQUEST']._serialized_start=72
-  _globals['_CONNECTREQUEST']._serialized_end=330
-  _globals['_CONNECTRESPONSE']._serialized_start=333
-  _globals['_CONNECTRESPONSE']._serialized_end=610
-  _globals['_KVLAYOUT']._serialized_start=612
-  _globals['_KVLAYOUT']._serialized_end=697
-  _globals['_HELLO']._serialized_start=700
-  _globals['_HELLO']._serialized_end=862
-  _globals['_WELCOME']._serialized_start=864
-  _globals['_WELCOME']._serialized_end=920
-  _globals['_STOREPUT']._serialized_start=922
-  _globals['_STOREPUT']._serialized_end=960
-  _globals['_OFFER']._serialized_start=962
-  _globals['_OFFER']._serialized_end=1030
-  _globals['_GRANT']._serialized_start=1032
-  _globals['_GRANT']._serialized_end=1076
-  _globals['_CHUNK']._serialized_start=1079
-  _globals['_CHUNK']._serialized_end=1251
-  _globals['_CHUNKACK']._serialized_start=1253
-  _globals['_CHUNKACK']._serialized_end=1313
-  _globals['_SEALED']._serialized_start=1315
-  _globals['_SEALED']._serialized_end=1436
-  _globals['_SEALEDACK']._serialized_start=1438
-  _globals['_SEALEDACK']._serialized_end=1470
-  _globals['_ABORT']._serialized_start=1472
-  _globals['_ABORT']._serialized_end=1535
-  _globals['_KVCHANNELSERVICE']._serialized_start=1537
-  _globals['_KVCHANNELSERVICE']._serialized_end=1629
+  _globals['_FETCHREQUEST']._serialized_start=72
+  _globals['_FETCHREQUEST']._serialized_end=228
+  _globals['_FETCHRESPONSE']._serialized_start=230
+  _globals['_FETCHRESPONSE']._serialized_end=286
+  _globals['_CONNECTREQUEST']._serialized_start=289
+  _globals['_CONNECTREQUEST']._serialized_end=547
+  _globals['_CONNECTRESPONSE']._serialized_start=550
+  _globals['_CONNECTRESPONSE']._serialized_end=827
+  _globals['_KVLAYOUT']._serialized_start=829
+  _globals['_KVLAYOUT']._serialized_end=914
+  _globals['_HELLO']._serialized_start=917
+  _globals['_HELLO']._serialized_end=1079
+  _globals['_WELCOME']._serialized_start=1081
+  _globals['_WELCOME']._serialized_end=1137
+  _globals['_STOREPUT']._serialized_start=1139
+  _globals['_STOREPUT']._serialized_end=1177
+  _globals['_OFFER']._serialized_start=1179
+  _globals['_OFFER']._serialized_end=1247
+  _globals['_GRANT']._serialized_start=1249
+  _globals['_GRANT']._serialized_end=1293
+  _globals['_CHUNK']._serialized_start=1296
+  _globals['_CHUNK']._serialized_end=1468
+  _globals['_CHUNKACK']._serialized_start=1470
+  _globals['_CHUNKACK']._serialized_end=1530
+  _globals['_SEALED']._serialized_start=1532
+  _globals['_SEALED']._serialized_end=1653
+  _globals['_SEALEDACK']._serialized_start=1655
+  _globals['_SEALEDACK']._serialized_end=1687
+  _globals['_ABORT']._serialized_start=1689
+  _globals['_ABORT']._serialized_end=1752
+  _globals['_KVCHANNELSERVICE']._serialized_start=1755
+  _globals['_KVCHANNELSERVICE']._serialized_end=1911
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,32 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class FetchRequest(_message.Message):
+    __slots__ = ("transfer_id", "prompt_ids", "cache_root", "token_begin", "address", "instance", "expect_instance")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_ROOT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    EXPECT_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: bytes
+    prompt_ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_root: bytes
+    token_begin: int
+    address: str
+    instance: str
+    expect_instance: str
+    def __init__(self, transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., token_begin: _Optional[int] = ..., address: _Optional[str] = ..., instance: _Optional[str] = ..., expect_instance: _Optional[str] = ...) -> None: ...
+
+class FetchResponse(_message.Message):
+    __slots__ = ("transferred_bytes", "lane")
+    TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    transferred_bytes: int
+    lane: str
+    def __init__(self, transferred_bytes: _Optional[int] = ..., lane: _Optional[str] = ...) -> None: ...
+
 class ConnectRequest(_message.Message):
     __slots__ = ("hello", "store_put", "offer", "chunk", "sealed", "abort")
     HELLO_FIELD_NUMBER: _ClassVar[int]

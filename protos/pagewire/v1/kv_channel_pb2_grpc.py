@@ -39,6 +39,11 @@ class KvChannelServiceStub:
                 request_serializer=pagewire_dot_v1_dot_kv__channel__pb2.ConnectRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_kv__channel__pb2.ConnectResponse.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_unary(
+                '/pagewire.v1.KvChannelService/Fetch',
+                request_serializer=pagewire_dot_v1_dot_kv__channel__pb2.FetchRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_kv__channel__pb2.FetchResponse.FromString,
+                _registered_method=True)
 
 
 class KvChannelServiceServicer:
@@ -50,6 +55,15 @@ class KvChannelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """Has this worker send KV of a prompt's beginning from its prefix cache, over a Connect call of its own to the
+        worker that asks; returns when that worker has all of it. UNAVAILABLE where it is no longer there. Ending the
+        call ends the transfer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvChannelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +71,11 @@ def add_KvChannelServiceServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=pagewire_dot_v1_dot_kv__channel__pb2.ConnectRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_kv__channel__pb2.ConnectResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=pagewire_dot_v1_dot_kv__channel__pb2.FetchRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_kv__channel__pb2.FetchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +105,33 @@ class KvChannelService:
             '/pagewire.v1.KvChannelService/Connect',
             pagewire_dot_v1_dot_kv__channel__pb2.ConnectRequest.SerializeToString,
             pagewire_dot_v1_dot_kv__channel__pb2.ConnectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.KvChannelService/Fetch',
+            pagewire_dot_v1_dot_kv__channel__pb2.FetchRequest.SerializeToString,
+            pagewire_dot_v1_dot_kv__channel__pb2.FetchResponse.FromString,
             options,
             channel_credentials,
             insecure,

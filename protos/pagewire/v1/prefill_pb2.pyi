@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "decode_address", "decode_instance", "decode_local_tokens")
+    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "decode_address", "decode_instance", "decode_local_tokens", "holder")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class PrefillRequest(_message.Message):
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DECODE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     DECODE_LOCAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -27,7 +28,8 @@ class PrefillRequest(_message.Message):
     decode_address: str
     decode_instance: str
     decode_local_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., decode_address: _Optional[str] = ..., decode_instance: _Optional[str] = ..., decode_local_tokens: _Optional[int] = ...) -> None: ...
+    holder: _common_pb2.KvHolder
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., decode_address: _Optional[str] = ..., decode_instance: _Optional[str] = ..., decode_local_tokens: _Optional[int] = ..., holder: _Optional[_Union[_common_pb2.KvHolder, _Mapping]] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("started", "first_tokens", "kv_sent")
@@ -40,10 +42,12 @@ class PrefillResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
-    __slots__ = ("cached_tokens",)
+    __slots__ = ("cached_tokens", "fetched")
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     cached_tokens: int
-    def __init__(self, cached_tokens: _Optional[int] = ...) -> None: ...
+    fetched: _common_pb2.Fetched
+    def __init__(self, cached_tokens: _Optional[int] = ..., fetched: _Optional[_Union[_common_pb2.Fetched, _Mapping]] = ...) -> None: ...
 
 class FirstTokens(_message.Message):
     __slots__ = ("tokens",)

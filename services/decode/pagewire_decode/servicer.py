@@ -15,6 +15,7 @@ from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Failed
 from pagewire_engine.metrics import StageMetrics
+from pagewire_engine.prefix_fetch import Fetch, fetch_nothing
 from pagewire_engine.wire import from_proto
 from pagewire_transfer.loss import transferring
 
@@ -35,9 +36,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         instance: str,
         kv_address: str,
         constraints: Constraints | None = None,
+        fetch: Fetch = fetch_nothing,
     ) -> None:
         self._engine, self._transfers, self._stages, self._constraints = engine, transfers, stages, constraints
-        self._instance, self._kv_address = instance, kv_address
+        self._instance, self._kv_address, self._fetch = instance, kv_address, fetch
         self._calls: dict[bytes, Call] = {}
         self._feeds = Feeds(decode_pb2.FeedResponse)
         self.draining = False  # new requests are refused, running ones go on
@@ -92,7 +94,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             self._check_prior(request)
         feed = self._feeds.get(request.feed_id)
         call = Call(request, feed)
-        with feed.used() if feed else contextlib.nullcontext():
+        async with contextlib.AsyncExitStack() as held:
+            if feed:
+                held.enter_context(feed.used())
+            fetching = self._fetch(request.prompt_ids, request.cache_root, request.holder)
+            call.known.fetched.CopyFrom(await held.enter_async_context(fetching))
             call.work.matchings = await matchings_of(self._constraints, request.sampling, call.prior)
             await self._start(call)
             self._calls[request.transfer_id] = call

@@ -38,6 +38,7 @@ from pagewire_engine.outbox import Outbox, deliver_outbox
 from pagewire_engine.proposer import Proposer, bounded
 from pagewire_engine.publishing import Counters, Publisher
 from pagewire_engine.sampler import Sampled
+from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.scheduler import Decision, Pool, Running, decide
 from pagewire_engine.sequence import Request, Sequence
 from pagewire_engine.step_cost import StepCost
@@ -146,6 +147,15 @@ class Engine:
                 if not request.cancelled:
                     self._books.enqueue(seq)
             self._wake.notify()
+
+    def adopt(self, owner: object, prompt: Seq[int], cache_root: bytes, block_table: Seq[int]) -> None:
+        """The prefix cache has the whole blocks of a prompt whose KV is in `block_table`; `owner` holds them."""
+        request = Request("", list(prompt), cache_root, SamplingParams(), 1, lambda event: None)
+        seq = self._sequence(request, num_computed=len(prompt))
+        with self._lock:
+            seq.block_table = list(block_table)
+            self._books.register(seq)
+            self.external.put(owner, seq.block_table)
 
     def cancel(self, request: Request, choices: Seq[int] = ()) -> None:
         """Ends some choices of a decoding request, or (choices empty) all of it. Idempotent."""

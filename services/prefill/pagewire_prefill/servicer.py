@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 import structlog
@@ -15,6 +16,7 @@ from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Event, Failed, FirstTokens, Progress, Started
 from pagewire_engine.metrics import StageMetrics
+from pagewire_engine.prefix_fetch import Fetch, fetch_nothing
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request
 from pagewire_engine.wire import to_proto
@@ -39,9 +41,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         sender: KvSender,
         stages: StageMetrics,
         constraints: Constraints | None = None,
+        fetch: Fetch = fetch_nothing,
     ) -> None:
         self._engine, self._source, self._sender, self._stages = engine, source, sender, stages
-        self._constraints = constraints
+        self._constraints, self._fetch = constraints, fetch
         self._cleanups: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Queue[Event]] = set()  # the events of each call
         self.draining = False  # new calls are refused, running ones go on
@@ -53,6 +56,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise Unavailable(_DRAINING)
         if len(request.transfer_id) != 16 or not request.decode_address:
             raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
+        async with self._fetch(request.prompt_ids, request.cache_root, request.holder) as fetched:
+            async with contextlib.aclosing(self._responses(request, fetched)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _responses(
+        self, request: prefill_pb2.PrefillRequest, fetched: common_pb2.Fetched
+    ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
         faults.point("queue")
         matchings = await matchings_of(self._constraints, request.sampling)
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -73,7 +84,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         try:
             started = await _until_started(events)
             started_at = time.monotonic()
-            yield prefill_pb2.PrefillResponse(started=prefill_pb2.PrefillStarted(cached_tokens=started.cached_tokens))
+            told = prefill_pb2.PrefillStarted(cached_tokens=started.cached_tokens, fetched=fetched)
+            yield prefill_pb2.PrefillResponse(started=told)
             # Pages are bound on the decode side only now that the prompt is being computed.
             opening = asyncio.create_task(self._open(request))
             first = await self._until_first_tokens(events, opening, Progress(started.cached_tokens))

@@ -34,6 +34,7 @@ class Account:
     prefill_cached: int = 0
     started: decode_pb2.DecodeStarted = field(default_factory=decode_pb2.DecodeStarted)
     kv_sent: prefill_pb2.KvSent = field(default_factory=prefill_pb2.KvSent)
+    fetched: common_pb2.Fetched = field(default_factory=common_pb2.Fetched)
     finished: decode_pb2.DecodeFinished = field(default_factory=decode_pb2.DecodeFinished)
     last_token: dict[int, float] = field(default_factory=dict)  # choice -> when
 
@@ -53,10 +54,12 @@ class Account:
             self.computed_by_decode = placed.prefill is None
             self.prefill_cached = 0
             self.started, self.kv_sent = decode_pb2.DecodeStarted(), prefill_pb2.KvSent()
+            self.fetched = common_pb2.Fetched()
 
     def note_prefill(self, started: prefill_pb2.PrefillStarted) -> None:
         if not self.resumed:
             self.prefill_cached = started.cached_tokens
+            self.fetched.CopyFrom(started.fetched)
 
     def note_kv_sent(self, sent: prefill_pb2.KvSent, metrics: RouterMetrics) -> None:
         if self.placed is not None:
@@ -68,6 +71,8 @@ class Account:
     def note_decode(self, started: decode_pb2.DecodeStarted) -> None:
         if not self.resumed:
             self.started.CopyFrom(started)
+            if started.HasField("fetched"):
+                self.fetched.CopyFrom(started.fetched)
 
     def note_tokens(self, choice: int, count: int, metrics: RouterMetrics) -> None:
         now = time.monotonic()
@@ -123,6 +128,8 @@ class Account:
             total_us=int((time.monotonic() - self.arrived) * 1e6),
             kv_overlap=self.kv_sent.overlap,
             resent_chunks=self.kv_sent.resent_chunks,
+            fetched_tokens=self.fetched.tokens,
+            fetched_bytes=self.fetched.bytes,
         )
 
     def close(self, outcome: str, completion_tokens: int, metrics: RouterMetrics) -> None:
@@ -165,6 +172,7 @@ class Account:
             "kv_tail_ms": timings.kv_tail_us / 1000,
             "kv_overlap": round(summary.kv_overlap, 3),
             "resent_chunks": summary.resent_chunks,
+            "fetched_tokens": summary.fetched_tokens,
             "decode_ms": timings.decode_us / 1000,
         }
 

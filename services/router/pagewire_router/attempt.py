@@ -21,7 +21,7 @@ from functools import partial
 from typing import Literal, Self
 
 import grpc
-from pagewire.v1 import decode_pb2, prefill_pb2
+from pagewire.v1 import common_pb2, decode_pb2, prefill_pb2
 from pagewire_core.errors import DeadlineExceeded, PagewireError, TransferLost, Unavailable, from_rpc
 from pagewire_core.feed import FeedCall
 from pagewire_core.mailbox import Mailbox
@@ -187,6 +187,7 @@ class Attempt:
             feed_id=self._feed.feed_id if self._feed else b"",
             feed_call=self._feed.number if self._feed else 0,
             prior=self._prior,
+            holder=self._holder() if self.placed.prefill is None else None,
         )
         return self.placed.decode.decode.Decode(message, metadata=self._metadata)
 
@@ -202,8 +203,19 @@ class Attempt:
             decode_address=reservation.kv_address,
             decode_instance=reservation.instance,
             decode_local_tokens=reservation.local_tokens,
+            holder=self._holder(),
         )
         return self.placed.prefill.prefill.Prefill(message, metadata=self._metadata)
+
+    def _holder(self) -> common_pb2.KvHolder | None:
+        """Whom the worker that computes the prompt is to ask for its beginning."""
+        holder, fetch = self.placed.holder, self.placed.fetch
+        if holder is None or fetch is None:
+            return None
+        return common_pb2.KvHolder(
+            worker_id=holder.worker_id, address=holder.info.address, instance=holder.info.instance,
+            tokens=fetch.tokens, timeout_s=fetch.saved_ms / 1000,
+        )  # fmt: skip
 
     async def _pump(self, leg: Leg, call: grpc.aio.UnaryStreamCall) -> None:
         """Moves one leg's events to the queue; None marks its good end."""

@@ -2,6 +2,7 @@
 
     hit          leading prompt tokens that a worker has (prefix index)
     pair(p, d)   queue      queue_p                        the prompts that are there already
+                 fetch      getting what another worker has, where that is cheaper than computing it; then a hit
                  prefill    t_pre(prompt - hit_p, hit_p)
                  transfer   max(0, x - 0.7 * t_pre)        moving the KV, as far as computing does not hide it
     local(d)     queue      queue_d
@@ -50,9 +51,9 @@ class Prediction:
 def predict(ask: Ask, p: Load | None, d: Load, links: Links) -> Prediction:
     """Of a plan, whatever policy made it."""
     if p is None:
-        return Prediction(d.queue_ms + _local_prefill_ms(ask, d), 0.0)
-    prefill = p.model.prefill_ms(*_rest(ask, p))
-    return Prediction(p.queue_ms + prefill, _tail_ms(ask, p, d, prefill, links))
+        return Prediction(d.queue_ms + _fetch_ms(d) + _local_prefill_ms(ask, d), 0.0)
+    prefill = p.model.prefill_ms(*to_compute(ask, p))
+    return Prediction(p.queue_ms + _fetch_ms(p) + prefill, _tail_ms(ask, p, d, prefill, links))
 
 
 def plans(ask: Ask, pool: Pool, links: Links) -> list[Plan]:
@@ -93,12 +94,24 @@ def _rest(ask: Ask, w: Load) -> tuple[int, int]:
     return ask.prompt_tokens - hit, hit
 
 
+def to_compute(ask: Ask, w: Load) -> tuple[int, int]:
+    """As `_rest`, when what is better fetched than computed has been fetched."""
+    hit = max(w.hit_tokens, w.fetch.tokens if w.fetch else 0)
+    hit = min(hit, ask.prompt_tokens - 1)
+    return ask.prompt_tokens - hit, hit
+
+
+def _fetch_ms(w: Load) -> float:
+    return w.fetch.ms if w.fetch else 0.0
+
+
 def _prefill(ask: Ask, p: Load) -> Terms:
-    return {
+    terms = {
         "queue": p.queue_ms,
-        "prefill": p.model.prefill_ms(*_rest(ask, p)),
+        "prefill": p.model.prefill_ms(*to_compute(ask, p)),
         "eviction": _evicted_ms(p, _rest(ask, p)[0]),
     }
+    return terms | {"fetch": p.fetch.ms} if p.fetch else terms
 
 
 def _decode(ask: Ask, d: Load) -> Terms:
@@ -126,7 +139,7 @@ def _local(ask: Ask, d: Load, decode: Terms) -> Plan:
 
 def _local_prefill_ms(ask: Ask, d: Load) -> float:
     """Those that decode go on between the prompt's chunks."""
-    alone = d.model.prefill_ms(*_rest(ask, d))
+    alone = d.model.prefill_ms(*to_compute(ask, d))
     steps = math.ceil(alone / _STEP_MS) if d.num_sequences else 0
     return alone + steps * d.model.decode_ms(d.num_sequences, d.kv_tokens)
 

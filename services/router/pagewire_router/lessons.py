@@ -13,6 +13,8 @@ from pagewire_router.workers import Worker
 def learn(placement: Placement[Worker], placed: Placed[Worker], event: Event) -> None:
     if isinstance(event, decode_pb2.FeedEntry):
         return
+    if event.WhichOneof("event") == "started" and event.started.HasField("fetched"):
+        _learn_fetch(placement, placed, event.started.fetched)
     kind, breakers, decode = event.WhichOneof("event"), placement.breakers, placed.decode.worker_id
     if placed.prefill is None:
         return
@@ -25,6 +27,12 @@ def learn(placement: Placement[Worker], placed: Placed[Worker], event: Event) ->
         sent = event.kv_sent
         busy_us = sent.wire_us or sent.timings.transfer_us
         placement.links.observe(prefill, decode, sent.transferred_bytes, busy_us / 1e6)
+
+
+def _learn_fetch(placement: Placement[Worker], placed: Placed[Worker], fetched: common_pb2.Fetched) -> None:
+    if placed.holder is not None and fetched.tokens:
+        computing = placed.prefill or placed.decode
+        placement.links.observe(placed.holder.worker_id, computing.worker_id, fetched.bytes, fetched.fetch_us / 1e6)
 
 
 def learn_end(placement: Placement[Worker], placed: Placed[Worker], output_tokens: float) -> None:

@@ -64,6 +64,16 @@ class StepModel:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """Leading prompt tokens that a worker gets from `holder` in `ms`, instead of computing them in `saved_ms`."""
+
+    holder: str
+    tokens: int
+    ms: float
+    saved_ms: float
+
+
+@dataclass(frozen=True)
 class Load:
     """One worker as a plan sees it: its last report plus what the router sent since."""
 
@@ -82,6 +92,7 @@ class Load:
     unused_tokens: int = 1 << 40  # of these, the room that holds no cached prefix
     kv_bytes_per_token: int = 0
     turn: int = 0  # the number of the last placement on it
+    fetch: Fetch | None = None  # what it had better fetch if it is to compute the prompt
 
     @property
     def can_prefill(self) -> bool:

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from pagewire_core.block_hash import block_hashes, chain_root
+from pagewire_core.block_hash import HASH_BLOCK, block_hashes, chain_root
 from pagewire_core.prefix_index import PrefixIndex
 
 from pagewire_router.breakers import Breakers
-from pagewire_router.cost import Prediction, predict
+from pagewire_router.cost import Prediction, predict, to_compute
+from pagewire_router.fetch import with_fetches
 from pagewire_router.ledger import Booking, Ledger
 from pagewire_router.links import Links
-from pagewire_router.load import EXPECTED_OUTPUT, Ask, Load, Pool
+from pagewire_router.load import EXPECTED_OUTPUT, Ask, Fetch, Load, Pool
 from pagewire_router.plan import Plan, Policy
 from pagewire_router.policies import POLICIES
 from pagewire_router.request import ValidRequest
@@ -45,6 +46,8 @@ class Placed(Generic[W]):
     predicted: Prediction
     prefill_booking: Booking
     decode_booking: Booking
+    holder: W | None = None  # whom to ask for what `fetch` says
+    fetch: Fetch | None = None
 
     @property
     def decision(self) -> str:
@@ -128,12 +131,15 @@ class Placement(Generic[W]):
         hashes = {fingerprint: block_hashes(root, request.prompt_ids) for fingerprint, root in roots.items()}
         indexed = {fingerprint: self._index.match(chain) for fingerprint, chain in hashes.items()}
         loads: dict[str, Load] = {}
+        held: dict[str, int] = {}
         for w in live:
             chain, known = hashes[w.info.fingerprint], indexed[w.info.fingerprint]
             loads[w.worker_id] = w.load(w.hits(chain, known.get(w.worker_id, 0)))
+            held[w.worker_id] = known.get(w.worker_id, 0) * HASH_BLOCK
         output = min(float(request.sampling.max_tokens), self._output_tokens)
         previous = self._sessions.get(request.session_id) if request.session_id else None
-        return View(Ask(len(request.prompt_ids), request.n, output, previous), loads, roots, hashes)
+        ask = Ask(len(request.prompt_ids), request.n, output, previous)
+        return View(ask, with_fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 
     def plans(self, view: View, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()) -> list[Plan]:
         """As `place`, best first; the policy chooses among the best of them."""
@@ -155,7 +161,9 @@ class Placement(Generic[W]):
         assert decode is not None
         assert plan.prefill is None or prefill is not None
         self._note(request, prefill, decode)
-        compute, fingerprint = _work(view, plan.prefill or plan.decode), decode.info.fingerprint
+        computing = view.loads[plan.prefill or plan.decode]
+        compute, fingerprint = to_compute(view.ask, computing), decode.info.fingerprint
+        holder = self._workers.get(computing.fetch.holder) if computing.fetch else None
         held = view.ask.prompt_tokens + request.n
         hashes = view.hashes[fingerprint]
         return Placed(
@@ -165,6 +173,8 @@ class Placement(Generic[W]):
             self.predict(view, plan),
             Booking(*compute, hashes=hashes),
             Booking(*(compute if prefill is None else (0, 0)), held, request.n, hashes),
+            holder,
+            computing.fetch if holder is not None else None,
         )
 
     def _note(self, request: ValidRequest, prefill: W | None, decode: W) -> None:
@@ -180,9 +190,3 @@ class Placement(Generic[W]):
             self._sessions.move_to_end(request.session_id)
             if len(self._sessions) > _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
-
-
-def _work(view: View, worker_id: str) -> tuple[int, int]:
-    """Prompt tokens that a worker is to compute, and those that it has."""
-    hit = min(view.loads[worker_id].hit_tokens, view.ask.prompt_tokens - 1)
-    return view.ask.prompt_tokens - hit, hit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -24,7 +24,7 @@ class KvChannelServicer(KvChannelServiceServicer):
     """Receives KV into a sink. Lives on the event loop.
 
     timeout_s: how long a lane operation or a handshake may take before the peer counts as lost.
-    window: chunks of one transfer that may be unacknowledged.
+    window: chunks of one transfer that may be unacknowledged. lend: sends a cached prefix to a worker that asks.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class KvChannelServicer(KvChannelServiceServicer):
         self._pairs: set[ReceivingPair] = set()
         self._owners: dict[bytes, ReceivingPair] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.lend: Callable[[kv.FetchRequest], Awaitable[kv.FetchResponse]] = _nothing_to_lend
 
     @property
     def staging_slots(self) -> int:
@@ -69,6 +70,11 @@ class KvChannelServicer(KvChannelServiceServicer):
             pair.close(Unavailable("the decode worker is shutting down"))
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    async def Fetch(self, request: kv.FetchRequest, context: grpc.aio.ServicerContext) -> kv.FetchResponse:
+        if request.expect_instance != self._settings.identity.instance:
+            raise Unavailable(f"this is {self._settings.identity.instance}, not {request.expect_instance}")
+        return await self.lend(request)
 
     async def Connect(
         self, request_iterator: AsyncIterator[kv.ConnectRequest], context: grpc.aio.ServicerContext
@@ -104,3 +110,7 @@ class KvChannelServicer(KvChannelServiceServicer):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _nothing_to_lend(request: kv.FetchRequest) -> kv.FetchResponse:
+    raise Unavailable("this worker lends no prefixes")

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from typing import Any
 
 import structlog
@@ -47,6 +48,7 @@ from pagewire_transfer.receiver import KvChannelServicer
 from pagewire_transfer.sender import KvSender
 from prometheus_client import CollectorRegistry
 
+from pagewire_worker.prefixes import PrefixFetcher, PrefixLender
 from pagewire_worker.servicer import WorkerServicer
 
 log = structlog.get_logger(__name__)
@@ -193,13 +195,27 @@ class Worker:
             info.worker_id, self._instance, self._loaded.fingerprint, self._loaded.runner.cache.layout, self._args.host
         )
         timeout_s = self._args.transfer_timeout
+        # Every worker sends and receives: prefixes go between any two.
+        source = PromptSource(self._engine)
+        lender = PrefixLender(self._engine, source)
+        self._sender = sender = KvSender(
+            identity, lender, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics, tls=self._tls
+        )
+        self._receiver = KvChannelServicer(
+            identity, self._transfers, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics
+        )
+        self._receiver.lend = partial(lender.lend, sender)
+        self._transfers.abort_peer = self._receiver.abort
+        server.add(
+            kv_channel_pb2_grpc.add_KvChannelServiceServicer_to_server,
+            self._receiver,
+            kv_channel_pb2.DESCRIPTOR.services_by_name["KvChannelService"],
+        )
+        fetch = PrefixFetcher(self._engine, self._transfers, identity, info.address, self._tls, registry)
+        constraints = self._loaded.constraints
         if role in ("prefill", "both"):
             self._engine.layers.enabled = True
-            source = PromptSource(self._engine)
-            self._sender = KvSender(
-                identity, source, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics, tls=self._tls
-            )
-            prefill = PrefillServicer(self._engine, source, self._sender, stages, self._loaded.constraints)
+            prefill = PrefillServicer(self._engine, source, sender, stages, constraints, fetch)
             self._roles.append(prefill)
             server.add(
                 prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
@@ -207,17 +223,9 @@ class Worker:
                 prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"],
             )
         if role in ("decode", "both"):
-            self._receiver = KvChannelServicer(
-                identity, self._transfers, lanes=self._lanes, timeout_s=timeout_s, metrics=transfer_metrics
+            decode = DecodeServicer(
+                self._engine, self._transfers, stages, self._instance, info.address, constraints, fetch
             )
-            self._transfers.abort_peer = self._receiver.abort
-            server.add(
-                kv_channel_pb2_grpc.add_KvChannelServiceServicer_to_server,
-                self._receiver,
-                kv_channel_pb2.DESCRIPTOR.services_by_name["KvChannelService"],
-            )
-            constraints = self._loaded.constraints
-            decode = DecodeServicer(self._engine, self._transfers, stages, self._instance, info.address, constraints)
             self._roles.append(decode)
             server.add(
                 decode_pb2_grpc.add_DecodeServiceServicer_to_server,

@@ -1,0 +1,212 @@
+"""A prompt's beginning comes from a worker that has it; whatever goes wrong, it is computed, and no token differs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from engines import Run, make_engine, run_all
+from pagewire_transfer import lane_thread
+from pagewire_transfer.lanes import Lane, open_lane
+from peers import Peer, compute, hand_over, peer
+from tiny_models import VOCAB, make_model
+
+HELD = 128  # of PROMPT, two hash blocks
+PROMPT = [random.Random(7).randrange(5, VOCAB) for _ in range(170)]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Path) -> list[int]:
+    run = Run(PROMPT, ignore_eos=True)
+    run_all(make_engine(llama), run)
+    return run.tokens()
+
+
+@dataclass
+class Scene:
+    """`holder` has PROMPT in its prefix cache; the others have nothing."""
+
+    holder: Peer
+    worker: Peer
+    target: Peer
+
+    def computed(self) -> int:
+        """Prompt tokens that the worker computed."""
+        return self.worker.engine.counters.prompt_tokens_computed
+
+    async def assert_empty(self) -> None:
+        for each in (self.holder, self.worker, self.target):
+            await each.assert_empty()
+
+
+@contextlib.asynccontextmanager
+async def scene(llama: Path, lane: str = "grpc") -> AsyncIterator[Scene]:
+    async with (
+        peer(llama, "holder", lane=lane, chunk_bytes=4096) as holder,
+        peer(llama, "worker", lane=lane) as worker,
+        peer(llama, "target", lane=lane) as target,
+    ):
+        await compute(PROMPT, holder)
+        await holder.assert_empty()
+        yield Scene(holder, worker, target)
+
+
+@pytest.mark.parametrize("lane", ["shm", "gloo", "grpc"])
+async def test_what_a_peer_holds_is_fetched_and_not_computed(lane: str, llama: Path, expected: list[int]) -> None:
+    async with scene(llama, lane) as s:
+        answer = await hand_over(PROMPT, s.worker, s.target, holder=s.holder.holds(HELD))
+        assert answer.tokens == expected
+        fetched = answer.started.fetched
+        bytes_per_token = s.worker.engine.runner.cache.bytes_per_token
+        assert (fetched.tokens, fetched.bytes, fetched.lane) == (HELD, HELD * bytes_per_token, lane)
+        assert answer.started.cached_tokens == HELD and s.computed() == len(PROMPT) - HELD
+        assert s.worker.metric("fetches_total", outcome="ok") == 1
+        await s.assert_empty()
+        again = await compute(PROMPT, s.worker, s.holder.holds(HELD))  # it has that now, and more
+        assert again.tokens == expected and not again.started.fetched.tokens
+        assert s.worker.metric("fetches_total", outcome="not needed") == 1
+        await s.assert_empty()
+
+
+async def test_a_worker_that_decodes_alone_fetches_too(llama: Path, expected: list[int]) -> None:
+    async with scene(llama) as s:
+        alone = await compute(PROMPT, s.worker, s.holder.holds(HELD))
+        assert alone.tokens == expected
+        assert alone.started.fetched.tokens == HELD and s.computed() == len(PROMPT) - HELD
+        await s.assert_empty()
+
+
+async def test_only_what_is_missing_crosses(llama: Path, expected: list[int]) -> None:
+    async with scene(llama) as s:
+        await compute(PROMPT[:80], s.worker)  # has 5 blocks of 16 then
+        before = s.computed()
+        alone = await compute(PROMPT, s.worker, s.holder.holds(HELD))
+        assert alone.tokens == expected
+        assert alone.started.fetched.tokens == HELD - 80 and s.computed() - before == len(PROMPT) - HELD
+        await s.assert_empty()
+
+
+async def check_computed(s: Scene, expected: list[int], timeout_s: float = 5.0) -> None:
+    """It was asked for, did not come, and the answer is right all the same."""
+    alone = await compute(PROMPT, s.worker, s.holder.holds(HELD, timeout_s))
+    assert alone.tokens == expected
+    assert not alone.started.fetched.tokens and s.computed() == len(PROMPT)
+    assert s.worker.metric("fetches_total", outcome="failed") == 1
+    await s.assert_empty()
+
+
+async def test_what_the_holder_has_evicted_is_computed(llama: Path, expected: list[int]) -> None:
+    async with scene(llama) as s:
+        s.holder.engine.blocks.reset_cache()
+        await check_computed(s, expected)
+
+
+async def test_a_holder_that_is_gone_is_done_without(llama: Path, expected: list[int]) -> None:
+    async with scene(llama) as s:
+        await s.holder.server.stop(0)
+        await check_computed(s, expected)
+
+
+async def test_another_life_of_the_holder_is_not_asked(llama: Path, expected: list[int]) -> None:
+    async with scene(llama) as s:
+        named = s.holder.holds(HELD)
+        named.instance = "holder-life-0"
+        alone = await compute(PROMPT, s.worker, named)
+        assert alone.tokens == expected and not alone.started.fetched.tokens
+        await s.assert_empty()
+
+
+@pytest.fixture
+def halted(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Set when a holder has sent some chunks; it then goes on with the next only after the test."""
+    reached, over = threading.Event(), threading.Event()
+    gathers = 0
+    from pagewire_worker.prefixes import PrefixLender
+
+    gather = PrefixLender.gather
+
+    def halting(self: PrefixLender, *args: object) -> None:
+        nonlocal gathers
+        gathers += 1
+        if gathers > 3:
+            reached.set()
+            over.wait(10)
+        gather(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PrefixLender, "gather", halting)
+    reached.over = over  # type: ignore[attr-defined]
+    yield reached
+    over.set()
+
+
+async def test_a_holder_that_stands_still_costs_no_longer_than_computing(
+    llama: Path, expected: list[int], halted: threading.Event
+) -> None:
+    async with scene(llama) as s:
+        asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD, 0.5)))
+        assert await asyncio.to_thread(halted.wait, 10)
+        alone = await asking
+        assert alone.tokens == expected and not alone.started.fetched.tokens
+        halted.over.set()  # type: ignore[attr-defined]
+        await s.assert_empty()
+
+
+async def test_a_holder_that_dies_in_the_middle_costs_nothing_but_time(
+    llama: Path, expected: list[int], halted: threading.Event
+) -> None:
+    async with scene(llama) as s:
+        asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD, 20)))
+        assert await asyncio.to_thread(halted.wait, 10)
+        stopping = asyncio.gather(s.holder.server.stop(0), s.holder.sender.close())
+        halted.over.set()  # type: ignore[attr-defined]
+        await stopping
+        alone = await asking
+        assert alone.tokens == expected and not alone.started.fetched.tokens
+        assert s.computed() == len(PROMPT)
+        await s.assert_empty()
+
+
+async def test_a_client_that_leaves_meanwhile_leaves_nothing_behind(llama: Path, halted: threading.Event) -> None:
+    async with scene(llama) as s:
+        asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD, 20)))
+        assert await asyncio.to_thread(halted.wait, 10)
+        asking.cancel()
+        halted.over.set()  # type: ignore[attr-defined]
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await s.assert_empty()
+
+
+class _Damaging:
+    """Flips a bit of every chunk that it receives."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.name, self.staging, self.send = lane.name, lane.staging, lane.send
+        self.interrupt, self.close, self._recv = lane.interrupt, lane.close, lane.recv
+
+    @contextlib.contextmanager
+    def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> Iterator[torch.Tensor]:
+        with self._recv(num_bytes, inline, next_bytes) as wire:
+            wire[num_bytes // 2] ^= 1
+            yield wire
+
+
+async def test_damaged_kv_never_becomes_a_token(
+    llama: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_thread, "open_lane", lambda *args: _Damaging(open_lane(*args)))
+    async with scene(llama) as s:
+        await check_computed(s, expected)
+        assert s.worker.metric("checksum_failures_total") >= 2
