@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="smol135")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens; default: the shape's")
     parser.add_argument("--untie", action="store_true", help="an output matrix of its own")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; default: train one")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     shape = dataclasses.replace(SHAPES[args.shape], tied=not args.untie)
+    if args.context:
+        shape = dataclasses.replace(shape, max_position_embeddings=args.context)
     if "int4" in args.compressed and shape.intermediate_size % compressed.GROUP:
         sys.exit(
             f"make_model.py: int4 has groups of {compressed.GROUP}, and this shape's matrices no whole number of them"

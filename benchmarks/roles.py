@@ -1,6 +1,8 @@
 """Disaggregated against the same two workers with both roles, on this machine, interleaved.
 
     python benchmarks/roles.py --rounds 3 --out benchmarks/results/roles.json
+    python benchmarks/make_model.py random/tiny16k --shape tiny --context 16384
+    python benchmarks/roles.py --model random/tiny16k --loads "streams beside 8k prompts" --out ...
 
 Every round starts each arrangement with `pagewire serve`, runs each load of LOADS on it with
 `benchmarks/serve.py`, and stops it. Prints medians over the rounds, their spread, and the ratio of 1P1D
@@ -30,7 +32,14 @@ LOADS = {
     "long prompts, 4 in flight": ["--concurrency=4", "--num-requests=40", "--prompt-len=1200", "--output-len=64"],
     "shared prefix, 8 in flight": ["--concurrency=8", "--num-requests=80", "--prompt-len=512", "--output-len=32",
                                    "--shared-prefix-share=0.9"],
+    "streams beside 8k prompts": ["--concurrency=4", "--duration=40", "--prompt-len=64", "--output-len=256"],
 }  # fmt: skip
+# What a second client asks for at the same time; its figures are kept beside those of the load.
+BESIDE = {
+    "streams beside 8k prompts": ["--concurrency=1", "--duration=40", "--prompt-len=8000", "--output-len=1", "--seed=1",
+                                  "--warmup=0"],
+}  # fmt: skip
+DEFAULT_LOADS = [load for load in LOADS if load not in BESIDE]  # the demo model's context is too short for 8k
 FIGURES = {
     "TTFT p50 (ms)": ("ttft_ms", "p50"),
     "TTFT p99 (ms)": ("ttft_ms", "p99"),
@@ -56,11 +65,25 @@ def _served(arrangement: list[str], args: argparse.Namespace, directory: Path) -
     return process, json.loads(state.read_text())["base_url"]
 
 
-def _measure(base_url: str, load: list[str], directory: Path) -> dict[str, Any]:
-    out = directory / "result.json"
-    command = [sys.executable, str(ROOT / "benchmarks/serve.py"), f"--base-url={base_url}", f"--out={out}", *load]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    measured: dict[str, Any] = json.loads(out.read_text())
+def _measure(base_url: str, load: str, directory: Path) -> dict[str, Any]:
+    out = {name: directory / f"{name}.json" for name in ("load", "beside")}
+    command = [sys.executable, str(ROOT / "benchmarks/serve.py"), f"--base-url={base_url}"]
+    beside = None
+    if load in BESIDE:
+        beside = subprocess.Popen(
+            [*command, f"--out={out['beside']}", *BESIDE[load]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    subprocess.run(
+        [*command, f"--out={out['load']}", *LOADS[load]],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    measured: dict[str, Any] = json.loads(out["load"].read_text())
+    if beside is not None:
+        if beside.wait():
+            sys.exit("roles.py: the second client of the load failed")
+        measured["beside"] = json.loads(out["beside"].read_text())
     return measured
 
 
@@ -87,19 +110,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the demo model")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=DEFAULT_LOADS, metavar="NAME")
     parser.add_argument("--port", type=int, default=8017)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {load: {a: [] for a in ARRANGEMENTS} for load in LOADS}
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {load: {a: [] for a in ARRANGEMENTS} for load in args.loads}
     with tempfile.TemporaryDirectory() as name:
         for _ in range(args.rounds):
             for arrangement, flags in ARRANGEMENTS.items():
                 process, base_url = _served(flags, args, Path(name))
-                for load, options in LOADS.items():
-                    runs[load][arrangement].append(_measure(base_url, options, Path(name)))
+                for load in args.loads:
+                    runs[load][arrangement].append(_measure(base_url, load, Path(name)))
                 process.send_signal(signal.SIGINT)
                 process.wait()
-    for load in LOADS:
+    for load in args.loads:
         Console().print(_table(load, runs[load]))
     if args.out:
         args.out.write_text(json.dumps(runs, indent=1) + "\n")

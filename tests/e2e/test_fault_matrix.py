@@ -75,6 +75,9 @@ WIRE = {
     "lane thread of decode fails": {"S3": Fault("chunk-received:decode:refuse", "after=1")},
     "lane thread of prefill hangs": {"S3": Fault("bytes-sent:prefill:delay", "after=1 seconds=7")},
     "lane thread of decode hangs": {"S3": Fault("chunk-received:decode:delay", "after=1 seconds=7")},
+    # Its connections still answer: only its silence tells, after 10 s.
+    "loop of prefill stands still": {"S2": Fault("queue:prefill:delay", "seconds=14")},
+    "loop of decode stands still": {"S4": Fault("sealed:decode:delay", "seconds=14")},
     "chunk lost": {"S3": Fault("chunk-sent:prefill:drop", "after=1")},
     "chunk sent twice": {"S3": Fault("chunk-sent:prefill:duplicate", "after=1")},
     "chunk damaged": {"S3": Fault("chunk-received:decode:flip", "after=1")},
