@@ -13,6 +13,7 @@ import orjson
 from openai import AsyncOpenAI
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from pagewire.v1.inference_pb2 import Accepted, Delta, GenerateRequest, GenerateResponse, Summary, TokenText
+from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
 from pagewire_bridge.app import create_app
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.main import build_server, listen
@@ -180,13 +181,15 @@ async def running_router(router: ScriptedRouter) -> AsyncIterator[tuple[RpcServe
 
 
 @asynccontextmanager
-async def running_bridge(request_timeout_s: float = 30.0, send_timeout_s: float = 30.0) -> AsyncIterator[Bridge]:
+async def running_bridge(
+    request_timeout_s: float = 30.0, send_timeout_s: float = 30.0, answers: AnswerFormat = NO_FORMAT
+) -> AsyncIterator[Bridge]:
     router = ScriptedRouter()
     async with running_router(router) as (router_server, address):
         listener = listen("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = build_server(
-            create_app(lambda: RouterClient(address, request_timeout_s)), send_timeout_s=send_timeout_s
+            create_app(lambda: RouterClient(address, request_timeout_s), answers=answers), send_timeout_s=send_timeout_s
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         async with (

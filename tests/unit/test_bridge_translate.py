@@ -190,7 +190,7 @@ def test_a_wrong_or_unsupported_value_names_its_field(field: str, value: object)
         ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1].tool_calls"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1].tool_calls[0].function"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 1}, "logprobs"),
@@ -237,7 +237,7 @@ def test_a_missing_field_is_called_required() -> None:
 
 def test_values_that_ask_for_nothing_are_accepted_and_unknown_fields_are_named() -> None:
     harmless = {
-        "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "modalities": ["text"], "suffix": "",
+        "response_format": {"type": "text"}, "tools": None, "tool_choice": "auto", "modalities": ["text"], "suffix": "",
         "use_beam_search": False, "best_of": 1,
     }  # fmt: skip
     chat(**harmless)

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from pagewire_bridge.access import Access
+from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
 from pagewire_bridge.anthropic.routes import ROUTES as ANTHROPIC_ROUTES
 from pagewire_bridge.chat_page import ROUTES as CHAT_PAGE_ROUTES
 from pagewire_bridge.client import RouterClient
@@ -40,6 +41,7 @@ class State(TypedDict):
 
     client: RouterClient
     metrics: BridgeMetrics
+    answers: AnswerFormat
 
 
 async def health(request: Request) -> Response:
@@ -109,14 +111,16 @@ def create_app(
     open_client: Callable[[], RouterClient],
     on_ready: Callable[[], None] = lambda: None,
     *,
+    answers: AnswerFormat = NO_FORMAT,
     keys: KeyRing | None = None,
     redis_url: str | None = None,
     allowed_origins: Sequence[str] = (),
 ) -> ASGIApp:
     """The ASGI application.
 
-    open_client is called in the serving event loop, on_ready just before requests are taken. redis_url: where the
-    limits of keys are counted. allowed_origins: whose web pages may call it.
+    open_client is called in the serving event loop, on_ready just before requests are taken. answers: how the model
+    writes calls and thoughts. redis_url: where the limits of keys are counted. allowed_origins: whose web pages may
+    call it.
     """
     bridge_metrics, limiter = BridgeMetrics(), RateLimiter(redis_url)
 
@@ -124,7 +128,7 @@ def create_app(
     async def lifespan(_app: Starlette) -> AsyncIterator[State]:
         client = open_client()
         on_ready()
-        yield {"client": client, "metrics": bridge_metrics}
+        yield {"client": client, "metrics": bridge_metrics, "answers": answers}
         await client.close()
         await limiter.close()
 

@@ -16,9 +16,12 @@ from pagewire_core.telemetry import configure_logging
 from pagewire_core.tls import tls_files
 from starlette.types import ASGIApp
 
+from pagewire_bridge.answer_parser import AnswerFormat
 from pagewire_bridge.app import create_app
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.keys import load_keys
+from pagewire_bridge.reasoning import REASONING_FORMATS
+from pagewire_bridge.tools.families import TOOL_FORMATS
 from pagewire_bridge.write_timeout import http_protocol
 
 log = structlog.get_logger(__name__)
@@ -74,6 +77,8 @@ def serve(flags: argparse.Namespace) -> None:
     configure_logging("bridge", flags.log_format, flags.log_level)
     if not flags.router:
         raise StartupError("the bridge needs --router host:port")
+    if flags.enable_auto_tool_choice and not flags.tool_call_parser:
+        raise StartupError("--enable-auto-tool-choice needs --tool-call-parser")
     tls = tls_files(flags.tls_cert, flags.tls_key, flags.tls_ca)
     keys = load_keys(flags.api_key, flags.api_keys_file)
     ports = [flags.port, *([flags.ollama_port] if flags.ollama_port else [])]
@@ -82,6 +87,11 @@ def serve(flags: argparse.Namespace) -> None:
     app = create_app(
         lambda: RouterClient(flags.router, flags.request_timeout, tls),
         lambda: log.info("bridge ready", host=host, port=port, router=flags.router),
+        answers=AnswerFormat(
+            TOOL_FORMATS[flags.tool_call_parser] if flags.tool_call_parser else None,
+            flags.enable_auto_tool_choice,
+            REASONING_FORMATS[flags.reasoning_parser] if flags.reasoning_parser else None,
+        ),
         keys=keys,
         redis_url=flags.redis_url,
         allowed_origins=flags.allowed_origins,

@@ -14,8 +14,7 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "prefix-caching-hash-algo",
     # Adapters, structure.
     "enable-lora", "lora-modules", "max-loras", "max-lora-rank",
-    "structured-outputs-config", "enable-auto-tool-choice", "tool-call-parser", "tool-parser-plugin",
-    "reasoning-parser", "watermark-config",
+    "structured-outputs-config", "tool-parser-plugin", "watermark-config",
     # The HTTP server.
     "uds", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "enable-ssl-refresh",
     "allowed-methods", "allowed-headers", "allow-credentials", "root-path", "middleware",

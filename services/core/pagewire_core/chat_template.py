@@ -22,7 +22,7 @@ import jinja2.sandbox
 from pagewire_core.errors import InvalidRequest, StartupError
 from pagewire_core.model_dir import read_json, special_token
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 # What a template may raise: Jinja's own errors, and Python's where it treats a value as what it is not.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 

@@ -148,6 +148,13 @@ FLAGS: dict[str, Flag] = {
     "cpus": Flag((), "cores that the engine's threads divide among them (0,2-3); default: all", cpus),
     "cpu-lending": Flag(None, "a file in memory (/dev/shm/x) through which the workers of a host, each with --cpus of "
                               "its own, lend each other idle cores"),
+    # How its answers are read.
+    "tool-call-parser": Flag(None, "how the model writes calls of tools", choices=(
+        "hermes", "qwen", "qwen25", "qwen3", "qwen3_coder", "qwen3_xml", "llama3_json", "llama4_json", "json",
+        "mistral", "deepseek_v3", "deepseek_v31")),
+    "enable-auto-tool-choice": Flag(False, "the model may decide whether to call a tool (tool_choice auto)", None),
+    "reasoning-parser": Flag(None, "how the model marks its thoughts", choices=(
+        "deepseek_r1", "deepseek_v3", "glm45", "mistral", "qwen3", "seed_oss")),
     # The services.
     "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
     "worker-id": Flag(None, "a stable name; default: role, host and port"),
@@ -193,7 +200,8 @@ WORKER_FLAGS = (
     "redis-url", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 BRIDGE_FLAGS = (
-    "router", "host", "port", "redis-url", "api-key", "api-keys-file", "allowed-origins", "ollama-port",
+    "router", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser",
+    "host", "port", "redis-url", "api-key", "api-keys-file", "allowed-origins", "ollama-port",
     "request-timeout", "send-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 

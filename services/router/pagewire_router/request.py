@@ -131,7 +131,7 @@ def render(chat: inference_pb2.Chat, model: ServedModel) -> str:
         raise InvalidRequest("this model has no chat template: use completions, or start with --chat-template")
     if not chat.messages:
         raise InvalidRequest("messages must not be empty", param="messages")
-    messages = [{"role": m.role, "content": m.content, **({"name": m.name} if m.name else {})} for m in chat.messages]
+    messages = [_message(message) for message in chat.messages]
     if any(not m["role"] for m in messages):
         raise InvalidRequest("every message needs a role", param="messages")
     add_prompt = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
@@ -141,8 +141,30 @@ def render(chat: inference_pb2.Chat, model: ServedModel) -> str:
         messages,
         add_generation_prompt=add_prompt,
         continue_final_message=chat.continue_final_message,
-        kwargs=_template_kwargs(chat.template_kwargs_json),
+        kwargs=_template_kwargs(chat.template_kwargs_json)
+        | ({"tools": _tools(chat.tools_json)} if chat.tools_json else {}),
     )
+
+
+def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+    fields = _read_json(message.fields_json, dict, "messages") if message.fields_json else {}
+    name = {"name": message.name} if message.name else {}
+    return {**fields, "role": message.role, "content": message.content, **name}
+
+
+def _tools(text: str) -> list[Any]:
+    tools: list[Any] = _read_json(text, list, "tools")
+    return tools
+
+
+def _read_json(text: str, kind: type, param: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"this is not JSON: {error}", param=param) from error
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"this must be a JSON {kind.__name__}", param=param)
+    return value
 
 
 def _template_kwargs(text: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _answer(wanted: inference_pb2.StructuredOutput, specials: Mapping[str, int])
     raise InvalidRequest("structured output needs a format", _PARAM)
 
 
-def json_options(wanted: inference_pb2.StructuredOutput) -> dict[str, Any]:
+def json_options(wanted: inference_pb2.StructuredOutput) -> Any:
     """llguidance's: a client's own white space wins over ours."""
     if wanted.disable_any_whitespace:
         return {"whitespace_flexible": False}

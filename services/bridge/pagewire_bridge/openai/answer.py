@@ -12,10 +12,12 @@ from pagewire.v1.inference_pb2 import Delta, Summary, TokenText
 from pagewire_core.errors import PagewireError
 
 from pagewire_bridge import sse
+from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.errors import from_error
 from pagewire_bridge.openai.shapes import Choice, Shape
 from pagewire_bridge.served_by import account
+from pagewire_bridge.tools.calls import Piece, Text, Thought, joined
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +33,8 @@ class Answer:
 
     head: id, created, model, system_fingerprint. stop_token_ids: the client's own, which it may see
     again as a stop_reason; the model's end-of-sequence ids are not shown. prompt_token_ids: per prompt,
-    None unless the client wants token ids beside the text.
+    None unless the client wants token ids beside the text. parsers: of each choice, if there is more in it than
+    content. named_tool: the one call is what was asked for, and no reason to stop.
     """
 
     shape: Shape
@@ -40,6 +43,9 @@ class Answer:
     logprobs: bool
     stop_token_ids: frozenset[int]
     prompt_token_ids: Sequence[list[int]] | None = None
+    parsers: Sequence[AnswerParser] = ()
+    named_tool: bool = False
+    include_reasoning: bool = True
 
     def stop_reason(self, delta: Delta) -> str | int | None:
         if delta.HasField("stop_string"):
@@ -48,18 +54,44 @@ class Answer:
 
     def choices(self, index: int, delta: Delta, opened: set[int]) -> Iterator[Choice]:
         """The chunks' choices that a delta gives; none if it has neither news for the client nor an end."""
+        pieces = self.pieces(index, delta)
         tokens = delta.tokens if self.logprobs else None
         ids = [token.token_id for token in delta.tokens] if self.prompt_token_ids is not None else []
         finish_reason = FINISH_REASONS.get(delta.finish_reason)
-        if not (delta.text or tokens or ids or finish_reason):
+        if not (pieces or tokens or ids or finish_reason):
             return
         if index not in opened:
             opened.add(index)
             yield from self.shape.opening(index)
-        if delta.text or tokens or ids:
-            yield {**self.shape.delta(index, delta.text, tokens), **({"token_ids": ids} if ids else {})}
+        if pieces or tokens or ids:
+            first, *others = pieces or [Text("")]
+            yield {**self.shape.delta(index, first, tokens), **({"token_ids": ids} if ids else {})}
+            for piece in others:
+                yield self.shape.delta(index, piece, None)
         if finish_reason:
-            yield self.shape.ending(index, finish_reason, self.stop_reason(delta))
+            yield self.shape.ending(index, self.finish_reason(index, finish_reason), self.stop_reason(delta))
+
+    def pieces(self, index: int, delta: Delta) -> list[Piece]:
+        """What a delta says."""
+        if not self.parsers:
+            return [Text(delta.text)] if delta.text else []
+        parser = self.parsers[index]
+        parser.count(delta.tokens)
+        pieces = parser.push(delta.text)
+        if delta.finish_reason in FINISH_REASONS:
+            pieces += parser.finish()
+        return [piece for piece in pieces if self.include_reasoning or not isinstance(piece, Thought)]
+
+    def finish_reason(self, index: int, reason: str) -> str:
+        called = bool(self.parsers) and self.parsers[index].num_calls > 0
+        return "tool_calls" if called and reason == "stop" and not self.named_tool else reason
+
+    def usage(self, summaries: Sequence[Summary]) -> dict[str, Any]:
+        counted = usage(summaries)
+        if self.parsers:
+            num_thought = sum(parser.num_thought for parser in self.parsers)
+            counted["completion_tokens_details"] = {"reasoning_tokens": num_thought}
+        return counted
 
 
 def usage(summaries: Sequence[Summary]) -> dict[str, Any]:
@@ -89,13 +121,13 @@ async def stream(answer: Answer, generation: Generation, include_usage: bool) ->
         return
     if include_usage:
         summaries = generation.summaries
-        yield sse.event({**head, "choices": [], "usage": usage(summaries), "pagewire": account(summaries)})
+        yield sse.event({**head, "choices": [], "usage": answer.usage(summaries), "pagewire": account(summaries)})
     yield sse.DONE
 
 
 @dataclass
 class _Collected:
-    text: list[str] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     tokens: list[TokenText] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
@@ -107,14 +139,14 @@ async def whole(answer: Answer, generation: Generation) -> dict[str, Any]:
     collected = [_Collected() for _ in range(answer.num_choices)]
     async for index, delta in generation.deltas():
         choice = collected[index]
-        choice.text.append(delta.text)
+        choice.pieces += answer.pieces(index, delta)
         choice.tokens.extend(delta.tokens if answer.logprobs else ())
         choice.token_ids.extend(token.token_id for token in delta.tokens)
         if delta.finish_reason in FINISH_REASONS:
-            choice.finish_reason = FINISH_REASONS[delta.finish_reason]
+            choice.finish_reason = answer.finish_reason(index, FINISH_REASONS[delta.finish_reason])
             choice.stop_reason = answer.stop_reason(delta)
     choices = [
-        answer.shape.whole(i, "".join(c.text), c.tokens if answer.logprobs else None, c.finish_reason, c.stop_reason)
+        answer.shape.whole(i, joined(c.pieces), c.tokens if answer.logprobs else None, c.finish_reason, c.stop_reason)
         for i, c in enumerate(collected)
     ]
     if answer.prompt_token_ids is not None:
@@ -126,5 +158,5 @@ async def whole(answer: Answer, generation: Generation) -> dict[str, Any]:
         **answer.head,
         "object": answer.shape.object,
         "choices": choices,
-        "usage": usage(generation.summaries),
+        "usage": answer.usage(generation.summaries),
     }

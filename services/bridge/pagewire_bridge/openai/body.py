@@ -14,7 +14,7 @@ Body = TypeVar("Body", bound=GenerationBody)
 def parse_body(model: type[Body], data: bytes) -> Body:
     """Raises InvalidRequest: not a JSON object, a bad field, or one that asks for what this version does not do."""
     fields = to_object(data)
-    refuse_unsupported(fields)
+    refuse_unsupported(fields, chat=issubclass(model, ChatBody))
     body = validated(model, fields)
     if isinstance(body, ChatBody):
         for i, message in enumerate(body.messages):

@@ -15,10 +15,13 @@ from starlette.routing import Route
 from pagewire_bridge.body import read_body
 from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
+from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.answer import Answer, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
 from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Shape
+from pagewire_bridge.openai.tool_use import parser_of
+from pagewire_bridge.openai.tools import NamedTool
 from pagewire_bridge.openai.translate import (
     blaming,
     chat_echo,
@@ -46,7 +49,7 @@ async def completions(request: Request) -> Response:
 
 async def answer_chat(request: Request, data: bytes) -> Response:
     body = parse_body(ChatBody, data)
-    asked = [to_chat_request(body, _request_id(request, body))]
+    asked = [to_chat_request(body, _request_id(request, body), request.state.answers)]
     return await _generate(request, body, asked, ChatShape(chat_echo(body)))
 
 
@@ -93,6 +96,16 @@ def _head(request: Request, shape: Shape, model: str, tier: str | None) -> dict[
     }
 
 
+def _reading(request: Request, body: GenerationBody, generation: Generation) -> dict[str, Any]:
+    """What else an Answer to a chat is made with: parsers, where the model's text is more than content."""
+    if not isinstance(body, ChatBody):
+        return {}
+    answers, tail = request.state.answers, generation.accepted[0].prompt_tail
+    parsers = [parser for _ in range(body.n or 1) if (parser := parser_of(body, answers, tail))]
+    named = isinstance(body.tool_choice, NamedTool)
+    return {"parsers": parsers, "named_tool": named, "include_reasoning": body.include_reasoning is not False}
+
+
 async def _generate(request: Request, body: GenerationBody, asked: list[GenerateRequest], shape: Shape) -> Response:
     """Answers only after the router has accepted every prompt, so that a refusal has its status."""
     n = body.n or 1
@@ -109,6 +122,7 @@ async def _generate(request: Request, body: GenerationBody, asked: list[Generate
             logprobs=asked[0].sampling.HasField("logprobs"),
             stop_token_ids=frozenset(body.stop_token_ids or ()),
             prompt_token_ids=[list(a.prompt_token_ids) for a in generation.accepted] if body.return_token_ids else None,
+            **_reading(request, body, generation),
         )
         if body.stream:
             streaming = True  # the response closes the generation

@@ -13,6 +13,7 @@ from pagewire_core.errors import InvalidRequest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from pagewire_bridge.openai.structured import ResponseFormat, StructuredOutputs
+from pagewire_bridge.openai.tools import MAX_TOOLS, CalledTool, ToolChoice, ToolShape
 
 MAX_STOP_STRINGS = 64
 MAX_PROMPTS = 256  # each is a call of its own to the router
@@ -142,6 +143,10 @@ class Message(_Body):
     role: Annotated[str, Field(min_length=1)]
     content: Any = None
     name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatBody(GenerationBody):
@@ -154,6 +159,12 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[ToolShape], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
 
     def length_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -162,6 +173,8 @@ class ChatBody(GenerationBody):
     def _consistent_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", "top_logprobs")
+        if self.tools is None and self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequest("`tool_choice` needs `tools`.", "tool_choice")
         if self.add_generation_prompt and self.continue_final_message:
             raise InvalidRequest(
                 "`continue_final_message` and `add_generation_prompt` exclude each other.", "continue_final_message"

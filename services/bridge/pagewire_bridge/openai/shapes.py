@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from pagewire.v1.inference_pb2 import TokenText
 
+from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought
+
 Choice = dict[str, Any]
 Tokens = Sequence[TokenText]
 
@@ -24,14 +26,19 @@ class Shape(Protocol):
     def opening(self, index: int) -> list[Choice]:
         """Chunks before the first text of a choice."""
 
-    def delta(self, index: int, text: str, tokens: Tokens | None) -> Choice:
-        """A chunk with new text."""
+    def delta(self, index: int, piece: Piece, tokens: Tokens | None) -> Choice:
+        """A chunk with something new."""
 
     def ending(self, index: int, finish_reason: str, stop_reason: str | int | None) -> Choice:
         """The last chunk of a choice."""
 
     def whole(
-        self, index: int, text: str, tokens: Tokens | None, finish_reason: str, stop_reason: str | int | None
+        self,
+        index: int,
+        pieces: Sequence[Piece],
+        tokens: Tokens | None,
+        finish_reason: str,
+        stop_reason: str | int | None,
     ) -> Choice:
         """The choice of a response that is not streamed."""
 
@@ -68,25 +75,65 @@ class ChatShape:
         choices = [_chat_chunk(index, {"role": "assistant", "content": ""})]
         return [*choices, _chat_chunk(index, {"content": self._echo})] if self._echo else choices
 
-    def delta(self, index: int, text: str, tokens: Tokens | None) -> Choice:
-        return _chat_chunk(index, {"content": text}, chat_logprobs(tokens))
+    def delta(self, index: int, piece: Piece, tokens: Tokens | None) -> Choice:
+        return _chat_chunk(index, chat_delta(piece), chat_logprobs(tokens))
 
     def ending(self, index: int, finish_reason: str, stop_reason: str | int | None) -> Choice:
         return {**_chat_chunk(index, {}), "finish_reason": finish_reason, "stop_reason": stop_reason}
 
     def whole(
-        self, index: int, text: str, tokens: Tokens | None, finish_reason: str, stop_reason: str | int | None
+        self,
+        index: int,
+        pieces: Sequence[Piece],
+        tokens: Tokens | None,
+        finish_reason: str,
+        stop_reason: str | int | None,
     ) -> Choice:
+        message = chat_message(pieces)
+        if self._echo:
+            message["content"] = self._echo + (message["content"] or "")
         return {
             "index": index,
-            "message": {"role": "assistant", "content": self._echo + text, "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(tokens),
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
 
 
-def _chat_chunk(index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None) -> Choice:
+def chat_delta(piece: Piece) -> dict[str, Any]:
+    """Thoughts have two names: clients are split between them. A call's id, type and name come once."""
+    match piece:
+        case Thought(text):
+            return {"reasoning": text, "reasoning_content": text}
+        case Call(index, call_id, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+        case Arguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+    return {"content": piece.text}
+
+
+def chat_message(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The whole of what a stream's deltas add up to. Without content beside thoughts or calls it is null."""
+    thoughts = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
+    content = "".join(piece.text for piece in pieces if isinstance(piece, Text))
+    calls: list[dict[str, Any]] = []
+    for piece in pieces:
+        if isinstance(piece, Call):
+            function = {"name": piece.name, "arguments": ""}
+            calls.append({"id": piece.id, "type": "function", "function": function})
+        elif isinstance(piece, Arguments):
+            calls[piece.index]["function"]["arguments"] += piece.text
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if not content and (thoughts or calls):
+        message["content"] = None
+    if thoughts:
+        message |= {"reasoning": thoughts, "reasoning_content": thoughts}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _chat_chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> Choice:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
@@ -125,16 +172,25 @@ class CompletionShape:
     def opening(self, index: int) -> list[Choice]:
         return []
 
-    def delta(self, index: int, text: str, tokens: Tokens | None) -> Choice:
+    def delta(self, index: int, piece: Piece, tokens: Tokens | None) -> Choice:
+        return self._choice(index, [piece], tokens)
+
+    def _choice(self, index: int, pieces: Sequence[Piece], tokens: Tokens | None) -> Choice:
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Text))
         return {"index": index, "text": text, "logprobs": self._logprobs(index, tokens), "finish_reason": None}
 
     def ending(self, index: int, finish_reason: str, stop_reason: str | int | None) -> Choice:
-        return {**self.delta(index, "", None), "finish_reason": finish_reason, "stop_reason": stop_reason}
+        return {**self._choice(index, (), None), "finish_reason": finish_reason, "stop_reason": stop_reason}
 
     def whole(
-        self, index: int, text: str, tokens: Tokens | None, finish_reason: str, stop_reason: str | int | None
+        self,
+        index: int,
+        pieces: Sequence[Piece],
+        tokens: Tokens | None,
+        finish_reason: str,
+        stop_reason: str | int | None,
     ) -> Choice:
-        return {**self.delta(index, text, tokens), "finish_reason": finish_reason, "stop_reason": stop_reason}
+        return {**self._choice(index, pieces, tokens), "finish_reason": finish_reason, "stop_reason": stop_reason}
 
     def _logprobs(self, index: int, tokens: Tokens | None) -> dict[str, Any] | None:
         if tokens is None:

@@ -48,8 +48,8 @@ class ResponseFormat(_Shape):
             return StructuredOutput(json_object=True)
         if self.json_schema:
             return StructuredOutput(json_schema=_text(self.json_schema.schema_))
-        tag = {"structures": self.structures, "triggers": self.triggers} if self.format is None else {}
-        return StructuredOutput(structural_tag=_text(tag or {"format": self.format}))
+        older: dict[str, Any] = {"structures": self.structures, "triggers": self.triggers}
+        return StructuredOutput(structural_tag=_text(older if self.format is None else {"format": self.format}))
 
 
 class StructuredOutputs(_Shape):

@@ -9,8 +9,10 @@ import orjson
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import InvalidRequest
 
+from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message
+from pagewire_bridge.openai.tool_use import tool_use
 
 # OpenAI's service tiers as priorities; lower goes first.
 _TIER_PRIORITY = {"flex": 10, "scale": -10, "priority": -10, "fast": -10}
@@ -57,7 +59,8 @@ def blaming(body: GenerationBody) -> Iterator[None]:
         yield
     except InvalidRequest as error:
         if error.param in ("structured_outputs", "structural_tag") and body.structured_outputs is None:
-            raise InvalidRequest(error.message, "response_format") from error
+            asked = body.response_format is not None and body.response_format.type != "text"
+            raise InvalidRequest(error.message, "response_format" if asked else "tools") from error
         raise
 
 
@@ -66,30 +69,52 @@ def to_chat(body: ChatBody) -> inference_pb2.Chat:
     add_generation_prompt = body.add_generation_prompt
     if body.continue_final_message:
         add_generation_prompt = False  # the two exclude each other, and only one of them was asked for
-    kwargs = body.chat_template_kwargs
+    kwargs = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none":
+            kwargs.setdefault("enable_thinking", False)
+    tools = body.tools if body.tool_choice != "none" else None
     return inference_pb2.Chat(
         messages=[_to_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         template_kwargs_json=orjson.dumps(kwargs).decode() if kwargs else "",
+        tools_json=orjson.dumps([tool.model_dump(exclude_unset=True) for tool in tools]).decode() if tools else "",
     )
 
 
-def to_chat_request(body: ChatBody, request_id: str) -> inference_pb2.GenerateRequest:
-    """Raises InvalidRequest for message content that is not text."""
+def to_chat_request(
+    body: ChatBody, request_id: str, answers: AnswerFormat = NO_FORMAT
+) -> inference_pb2.GenerateRequest:
+    """answers: how the model writes calls and thoughts. Raises InvalidRequest."""
+    use, reasoning = tool_use(body, answers), _reasoning(body, answers)
+    sampling = to_sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
+    if body.skip_special_tokens is None and (reasoning or (use.form and use.form.needs_special_tokens)):
+        sampling.skip_special_tokens = False  # the marks may be such tokens
     return inference_pb2.GenerateRequest(
         request_id=request_id,
         model=to_served_name(body.model),
         chat=to_chat(body),
-        sampling=to_sampling(body, (body.top_logprobs or 0) if body.logprobs else None),
+        sampling=sampling,
         n=body.n or 1,
         cache_salt=body.cache_salt or "",
         session_id=body.session_id,
         add_special_tokens=body.add_special_tokens,
         return_prompt_token_ids=bool(body.return_token_ids),
-        structured_output=to_structured_output(body),
+        structured_output=use.output(to_structured_output(body)),
+        reasoning=reasoning,
         priority=to_priority(body),
     )
+
+
+def _reasoning(body: ChatBody, answers: AnswerFormat) -> inference_pb2.Reasoning | None:
+    form = answers.reasoning
+    if form is None and body.thinking_token_budget is not None:
+        raise InvalidRequest("`thinking_token_budget` needs --reasoning-parser to be set.", "thinking_token_budget")
+    if form is None or body.continue_final_message:
+        return None
+    return inference_pb2.Reasoning(begin=form.begin, end=form.end, max_tokens=body.thinking_token_budget)
 
 
 def to_completion_requests(body: CompletionBody, request_id: str) -> list[inference_pb2.GenerateRequest]:
@@ -143,7 +168,19 @@ def from_models(models: Iterable[inference_pb2.Model]) -> dict[str, object]:
 
 
 def _to_message(message: Message, where: str) -> inference_pb2.ChatMessage:
-    return inference_pb2.ChatMessage(role=message.role, content=_to_text(message, where), name=message.name or "")
+    fields: dict[str, object] = {}
+    if message.tool_calls:
+        fields["tool_calls"] = [call.to_fields() for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    if thoughts := message.reasoning if message.reasoning_content is None else message.reasoning_content:
+        fields |= {"reasoning_content": thoughts, "reasoning": thoughts}
+    return inference_pb2.ChatMessage(
+        role=message.role,
+        content=_to_text(message, where),
+        name=message.name or "",
+        fields_json=orjson.dumps(fields).decode() if fields else "",
+    )
 
 
 def _to_text(message: Message, where: str) -> str:

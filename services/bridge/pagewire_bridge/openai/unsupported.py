@@ -28,13 +28,13 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
-_UNSUPPORTED_IN_MESSAGE = ("audio", "function_call", "tool_calls")
+_UNSUPPORTED_IN_MESSAGE = ("audio", "function_call")
+# Of chats; other APIs do not have them.
+_UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {"tool_choice": ("none", "auto"), "tools": ([],)}
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_NAMED = 32
 
@@ -43,9 +43,10 @@ def _refused(value: object, harmless: Iterable[object]) -> bool:
     return value is not None and not any(type(value) is type(h) and value == h for h in harmless)
 
 
-def refuse_unsupported(body: Mapping[str, object]) -> None:
+def refuse_unsupported(body: Mapping[str, object], chat: bool) -> None:
     """Raises InvalidRequest for the first field that asks for what this version does not do."""
-    for name, harmless in _UNSUPPORTED.items():
+    unsupported = _UNSUPPORTED if chat else _UNSUPPORTED | _UNSUPPORTED_IN_COMPLETIONS
+    for name, harmless in unsupported.items():
         if _refused(body.get(name), harmless):
             raise InvalidRequest(f"`{name}` is not supported yet.", name)
 

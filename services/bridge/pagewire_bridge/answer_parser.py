@@ -1,0 +1,76 @@
+"""The text of one choice as thoughts, content and calls of tools, for every API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pagewire.v1.inference_pb2 import TokenText
+
+from pagewire_bridge.reasoning import ReasoningFormat
+from pagewire_bridge.tools.calls import Call, CallParser, Piece, Text, ToolFormat, joined
+from pagewire_bridge.tools.families import TOOL_FORMATS
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How the served model writes calls and thoughts (--tool-call-parser, --reasoning-parser); None: not at all.
+
+    auto_tools: whether it may be left to the model to call.
+    """
+
+    tools: ToolFormat | None = None
+    auto_tools: bool = False
+    reasoning: ReasoningFormat | None = None
+
+    @property
+    def forced_tools(self) -> ToolFormat:
+        """For calls that the grammar writes: any form will do."""
+        return self.tools or TOOL_FORMATS["json"]
+
+
+NO_FORMAT = AnswerFormat()
+
+
+class AnswerParser:
+    """Of one choice. All pieces together are the same however the text was cut."""
+
+    def __init__(self, tools: CallParser | None, reasoning: ReasoningFormat | None, prompt_tail: str) -> None:
+        self._tools = tools
+        self._reasoning = reasoning.parser(prompt_tail) if reasoning else None
+        self._counted = _in_bytes(reasoning).parser(prompt_tail) if reasoning else None
+        self.num_thought = 0  # tokens
+        self.num_calls = 0
+
+    def push(self, text: str) -> list[Piece]:
+        return self._noted(self._called(self._reasoning.push(text) if self._reasoning else [Text(text)]))
+
+    def finish(self) -> list[Piece]:
+        """The text is over."""
+        pieces = self._called(self._reasoning.finish() if self._reasoning else [])
+        return self._noted(joined([*pieces, *(self._tools.finish() if self._tools else [])]))
+
+    def count(self, tokens: Sequence[TokenText]) -> None:
+        """Counts the tokens of the thoughts, by their bytes: text and tokens do not always come together."""
+        if self._counted is None or self._counted.answering:
+            return
+        for token in tokens:
+            self._counted.push(token.bytes.decode("latin-1"))
+            self.num_thought += self._counted.thinking
+
+    def _noted(self, pieces: list[Piece]) -> list[Piece]:
+        self.num_calls += sum(isinstance(piece, Call) for piece in pieces)
+        return pieces
+
+    def _called(self, pieces: Iterable[Piece]) -> list[Piece]:
+        if self._tools is None:
+            return [piece for piece in pieces if not isinstance(piece, Text) or piece.text]
+        result: list[Piece] = []
+        for piece in pieces:
+            result += self._tools.push(piece.text) if isinstance(piece, Text) else [piece]
+        return result
+
+
+def _in_bytes(reasoning: ReasoningFormat) -> ReasoningFormat:
+    begin, end = (mark.encode().decode("latin-1") for mark in (reasoning.begin, reasoning.end))
+    return ReasoningFormat(begin, end, reasoning.always)

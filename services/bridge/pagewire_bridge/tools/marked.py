@@ -1,0 +1,80 @@
+"""Parsers of families that announce a call with a mark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pagewire_bridge.tools.json_walk import Broken, Walk, after_space, value
+from pagewire_bridge.tools.walks import MarkedParser
+
+
+class OneMark(MarkedParser):
+    """Free text, then `mark` and what `_calls` walks over; again. A call that is none is text, its mark included."""
+
+    mark: str
+
+    def _parse(self) -> Any:
+        while True:
+            raw, num_calls = [(yield from self._text_until([self.mark]))], self._num_calls
+            try:
+                yield from self._recorded(raw, self._calls())
+            except Broken:
+                pass
+            finally:
+                if self._num_calls == num_calls:
+                    self._say("".join(raw))
+
+    def _calls(self) -> Walk:
+        raise NotImplementedError
+        yield
+
+
+class HermesParser(OneMark):
+    mark = "<tool_call>"
+
+    def _calls(self) -> Walk:
+        if (yield from after_space()) != "{":
+            raise Broken
+        yield from self._json_call()
+        yield from self._until("</tool_call>")
+
+
+class MistralParser(OneMark):
+    mark = "[TOOL_CALLS]"
+
+    def _calls(self) -> Walk:
+        first = yield from after_space()
+        if first == "[":
+            yield from self._list()
+            return
+        name = [first]
+        yield from self._until("{", name.append)
+        self._call("".join(name).partition("[")[0].strip())  # [CALL_ID]... and [ARGS] may stand between
+        yield from value("{", self._argue)
+
+    def _list(self) -> Walk:
+        character = ","
+        while character == ",":
+            if (yield from after_space()) != "{":
+                raise Broken
+            yield from self._json_call()
+            character = yield from after_space()
+
+
+class DeepSeekParser(OneMark):
+    """V3 names the function in a line of its own, V3.1 before the separator."""
+
+    mark = "<｜tool▁calls▁begin｜>"
+
+    def _calls(self) -> Walk:
+        while (yield from self._first_of(["<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>"])) == "<｜tool▁call▁begin｜>":
+            name: list[str] = []
+            yield from self._until("<｜tool▁sep｜>", name.append)
+            first = yield from after_space()
+            if first != "{":
+                name = [first]
+                yield from self._until("\n", name.append)
+                yield from self._until("{")
+            self._call("".join(name).strip())
+            yield from value("{", self._argue)
+            yield from self._until("<｜tool▁call▁end｜>")

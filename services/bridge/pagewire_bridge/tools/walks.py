@@ -1,0 +1,127 @@
+"""What the families' parsers share: free text before a mark, and one call as a JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from pagewire_bridge.tools.calls import CharacterParser, TextOver, Tool
+from pagewire_bridge.tools.json_walk import Broken, Walk, decoded, members, value
+
+ARGUMENTS = ("arguments", "parameters")
+_BEFORE_NAME = (*ARGUMENTS, "name", "type", "id")
+
+
+def completes(held: str, character: str, marks: Sequence[str]) -> tuple[str, str, str | None]:
+    """(text that can be no part of a mark, text that may be, the mark that is complete) after one more character."""
+    held += character
+    for begin in range(len(held)):
+        rest = held[begin:]
+        if rest in marks:
+            return held[:begin], "", rest
+        if any(mark.startswith(rest) for mark in marks):
+            return held[:begin], rest, None
+    return held, "", None
+
+
+class MarkedParser(CharacterParser):
+    """Of text in which marks announce calls. White space next to calls is not said."""
+
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        self._tools = {tool.name: tool for tool in tools}
+        super().__init__()
+
+    def _text_until(self, marks: Sequence[str]) -> Walk:
+        """Says the text up to one of the marks, and returns the mark, with the white space before it."""
+        held, space = "", ""
+        skipping = self._num_calls > 0
+        try:
+            while True:
+                text, held, mark = completes(held, (yield), marks)
+                if skipping:
+                    text = text.lstrip()
+                    skipping = not text
+                kept = (space + text).rstrip()
+                space = (space + text)[len(kept) :]
+                self._say(kept)
+                if mark is not None:
+                    return space + mark
+        except TextOver:
+            self._say((space + held).lstrip() if skipping else space + held)
+            raise
+
+    def _until(self, mark: str, take: Callable[[str], object] = lambda text: None) -> Walk:
+        """Takes the text up to a mark."""
+        held, found = "", None
+        while found is None:
+            text, held, found = completes(held, (yield), [mark])
+            if text:
+                take(text)
+
+    def _first_of(self, marks: Sequence[str]) -> Walk:
+        """Skips to one of the marks, and returns which it was."""
+        held, found = "", None
+        while found is None:
+            _, held, found = completes(held, (yield), marks)
+        return found
+
+    def _text_before(self, mark: str) -> Walk:
+        text: list[str] = []
+        yield from self._until(mark, text.append)
+        return "".join(text)
+
+    def _recorded(self, raw: list[str], walk: Walk) -> Walk:
+        """As `walk`, with all characters that it gets in `raw`."""
+        next(walk)
+        while True:
+            raw.append((yield))
+            try:
+                walk.send(raw[-1])
+            except StopIteration as stop:
+                return stop.value
+
+    def _json_call(self, known: Collection[str] | None = None) -> Walk:
+        """{"name": ..., "arguments": ...} whose brace was taken. Raises Broken before anything of it was said.
+
+        known: names that may be called; None: any. Arguments that are a string are the text in it.
+        """
+        early: list[str] = []
+        begun = argued = False
+
+        def take(key: str, first: str) -> Walk:
+            nonlocal begun, argued
+            if not begun and key not in _BEFORE_NAME:
+                raise Broken
+            if key == "name" and not begun:
+                parts: list[str] = []
+                after = yield from value(first, parts.append)
+                name = decoded("".join(parts))
+                if not isinstance(name, str) or not (known is None or name in known):
+                    raise Broken
+                begun = True
+                self._call(name)
+                self._argue("".join(early))
+            elif key in ARGUMENTS and not argued:
+                argued = True
+                after = yield from self._arguments(first, self._argue if begun else early.append)
+            else:
+                after = yield from value(first, lambda text: None)
+            return after
+
+        try:
+            yield from members(take)
+            if not begun:
+                raise Broken
+        except Broken:
+            if not begun:
+                raise
+        if not argued:
+            self._argue("{}")
+
+    def _arguments(self, first: str, take: Callable[[str], Any]) -> Walk:
+        if first != '"':
+            return (yield from value(first, take))
+        parts: list[str] = []
+        after = yield from value(first, parts.append)
+        take(decoded("".join(parts)))
+        return after

@@ -1,0 +1,72 @@
+"""Qwen3-Coder's calls: parameters as XML elements, whose values are text unless their schema says otherwise."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pagewire_bridge.tools.calls import Tool
+from pagewire_bridge.tools.json_walk import Walk
+from pagewire_bridge.tools.marked import OneMark
+
+_FUNCTION, _PARAMETER = "<function=", "<parameter="
+
+
+def _is_text(schema: object) -> bool:
+    """Whether a value of this schema is written as it is; one of a schema that says nothing is."""
+    if not isinstance(schema, dict) or schema.get("type") == "string":
+        return True
+    return not schema.keys() & {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}
+
+
+class XmlParser(OneMark):
+    mark = "<tool_call>"
+
+    def _calls(self) -> Walk:
+        yield from self._until(_FUNCTION)
+        name = yield from self._text_before(">")
+        tool = self._tools.get(name.strip())
+        self._call(name.strip())
+        between = "{"
+        while (yield from self._first_of([_PARAMETER, "</function>"])) == _PARAMETER:
+            key = yield from self._text_before(">")
+            text = yield from self._text_before("</parameter>")
+            properties = tool.parameters.get("properties", {}) if tool else {}
+            self._argue(f"{between}{json.dumps(key, ensure_ascii=False)}: {_as_json(text, properties.get(key))}")
+            between = ", "
+        self._argue("{}" if between == "{" else "}")
+        yield from self._until("</tool_call>")
+
+
+def _as_json(text: str, schema: object) -> str:
+    text = text.removeprefix("\n").removesuffix("\n")
+    if not _is_text(schema):
+        try:
+            return json.dumps(json.loads(text), ensure_ascii=False)
+        except ValueError:
+            pass  # the model's mistake: the application sees the text
+    return json.dumps(text, ensure_ascii=False)
+
+
+def xml_call(tool: Tool) -> dict[str, Any]:
+    """The form of one call: the properties in their order, those that are not required perhaps left out."""
+    required = tool.parameters.get("required", [])
+    elements = []
+    for key, schema in tool.parameters.get("properties", {}).items():
+        defs = {"$defs": tool.parameters["$defs"]} if "$defs" in tool.parameters else {}
+        inside: dict[str, Any] = {"type": "any_text"}
+        if isinstance(schema, dict) and "enum" in schema:
+            inside = {"type": "or", "elements": [_text(v) for v in schema["enum"] if isinstance(v, str)]}
+        if not _is_text(schema):
+            inside = {"type": "json_schema", "json_schema": {**schema, **defs}}
+        element = {
+            "type": "tag", "begin": f"{_PARAMETER}{key}>\n", "content": inside, "end": "\n</parameter>\n",
+        }  # fmt: skip
+        elements.append(element if key in required else {"type": "or", "elements": [element, _text("")]})
+    elements.append(_text("</function>\n</tool_call>"))
+    begin = f"<tool_call>\n{_FUNCTION}{tool.name}>\n"
+    return {"type": "tag", "begin": begin, "content": {"type": "sequence", "elements": elements}, "end": ""}
+
+
+def _text(value: str) -> dict[str, Any]:
+    return {"type": "const_string", "value": value}
