@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,25 @@ def test_what_a_killed_worker_had_borrowed_is_seized(library: ctypes.CDLL) -> No
     host.do(0, "end")  # it was not dead, only slow: the core is not given twice
     host.do(2, "begin")
     assert third.used == {5, 2}
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_whose_core_others_keep_busy_sits_out_the_next_steps(library: ctypes.CDLL) -> None:
+    """Beside one busy process, steps on two cores took several times as long as on one: they met at every layer."""
+    worker = Host(library).workers[0]
+    note, gather = library.cores_note, library.cores_gather
+    note.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    assert gather(worker.handle) == 4
+    note(worker.handle, 1, 10_000_000, 8_000_000)  # a fifth of a step is nothing
+    note(worker.handle, 1, 500_000, 0)  # nor is so short a one
+    assert gather(worker.handle) == 4
+    note(worker.handle, 1, 100_000_000, 20_000_000)  # its own second core, and one that is lent
+    note(worker.handle, 2, 10_000_000, 2_000_000)
+    assert gather(worker.handle) == 2
+    while gather(worker.handle) == 2:
+        time.sleep(0.01)
+    while gather(worker.handle) < 4:
+        time.sleep(0.01)
 
 
 def test_a_new_life_gives_what_the_old_one_held(library: ctypes.CDLL) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,19 @@ def test_the_cores_a_user_names_are_shared_out_among_the_workers(tmp_path: Path)
     made = _plan(tmp_path, "m", "--prefill=1", "--decode=1", "--cpus=2,3,6-7")
     workers = [_taken(spec) for spec in made.services[1:3]]
     assert [(w.cpus, w.threads) for w in workers] == [((2, 3), 2), ((6, 7), 2)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_workers_lend_each_other_cores_unless_they_are_told_how_many_threads_to_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _pid: set(range(3)), raising=False)
+    made = _plan(tmp_path, "m", "--prefill=1", "--decode=1")
+    workers = [_taken(spec) for spec in made.services[1:3]]
+    assert [(w.cpus, w.threads) for w in workers] == [((0,), 1), ((1, 2), 2)]
+    assert len({w.cpu_lending for w in workers}) == 1 and Path(workers[0].cpu_lending).exists()
+    for flags in (["--prefill=1", "--decode=1", "--threads=1"], ["--both=1"], ["--prefill=2", "--decode=2"]):
+        assert _taken(_plan(tmp_path, "m", *flags).services[1]).cpu_lending is None
 
 
 def test_threads_that_are_fewer_than_the_cores_have_more_cores_to_choose_from(tmp_path: Path) -> None:

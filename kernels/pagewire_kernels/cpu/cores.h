@@ -12,13 +12,18 @@
 //                        B|ASKED -seize-> owner     after PATIENCE: B was killed or stopped, or is very slow
 //
 // Only the owner asks and seizes. Workers are known by the number of their first own core, plus one.
+//
+// A core may be busy with processes that know nothing of this. A step would wait for the thread there at every meeting,
+// and take several times as long as without it. So a thread that had to wait for much of a step sits out the next ones.
 
 #pragma once
 
 #include <pthread.h>
 #include <sched.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -43,6 +48,12 @@ inline void pin_to_cores(const int32_t* begin, const int32_t* end) {
 #endif
 }
 
+inline int64_t nanoseconds(clockid_t clock) {
+    timespec t;
+    clock_gettime(clock, &t);
+    return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
+
 inline bool is_first_thread() {
 #if defined(__linux__)
     return gettid() == getpid();
@@ -56,7 +67,7 @@ class Cores {
     // Without `lines`: the threads divide the cores, or go where the system puts them if there are none. With them, a
     // thread for each core: of the first `own` cores always, of the others when they are lent.
     Cores(int own, const int32_t* numbers, int count, CoreLine* lines)
-        : own_(own), numbers_(numbers, numbers + count), lines_(lines), me_(lines ? numbers[0] + 1 : 0) {
+        : own_(own), numbers_(numbers, numbers + count), lines_(lines), me_(lines ? numbers[0] + 1 : 0), out_until_(most_threads()) {
         for (int i = 0; lines && i < count; i++) {
             give(i);  // what an earlier life of this worker may have left
             if (i < own) line(i).owner.store(me_, std::memory_order_release);
@@ -87,10 +98,20 @@ class Cores {
         if (lines_) claim();
         threads.assign(1, 0);
         if (alone) return;
-        for (int i = 1; i < own_; i++) threads.push_back(i);
-        for (int i = own_; i < most_threads(); i++)
-            if (line(i).owner.load(std::memory_order_relaxed) && take(i)) threads.push_back(i);
-        borrowed_ += int64_t(threads.size()) - own_;
+        const int64_t now = nanoseconds(CLOCK_MONOTONIC);
+        for (int i = 1; i < most_threads(); i++) {
+            if (out_until_[i].load(std::memory_order_relaxed) > now) continue;
+            if (i >= own_ && !(line(i).owner.load(std::memory_order_relaxed) && take(i))) continue;
+            threads.push_back(i);
+            borrowed_ += i >= own_;
+        }
+    }
+
+    // How a thread fared in a step. One that lost much of it sits out for so long that trying again costs a twentieth.
+    void note(int thread, int64_t wall_ns, int64_t cpu_ns) {
+        const int64_t lost = wall_ns - cpu_ns;
+        if (wall_ns > WORTH_NOTING && lost > wall_ns * 2 / 5)
+            out_until_[thread].store(nanoseconds(CLOCK_MONOTONIC) + std::min(20 * lost, LONGEST_OUT), std::memory_order_relaxed);
     }
 
     // Gives back what is still borrowed.
@@ -154,6 +175,7 @@ class Cores {
     static constexpr uint32_t ASKED = 1u << 31;
     static constexpr std::chrono::milliseconds PATIENCE{50};
     static constexpr std::chrono::microseconds NAP{20};
+    static constexpr int64_t WORTH_NOTING = 1'000'000, LONGEST_OUT = 1'000'000'000;
 
     CoreLine& line(int i) const { return lines_[numbers_[i]]; }
 
@@ -171,6 +193,7 @@ class Cores {
     const std::vector<int32_t> numbers_;
     CoreLine* const lines_;
     const uint32_t me_;
+    std::vector<std::atomic<int64_t>> out_until_;  // of each thread, on the monotonic clock
     std::atomic<int64_t> borrowed_{0}, returned_{0};
 };
 

@@ -137,11 +137,13 @@ class Threads {
         for (uint32_t seen = 0;;) {
             wait_while_equal(seats_[thread].start, seen++, spins);
             if (stopping_) return;
+            const int64_t began = nanoseconds(CLOCK_MONOTONIC), cpu = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
             try {
                 (*body_)(seats_[thread].index);
                 barrier();
             } catch (const Left&) {
             }
+            cores_.note(thread, nanoseconds(CLOCK_MONOTONIC) - began, nanoseconds(CLOCK_THREAD_CPUTIME_ID) - cpu);
         }
     }
 

@@ -75,6 +75,12 @@ class IncrementalDetokenizer:
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, self._skip_special_tokens) if self._ids else ""
 
+    def _window_length(self) -> int:
+        """Characters of the window's text. Mostly it is one token, whose length is known."""
+        if len(self._ids) == 1:
+            return self._tokenizer.decoded_length(self._ids[0], self._skip_special_tokens)
+        return len(self._decode())
+
     def _new_text(self) -> str:
         """Text that later ids cannot change; moves the window when it can."""
         window = self._decode()
@@ -86,13 +92,15 @@ class IncrementalDetokenizer:
         if text and whole == len(window):
             del self._ids[: self._read]
             self._read = len(self._ids)
-            self._taken = len(self._decode())
+            self._taken = self._window_length()
         return text
 
     def _judge(self, text: str) -> str:
         """What of the pending text and `text` may go out now."""
+        if not self._stop:
+            return text
         self._pending += text
-        if self._stop and self.num_tokens > self._min_tokens:
+        if self.num_tokens > self._min_tokens:
             found = self._first_stop()
             if found is not None:
                 begin, stop = found

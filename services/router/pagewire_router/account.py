@@ -85,8 +85,7 @@ class Account:
                 metrics.predicted("ttft", self.placed.decision, predicted, now - self.attempt_at)
         previous = self.last_token.get(choice)
         if previous is not None:
-            for _ in range(count):
-                metrics.itl_s.observe((now - previous) / count)
+            metrics.itl_s.observe((now - previous) / count, count)
         self.last_token[choice] = now
 
     @property

@@ -83,8 +83,8 @@ class Choice:
 
     def _new(self, token: common_pb2.SampledToken, delta: inference_pb2.Delta) -> str:
         self.ids.append(token.token_id)
-        delta.tokens.append(self._token_text(token))
-        if self._request.ends_choice(token.token_id) and not self._request.sampling.include_stop_str_in_output:
+        self._tell(token, delta)
+        if self._request.ends_choice(token.token_id) and self._request.hides_stop:
             return ""
         text, stop = self._detokenizer.push([token.token_id])
         if stop is not None:
@@ -100,11 +100,11 @@ class Choice:
         if self.ids[position] != token_id:
             raise Internal(f"two workers sampled different tokens for choice {self.index} at position {position}")
 
-    def _token_text(self, token: common_pb2.SampledToken) -> inference_pb2.TokenText:
-        text = inference_pb2.TokenText(token_id=token.token_id, bytes=self._tokenizer.token_bytes(token.token_id))
+    def _tell(self, token: common_pb2.SampledToken, delta: inference_pb2.Delta) -> None:
+        text = delta.tokens.add(token_id=token.token_id, bytes=self._tokenizer.token_bytes(token.token_id))
         if token.token_id in self._tokenizer.special_ids:
             text.special = True
-        if self._request.sampling.HasField("logprobs"):
+        if self._request.wants_logprobs:
             text.logprob = token.logprob
             text.top.extend(
                 inference_pb2.TokenText(
@@ -112,4 +112,3 @@ class Choice:
                 )
                 for t in token.top
             )
-        return text

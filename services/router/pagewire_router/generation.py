@@ -78,6 +78,7 @@ class Generation:
         self._deadline = deadline
         self._choices = [Choice(i, request, services.tokenizer) for i in range(request.n)]
         self._deltas: list[inference_pb2.Delta] = []  # not yet yielded
+        self._has_stop_strings = bool(request.sampling.stop)
         self._may_send_at_once = send is not None
         self._send = send or self._deltas.append
         self._accepted = False
@@ -167,7 +168,7 @@ class Generation:
     def _take(self, placed: Placed[Worker], entry: decode_pb2.FeedEntry) -> bool:
         """Passes tokens on; True if more is to be done than that."""
         self._tokens(entry.choices, placed)
-        return bool(self._newly_stopped())
+        return self._has_stop_strings and bool(self._newly_stopped())
 
     async def _run(self, attempt: Attempt) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         await attempt.reserve()
@@ -249,10 +250,12 @@ class Generation:
         for given in step:
             if given.choice >= len(self._choices):
                 raise LegFailed("decode", placed.decode.worker_id, Unavailable("tokens for a choice that is not there"))
-            reason = given.finish_reason
-            if reason in (common_pb2.FINISH_REASON_ABORT, common_pb2.FINISH_REASON_ERROR):
-                raise LegFailed("decode", placed.decode.worker_id, Unavailable("the decode worker gave the choice up"))
-            stop_id = given.stop_token_id if given.HasField("stop_token_id") else None
+            reason, stop_id = given.finish_reason, None
+            if reason:
+                if reason in (common_pb2.FINISH_REASON_ABORT, common_pb2.FINISH_REASON_ERROR):
+                    gave_up = Unavailable("the decode worker gave the choice up")
+                    raise LegFailed("decode", placed.decode.worker_id, gave_up)
+                stop_id = given.stop_token_id if given.HasField("stop_token_id") else None
             self._send_counted(self._choices[given.choice].take(given.tokens, reason, stop_id))
 
     def _send_counted(self, delta: inference_pb2.Delta | None) -> None:

@@ -6,6 +6,7 @@ import json
 import secrets
 import uuid
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pagewire.v1 import common_pb2, inference_pb2
@@ -44,10 +45,21 @@ class ValidRequest:
 
     def ends_choice(self, token_id: int) -> bool:
         """Whether sampling this token ends a choice (the worker bans it before min_tokens)."""
+        return token_id in self._ending_ids
+
+    @cached_property
+    def _ending_ids(self) -> frozenset[int]:
         sampling = self.sampling
-        if token_id in sampling.stop_token_ids:
-            return True
-        return not sampling.ignore_eos and token_id in sampling.eos_token_ids
+        return frozenset((*sampling.stop_token_ids, *(() if sampling.ignore_eos else sampling.eos_token_ids)))
+
+    @cached_property
+    def hides_stop(self) -> bool:
+        """Whether the token or string that ends a choice is no part of its text."""
+        return not self.sampling.include_stop_str_in_output
+
+    @cached_property
+    def wants_logprobs(self) -> bool:
+        return self.sampling.HasField("logprobs")
 
 
 def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_model_len: int) -> ValidRequest:
