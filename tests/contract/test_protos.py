@@ -28,7 +28,7 @@ SERVICES = {
     },
     "KvChannelService": {"Connect", "Fetch"},
     "PrefillService": {"Prefill"},
-    "WorkerService": {"Info", "Stats", "Snapshot", "Drain", "Metrics"},
+    "WorkerService": {"Info", "Stats", "Snapshot", "Drain", "SetRole", "Metrics"},
 }
 
 

@@ -54,6 +54,11 @@ class WorkerServiceStub:
                 request_serializer=pagewire_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_stream(
+                '/pagewire.v1.WorkerService/SetRole',
+                request_serializer=pagewire_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
         self.Metrics = channel.unary_unary(
                 '/pagewire.v1.WorkerService/Metrics',
                 request_serializer=pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsRequest.SerializeToString,
@@ -65,7 +70,7 @@ class WorkerServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Info(self, request, context):
-        """Who this is; constant for the life of the process.
+        """Who this is; constant for the life of the process, but for its role.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +94,14 @@ class WorkerServiceServicer:
     def Drain(self, request, context):
         """From now on the worker takes nothing new. Streams how much still runs, until nothing does; what still
         runs after `timeout_s` ends with UNAVAILABLE, for its router to go on with elsewhere. The process stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRole(self, request, context):
+        """Gives the worker another role, at once. Streams how much of what it gives up still runs, until nothing does; what
+        still runs after `timeout_s` ends with UNAVAILABLE, for its router to go on with elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +136,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=pagewire_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_stream_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=pagewire_dot_v1_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_worker__pb2.SetRoleResponse.SerializeToString,
             ),
             'Metrics': grpc.unary_unary_rpc_method_handler(
                     servicer.Metrics,
@@ -238,6 +256,33 @@ class WorkerService:
             '/pagewire.v1.WorkerService/Drain',
             pagewire_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             pagewire_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pagewire.v1.WorkerService/SetRole',
+            pagewire_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            pagewire_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

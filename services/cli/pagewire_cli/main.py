@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import Parser
 
-from pagewire_cli import certs, drain, explain, key, serve, version
+from pagewire_cli import certs, drain, explain, key, role, serve, version
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve.add_subcommand(subcommands)
     drain.add_subcommand(subcommands)
+    role.add_subcommand(subcommands)
     explain.add_subcommand(subcommands)
     certs.add_subcommand(subcommands)
     key.add_subcommand(subcommands)

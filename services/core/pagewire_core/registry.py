@@ -47,6 +47,10 @@ class Registration:
         self._fields: dict[Any, Any] = dict(fields)
         self._link = RedisLink(redis_url, "registry")
 
+    def set_role(self, role: str) -> None:
+        """From the next renewal on."""
+        self._fields["role"] = role
+
     async def run(self) -> None:
         await self._link.run(self._heartbeats)
 

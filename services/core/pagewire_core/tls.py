@@ -35,6 +35,7 @@ CALLERS: dict[str, frozenset[str]] = {
     "/pagewire.v1.KvChannelService": frozenset({WORKER}),
     "/pagewire.v1.WorkerService": frozenset({ROUTER, OPERATOR}),
     "/pagewire.v1.WorkerService/Drain": frozenset({OPERATOR}),
+    "/pagewire.v1.WorkerService/SetRole": frozenset({OPERATOR}),
 }
 
 

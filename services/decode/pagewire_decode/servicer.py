@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import grpc
 from pagewire.v1 import decode_pb2, decode_pb2_grpc
 from pagewire_core import faults
-from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
+from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_core.feed import Feeds
 from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
@@ -22,7 +22,8 @@ from pagewire_transfer.loss import transferring
 from pagewire_decode.call import Call
 from pagewire_decode.transfers import Transfers
 
-_DRAINING = "this decode worker is shutting down"
+_REFUSED = "this worker takes no requests to decode now"
+_HANDED_OVER = "this worker stops to decode"
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -42,27 +43,27 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._instance, self._kv_address, self._fetch = instance, kv_address, fetch
         self._calls: dict[bytes, Call] = {}
         self._feeds = Feeds(decode_pb2.FeedResponse)
-        self.draining = False  # new requests are refused, running ones go on
+        self.refusing = False  # new requests, as if there were no room for them; running ones go on
 
     @property
     def num_calls(self) -> int:
         """Requests that are decoding or wait for their KV."""
         return len(self._calls) + len(self._transfers)
 
-    def _check_not_draining(self) -> None:
-        if self.draining:
-            raise Unavailable(_DRAINING)
+    def _check_not_refusing(self) -> None:
+        if self.refusing:
+            raise Overloaded(_REFUSED)
 
     def hand_over(self) -> None:
         """Ends what still runs; its router goes on with it elsewhere."""
         for call in self._calls.values():
-            call.take(Failed(Unavailable(_DRAINING)))
-        self._transfers.end_all(Unavailable(_DRAINING))
+            call.take(Failed(Unavailable(_HANDED_OVER)))
+        self._transfers.end_all(Unavailable(_HANDED_OVER))
 
     async def Reserve(
         self, request: decode_pb2.ReserveRequest, context: grpc.aio.ServicerContext
     ) -> decode_pb2.ReserveResponse:
-        self._check_not_draining()
+        self._check_not_refusing()
         if len(request.transfer_id) != 16:
             raise InvalidRequest("transfer_id must be 16 bytes")
         faults.point("reserve")
@@ -127,7 +128,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Puts the request into the engine, once its prompt's KV is here."""
         request = call.request
         if request.local_prefill:
-            self._check_not_draining()
+            self._check_not_refusing()
             if request.prior:
                 self._engine.resume(call.work, call.prior)
             else:

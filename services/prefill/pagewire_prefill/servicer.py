@@ -11,7 +11,7 @@ import grpc
 import structlog
 from pagewire.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
 from pagewire_core import faults
-from pagewire_core.errors import Cancelled, InvalidRequest, Unavailable
+from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Event, Failed, FirstTokens, Progress, Started
@@ -28,7 +28,8 @@ from pagewire_prefill.source import PromptSource
 log = structlog.get_logger(__name__)
 
 
-_DRAINING = "this prefill worker is shutting down"
+_REFUSED = "this worker computes no prompts for others now"
+_HANDED_OVER = "this worker stops to compute prompts for others"
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -47,13 +48,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._constraints, self._fetch = constraints, fetch
         self._cleanups: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Queue[Event]] = set()  # the events of each call
-        self.draining = False  # new calls are refused, running ones go on
+        self.refusing = False  # new calls, as if there were no room for them; running ones go on
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        if self.draining:
-            raise Unavailable(_DRAINING)
+        if self.refusing:
+            raise Overloaded(_REFUSED)
         if len(request.transfer_id) != 16 or not request.decode_address:
             raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
         async with self._fetch(request.prompt_ids, request.cache_root, request.holder) as fetched:
@@ -177,7 +178,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def hand_over(self) -> None:
         """Ends prompts that are not yet computed; their router has them computed elsewhere."""
         for events in self._running:
-            events.put_nowait(Failed(Unavailable(_DRAINING)))
+            events.put_nowait(Failed(Unavailable(_HANDED_OVER)))
 
     @property
     def num_calls(self) -> int:

@@ -50,12 +50,17 @@ class Ledger:
         return self.info.worker_id
 
     @property
+    def role(self) -> common_pb2.WorkerRole:
+        """It may change; workers of before do not say so."""
+        return self.stats.role or self.info.role
+
+    @property
     def can_decode(self) -> bool:
-        return self.info.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
+        return self.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
 
     @property
     def can_prefill(self) -> bool:
-        return self.info.role in (common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_BOTH)
+        return self.role in (common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_BOTH)
 
     @property
     def free_kv_tokens(self) -> int:
@@ -108,7 +113,7 @@ class Ledger:
         free = int(stats.free_blocks) * block_size - booked_kv
         return Load(
             worker_id=self.worker_id,
-            role=self.info.role,
+            role=self.role,
             fingerprint=self.info.fingerprint,
             model=self.model,
             hit_tokens=hit_blocks * HASH_BLOCK,

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import grpc
-from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
+from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from pagewire_core.errors import PagewireError
 from pagewire_core.feed import Feeds
 from pagewire_core.prefix_index import PrefixIndex
@@ -193,10 +193,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 def _status(worker: Worker) -> inference_pb2.WorkerStatus:
     stats = worker.stats
-    role: common_pb2.WorkerRole = worker.info.role
     return inference_pb2.WorkerStatus(
         worker_id=worker.worker_id,
-        role=role,
+        role=worker.role,
         address=worker.address,
         ready=not worker.suspect,
         num_running=stats.num_running,

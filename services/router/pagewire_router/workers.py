@@ -202,7 +202,10 @@ class WorkerTable:
                     report = await reports.read()
                 if report is grpc.aio.EOF:
                     break
+                role = worker.role
                 worker.report(report)
+                if worker.role != role:
+                    log.info("worker changed its role", worker_id=worker.worker_id, role=_name(worker.role))
                 if report.draining:
                     self._leave(worker)  # what runs there ends there; nothing new is sent
                 else:
@@ -233,8 +236,7 @@ class WorkerTable:
         if self._live.get(worker.worker_id) is not worker:
             self._live[worker.worker_id] = worker
             self._refused.pop(worker.address, None)
-            role = common_pb2.WorkerRole.Name(worker.info.role).removeprefix("WORKER_ROLE_").lower()
-            log.info("worker joined", worker_id=worker.worker_id, address=worker.address, role=role)
+            log.info("worker joined", worker_id=worker.worker_id, address=worker.address, role=_name(worker.role))
             self._joined(worker)
             if worker.can_decode:
                 worker.feed.open()
@@ -250,6 +252,10 @@ class WorkerTable:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _name(role: common_pb2.WorkerRole) -> str:
+    return common_pb2.WorkerRole.Name(role).removeprefix("WORKER_ROLE_").lower()
 
 
 async def _retire(channel: grpc.aio.Channel, worker: Worker | None) -> None:

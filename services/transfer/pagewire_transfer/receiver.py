@@ -64,6 +64,14 @@ class KvChannelServicer(KvChannelServiceServicer):
         if pair is not None:
             pair.abort(transfer_id, error)
 
+    async def release(self) -> None:
+        """Closes the pairs that receive nothing; peers make new ones. Returns when their threads are gone."""
+        for pair in list(self._pairs):
+            if not pair.num_transfers:
+                pair.close(Unavailable("this worker has nothing to receive any more"))
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+
     async def close(self) -> None:
         """Fails every open transfer and returns when nothing of it runs any more; stop the server first."""
         for pair in list(self._pairs):

@@ -87,6 +87,10 @@ class ReceivingPair:
         self._closed = False
         settings.metrics.pairs.inc()
 
+    @property
+    def num_transfers(self) -> int:
+        return len(self._open)
+
     def start(self, requests: AsyncIterator[kv.ConnectRequest], epoch: int) -> None:
         self._tasks = [self._spawn(self._guard(work)) for work in (self._read(requests), self._open_lane(epoch))]
 

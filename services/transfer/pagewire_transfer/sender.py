@@ -74,6 +74,14 @@ class KvSender:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
+    async def release(self) -> None:
+        """Closes the pairs that send nothing; the next use makes new ones. Returns when their threads are gone."""
+        for pair, connecting in list(self._pairs.values()):
+            if connecting.done() and not pair.num_transfers:
+                pair.fail(Unavailable("this worker has nothing to send any more"))
+        if self._closing:
+            await asyncio.wait(set(self._closing))
+
     async def close(self) -> None:
         """Fails every open transfer and returns when all connections and threads are gone."""
         self._closed = True

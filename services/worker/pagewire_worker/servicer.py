@@ -11,13 +11,15 @@ from pagewire.v1 import worker_pb2, worker_pb2_grpc
 from pagewire_core.telemetry import exposition
 from prometheus_client import CollectorRegistry
 
+from pagewire_worker.roles import Roles
+
 _POLL_S = 0.05  # load is looked at this often and sent when it changed
 _AT_LEAST_EVERY_S = 1.0
 _HASHES_PER_MESSAGE = 10_000
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """stats: the load now. snapshot: sequence number and hashes of the prefix cache. drain: see Worker."""
+    """stats: the load now. snapshot: sequence number and hashes of the prefix cache."""
 
     def __init__(
         self,
@@ -25,12 +27,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         stats: Callable[[], worker_pb2.StatsResponse],
         snapshot: Callable[[], tuple[int, list[bytes]]],
         registry: CollectorRegistry,
-        drain: Callable[[float], AsyncIterator[int]],
+        roles: Roles,
     ) -> None:
         self._info, self._stats, self._snapshot, self._registry = info, stats, snapshot, registry
-        self._drain = drain
+        self._roles = roles
 
     async def Info(self, request: worker_pb2.InfoRequest, context: grpc.aio.ServicerContext) -> worker_pb2.InfoResponse:
+        self._info.role = self._roles.role
         return self._info
 
     async def Stats(
@@ -55,13 +58,25 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.DrainResponse]:
-        told = -1
-        async for num_running in self._drain(max(request.timeout_s, 0.0)):
-            if num_running != told:
-                yield worker_pb2.DrainResponse(num_running=num_running)
-                told = num_running
+        async for num_running in _changes(self._roles.drain(max(request.timeout_s, 0.0))):
+            yield worker_pb2.DrainResponse(num_running=num_running)
+
+    async def SetRole(
+        self, request: worker_pb2.SetRoleRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.SetRoleResponse]:
+        async for num_running in _changes(self._roles.switch(request.role, max(request.timeout_s, 0.0))):
+            yield worker_pb2.SetRoleResponse(num_running=num_running)
 
     async def Metrics(
         self, request: worker_pb2.WorkerServiceMetricsRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerServiceMetricsResponse:
         return worker_pb2.WorkerServiceMetricsResponse(text=exposition(self._registry))
+
+
+async def _changes(numbers: AsyncIterator[int]) -> AsyncIterator[int]:
+    """Each number that is another than the one before."""
+    told = -1
+    async for number in numbers:
+        if number != told:
+            yield number
+            told = number

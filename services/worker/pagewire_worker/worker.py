@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
@@ -49,22 +49,16 @@ from pagewire_transfer.sender import KvSender
 from prometheus_client import CollectorRegistry
 
 from pagewire_worker.prefixes import PrefixFetcher, PrefixLender
+from pagewire_worker.roles import NAMES, Roles
 from pagewire_worker.servicer import WorkerServicer
 
 log = structlog.get_logger(__name__)
 
 CLOSE_S = 2.0  # how long what is handed over, and then the connections, may take to close
-_DRAIN_POLL_S = 0.02
-
-ROLES = {
-    "prefill": common_pb2.WORKER_ROLE_PREFILL,
-    "decode": common_pb2.WORKER_ROLE_DECODE,
-    "both": common_pb2.WORKER_ROLE_BOTH,
-}
 
 
 class Worker:
-    """One engine and the gRPC services of its role, from start to SIGTERM."""
+    """One engine and its gRPC services, from start to SIGTERM."""
 
     def __init__(
         self,
@@ -81,6 +75,7 @@ class Worker:
         self._registry = CollectorRegistry()
         self._lanes = available_lanes(args.lanes, loaded.runner.config.device, tls is not None)
         self._publisher: BlockEventPublisher | None = None
+        self._registration: Registration | None = None
         self._engine = Engine(
             loaded.runner,
             loaded.config,
@@ -92,8 +87,7 @@ class Worker:
         self._transfers = Transfers(self._engine)
         self._sender: KvSender | None = None
         self._receiver: KvChannelServicer | None = None
-        self._roles: list[PrefillServicer | DecodeServicer] = []
-        self._draining = False
+        self._roles: Roles | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self) -> None:
@@ -126,7 +120,7 @@ class Worker:
         await stopping.wait()
         log.info("draining")
         exit_within(self._args.graceful_termination_timeout + 3 * CLOSE_S)
-        await self._stop(server, background, info)
+        await self._stop(server, background)
         self._engine.stop()
         await asyncio.to_thread(thread.join, 5)
 
@@ -138,22 +132,21 @@ class Worker:
             log.critical("the engine's loop failed", exc_info=True)
             os._exit(70)
 
-    async def _stop(
-        self, server: rpc.RpcServer, background: list[asyncio.Task[None]], info: worker_pb2.InfoResponse
-    ) -> None:
+    async def _stop(self, server: rpc.RpcServer, background: list[asyncio.Task[None]]) -> None:
         """Drains, then closes what never ends by itself."""
-        self._stop_admitting()
+        assert self._roles is not None
+        self._roles.stop_admitting()
         await server.set_serving(False)
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
-        if self._args.redis_url:
+        if self._registration:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(Registration(self._args.redis_url, _fields(info)).deregister(), 2)
+                await asyncio.wait_for(self._registration.deregister(), 2)
         grace_s = self._args.graceful_termination_timeout
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s + CLOSE_S):
-                async for _ in self._drain(grace_s):
+                async for _ in self._roles.drain(grace_s):
                     pass
         # A lane thread may sit for seconds in an operation with a peer that died: the exit of the process ends it.
         with contextlib.suppress(TimeoutError):
@@ -164,27 +157,8 @@ class Worker:
                 if self._receiver:
                     await self._receiver.close()
 
-    def _stop_admitting(self) -> None:
-        self._draining = True
-        for servicer in self._roles:
-            servicer.draining = True
-
-    async def _drain(self, timeout_s: float) -> AsyncIterator[int]:
-        """How many calls still run, until none does; after `timeout_s` they are handed over."""
-        self._stop_admitting()
-        clock = asyncio.get_running_loop().time
-        hand_over_at = clock() + timeout_s
-        while num_calls := sum(servicer.num_calls for servicer in self._roles):
-            yield num_calls
-            if clock() >= hand_over_at:
-                hand_over_at = float("inf")
-                for servicer in self._roles:
-                    servicer.hand_over()
-            await asyncio.sleep(_DRAIN_POLL_S)
-        yield 0
-
     def _add_services(self, server: rpc.RpcServer, info: worker_pb2.InfoResponse) -> None:
-        registry, role = self._registry, self._args.role
+        registry = self._registry
         registry.register(EngineCollector(self._engine))  # type: ignore[arg-type]
         if isinstance(self._loaded.runner, CpuRunner):
             registry.register(CoreCollector(self._loaded.runner.cores))  # type: ignore[arg-type]
@@ -195,6 +169,7 @@ class Worker:
             info.worker_id, self._instance, self._loaded.fingerprint, self._loaded.runner.cache.layout, self._args.host
         )
         timeout_s = self._args.transfer_timeout
+        self._engine.layers.enabled = self._args.role != "decode"
         # Every worker sends and receives: prefixes go between any two.
         source = PromptSource(self._engine)
         lender = PrefixLender(self._engine, source)
@@ -213,28 +188,22 @@ class Worker:
         )
         fetch = PrefixFetcher(self._engine, self._transfers, identity, info.address, self._tls, registry)
         constraints = self._loaded.constraints
-        if role in ("prefill", "both"):
-            self._engine.layers.enabled = True
-            prefill = PrefillServicer(self._engine, source, sender, stages, constraints, fetch)
-            self._roles.append(prefill)
-            server.add(
-                prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
-                prefill,
-                prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"],
-            )
-        if role in ("decode", "both"):
-            decode = DecodeServicer(
-                self._engine, self._transfers, stages, self._instance, info.address, constraints, fetch
-            )
-            self._roles.append(decode)
-            server.add(
-                decode_pb2_grpc.add_DecodeServiceServicer_to_server,
-                decode,
-                decode_pb2.DESCRIPTOR.services_by_name["DecodeService"],
-            )
+        prefill = PrefillServicer(self._engine, source, sender, stages, constraints, fetch)
+        server.add(
+            prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
+            prefill,
+            prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"],
+        )
+        decode = DecodeServicer(self._engine, self._transfers, stages, self._instance, info.address, constraints, fetch)
+        server.add(
+            decode_pb2_grpc.add_DecodeServiceServicer_to_server,
+            decode,
+            decode_pb2.DESCRIPTOR.services_by_name["DecodeService"],
+        )
+        self._roles = Roles(self._args.role, prefill, decode, sender, self._receiver, self._take_role)
         server.add(
             worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-            WorkerServicer(info, self._stats, self._snapshot, registry, self._drain),
+            WorkerServicer(info, self._stats, self._snapshot, registry, self._roles),
             worker_pb2.DESCRIPTOR.services_by_name["WorkerService"],
         )
 
@@ -244,14 +213,21 @@ class Worker:
             return []
         url, fingerprint = self._args.redis_url, self._loaded.fingerprint
         self._publisher = BlockEventPublisher(url, fingerprint, info.worker_id, self._instance, self._engine.snapshot)
-        return [Registration(url, _fields(info)).run(), self._publisher.run()]
+        self._registration = Registration(url, _fields(info))
+        return [self._registration.run(), self._publisher.run()]
+
+    def _take_role(self, role: str) -> None:
+        """Prompts of others are sent layer by layer where there are any."""
+        self._engine.layers.enabled = role != "decode"
+        if self._registration:
+            self._registration.set_role(role)
 
     def _info(self, address: str) -> worker_pb2.InfoResponse:
         config = self._loaded.config
         return worker_pb2.InfoResponse(
             worker_id=self._args.worker_id or f"{self._args.role}-{address}",
             instance=self._instance,
-            role=ROLES[self._args.role],
+            role=NAMES[self._args.role],
             address=address,
             fingerprint=self._loaded.fingerprint,
             model_digest=self._loaded.model_digest,
@@ -268,7 +244,8 @@ class Worker:
         load: dict[str, Any] = dict(self._engine.load())
         stats = worker_pb2.StatsResponse(**load, step_cost=self._engine.step_cost.to_proto())
         stats.open_transfers = stats.waiting_transfers = len(self._transfers)
-        stats.draining = self._draining
+        if self._roles:
+            stats.role, stats.draining = self._roles.role, self._roles.draining
         if self._sender:
             stats.open_transfers += self._sender.open_transfers
             stats.staging_slots += self._sender.staging_slots
