@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,10 @@ SMALL = ("--kv-cache-memory-bytes=4M", "--max-model-len=256", "--max-num-batched
 
 @dataclass
 class Cluster:
-    """prefill, decode and both: how many workers of each role. tls: certificates of every role, for mutual TLS."""
+    """prefill, decode and both: how many workers of each role. tls: certificates of every role, for mutual TLS.
+
+    role_flags: of the workers of a role, besides worker_flags.
+    """
 
     model: Path
     directory: Path
@@ -40,6 +43,7 @@ class Cluster:
     decode: int = 1
     both: int = 0
     worker_flags: Sequence[str] = SMALL
+    role_flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     router_flags: Sequence[str] = ()
     bridge_flags: Sequence[str] = ()
     bridge_flags: Sequence[str] = ()
@@ -65,7 +69,7 @@ class Cluster:
         self._add("redis", [redis_binary(), *arguments], redis_port)
         for role in ("prefill", "decode", "both"):
             for _ in range(getattr(self, role)):
-                self.add_worker(role, wait=False)
+                self.add_worker(role, wait=False, flags=self.role_flags.get(role, ()))
         router_port = free_port()
         self._add("router", [*script("pagewire-router"), f"--model={self.model}", f"--port={router_port}",
                              f"--redis-url={self.redis_url}", *self._tls("router"), *self.router_flags],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from pagewire_engine.models.part import Part
 from pagewire_engine.options import EngineOptions
 from pagewire_engine.parallel import messages
 from pagewire_engine.parallel.loading import load_rank
-from pagewire_engine.parallel.pools import JoinedKVCache, RankPool
+from pagewire_engine.parallel.pools import JoinedKVCache, Pool, RankPool
+from pagewire_engine.parallel.remote_pool import RemotePool, serve_pool
 from pagewire_engine.parallel.runner import ParallelRunner, work
 from pagewire_transfer.relay_store import RelayStore
 
@@ -29,9 +30,14 @@ class ThreadTeam:
 
     def __init__(self, runners: list[RankRunner], parts: list[Part]) -> None:
         self._links = {part.index: socket.socketpair() for part in parts[1:]}
+        self._pages = {part.index: socket.socketpair() for part in parts[1:]}
         self._threads = [
-            threading.Thread(target=_work, args=(runner, part, self._links[part.index][1]))
+            threading.Thread(target=_until_gone, args=(job, *arguments))
             for runner, part in zip(runners[1:], parts[1:], strict=True)
+            for job, arguments in (
+                (work, (runner, part, self._links[part.index][1])),
+                (serve_pool, (runner.cache, self._pages[part.index][1])),
+            )
         ]
         for thread in self._threads:
             thread.start()
@@ -43,43 +49,58 @@ class ThreadTeam:
     def receive(self, rank: int) -> messages.Arrays:
         return messages.receive(self._links[rank][0])
 
+    def pages(self, rank: int) -> socket.socket:
+        return self._pages[rank][0]
+
     def close(self) -> None:
-        for link, _ in self._links.values():
+        pairs = [*self._links.values(), *self._pages.values()]
+        for link, _ in pairs:
             link.close()
         for thread in self._threads:
             thread.join()
-        for _, link in self._links.values():
+        for _, link in pairs:
             link.close()
 
 
-def _work(runner: RankRunner, part: Part, link: socket.socket) -> None:
+def _until_gone(job: Callable[..., None], *arguments: Any) -> None:
     with contextlib.suppress(ConnectionError):
-        work(runner, part, link)
+        job(*arguments)
 
 
 @contextlib.contextmanager
-def parallel_engine(path: Path, tp: int = 1, pp: int = 1, **options: Any) -> Iterator[Engine]:
-    """As make_engine, of tp * pp ranks."""
+def parallel_engine(path: Path, tp: int = 1, pp: int = 1, *, remote: bool = False, **options: Any) -> Iterator[Engine]:
+    """As make_engine, of tp * pp ranks. remote: pools of other ranks are reached as those of other GPUs are."""
     if tp * pp == 1:
         yield make_engine(path, **options)
         return
     chosen = EngineOptions(**(OPTIONS | options), tensor_parallel_size=tp, pipeline_parallel_size=pp)
-    parts = [Part.of(rank, tp, pp) for rank in range(tp * pp)]
-    store, agreed, least = RelayStore(lambda key, value: None, 20.0), threading.Barrier(len(parts)), []
+    agreed, least, model = threading.Barrier(tp * pp), [], resolve_model(str(path))
 
     def agree(num_blocks: int) -> int:
         least.append(num_blocks)
         agreed.wait()
         return min(least)
 
-    model = resolve_model(str(path))
+    with engine_of(lambda part, store: load_rank(model, chosen, part, store, agree), tp, pp, chosen, remote) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def engine_of(
+    make: Callable[[Part, RelayStore], RankRunner], tp: int, pp: int, chosen: EngineOptions, remote: bool = False
+) -> Iterator[Engine]:
+    """On the runners that `make` gives."""
+    parts, store = [Part.of(rank, tp, pp) for rank in range(tp * pp)], RelayStore(lambda key, value: None, 20.0)
     with ThreadPoolExecutor(len(parts)) as pool:
-        runners = list(pool.map(lambda part: load_rank(model, chosen, part, store, agree), parts))
+        runners = list(pool.map(lambda part: make(part, store), parts))
     config = runners[0].config
-    cache = JoinedKVCache(
-        config, [RankPool.of(runner.cache, part, config) for runner, part in zip(runners, parts, strict=True)]
-    )
     team: Any = ThreadTeam(runners, parts)
+    pools: list[Pool] = [runner.cache for runner in runners]
+    if remote:
+        pools[1:] = [
+            RemotePool(team.pages(part.index), part.local(config), runners[0].cache, poison=True) for part in parts[1:]
+        ]
+    cache = JoinedKVCache(config, [RankPool.of(pool, part, config) for pool, part in zip(pools, parts, strict=True)])
     limits = EngineConfig(
         max_model_len=chosen.max_model_len or config.max_position_embeddings,
         block_size=cache.block_size,

@@ -17,6 +17,7 @@ from pagewire_engine.engine import Engine
 from pagewire_engine.events import Event, FirstTokens, Progress
 from pagewire_engine.model_runner import TorchRunner
 from peers import hand_over, peer
+from rank_threads import parallel_engine
 from tiny_models import VOCAB, make_model
 
 LAYERS = 12
@@ -91,6 +92,17 @@ def test_what_is_said_to_be_final_is_what_the_step_leaves(
         told += told_while_running(engine, prompt(seed))
         if any(event.num_computed for event, _ in told) or (chunk == 256 and told):
             return
+    raise AssertionError("nothing was told while a step ran")
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(4, 1), (2, 2)])
+def test_a_layer_is_final_when_all_ranks_have_it(tp: int, pp: int, deep: Path) -> None:
+    """Rank 0 tells, and the KV is in the other ranks' pools as well; of a second stage's layers nothing is told."""
+    with parallel_engine(deep, tp, pp, **OPTIONS) as engine:
+        for seed in range(50):
+            if told := told_while_running(engine, prompt(seed)):
+                assert all(event.ahead[1] <= LAYERS // pp for event, _ in told)
+                return
     raise AssertionError("nothing was told while a step ran")
 
 

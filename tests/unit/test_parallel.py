@@ -11,8 +11,16 @@ import tiny_models
 from engines import Run, make_engine, run_all
 from hypothesis import given
 from hypothesis import strategies as st
+from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import StartupError
+from pagewire_core.grammar import Vocabulary
+from pagewire_engine.constraint import Constraints
+from pagewire_engine.engine import Engine
 from pagewire_engine.models.part import Part
+from pagewire_engine.speculative.config import SpeculativeConfig
+from pagewire_engine.speculative.ngram_proposer import NgramProposer
+from pagewire_engine.speculative.policy import Policy, Rates
+from pagewire_engine.speculative.step_times import Counts
 from rank_threads import parallel_engine
 
 
@@ -69,6 +77,36 @@ def test_on_plain_torch_the_tokens_are_those_of_one_rank(
     model = tiny_models.make_model(tmp_path, "qwen3")
     for found, expected in zip(answers(model, tp, pp), answers(model, 1, 1), strict=True):
         assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+
+
+class Always(Policy):
+    """Every draft is tried, however fast this machine is today."""
+
+    def choose(self, num_sequences: int, rates: Rates, limits: Counts) -> Counts:
+        return limits
+
+
+def test_drafts_and_grammars_are_every_ranks(tmp_path: Path) -> None:
+    """Masks and rows of draft tokens against one rank that knows no drafts; a text that repeats itself is guessed."""
+    model = tiny_models.make_model(tmp_path, "llama")
+    constraints = Constraints(Vocabulary(model, tiny_models.VOCAB, [2]))
+
+    def asked() -> list[Run]:
+        runs = [Run(prompt(40), max_tokens=40, constrained=True, eos_token_ids=frozenset({2}), temperature=t, seed=7)
+                for t in (0.0, 1.0)]  # fmt: skip
+        for run in runs:
+            run.request.matchings = constraints.make_now(pb.Constraint(answer="start: /(abc|abd){2,30}x/"))
+        return [*runs, Run(prompt(9) * 6, max_tokens=30, logprobs=1, ignore_eos=True)]
+
+    alone, together = asked(), asked()
+    run_all(make_engine(model), *alone)
+    with parallel_engine(model, 2, 2) as engine:
+        proposer = NgramProposer(SpeculativeConfig("ngram", 4, prompt_lookup_max=3, prompt_lookup_min=1), 256)
+        proposer.policy = Always()
+        speculating = Engine(engine.runner, engine.config, proposer=proposer)
+        run_all(speculating, *together)
+        assert speculating.counters.accepted_tokens > 0
+    assert [(run.tokens(), run.logprobs()) for run in together] == [(run.tokens(), run.logprobs()) for run in alone]
 
 
 @given(total=st.integers(1, 4000), ranks=st.integers(1, 8), unit=st.sampled_from([16, 32]))

@@ -21,6 +21,7 @@ from pagewire_engine.cpu.model import CpuModel
 from pagewire_engine.cpu.runner import CpuRunner
 from pagewire_engine.gpu.kv_cache import GpuKVCache, cache_dtype
 from pagewire_engine.gpu.model import GpuModel
+from pagewire_engine.gpu.rank_runner import GpuRankRunner
 from pagewire_engine.gpu.runner import GpuRunner
 from pagewire_engine.kv_cache import Allocate, KVCache, empty
 from pagewire_engine.model_runner import Runner, TorchRunner
@@ -42,10 +43,11 @@ def make_runner(
     num_blocks: Callable[[], int],
 ) -> Runner:
     """Loads the weights and makes the pool. num_blocks is asked once the weights have their memory."""
-    is_half = config.dtype in (torch.bfloat16, torch.float16)
-    if config.device.type == "cuda" and ops.implementation("cuda").name == "triton" and is_half:
+    if _triton_can(config):
         return _gpu_runner(config, checkpoint, options, max_model_len, num_blocks)
-    return make_rank_runner(config, checkpoint, options, max_model_len, num_blocks)
+    runner = make_rank_runner(config, checkpoint, options, max_model_len, num_blocks)
+    assert not isinstance(runner, GpuRankRunner)
+    return runner
 
 
 def make_rank_runner(
@@ -56,8 +58,10 @@ def make_rank_runner(
     num_blocks: Callable[[], int],
     peers: Peers = ALONE,
     allocate: Allocate = empty,
-) -> CpuRunner | TorchRunner:
-    """As make_runner, for one of several ranks. config: of the whole model; allocate: makes the memory of the pool."""
+) -> CpuRunner | TorchRunner | GpuRankRunner:
+    """As make_runner, for one of several ranks. config: of the whole model; allocate: makes the pool on a CPU."""
+    if _triton_can(config):
+        return _gpu_rank_runner(config, checkpoint, options, max_model_len, num_blocks, peers)
     if config.device.type == "cpu":
         _check_cpu_can(options)
         reason = _why_not_compiled(config, options)
@@ -65,10 +69,10 @@ def make_rank_runner(
             return _cpu_runner(config, checkpoint, options, max_model_len, num_blocks, peers, allocate)
         log.warning("no compiled CPU step: plain torch, several times slower", reason=reason)
     if options.quantization:
-        raise StartupError(f"--quantization {options.quantization} needs the compiled CPU step, or one GPU")
+        raise StartupError(f"--quantization {options.quantization} needs the compiled CPU step, or a GPU")
     if options.kv_cache_dtype != "auto":
         raise StartupError(
-            f"--kv-cache-dtype {options.kv_cache_dtype} needs one CUDA device with Triton, and bfloat16 or float16 to "
+            f"--kv-cache-dtype {options.kv_cache_dtype} needs a CUDA device with Triton, and bfloat16 or float16 to "
             "compute in; leave it out"
         )
     with torch.inference_mode():
@@ -136,6 +140,27 @@ def _gpu_runner(
     if not options.enforce_eager:
         runner.capture_graphs()
     return runner
+
+
+def _gpu_rank_runner(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    max_model_len: int,
+    num_blocks: Callable[[], int],
+    peers: Peers,
+) -> GpuRankRunner:
+    with torch.inference_mode():
+        scheme = SCHEMES[options.quantization] if options.quantization else None
+        model = GpuModel(config, checkpoint, max_model_len, scheme, peers)
+    dtype = cache_dtype(options.kv_cache_dtype, config)
+    cache = GpuKVCache(model.local, num_blocks(), options.block_size, dtype, poison=options.poison_free_blocks)
+    return GpuRankRunner(model, cache, peers)
+
+
+def _triton_can(config: ModelConfig) -> bool:
+    is_half = config.dtype in (torch.bfloat16, torch.float16)
+    return config.device.type == "cuda" and ops.implementation("cuda").name == "triton" and is_half
 
 
 def _check_cpu_can(options: EngineOptions) -> None:

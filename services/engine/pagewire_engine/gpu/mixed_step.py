@@ -21,7 +21,7 @@ class MixedStep:
 
     def __init__(self, model: GpuModel, cache: KVCache) -> None:
         self._model, self._cache = model, cache
-        config = model.config
+        config = model.local
         self._device = config.device
         self._neutral = neutral_sampling(config.vocab_size, config.device)
         self._workspace = ops.decode_workspace(config.num_heads, config.num_kv_heads, config.head_dim, config.device)
@@ -38,22 +38,38 @@ class MixedStep:
         inputs = upload(arrays, self._device)
         if previous is not None:
             ops.resolve_input_ids(inputs["input_ids"], previous)
+        hidden = self.hidden(inputs, num_decode, tables, layer_done)
+        logits = self.logits(hidden, inputs["sample_from"])
+        return logits, self.choose(logits, inputs)
+
+    def hidden(
+        self,
+        inputs: dict[str, Tensor],
+        num_decode: int,
+        tables: DeviceTables,
+        layer_done: Callable[[int], None],
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [T, E]; layer_done, before: see GpuModel."""
         chunk_start = inputs["chunk_start"] if len(inputs["chunk_start"]) > 1 else None
         attention = Attention(
             num_decode, tables.rows(inputs["seats"]), inputs["seq_lens"], chunk_start, self._workspace
         )
-        hidden = self._model.forward(
-            inputs["input_ids"], inputs["positions"], inputs["slots"], attention, self._cache,
-            layer_done,
+        return self._model.forward(
+            inputs["input_ids"], inputs["positions"], inputs["slots"], attention, self._cache, layer_done, before
         )  # fmt: skip
-        return self._choose(hidden, inputs)
 
-    def _choose(self, hidden: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        rows = len(inputs["sample_from"])
+    def logits(self, hidden: Tensor, sample_from: Tensor) -> Tensor:
+        """[R, V]"""
+        if not len(sample_from):
+            return hidden.new_empty(0, self._model.config.vocab_size)
+        return self._model.logits(hidden.index_select(0, sample_from))
+
+    def choose(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Tokens int64 [R]; inputs: the arrays of SamplingRows."""
+        rows = len(logits)
         tokens = torch.empty(rows, dtype=torch.int64, device=self._device)
-        if not rows:
-            return hidden.new_empty(0, self._model.config.vocab_size), tokens
-        logits = self._model.logits(hidden.index_select(0, inputs["sample_from"]))
-        seats = torch.arange(rows, dtype=torch.int32, device=self._device)
-        ops.sample(logits, plain_sampling(inputs, self._neutral), seats, inputs["uniforms"], seats, tokens)
-        return logits, tokens
+        if rows:
+            seats = torch.arange(rows, dtype=torch.int32, device=self._device)
+            ops.sample(logits, plain_sampling(inputs, self._neutral), seats, inputs["uniforms"], seats, tokens)
+        return tokens

@@ -19,31 +19,42 @@ from pagewire_engine.gpu.linear import Activation, Fp8Rows, Linear, make_linear,
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.models.config import ModelConfig
 from pagewire_engine.models.layer import Layer, Tensors, load_ends, load_layer
+from pagewire_engine.models.part import VOCABULARY_UNIT
 from pagewire_engine.models.rope import RotaryEmbedding
+from pagewire_engine.parallel.peers import ALONE, Peers
 from pagewire_engine.quantization import Scheme
 
 
 class GpuModel:
-    """The forward pass over one batch of paged sequences. scheme: how matrices are stored, None for as they are."""
+    """The forward pass over one batch of paged sequences; with `peers`, this rank's part of it.
 
-    def __init__(self, config: ModelConfig, tensors: Tensors, max_model_len: int, scheme: Scheme | None = None) -> None:
-        self.config = config
+    scheme: how matrices are stored, None for as they are. local: heads and layers that are here.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Tensors,
+        max_model_len: int,
+        scheme: Scheme | None = None,
+        peers: Peers = ALONE,
+    ) -> None:
+        self.config, self.local, self._peers = config, peers.part.local(config), peers
         self._fp8 = scheme is not None and scheme.name == "fp8"
         self._cos_sin = RotaryEmbedding(config, max_model_len).table(max_model_len)
-        ends = load_ends(config, tensors)
-        assert ends.embedding is not None and ends.norm is not None and ends.head is not None
+        ends = load_ends(config, tensors, peers.part)
         self._embedding, self._norm = ends.embedding, ends.norm
         self._layers = [
-            load_layer(config, tensors, i, lambda _, weight, bias: make_linear(weight, bias, scheme))
-            for i in range(config.num_layers)
+            load_layer(config, tensors, i, lambda _, weight, bias: make_linear(weight, bias, scheme), peers.part)
+            for i in range(*peers.part.layers(config))
         ]
-        self._head = make_linear(ends.head, None, scheme and scheme.for_head)
+        self._head = None if ends.head is None else make_linear(ends.head, None, scheme and scheme.for_head)
 
     @property
     def num_weight_bytes(self) -> int:
         """What one decode step reads of the matrices."""
         linears = [linear for layer in self._layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        return sum(linear.weight.num_bytes for linear in (*linears, self._head))
+        return sum(linear.weight.num_bytes for linear in (*linears, self._head) if linear)
 
     def forward(
         self,
@@ -53,30 +64,45 @@ class GpuModel:
         attention: Attention,
         cache: KVCache,
         layer_done: Callable[[int], None] = lambda layers: None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [T, E]; writes the batch's KV into the cache, and tells for how many layers it has.
 
-        Slot -1: a padding row, written nowhere.
+        Slot -1: a padding row, written nowhere. before: what the stage before gave (overwritten), None on the first.
+        What a stage gives that is not the last are the hidden states before the last norm.
         """
-        residual = self._embedding[input_ids]
+        if before is None:
+            assert self._embedding is not None
+            before = self._embedding[input_ids]
+        residual = before
         hidden = self._norm_of(None, residual, self._layers[0].input_norm)
         following = [layer.input_norm for layer in self._layers[1:]]
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(hidden)
             attended = self._attend(qkv, layer, index, positions, slot_mapping, attention, cache)
             layer_done(index + 1)
-            hidden = self._norm_of(layer.o(attended), residual, layer.post_attention_norm)
-            down = layer.down(self._activate(layer.gate_up(hidden)))
+            hidden = self._norm_of(self._gather(layer.o(attended)), residual, layer.post_attention_norm)
+            down = self._gather(layer.down(self._activate(layer.gate_up(hidden))))
             if index < len(following):
                 hidden = self._norm_of(down, residual, following[index])
         return self._final(down, residual)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[R, E] -> [R, V] in the model's dtype, in `out` if there is one."""
-        return self._head(hidden, out)
+        """[R, E] -> [R, V] in the model's dtype, in `out` if there is one (only where a rank is alone)."""
+        assert self._head is not None
+        if self._peers.part.ranks == 1:
+            return self._head(hidden, out)
+        widths = self._peers.part.widths(self.config.vocab_size, VOCABULARY_UNIT)
+        return self._peers.gather(self._head(hidden), widths)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """This rank's outputs of o or down -> hidden states."""
+        return self._peers.gather(x, self._peers.part.widths(self.config.hidden_size))
 
     def _final(self, x: Tensor, residual: Tensor) -> Tensor:
         """The last norm; never quantized, since only the head's rows are used."""
+        if self._norm is None:
+            return residual + x
         out = torch.empty_like(residual)
         ops.rms_norm_residual(x, residual, self._norm, self.config.rms_norm_eps, out)
         return out
@@ -93,23 +119,25 @@ class GpuModel:
         return out
 
     def _activate(self, gate_up: Tensor) -> Activation:
-        tokens, width = len(gate_up), self.config.intermediate_size
-        if self._fp8:
+        tokens, width, part = len(gate_up), gate_up.shape[1] // 2, self._peers.part
+        if self._fp8 and part.ranks == 1:
             rows = Fp8Rows.empty(tokens, width, gate_up.device)
             ops.silu_and_mul_fp8(gate_up, rows.values, rows.scales)
             return rows
         out = gate_up.new_empty(tokens, width)
         ops.silu_and_mul(gate_up, out)
-        return out
+        out = self._peers.gather(out, part.widths(self.config.intermediate_size))
+        return quantize_rows(out) if self._fp8 else out
 
     def _attend(
         self, qkv: Tensor, layer: Layer[Linear], index: int, positions: Tensor, slot_mapping: Tensor,
         attention: Attention, cache: KVCache,
     ) -> Activation:  # fmt: skip
-        c = self.config
+        c = self.local
         q = qkv.new_empty(len(qkv), c.num_heads, c.head_dim)
         k_cache, v_cache = cache.layer(index)
         ops.rope_write_kv(qkv, positions, self._cos_sin, layer.q_norm, layer.k_norm, c.rms_norm_eps, q,
                           k_cache, v_cache, slot_mapping, KV_SCALE, KV_SCALE)  # fmt: skip
         out = attention(q, k_cache, v_cache, layer.window).view(len(qkv), -1)
+        out = self._peers.gather(out, [out.shape[1]] * self._peers.part.ranks)
         return quantize_rows(out) if self._fp8 else out

@@ -18,7 +18,8 @@ from pagewire_engine.models.config import ModelConfig
 from pagewire_engine.models.part import Part
 from pagewire_engine.options import EngineOptions
 from pagewire_engine.parallel.peers import GroupPeers
-from pagewire_engine.parallel.pools import JoinedKVCache, RankPool, SharedMemory
+from pagewire_engine.parallel.pools import JoinedKVCache, Pool, RankPool, SharedMemory
+from pagewire_engine.parallel.remote_pool import RemotePool
 from pagewire_engine.parallel.runner import ParallelRunner
 from pagewire_engine.parallel.team import Team
 from pagewire_engine.resources import Space, read_model_config
@@ -39,7 +40,9 @@ def load_rank(
     options = _rank_options(options, part)
     config = _rank_config(model, options, part)
     part.check(config)
-    if config.device.type == "cpu" and options.threads:
+    if config.device.type == "cuda":
+        torch.cuda.set_device(config.device)
+    elif options.threads:
         torch.set_num_threads(options.threads)
     peers = GroupPeers(part, store, config.device)
     space = Space(model, config, options, draft, part)
@@ -63,11 +66,14 @@ def load_team(model: ModelDir, options: EngineOptions, draft: ModelDir | None) -
     runner = load_rank(model, options, part, team.store, agree, draft=draft)
     pools = [RankPool.of(runner.cache, part, runner.config)]
     for other in (_part(rank, options) for rank in team.ranks):
-        memory = SharedMemory(team.receive_file(other.index))
-        config = replace(other.local(runner.config), device=_rank_config(model, options, other).device)
-        cache = make_cache(config, options, runner.cache.num_blocks, memory.allocate)
-        memory.close()
-        pools.append(RankPool.of(cache, other, runner.config))
+        config, cache = other.local(runner.config), runner.cache
+        if config.device.type == "cpu":
+            memory = SharedMemory(team.receive_file(other.index))
+            pool: Pool = make_cache(config, options, cache.num_blocks, memory.allocate)
+            memory.close()
+        else:
+            pool = RemotePool(team.pages(other.index), config, cache, poison=options.poison_free_blocks)
+        pools.append(RankPool.of(pool, other, runner.config))
     return ParallelRunner(runner, JoinedKVCache(runner.config, pools), part, team)
 
 

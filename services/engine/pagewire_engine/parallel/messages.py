@@ -60,11 +60,15 @@ def to_batch(arrays: Arrays) -> Batch:
     seats = np.arange(len(arrays["seq_lens"]), dtype=np.int32)
     return Batch(
         scheduled=(),
-        **{name: arrays[name] for name in _BATCH},
+        input_ids=arrays["input_ids"],
+        positions=arrays["positions"],
+        query_start=arrays["query_start"],
+        seq_lens=arrays["seq_lens"],
         num_decode=int(arrays["num_decode"]),
         tables=arrays["tables"],
         seats=seats,
         table_changes=tuple(seats.tolist()),
+        sample_from=arrays["sample_from"],
         sample_rows=(),
         copies=tuple(map(tuple, arrays["copies"].tolist())),
         allowed=arrays.get("allowed"),

@@ -1,6 +1,6 @@
-"""The KV pools of a worker's ranks as one: rank 0 maps those of the others, so that a transfer is between two workers.
+"""The KV pools of a worker's ranks as one, so that a transfer is between two workers, however many ranks they have.
 
-Memory of a pool is a file without a name, whose descriptor its rank hands to rank 0.
+On a CPU rank 0 maps the pools of the others: their memory is a file without a name, whose descriptor a rank hands over.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -45,16 +46,31 @@ def _nameless() -> int:
         return os.dup(file.fileno())
 
 
+class Pool(Protocol):
+    """As KVCache."""
+
+    num_blocks: int
+    block_size: int
+    dtype: torch.dtype
+
+    def gather(self, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor: ...
+    def scatter(
+        self, wire: torch.Tensor, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]
+    ) -> None: ...
+    def allocated(self, blocks: Sequence[int]) -> None: ...
+    def freed(self, blocks: Sequence[int]) -> None: ...
+
+
 @dataclass(frozen=True)
 class RankPool:
     """A rank's pool, and which layers and kv heads of the model are in it."""
 
-    cache: KVCache
+    cache: Pool
     layers: tuple[int, int]
     heads: tuple[int, int]
 
     @classmethod
-    def of(cls, cache: KVCache, part: Part, config: ModelConfig) -> RankPool:
+    def of(cls, cache: Pool, part: Part, config: ModelConfig) -> RankPool:
         return cls(cache, part.layers(config), part.kv_heads(config))
 
     def overlap(self, layers: tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A rank of a worker other than the first: `python -m pagewire_engine.parallel.rank RANK STEPS_FD KEYS_FD`.
+"""A rank of a worker other than the first: `python -m pagewire_engine.parallel.rank RANK STEPS_FD KEYS_FD PAGES_FD`.
 
 It has no port, takes no requests and no signals but SIGKILL, and ends with its worker.
 """
@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +21,24 @@ from pagewire_core.model_dir import resolve_model
 from pagewire_core.telemetry import configure_logging
 from pagewire_transfer.relay_store import RelayStore
 
+from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.models.part import Part
 from pagewire_engine.options import EngineOptions
 from pagewire_engine.parallel import messages
 from pagewire_engine.parallel.loading import load_rank
 from pagewire_engine.parallel.pools import SharedMemory
+from pagewire_engine.parallel.remote_pool import serve_pool
 from pagewire_engine.parallel.runner import work
-from pagewire_engine.parallel.team import START_S
+from pagewire_engine.parallel.team import EXIT_CODE, START_S
 
 
 def main() -> None:
-    rank, steps, keys = int(sys.argv[1]), *(socket.socket(fileno=int(file)) for file in sys.argv[2:4])
+    rank, *links = int(sys.argv[1]), *(socket.socket(fileno=int(file)) for file in sys.argv[2:5])
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # the worker decides when this rank ends
     configure_logging(f"rank-{rank}", "auto", "warning")
     try:
-        _run(rank, steps, keys)
+        _run(rank, *links)
     except ConnectionError:
         os._exit(0)  # the worker has ended
     except StartupError as error:
@@ -44,7 +47,7 @@ def main() -> None:
         os._exit(1)
 
 
-def _run(rank: int, steps: socket.socket, keys: socket.socket) -> None:
+def _run(rank: int, steps: socket.socket, keys: socket.socket, pages: socket.socket) -> None:
     hello = json.loads(messages.receive(steps)["hello"].tobytes())
     options = EngineOptions(**hello["options"] | {"cpus": tuple(hello["options"]["cpus"])})
     part = Part.of(rank, options.tensor_parallel_size, options.pipeline_parallel_size)
@@ -57,9 +60,23 @@ def _run(rank: int, steps: socket.socket, keys: socket.socket) -> None:
 
     memory = SharedMemory()
     runner = load_rank(resolve_model(str(Path(hello["model"]))), options, part, store, agree, memory.allocate)
-    socket.send_fds(steps, [b"p"], [memory.file])
+    if runner.config.device.type == "cpu":
+        socket.send_fds(steps, [b"p"], [memory.file])
+    else:
+        threading.Thread(target=_serve, args=(runner.cache, pages), name="pages", daemon=True).start()
     memory.close()
     work(runner, part, steps)
+
+
+def _serve(cache: KVCache, pages: socket.socket) -> None:
+    """A rank that cannot answer must not leave its worker waiting."""
+    try:
+        serve_pool(cache, pages)
+    except ConnectionError:
+        os._exit(0)
+    except Exception:
+        traceback.print_exc()
+        os._exit(EXIT_CODE)
 
 
 def _listen(keys: socket.socket, store: RelayStore) -> None:

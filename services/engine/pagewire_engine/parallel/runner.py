@@ -23,11 +23,13 @@ class ParallelRunner:
     """A Runner, with one step under way. own: this rank's part of it."""
 
     overlaps = False
-    progress = None  # a layer is final when all ranks have it
 
     def __init__(self, own: RankRunner, cache: JoinedKVCache, part: Part, team: Team) -> None:
         self.config = own.config
         self.cache: KVCache = cache
+        # A layer's attention is whole here when every rank of this stage has written its KV; and these layers are the
+        # model's first ones. Those of other stages are told of when the step is over.
+        self.progress = own.progress
         self._own, self._part, self._team = own, part, team
 
     def launch(self, batch: Batch) -> Launched:
@@ -63,4 +65,9 @@ def work(runner: RankRunner, part: Part, link: socket.socket) -> None:
         result = runner.compute(messages.to_batch(arrays), arrays)
         if answers:
             assert result is not None
-            messages.send(link, {name: tensor.cpu().numpy() for name, tensor in result.items()})
+            messages.send(link, {name: _float32(tensor).cpu().numpy() for name, tensor in result.items()})
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    """numpy has no bfloat16."""
+    return tensor.float() if tensor.is_floating_point() else tensor

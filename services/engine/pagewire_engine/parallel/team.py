@@ -1,8 +1,8 @@
 """The other ranks of a worker, as rank 0 sees them: processes that live and die with it.
 
-Two socket pairs to each, which have no name and no port: one for steps and their results, one for the keys of the
-process groups. Both ends see at once when the other is gone: a worker that has lost a rank ends, and a rank that has
-lost its worker ends.
+Three socket pairs to each, which have no name and no port: one for steps and their results, one for the keys of the
+process groups, one for KV where memory cannot be mapped. Both ends see at once when the other is gone: a worker that
+has lost a rank ends, and a rank that has lost its worker ends.
 """
 
 from __future__ import annotations
@@ -34,11 +34,16 @@ START_S = 120.0  # that ranks may take to join
 
 @dataclass(frozen=True)
 class Member:
-    """A rank: its process, and this end of the two links to it."""
+    """A rank: its process, and this end of the links to it."""
 
     process: subprocess.Popen[bytes]
     steps: socket.socket
     keys: socket.socket
+    pages: socket.socket
+
+    @property
+    def links(self) -> tuple[socket.socket, ...]:
+        return self.steps, self.keys, self.pages
 
 
 class Team:
@@ -64,10 +69,6 @@ class Team:
     def ranks(self) -> list[int]:
         return list(self._members)
 
-    @property
-    def pids(self) -> list[int]:
-        return [member.process.pid for member in self._members.values()]
-
     def send(self, arrays: messages.Arrays) -> None:
         for member in self._members.values():
             messages.send(member.steps, arrays)
@@ -80,17 +81,21 @@ class Team:
         _, [file], _, _ = socket.recv_fds(self._members[rank].steps, 1, 1)
         return file
 
+    def pages(self, rank: int) -> socket.socket:
+        """The link for KV to and from the rank."""
+        return self._members[rank].pages
+
     def close(self) -> None:
         """Ends the ranks and waits for them. Idempotent."""
         self._closing = True
         for member in self._members.values():
-            for link in (member.steps, member.keys):
+            for link in member.links:
                 with contextlib.suppress(OSError):
                     link.shutdown(socket.SHUT_RDWR)
         for member, watcher in zip(self._members.values(), self._watchers, strict=True):
             watcher.join()
-            member.steps.close()
-            member.keys.close()
+            for link in member.links:
+                link.close()
 
     def _watch(self, rank: int) -> None:
         """Passes the rank's keys on to all others until it is gone."""
@@ -116,13 +121,12 @@ class Team:
 
 
 def _start(rank: int) -> Member:
-    steps, its_steps = socket.socketpair()
-    keys, its_keys = socket.socketpair()
-    with its_steps, its_keys:
-        files = (its_steps.fileno(), its_keys.fileno())
+    pairs = [socket.socketpair() for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(theirs).fileno() for _, theirs in pairs]
         command = [
             *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
             *(sys.executable, "-m", "pagewire_engine.parallel.rank", str(rank), *map(str, files)),
         ]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=files)
-    return Member(process, steps, keys)
+    return Member(process, *(ours for ours, _ in pairs))
