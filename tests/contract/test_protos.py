@@ -24,10 +24,11 @@ SERVICES = {
         "DeltaFeed",
         "Tokenize",
         "Detokenize",
+        "Embed",
         "Explain",
     },
     "KvChannelService": {"Connect", "Fetch"},
-    "PrefillService": {"Prefill"},
+    "PrefillService": {"Prefill", "Embed"},
     "WorkerService": {"Info", "Stats", "Snapshot", "Drain", "SetRole", "Metrics"},
 }
 

@@ -58,6 +58,7 @@ class Batch(ctypes.Structure):
         ("mask", c_void_p), ("tokens", c_void_p), ("logits", c_void_p),
         ("hidden_in", c_void_p), ("hidden_out", c_void_p),
         ("progress", c_void_p), ("progress_group", c_int32), ("progress_pipe", c_int32),
+        ("hidden", c_void_p),
     )  # fmt: skip
 
 

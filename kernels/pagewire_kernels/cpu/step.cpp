@@ -49,7 +49,7 @@ struct Batch {
     int64_t table_stride;
     const int32_t* sample_from;
     const Choice* choices;     // [samples]
-    const uint8_t* raw;        // [samples], 1: the row's logits are wanted, no token
+    const uint8_t* raw;        // [samples], 1: the row's logits are wanted, no token; 2: its hidden state is
     const uint32_t* mask;      // [samples][ceil(vocab / 32)] allowed tokens, or null; raw rows stay as they are
     int32_t* tokens;           // [samples], -1 where no logit is a number
     float* logits;             // [samples][vocab rounded up to 32], written where raw or temperature > 0
@@ -57,6 +57,7 @@ struct Batch {
     float* hidden_out;         // [rows][hidden] for the stage that follows, or null; then no token is chosen
     int64_t* progress;         // null, or where the number of layers whose KV is final is added to its low 16 bits
     int32_t progress_group, progress_pipe;  // after so many layers each a byte goes into the pipe
+    float* hidden;             // [samples][hidden], after the last norm, written where raw is 2
 };
 
 constexpr int64_t FETCH_EARLY = 32 << 10;
@@ -467,6 +468,7 @@ class Runner {
             for (int r = begin; r < end; r++) {
                 rms_norm(x_ + b_->sample_from[r] * x_stride_, m.norm, m.eps, m.hidden, own.row);
                 put_row(final_, r, own.row, m.hidden);
+                if (b_->raw[r] == 2) std::memcpy(b_->hidden + int64_t(r) * m.hidden, own.row, m.hidden * sizeof(float));
             }
         });
         Best* best = best_.data() + size_t(thread) * samples;
@@ -498,7 +500,7 @@ class Runner {
         return b_->num_samples * int64_t(sizeof(Best)) + int64_t(wanted_.size()) * vocab_.widest * int64_t(sizeof(float));
     }
 
-    bool wants_logits(int r) const { return b_->raw[r] || b_->choices[r].temperature > 0; }
+    bool wants_logits(int r) const { return b_->raw[r] == 1 || b_->choices[r].temperature > 0; }
 
     // The greatest of this rank's part of the vocabulary for every sample, then the logits of those that want them.
     void gather_choices(int thread) {

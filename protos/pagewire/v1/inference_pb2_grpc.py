@@ -59,6 +59,11 @@ class InferenceServiceStub:
                 request_serializer=pagewire_dot_v1_dot_inference__pb2.DeltaFeedRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_inference__pb2.DeltaFeedResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/pagewire.v1.InferenceService/Embed',
+                request_serializer=pagewire_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/pagewire.v1.InferenceService/Tokenize',
                 request_serializer=pagewire_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -116,6 +121,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Vectors of texts or token ids: prompts are computed on the prefill workers, and nothing is handed over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """A prompt as the tokens that Generate would make of it.
         """
@@ -164,6 +176,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.DeltaFeed,
                     request_deserializer=pagewire_dot_v1_dot_inference__pb2.DeltaFeedRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_inference__pb2.DeltaFeedResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=pagewire_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -316,6 +333,33 @@ class InferenceService:
             '/pagewire.v1.InferenceService/DeltaFeed',
             pagewire_dot_v1_dot_inference__pb2.DeltaFeedRequest.SerializeToString,
             pagewire_dot_v1_dot_inference__pb2.DeltaFeedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.InferenceService/Embed',
+            pagewire_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            pagewire_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -72,3 +72,21 @@ class KvSent(_message.Message):
     overlap: float
     resent_chunks: int
     def __init__(self, transferred_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., lane: _Optional[str] = ..., timings: _Optional[_Union[_common_pb2.StageTimings, _Mapping]] = ..., wire_us: _Optional[int] = ..., overlap: _Optional[float] = ..., resent_chunks: _Optional[int] = ...) -> None: ...
+
+class EmbedPromptRequest(_message.Message):
+    __slots__ = ("request_id", "prompt_ids", "cache_root")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_ROOT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    prompt_ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_root: bytes
+    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ...) -> None: ...
+
+class EmbedPromptResponse(_message.Message):
+    __slots__ = ("vector", "cached_tokens")
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    vector: _containers.RepeatedScalarFieldContainer[float]
+    cached_tokens: int
+    def __init__(self, vector: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...

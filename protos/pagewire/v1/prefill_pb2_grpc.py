@@ -39,6 +39,11 @@ class PrefillServiceStub:
                 request_serializer=pagewire_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/pagewire.v1.PrefillService/Embed',
+                request_serializer=pagewire_dot_v1_dot_prefill__pb2.EmbedPromptRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_prefill__pb2.EmbedPromptResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer:
@@ -53,6 +58,14 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Computes one prompt for its embedding: the last token's hidden state after the last norm, of length 1.
+        Nothing is handed over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=pagewire_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=pagewire_dot_v1_dot_prefill__pb2.EmbedPromptRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_prefill__pb2.EmbedPromptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +107,33 @@ class PrefillService:
             '/pagewire.v1.PrefillService/Prefill',
             pagewire_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
             pagewire_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.PrefillService/Embed',
+            pagewire_dot_v1_dot_prefill__pb2.EmbedPromptRequest.SerializeToString,
+            pagewire_dot_v1_dot_prefill__pb2.EmbedPromptResponse.FromString,
             options,
             channel_credentials,
             insecure,

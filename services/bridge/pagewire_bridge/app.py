@@ -28,7 +28,9 @@ from pagewire_bridge.disconnect import STATUS_CLIENT_GONE, ClientGone
 from pagewire_bridge.error_shapes import error_shape
 from pagewire_bridge.keys import KeyRing
 from pagewire_bridge.observe import BridgeMetrics, Observe
+from pagewire_bridge.ollama.embed import ROUTES as OLLAMA_EMBED_ROUTES
 from pagewire_bridge.ollama.routes import ROUTES as OLLAMA_ROUTES
+from pagewire_bridge.openai.embeddings import ROUTES as EMBEDDING_ROUTES
 from pagewire_bridge.openai.routes import ROUTES as OPENAI_ROUTES
 from pagewire_bridge.rate_limit import RateLimiter
 from pagewire_bridge.responses import json_response
@@ -94,8 +96,10 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 _ROUTES = (
     *OPENAI_ROUTES,
+    *EMBEDDING_ROUTES,
     *TGI_ROUTES,
     *OLLAMA_ROUTES,
+    *OLLAMA_EMBED_ROUTES,
     *ANTHROPIC_ROUTES,
     *TOKENIZE_ROUTES,
     *CHAT_PAGE_ROUTES,

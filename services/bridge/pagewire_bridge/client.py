@@ -117,6 +117,16 @@ class RouterClient:
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 
+    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        """Vectors of the inputs. Raises PagewireError."""
+        if request.ByteSize() > MAX_MESSAGE_BYTES:
+            raise InvalidRequest(f"The inputs are larger than {MAX_MESSAGE_BYTES >> 20} MiB; send several requests.")
+        try:
+            metadata = request_metadata(request.request_id)
+            return await self._stub.Embed(request, timeout=self._timeout_s, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """A prompt as tokens. Raises PagewireError."""
         try:

@@ -81,6 +81,11 @@ class RankRunner(Protocol):
         ...
 
 
+def rows_that_embed(batch: Batch) -> np.ndarray:
+    """int64: those of the rows to choose for that give their hidden state instead of a token."""
+    return np.array([i for i, row in enumerate(batch.sample_rows) if row.params.embeds], np.int64)
+
+
 @dataclass(frozen=True)
 class Done:
     """A step that was complete when it was launched."""
@@ -104,16 +109,18 @@ class TorchRunner:
         self._peers = peers
 
     def launch(self, batch: Batch) -> Launched:
-        result = self.compute(batch, {})
+        sampling = self.sampling(batch)
+        result = self.compute(batch, sampling)
         assert result is not None
-        return Done(self.choose(batch, {}, result))
+        return Done(self.choose(batch, sampling, result))
 
     def sampling(self, batch: Batch) -> Arrays:
-        return {}
+        """embeds: int64, the rows that give their hidden state."""
+        return {"embeds": rows_that_embed(batch)}
 
     @torch.inference_mode()
     def compute(self, batch: Batch, sampling: Arrays) -> Tensors | None:
-        """The rows' logits."""
+        """The rows' logits, and what those that embed have before it."""
         part, device = self._peers.part, self.config.device
         self.cache.copy_blocks(batch.copies)
         hidden = None
@@ -129,14 +136,19 @@ class TorchRunner:
         if not len(batch.sample_from):
             return {}
         rows = torch.from_numpy(batch.sample_from).to(device, torch.int64)
-        return {"logits": self.model.logits(hidden[rows])}
+        final = self.model.final(hidden[rows])
+        embeds = torch.from_numpy(sampling["embeds"]).to(device)
+        return {"logits": self.model.logits(final), "hidden": final[embeds].float()}
 
     @torch.inference_mode()
     def choose(self, batch: Batch, sampling: Arrays, result: Tensors) -> list[Sampled]:
         if not batch.sample_rows:
             return []
         num_tokens = (batch.positions[batch.sample_from] + 1).tolist()
-        return sample(result["logits"], batch.sample_rows, num_tokens, batch.allowed)
+        sampled = sample(result["logits"], batch.sample_rows, num_tokens, batch.allowed)
+        for i, row in enumerate(sampling["embeds"].tolist()):
+            sampled[row] = Sampled(-1, hidden=result["hidden"][i].cpu())
+        return sampled
 
     def rest(self) -> None:
         pass

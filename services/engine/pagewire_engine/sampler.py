@@ -42,11 +42,15 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A chosen token; logprobs only if the request asked: of the token, and of the best (id, logprob)."""
+    """A chosen token; logprobs only if the request asked: of the token, and of the best (id, logprob).
+
+    hidden: float32 [E] in its place, with token -1, where the request embeds.
+    """
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    hidden: torch.Tensor | None = None
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

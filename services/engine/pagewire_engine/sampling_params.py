@@ -29,6 +29,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     constrained: bool = False  # the output follows a grammar
+    embeds: bool = False  # no token is wanted but the hidden state that it would be chosen from
 
     @classmethod
     def from_proto(cls, p: pb.SamplingParams) -> SamplingParams:

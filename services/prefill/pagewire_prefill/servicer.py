@@ -104,6 +104,38 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             self._cleanups.add(cleanup)
             cleanup.add_done_callback(self._cleanups.discard)
 
+    async def Embed(
+        self, request: prefill_pb2.EmbedPromptRequest, context: grpc.aio.ServicerContext
+    ) -> prefill_pb2.EmbedPromptResponse:
+        if self.draining:
+            raise Unavailable(_DRAINING)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        work = Request(
+            request.request_id,
+            list(request.prompt_ids),
+            request.cache_root,
+            SamplingParams(temperature=0.0, embeds=True),
+            1,
+            events.put_nowait,
+            prefill_only=True,
+        )
+        self._engine.submit(work)
+        self._running.add(events)
+        try:
+            started = await _until_started(events)
+            while isinstance(event := await events.get(), Progress):
+                pass
+            if isinstance(event, Failed):
+                raise event.error
+            assert isinstance(event, FirstTokens)
+            hidden = event.tokens[0].hidden
+            assert hidden is not None
+            vector = hidden / hidden.norm().clamp_min(1e-12)
+            return prefill_pb2.EmbedPromptResponse(vector=vector.tolist(), cached_tokens=started.cached_tokens)
+        finally:
+            self._running.discard(events)
+            self._engine.cancel(work)
+
     async def _open(self, request: prefill_pb2.PrefillRequest) -> Outgoing:
         tokens = (request.decode_local_tokens, len(request.prompt_ids))
         return await self._sender.open(request.transfer_id, request.decode_address, request.decode_instance, tokens)

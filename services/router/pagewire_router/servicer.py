@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from pagewire_router.account import Account
 from pagewire_router.admission import Admission, Slot
 from pagewire_router.breakers import LEGS
 from pagewire_router.discovery import Discovery
+from pagewire_router.embedding import Embedder, inputs_of
 from pagewire_router.explain import explain
 from pagewire_router.generation import Generation, Services
 from pagewire_router.grammars import Grammars, constrain
@@ -141,6 +143,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         for name, one in zip(model.names, response.models, strict=True):
             one.name, one.ready, one.max_model_len = name, ready, self._router.max_model_len
         return response
+
+    async def Embed(
+        self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.EmbedResponse:
+        router = self._router
+        inputs = inputs_of(request, router.model, router.max_model_len)
+        embedder = Embedder(router.services.workers, router.admission)
+        request_id = request.request_id or uuid.uuid4().hex
+        vectors = await embedder.embed(inputs, request_id, request.tenant, self._deadline(context))
+        return inference_pb2.EmbedResponse(
+            model=request.model or router.model.names[0],
+            embeddings=vectors,
+            prompt_tokens=sum(map(len, inputs)),
+        )
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: grpc.aio.ServicerContext

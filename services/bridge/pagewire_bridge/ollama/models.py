@@ -74,7 +74,7 @@ def shown(model: Model) -> dict[str, Any]:
 
 
 def capabilities(model: Model) -> list[str]:
-    return ["completion"]
+    return ["completion", "embedding"]
 
 
 def _named(model: Model) -> dict[str, str]:

@@ -45,16 +45,16 @@ def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(i) is int and 0 <= i <= _UINT32_MAX for i in value)
 
 
-def _prompts(value: object) -> list[str | list[int]]:
-    """The four shapes of a prompt as one list of prompts."""
+def prompts(value: object, name: str = "prompt", most: int = MAX_PROMPTS) -> list[str | list[int]]:
+    """The four shapes of a prompt as one list of prompts. name: of the field. Raises InvalidRequest."""
     whole = [value] if isinstance(value, str) or (value and _is_token_ids(value)) else value
     if not isinstance(whole, list) or not whole:
-        raise InvalidRequest("`prompt` must be a string, strings, token ids or lists of token ids.", "prompt")
-    if len(whole) > MAX_PROMPTS:
-        raise InvalidRequest(f"`prompt` may hold at most {MAX_PROMPTS} prompts; send several requests.", "prompt")
+        raise InvalidRequest(f"`{name}` must be a string, strings, token ids or lists of token ids.", name)
+    if len(whole) > most:
+        raise InvalidRequest(f"`{name}` may hold at most {most} prompts; send several requests.", name)
     for i, prompt in enumerate(whole):
         if not isinstance(prompt, str) and not (prompt and _is_token_ids(prompt)):
-            where = f"prompt[{i}]"
+            where = f"{name}[{i}]"
             raise InvalidRequest(f"`{where}` must be a string or a non-empty list of token ids.", where)
     return whole
 
@@ -185,7 +185,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     best_of: int | None = None
 

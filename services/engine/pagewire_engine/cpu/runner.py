@@ -19,6 +19,7 @@ from pagewire_engine.layer_progress import LayerProgress
 from pagewire_engine.model_runner import Arrays, Done, Launched, Tensors
 from pagewire_engine.sampler import NOT_NUMBERS, Sampled, sample, uniform
 
+_LOGITS, _HIDDEN = 1, 2  # what a row may give instead of a token
 SMALL_STEP = 4 << 20  # weights; steps that go through fewer run on one thread
 _CHOICE = np.dtype(
     [("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4"), ("top_k", "i4"), ("uniform", "f8")], align=True
@@ -60,19 +61,22 @@ class CpuRunner:
         if before is not None:
             self._model.peers.receive(before)
         after = None if part.is_last else torch.empty(size, dtype=torch.float32)
-        tokens = self._step(batch, sampling["choices"].view(_CHOICE), sampling["raw"], before, after)
+        raw = sampling["raw"]
+        hidden = np.empty((len(raw), self.config.hidden_size) if (raw == _HIDDEN).any() else 0, np.float32)
+        tokens = self._step(batch, sampling["choices"].view(_CHOICE), raw, hidden, before, after)
         if after is not None:
             self._model.peers.send(after)
             return None
-        wanted = np.flatnonzero(sampling["raw"])
-        logits = torch.from_numpy(self._logits[wanted, : self.config.vocab_size])
-        return {"tokens": torch.from_numpy(tokens), "logits": logits}
+        logits = torch.from_numpy(self._logits[np.flatnonzero(raw == _LOGITS), : self.config.vocab_size])
+        result = {"tokens": torch.from_numpy(tokens), "logits": logits}
+        return result | {"hidden": torch.from_numpy(hidden[raw == _HIDDEN])} if hidden.size else result
 
     def _step(
         self,
         batch: Batch,
         choices: np.ndarray,
         raw: np.ndarray,
+        hidden: np.ndarray,
         before: torch.Tensor | None,
         after: torch.Tensor | None,
     ) -> np.ndarray:
@@ -91,6 +95,7 @@ class CpuRunner:
             self.progress.begin(batch.number)
             struct.progress = _at(self.progress.cell)
             struct.progress_group, struct.progress_pipe = batch.layer_group, self.progress.writing
+        struct.hidden = _at(hidden)
         if self._library.pw_step(self._runner, ctypes.byref(self.cache.model), ctypes.byref(struct)):
             self._model.raise_failure()
         return tokens
@@ -99,9 +104,9 @@ class CpuRunner:
         self.cores.rest()
 
     def choose(self, batch: Batch, sampling: Arrays, result: Tensors) -> list[Sampled]:
-        """The step's own tokens, and those of the rows whose logits it gave back."""
+        """The step's own tokens, and those of the rows whose logits it gave back; hidden states of rows that embed."""
         tokens, raw = result["tokens"].numpy(), sampling["raw"]
-        wanted = np.flatnonzero(raw)
+        wanted = np.flatnonzero(raw == _LOGITS)
         if np.any(tokens[raw == 0] < 0):
             raise Internal(NOT_NUMBERS)
         sampled = [Sampled(token) for token in tokens.tolist()]
@@ -111,6 +116,8 @@ class CpuRunner:
             chosen = sample(result["logits"], [batch.sample_rows[i] for i in wanted], num_tokens, allowed)
             for row, token in zip(wanted, chosen, strict=True):
                 sampled[row] = token
+        for i, row in enumerate(np.flatnonzero(raw == _HIDDEN)):
+            sampled[row] = Sampled(-1, hidden=result["hidden"][i])
         return sampled
 
 
@@ -120,8 +127,10 @@ def _choices(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     choices, raw = np.zeros(len(rows), _CHOICE), np.zeros(len(rows), np.uint8)
     for i, row in enumerate(rows):
         p = row.params
-        if p.changes_logits or p.logprobs is not None:
-            raw[i] = 1
+        if p.embeds:
+            raw[i] = _HIDDEN
+        elif p.changes_logits or p.logprobs is not None:
+            raw[i] = _LOGITS
         elif p.temperature > 0:
             position = int(batch.positions[batch.sample_from[i]]) + 1
             choices[i] = p.temperature, p.top_p, p.min_p, p.top_k, uniform(p.seed, row.choice, position)

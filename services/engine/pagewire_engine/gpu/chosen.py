@@ -38,18 +38,22 @@ def logprobs_of(rows: Sequence[SampleRow], logits: Tensor, tokens: Tensor) -> Lo
 
 @dataclass(frozen=True)
 class Chosen:
-    """Launched: `read()` gives tokens [R] and then the logprobs' chosen, ids and values, once they are on the host."""
+    """Launched: `read()` gives tokens [R], then the logprobs' chosen, ids and values, then hidden states of the rows
+    in `embeds`, once they are on the host."""
 
     read: Callable[[], list[Tensor]]
     logprobs: Logprobs | None
+    embeds: Sequence[int] = ()
 
     def tokens(self) -> list[Sampled]:
         """In the order of the batch's `sample_rows`, once the step is done."""
         tensors = self.read()
         sampled = [Sampled(token) for token in tensors[0].tolist()]
         if self.logprobs is not None:
-            chosen, ids, values = (tensor.tolist() for tensor in tensors[1:])
+            chosen, ids, values = (tensor.tolist() for tensor in tensors[1:4])
             for i, (row, count) in enumerate(zip(self.logprobs.rows, self.logprobs.counts, strict=True)):
                 best = tuple(zip(ids[i][:count], values[i][:count], strict=True))
                 sampled[row] = Sampled(sampled[row].token, chosen[i], best)
+        for i, row in enumerate(self.embeds):
+            sampled[row] = Sampled(-1, hidden=tensors[-1][i])
         return sampled

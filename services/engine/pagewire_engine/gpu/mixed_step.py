@@ -17,7 +17,7 @@ from pagewire_engine.kv_cache import KVCache
 
 
 class MixedStep:
-    """Logits of the rows that give tokens, and the tokens."""
+    """Logits of the rows that give tokens, the tokens, and the hidden states that the logits are of."""
 
     def __init__(self, model: GpuModel, cache: KVCache) -> None:
         self._model, self._cache = model, cache
@@ -33,14 +33,18 @@ class MixedStep:
         tables: DeviceTables,
         previous: Tensor | None,
         layer_done: Callable[[int], None],
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [R, V] and tokens int64 [R]. previous: what negative input ids refer to, if there are any."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [R, V], tokens int64 [R] and hidden states [R, E].
+
+        previous: what negative input ids refer to, if there are any.
+        """
         inputs = upload(arrays, self._device)
         if previous is not None:
             ops.resolve_input_ids(inputs["input_ids"], previous)
         hidden = self.hidden(inputs, num_decode, tables, layer_done)
-        logits = self.logits(hidden, inputs["sample_from"])
-        return logits, self.choose(logits, inputs)
+        final = self.final(hidden, inputs["sample_from"])
+        logits = self.logits(final)
+        return logits, self.choose(logits, inputs), final
 
     def hidden(
         self,
@@ -59,11 +63,13 @@ class MixedStep:
             inputs["input_ids"], inputs["positions"], inputs["slots"], attention, self._cache, layer_done, before
         )  # fmt: skip
 
-    def logits(self, hidden: Tensor, sample_from: Tensor) -> Tensor:
+    def final(self, hidden: Tensor, sample_from: Tensor) -> Tensor:
+        """The hidden states that tokens are chosen from, [R, E]."""
+        return hidden.index_select(0, sample_from)
+
+    def logits(self, final: Tensor) -> Tensor:
         """[R, V]"""
-        if not len(sample_from):
-            return hidden.new_empty(0, self._model.config.vocab_size)
-        return self._model.logits(hidden.index_select(0, sample_from))
+        return self._model.logits(final) if len(final) else final.new_empty(0, self._model.config.vocab_size)
 
     def choose(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Tokens int64 [R]; inputs: the arrays of SamplingRows."""

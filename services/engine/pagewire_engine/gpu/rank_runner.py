@@ -16,7 +16,7 @@ from pagewire_engine.gpu.tables import DeviceTables
 from pagewire_engine.gpu.transfers import Downloads, upload
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.layer_progress import LayerProgress
-from pagewire_engine.model_runner import Arrays, Tensors
+from pagewire_engine.model_runner import Arrays, Tensors, rows_that_embed
 from pagewire_engine.parallel.peers import Peers
 from pagewire_engine.sampler import Sampled
 
@@ -35,11 +35,12 @@ class GpuRankRunner:
         self._downloads = Downloads(model.config.device)
 
     def sampling(self, batch: Batch) -> Arrays:
-        return self._sampling.arrays(batch.sample_rows, batch.positions[batch.sample_from] + 1)
+        arrays = self._sampling.arrays(batch.sample_rows, batch.positions[batch.sample_from] + 1)
+        return arrays | {"embeds": rows_that_embed(batch)}
 
     @torch.inference_mode()
     def compute(self, batch: Batch, sampling: Arrays) -> Tensors | None:
-        """The rows' logits."""
+        """The rows' logits, and what those that embed have before it."""
         part, c = self._peers.part, self.config
         self.cache.copy_blocks(batch.copies)
         self._tables.update(batch)
@@ -53,7 +54,8 @@ class GpuRankRunner:
         if not part.is_last:
             self._peers.send(hidden)
             return None
-        return {"logits": self._mixed.logits(hidden, inputs["sample_from"])}
+        final = self._mixed.final(hidden, inputs["sample_from"])
+        return {"logits": self._mixed.logits(final), "hidden": final[sampling["embeds"].tolist()].float()}
 
     @torch.inference_mode()
     def choose(self, batch: Batch, sampling: Arrays, result: Tensors) -> list[Sampled]:
@@ -63,4 +65,5 @@ class GpuRankRunner:
         sample_changed(batch.sample_rows, num_tokens, sampling, logits, tokens, batch.allowed)
         logprobs = logprobs_of(batch.sample_rows, logits, tokens)
         parts = [tokens] if logprobs is None else [tokens, logprobs.chosen, logprobs.ids, logprobs.values]
-        return Chosen(self._downloads.start(parts), logprobs).tokens()
+        embeds = sampling["embeds"].tolist()
+        return Chosen(self._downloads.start([*parts, result["hidden"]]), logprobs, embeds).tokens()

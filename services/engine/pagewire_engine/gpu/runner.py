@@ -25,6 +25,7 @@ from pagewire_engine.gpu.tables import DeviceTables
 from pagewire_engine.gpu.transfers import Arrays, Downloads
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.layer_progress import LayerProgress
+from pagewire_engine.model_runner import rows_that_embed
 
 log = structlog.get_logger(__name__)
 
@@ -61,21 +62,24 @@ class GpuRunner:
         self._tables.update(batch)
         num_tokens = batch.positions[batch.sample_from] + 1
         sampling = self._sampling.arrays(batch.sample_rows, num_tokens)
-        logits, tokens = self._run(batch, sampling)
+        embeds = rows_that_embed(batch).tolist()
+        logits, tokens, hidden = self._run(batch, sampling, with_hidden=bool(embeds))
         tokens = tokens.clone()  # the next step overwrites them while they are on their way to the host
         sample_changed(batch.sample_rows, num_tokens, sampling, logits, tokens, batch.allowed)
         logprobs = logprobs_of(batch.sample_rows, logits, tokens)
         self._tokens = tokens
         parts = [tokens] if logprobs is None else [tokens, logprobs.chosen, logprobs.ids, logprobs.values]
-        return Chosen(self._downloads.start(parts), logprobs)
+        if embeds and hidden is not None:
+            parts.append(hidden[embeds].float())
+        return Chosen(self._downloads.start(parts), logprobs, embeds)
 
     def rest(self) -> None:
         pass
 
-    def _run(self, batch: Batch, sampling: Arrays) -> tuple[Tensor, Tensor]:
+    def _run(self, batch: Batch, sampling: Arrays, with_hidden: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         arrays = row_arrays(batch, self.cache.block_size) | sampling
         previous = self._tokens if (batch.input_ids < 0).any() else None
-        if samples_each_row(batch) and len(batch.seats) <= self._decode.sizes[-1]:
-            return self._decode(arrays, self._tables, previous)
+        if not with_hidden and samples_each_row(batch) and len(batch.seats) <= self._decode.sizes[-1]:
+            return *self._decode(arrays, self._tables, previous), None
         layer_done = self._layers.of(batch.number, batch.layer_group)
         return self._mixed(arrays | chunk_arrays(batch), batch.num_decode, self._tables, previous, layer_done)

@@ -69,11 +69,15 @@ class DenseModel:
             x = x + self._gather(layer.down(activated), c.hidden_size)
         return x
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, E] -> float32 [R, vocabulary]; on the last stage."""
-        norm, head = self._ends.norm, self._ends.head
-        assert norm is not None and head is not None
-        logits = F.linear(ops.rms_norm(hidden, norm, self.config.rms_norm_eps), head)
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last norm of [R, E]; on the last stage."""
+        assert self._ends.norm is not None
+        return ops.rms_norm(hidden, self._ends.norm, self.config.rms_norm_eps)
+
+    def logits(self, final: torch.Tensor) -> torch.Tensor:
+        """`final` states [R, E] -> float32 [R, vocabulary]; on the last stage."""
+        assert self._ends.head is not None
+        logits = F.linear(final, self._ends.head)
         return self._peers.gather(logits, self._peers.part.widths(self.config.vocab_size, VOCABULARY_UNIT)).float()
 
     def _gather(self, x: torch.Tensor, total: int) -> torch.Tensor:

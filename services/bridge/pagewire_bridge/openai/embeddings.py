@@ -1,0 +1,141 @@
+"""Vectors of texts: OpenAI's embeddings, and vLLM's and Cohere's scores and rankings made of them."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pagewire.v1 import inference_pb2 as pb
+from pagewire_core.errors import InvalidRequest
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pagewire_bridge.body import read_body, to_object, validated
+from pagewire_bridge.client import client_of
+from pagewire_bridge.disconnect import until_disconnect
+from pagewire_bridge.model_names import to_served_name
+from pagewire_bridge.openai.schema import TokenCount, prompts
+from pagewire_bridge.responses import json_response
+
+Vector = Sequence[float]
+MAX_DOCUMENTS = 1024
+_Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    model: str | None = None
+    truncate_prompt_tokens: TokenCount | None = None
+
+
+class EmbeddingsBody(_Body):
+    """dimensions: only the model's own; a vector that is cut short is another one."""
+
+    input: Annotated[list[str | list[int]], PlainValidator(lambda value: prompts(value, "input", 2048))]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+
+
+class ScoreBody(_Body):
+    text_1: str | _Texts
+    text_2: str | _Texts
+
+
+class RerankBody(_Body):
+    query: str
+    documents: Annotated[list[str | dict[str, Any]], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    top_n: Annotated[int, Field(ge=0)] | None = None
+    return_documents: bool | None = None
+
+
+async def embed(
+    request: Request, model: str | None, inputs: Sequence[str | list[int]], truncate: int
+) -> pb.EmbedResponse:
+    """The vectors of the inputs, for the tenant of the request. Raises PagewireError."""
+    asked = pb.EmbedRequest(
+        request_id=request.state.request_id,
+        model=to_served_name(model),
+        inputs=[
+            pb.EmbedInput(text=one) if isinstance(one, str) else pb.EmbedInput(token_ids=pb.TokenIds(ids=one))
+            for one in inputs
+        ],
+        tenant=request.state.tenant,
+        truncate_prompt_tokens=truncate,
+    )
+    response = await until_disconnect(request.receive, client_of(request).embed(asked))
+    request.state.charge(response.prompt_tokens)
+    return response
+
+
+async def embeddings(request: Request) -> Response:
+    body = validated(EmbeddingsBody, to_object(await read_body(request)))
+    response = await embed(request, body.model, body.input, body.truncate_prompt_tokens or 0)
+    vectors = [one.vector for one in response.embeddings]
+    if body.dimensions is not None and body.dimensions != len(vectors[0]):
+        raise InvalidRequest(f"This model's vectors have {len(vectors[0])} dimensions and no fewer.", "dimensions")
+    encode = _base64 if body.encoding_format == "base64" else list
+    data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
+    return json_response({"object": "list", "data": data, "model": response.model, "usage": _usage(response)})
+
+
+async def score(request: Request) -> Response:
+    """vLLM's: the cosine of pairs of texts; one text goes with each of the others."""
+    body = validated(ScoreBody, to_object(await read_body(request)))
+    first, second = ([text] if isinstance(text, str) else text for text in (body.text_1, body.text_2))
+    if len(first) not in (1, len(second)):
+        raise InvalidRequest("`text_1` must be one text, or as many as `text_2`.", "text_1")
+    response = await embed(request, body.model, [*first, *second], body.truncate_prompt_tokens or 0)
+    vectors = [one.vector for one in response.embeddings]
+    left, right = vectors[: len(first)], vectors[len(first) :]
+    scores = [_dot(left[i if len(first) > 1 else 0], vector) for i, vector in enumerate(right)]
+    data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
+    head = {"id": f"score-{request.state.request_id}", "object": "list", "model": response.model}
+    return json_response({**head, "data": data, "usage": _usage(response)})
+
+
+async def rerank(request: Request) -> Response:
+    """Documents by their nearness to the query, best first."""
+    body = validated(RerankBody, to_object(await read_body(request)))
+    texts = [_text(document, i) for i, document in enumerate(body.documents)]
+    response = await embed(request, body.model, [body.query, *texts], body.truncate_prompt_tokens or 0)
+    query, *others = [one.vector for one in response.embeddings]
+    scores = {i: _dot(query, vector) for i, vector in enumerate(others)}
+    best = sorted(scores, key=lambda i: (-scores[i], i))[: body.top_n or len(scores)]
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in best]
+    if body.return_documents is not False:
+        results = [{**result, "document": {"text": texts[result["index"]]}} for result in results]
+    head = {"id": f"rerank-{request.state.request_id}", "model": response.model}
+    return json_response({**head, "usage": {"total_tokens": response.prompt_tokens}, "results": results})
+
+
+def _text(document: str | dict[str, Any], i: int) -> str:
+    text = document if isinstance(document, str) else document.get("text")
+    if not isinstance(text, str):
+        raise InvalidRequest(f"`documents[{i}]` must be a string or an object with `text`.", f"documents[{i}]")
+    return text
+
+
+def _dot(one: Vector, other: Vector) -> float:
+    """Of vectors of length 1, which makes it their cosine."""
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def _base64(vector: Vector) -> str:
+    """float32, little endian: what OpenAI's Python client asks for unless it is told otherwise."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def _usage(response: pb.EmbedResponse) -> dict[str, int]:
+    return {"prompt_tokens": response.prompt_tokens, "total_tokens": response.prompt_tokens}
+
+
+ROUTES = [
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
+    *(Route(path, score, methods=["POST"]) for path in ("/score", "/v1/score")),
+    *(Route(path, rerank, methods=["POST"]) for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
+]

@@ -1,0 +1,103 @@
+"""Embeddings: prompts that are computed for their last hidden state alone, on the workers that compute prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import grpc
+from pagewire.v1 import inference_pb2, prefill_pb2
+from pagewire_core.block_hash import chain_root
+from pagewire_core.errors import ContextLength, InvalidRequest, Unavailable, from_rpc
+from pagewire_core.rpc import request_metadata
+
+from pagewire_router.admission import Admission, Slot
+from pagewire_router.ledger import Booking
+from pagewire_router.model import ServedModel
+from pagewire_router.request import check_model
+from pagewire_router.workers import Worker, WorkerTable
+
+MAX_INPUTS = 2048
+_MAX_ATTEMPTS = 3
+
+
+def inputs_of(request: inference_pb2.EmbedRequest, model: ServedModel, max_model_len: int) -> list[list[int]]:
+    """Token ids of every input. Raises ModelNotFound, InvalidRequest, ContextLength."""
+    check_model(request.model, model)
+    if not 0 < len(request.inputs) <= MAX_INPUTS:
+        raise InvalidRequest(f"there must be 1 to {MAX_INPUTS} inputs, not {len(request.inputs)}", param="input")
+    return [_ids(one, i, request.truncate_prompt_tokens, model, max_model_len) for i, one in enumerate(request.inputs)]
+
+
+def _ids(one: inference_pb2.EmbedInput, i: int, truncate: int, model: ServedModel, max_model_len: int) -> list[int]:
+    if one.HasField("token_ids"):
+        ids = list(one.token_ids.ids)
+        if any(token >= model.vocab_size for token in ids):
+            raise InvalidRequest(f"token ids must be below the vocabulary size, {model.vocab_size}", param="input")
+    else:
+        ids = model.tokenizer.encode(one.text, True)
+    if not ids:
+        raise InvalidRequest(f"input {i} is empty: it must have at least one token", param="input")
+    if truncate:
+        ids = ids[:truncate]
+    if len(ids) > max_model_len:
+        raise ContextLength(
+            f"This model's maximum context length is {max_model_len} tokens. Input {i} has {len(ids)} tokens; "
+            "shorten it.",
+            param="input",
+        )
+    return ids
+
+
+class Embedder:
+    """Places prompts on the prefill worker with the least to do, each in its turn of the queue."""
+
+    def __init__(self, workers: WorkerTable, admission: Admission) -> None:
+        self._workers, self._admission = workers, admission
+
+    async def embed(
+        self, inputs: Sequence[list[int]], request_id: str, tenant: str, deadline: float
+    ) -> list[inference_pb2.Embedding]:
+        """The vectors, in order; the first failure ends all. Raises PagewireError."""
+        tasks = [asyncio.ensure_future(self._one(ids, request_id, tenant, deadline)) for ids in inputs]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, ids: list[int], request_id: str, tenant: str, deadline: float) -> inference_pb2.Embedding:
+        avoid: set[str] = set()
+        async with self._admission.slot(Slot(len(ids), tenant, 0, n=1, deadline=deadline)):
+            while True:
+                worker = self._choose(avoid)
+                try:
+                    return await self._ask(worker, ids, request_id, tenant, deadline)
+                except Unavailable:
+                    avoid.add(worker.worker_id)
+                    if len(avoid) == _MAX_ATTEMPTS:
+                        raise
+
+    def _choose(self, avoid: set[str]) -> Worker:
+        able = [w for w in self._workers.live if w.can_prefill and not w.suspect]
+        if not able:
+            raise Unavailable("no worker that computes prompts is ready", retry_after_s=1.0)
+        fresh = [w for w in able if w.worker_id not in avoid] or able
+        return min(fresh, key=lambda w: w.load(0).waiting_tokens)
+
+    async def _ask(
+        self, worker: Worker, ids: list[int], request_id: str, tenant: str, deadline: float
+    ) -> inference_pb2.Embedding:
+        message = prefill_pb2.EmbedPromptRequest(
+            request_id=request_id,
+            prompt_ids=ids,
+            cache_root=chain_root(worker.info.fingerprint, tenant_salt=tenant.encode()),
+        )
+        timeout_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        with worker.booked(Booking(compute_tokens=len(ids), num_sequences=1)):
+            try:
+                answer = await worker.prefill.Embed(message, timeout=timeout_s, metadata=request_metadata(request_id))
+            except grpc.RpcError as error:
+                raise from_rpc(error) from error
+        return inference_pb2.Embedding(vector=answer.vector)

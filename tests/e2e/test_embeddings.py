@@ -1,0 +1,113 @@
+"""Embeddings on real workers: the hidden state that transformers has, whatever the runner, the batch or the client."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import ollama
+import openai
+import pytest
+import pytest_asyncio
+import torch
+from cluster import Cluster, running
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PROMPTS = [[5, 9, 200, 17], [7], list(range(20, 150))]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    directory: Path = tmp_path_factory.mktemp("embed")
+    model = make_model(directory / "model", "qwen3")
+    async with running(Cluster(model, directory, router_flags=("--served-model-name=demo",))) as started:
+        yield started
+
+
+def reference(model: Path, prompt: list[int]) -> list[float]:
+    """The last token's last hidden state in transformers, of length 1."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.inference_mode():
+        hidden = loaded.model(torch.tensor([prompt])).last_hidden_state[0, -1]
+    return (hidden / hidden.norm()).tolist()
+
+
+async def post(cluster: Cluster, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = await cluster.http.post(path, json=body)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+async def test_vectors_are_those_of_the_reference_alone_and_in_a_batch(cluster: Cluster) -> None:
+    expected = [reference(cluster.model, prompt) for prompt in PROMPTS]
+    together = await post(cluster, "/v1/embeddings", {"input": PROMPTS, "encoding_format": "float"})
+    assert together["usage"] == {"prompt_tokens": 135, "total_tokens": 135}
+    for prompt, wanted, found in zip(PROMPTS, expected, together["data"], strict=True):
+        assert found["embedding"] == pytest.approx(wanted, abs=2e-5)
+        alone = await post(cluster, "/v1/embeddings", {"input": prompt})
+        assert alone["data"][0]["embedding"] == pytest.approx(found["embedding"], abs=1e-6)
+
+
+async def test_embedding_beside_generation_disturbs_neither(cluster: Cluster) -> None:
+    quiet = await cluster.complete(PROMPTS[2], max_tokens=40)
+    vectors = await post(cluster, "/v1/embeddings", {"input": PROMPTS[2]})
+    asked = [post(cluster, "/v1/embeddings", {"input": PROMPTS[2]}) for _ in range(8)]
+    answers = await asyncio.gather(*(cluster.complete(PROMPTS[2], max_tokens=40) for _ in range(3)), *asked)
+    assert all(answer["choices"][0]["token_ids"] == quiet["choices"][0]["token_ids"] for answer in answers[:3])
+    assert all(answer["data"] == vectors["data"] for answer in answers[3:])
+
+
+async def test_the_openai_client_reads_base64_as_floats(cluster: Cluster) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="unused") as client:
+        by_default = await client.embeddings.create(model="demo", input=["hello there", "hi"])
+        as_floats = await client.embeddings.create(model="demo", input=["hello there", "hi"], encoding_format="float")
+    for one, other in zip(by_default.data, as_floats.data, strict=True):
+        assert one.embedding == pytest.approx(other.embedding, abs=1e-7)
+        assert math.hypot(*one.embedding) == pytest.approx(1, abs=1e-5)
+
+
+async def test_ollamas_client_gets_the_same_vectors(cluster: Cluster) -> None:
+    async with ollama.AsyncClient(cluster.base_url) as client:
+        found = await client.embed("demo", ["hello there", "hi"])
+        old = await client.embeddings("demo", "hi")
+    expected = await post(cluster, "/v1/embeddings", {"input": ["hello there", "hi"]})
+    vectors = [one["embedding"] for one in expected["data"]]
+    assert [list(vector) for vector in found.embeddings] == vectors and list(old.embedding) == vectors[1]
+    assert found.prompt_eval_count == expected["usage"]["prompt_tokens"]
+
+
+async def test_scores_and_rankings_are_cosines(cluster: Cluster) -> None:
+    texts = ["alpha beta", "gamma", "alpha beta gamma", "zzz"]
+    embedded = await post(cluster, "/v1/embeddings", {"input": texts})
+    vectors = [torch.tensor(one["embedding"]) for one in embedded["data"]]
+    cosines = [float(vectors[0] @ vector) for vector in vectors]
+    scored = await post(cluster, "/v1/score", {"text_1": texts[0], "text_2": texts})
+    assert [one["score"] for one in scored["data"]] == pytest.approx(cosines, abs=1e-6) and cosines[0] > 0.999
+    ranked = await post(cluster, "/rerank", {"query": texts[0], "documents": texts, "top_n": 3})
+    order = [one["index"] for one in ranked["results"]]
+    assert order == sorted(range(4), key=lambda i: -cosines[i])[:3] and order[0] == 0
+    assert ranked["results"][0]["document"] == {"text": texts[0]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/v1/embeddings", {"input": ""}, "empty"),
+        ("/v1/embeddings", {"input": []}, "input"),
+        ("/v1/embeddings", {"input": list(range(5, 250)) * 2}, "context length"),
+        ("/v1/embeddings", {"input": "x", "dimensions": 3}, "dimensions"),
+        ("/v1/embeddings", {"input": [[999999]]}, "vocabulary"),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
+        ("/v1/rerank", {"query": "a", "documents": []}, "documents"),
+    ],
+)
+async def test_mistakes_are_named(cluster: Cluster, path: str, body: dict[str, Any], words: str) -> None:
+    response = await cluster.http.post(path, json=body)
+    assert response.status_code == 400 and words in response.json()["error"]["message"]
