@@ -107,8 +107,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     async def Embed(
         self, request: prefill_pb2.EmbedPromptRequest, context: grpc.aio.ServicerContext
     ) -> prefill_pb2.EmbedPromptResponse:
-        if self.draining:
-            raise Unavailable(_DRAINING)
+        if self.refusing:
+            raise Overloaded(_REFUSED)
         events: asyncio.Queue[Event] = asyncio.Queue()
         work = Request(
             request.request_id,

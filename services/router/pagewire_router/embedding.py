@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import grpc
 from pagewire.v1 import inference_pb2, prefill_pb2
 from pagewire_core.block_hash import chain_root
-from pagewire_core.errors import ContextLength, InvalidRequest, Unavailable, from_rpc
+from pagewire_core.errors import ContextLength, InvalidRequest, Overloaded, Unavailable, from_rpc
 from pagewire_core.rpc import request_metadata
 
 from pagewire_router.admission import Admission, Slot
@@ -74,7 +74,7 @@ class Embedder:
                 worker = self._choose(avoid)
                 try:
                     return await self._ask(worker, ids, request_id, tenant, deadline)
-                except Unavailable:
+                except (Overloaded, Unavailable):
                     avoid.add(worker.worker_id)
                     if len(avoid) == _MAX_ATTEMPTS:
                         raise
