@@ -25,7 +25,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
 SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:benchmarks
 
-.PHONY: serve test test-faults chaos soak setup protos lint check fuzz-schemas bench clean
+.PHONY: serve test test-faults chaos soak setup protos fuzz lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
 
 serve: $(RUNTIME)
@@ -52,6 +52,11 @@ setup: $(TESTING)
 protos: $(TESTING)
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos \
 		protos/pagewire/v1/*.proto
+
+# Other examples of the fuzz tests every time, and as many as are asked for.
+EXAMPLES ?= 3000
+fuzz: $(TESTING)
+	PAGEWIRE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/test_fuzz.py --timeout 3600 $(ARGS)
 
 lint: $(TESTING)
 	$(BIN)/ruff check .

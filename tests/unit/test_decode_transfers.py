@@ -12,6 +12,7 @@ import torch
 from engines import ROOT, Run, assert_empty, make_engine, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pagewire.v1 import common_pb2
 from pagewire_core.errors import Cancelled, ContextLength, InvalidRequest, Overloaded, PagewireError, Unavailable
 from pagewire_decode import transfers as module
 from pagewire_decode.transfers import Transfers
@@ -19,6 +20,8 @@ from pagewire_engine.engine import Engine
 from tiny_models import make_model
 
 PROMPT = list(range(5, 55))  # 50 tokens: 4 blocks
+
+FIRST = [common_pb2.SampledToken(token_id=7)]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,11 @@ async def test_the_way_of_a_transfer(engine: Engine) -> None:
     await transfers.bind(name, 0, 50)
     assert (engine.load()["reserved_blocks"], engine.blocks.num_held) == (0, 4)
     transfers.scatter(name, (0, 3), (0, 50), wire(50))
-    await transfers.sealed(name, "stats", ["first"])  # type: ignore[arg-type, list-item]
-    assert await transfer.ready == ("stats", ["first"])
+    for wrong in ([], [common_pb2.SampledToken(token_id=1 << 20)]):  # a token of no vocabulary is never computed from
+        with pytest.raises(InvalidRequest):
+            await transfers.sealed(name, "stats", wrong)  # type: ignore[arg-type]
+    await transfers.sealed(name, "stats", FIRST)  # type: ignore[arg-type]
+    assert await transfer.ready == ("stats", FIRST)
     table = transfers.take(transfer)
     slots = engine.runner.cache.gather(table, (0, 3), (0, 50))
     assert torch.equal(slots, wire(50))
@@ -171,7 +177,7 @@ async def _interleave(engine: Engine, steps: list[tuple[str, int]]) -> None:
                 case "scatter":
                     transfers.scatter(name, (0, 3), (0, 50), wire(50))
                 case "sealed":
-                    await transfers.sealed(name, "stats", [])  # type: ignore[arg-type]
+                    await transfers.sealed(name, "stats", FIRST)  # type: ignore[arg-type]
                 case "failed":
                     transfers.failed(name, Unavailable("lost"))
                 case "end":

@@ -8,16 +8,16 @@ import socket
 import struct
 import termios
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from pagewire_bridge.request_head import BoundedHead
 
 
-def http_protocol(timeout_s: float) -> type[HttpToolsProtocol]:
+def http_protocol(timeout_s: float) -> type[BoundedHead]:
     """uvicorn's protocol, with a limit to how long what is to be sent may stand still.
 
     Beyond uvicorn's 64 KiB and the kernel's buffers nothing is held for a client: its request waits for it.
     """
 
-    class Protocol(HttpToolsProtocol):
+    class Protocol(BoundedHead):
         _watch: asyncio.TimerHandle | None = None
 
         def pause_writing(self) -> None:

@@ -54,13 +54,25 @@ def unpack_events(data: bytes) -> Iterator[Event]:
             raise ValueError("a block event is cut short")
         kind, (count,) = data[at : at + 1], struct.unpack_from("<I", data, at + 1)
         at += 5
+        if kind not in (STORED, REMOVED, CLEARED, MARK):
+            raise ValueError("a block event of an unknown kind")
         if len(data) < at + count * HASH_BYTES:
             raise ValueError("a block event is cut short")
         yield kind, split_hashes(data[at : at + count * HASH_BYTES])
         at += count * HASH_BYTES
 
 
+def read_sequence(text: bytes) -> int:
+    """An event's number. Raises ValueError for what no writer can have counted up to."""
+    if len(text) > 19 or not text.isdigit():
+        raise ValueError("an event's number is no number")
+    return int(text)
+
+
 def split_hashes(data: bytes) -> list[bytes]:
+    """Raises ValueError if it is not made of whole hashes."""
+    if len(data) % HASH_BYTES:
+        raise ValueError("hashes are cut short")
     return [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]
 
 

@@ -24,7 +24,8 @@ from pagewire_core.model_dir import read_json, special_token
 
 Message = Mapping[str, Any]
 # What a template may raise: Jinja's own errors, and Python's where it treats a value as what it is not.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+                    ValueError)  # fmt: skip
 
 
 class ChatTemplate:

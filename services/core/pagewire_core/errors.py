@@ -17,9 +17,11 @@ StartupError             a process cannot start; its sentence is all the user se
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from pagewire.v1 import common_pb2 as pb
 
 ERROR_METADATA_KEY = "pagewire-error-bin"
@@ -132,6 +134,7 @@ def from_rpc(error: grpc.RpcError) -> PagewireError:
     trailing = error.trailing_metadata() or ()  # type: ignore[attr-defined]
     for key, value in trailing:
         if key == ERROR_METADATA_KEY:
-            return from_proto(pb.Error.FromString(value))
+            with contextlib.suppress(DecodeError):  # whoever answered is not ours
+                return from_proto(pb.Error.FromString(value))
     status, details = error.code(), error.details()  # type: ignore[attr-defined]
     return _FROM_STATUS.get(status, Internal)(details or status.name)

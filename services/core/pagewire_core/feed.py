@@ -25,6 +25,7 @@ import grpc
 from pagewire_core.errors import InvalidRequest, PagewireError, Unavailable, from_rpc
 
 _ID_BYTES = 16
+_MAX_FEEDS = 4096
 _LAST_ENTRIES_S = 5.0  # they were sent before the word that counts them
 _MAX_UNREAD = 1 << 18  # additions to a batch that its reader does not take: several seconds of many calls
 _RETRY_S = 1.0  # a peer that has just refused or lost a feed is not asked again for so long
@@ -128,6 +129,8 @@ class Feeds(Generic[B]):
             raise InvalidRequest(f"feed_id must be {_ID_BYTES} bytes that no open feed has")
         if self._draining:
             raise Unavailable("this server is shutting down")
+        if len(self._open) >= _MAX_FEEDS:
+            raise Unavailable(f"more than {_MAX_FEEDS} feeds are open here")
         feed = self._open[feed_id] = Feed(self._make_batch)
         try:
             async for batch in feed.batches():

@@ -21,6 +21,7 @@ from pagewire_core.block_events import (
     REMOVED,
     STORED,
     Event,
+    read_sequence,
     snapshot_key,
     split_hashes,
     stream_key,
@@ -207,7 +208,7 @@ class IndexFollower:
                 for entry_id, fields in entries:
                     try:
                         await self._take(redis, fields)
-                    except (KeyError, ValueError) as error:  # not written by us: no reason to stop following
+                    except (KeyError, TypeError, ValueError) as error:  # not written by us: no reason to stop following
                         log.warning("prefix index skipped a foreign entry", stream=key, error=str(error))
                     self._positions[key] = entry_id
 
@@ -216,7 +217,7 @@ class IndexFollower:
         self._link.alive()
 
     async def _take(self, redis: Redis, fields: dict[bytes, bytes]) -> None:
-        worker_id, instance, first = fields[b"w"].decode(), fields[b"i"].decode(), int(fields[b"s"])
+        worker_id, instance, first = fields[b"w"].decode(), fields[b"i"].decode(), read_sequence(fields[b"s"])
         if not self._index.knows(worker_id, instance):
             return
         events = list(unpack_events(fields[b"e"]))
@@ -244,9 +245,12 @@ class IndexFollower:
         key = snapshot_key(fingerprint, worker_id)
         row: Any = await redis.hmget(key, "instance", "sequence", "hashes")
         stored_instance, sequence, packed = row
-        if stored_instance is None or stored_instance.decode() != instance:
+        if None in row or stored_instance != instance.encode():
             return None
-        return Snapshot(int(sequence), split_hashes(packed))
+        try:
+            return Snapshot(read_sequence(sequence), split_hashes(packed))
+        except ValueError:  # not written by us: the worker itself is asked
+            return None
 
 
 def _entries(answer: Any) -> Iterable[tuple[str, list[tuple[str, dict[bytes, bytes]]]]]:

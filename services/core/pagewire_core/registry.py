@@ -18,6 +18,8 @@ from pagewire_core.redis_link import REDIS_ERRORS, RedisLink, open_redis
 HEARTBEAT_S = 2.0
 LIFETIME_S = 6.0
 _INDEX_KEY = "pd:w"
+_MAX_WORKERS = 4096
+_MAX_FIELD_LENGTH = 512
 
 
 def _key(worker_id: str) -> str:
@@ -82,15 +84,28 @@ class Registration:
 
 
 async def list_workers(redis: Redis) -> list[RegisteredWorker]:
-    """Workers whose entry is alive. Raises one of REDIS_ERRORS."""
-    raw: Any = await redis.zrange(_INDEX_KEY, 0, -1)
-    worker_ids = [worker_id.decode() for worker_id in raw]
+    """Workers whose entry is alive; at most _MAX_WORKERS, the latest first. Raises one of REDIS_ERRORS.
+
+    An entry that no worker has written is left out and hides no other.
+    """
+    raw: Any = await redis.zrevrange(_INDEX_KEY, 0, _MAX_WORKERS - 1)
     pipe = redis.pipeline(transaction=False)
-    for worker_id in worker_ids:
-        pipe.hmget(_key(worker_id), "instance", "address", "role")
-    rows = await pipe.execute() if worker_ids else []
-    return [
-        RegisteredWorker(worker_id, *(value.decode() for value in row))
-        for worker_id, row in zip(worker_ids, rows, strict=True)
-        if None not in row
-    ]
+    for worker_id in raw:
+        pipe.hmget(b"pd:w:" + worker_id, "instance", "address", "role")
+    rows = await pipe.execute(raise_on_error=False) if raw else []
+    found = (_read_entry(worker_id, row) for worker_id, row in zip(raw, rows, strict=True))
+    return [worker for worker in found if worker is not None]
+
+
+def _read_entry(worker_id: bytes, row: Any) -> RegisteredWorker | None:
+    if not isinstance(row, list) or None in row:  # an error: the key is no hash
+        return None
+    try:
+        fields = [value.decode() for value in (worker_id, *row)]
+    except UnicodeDecodeError:
+        return None
+    _, _, address, _ = fields
+    host, _, port = address.rpartition(":")
+    if max(map(len, fields)) > _MAX_FIELD_LENGTH or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        return None
+    return RegisteredWorker(*fields)

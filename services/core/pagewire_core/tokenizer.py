@@ -54,6 +54,11 @@ class Tokenizer:
         """Ids are below this; added tokens are counted."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of a text that one token can stand for, at most."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Ids of `text`; `add_special_tokens` adds what the post-processor adds, and a bos if the settings ask."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 LEASE_S = 10.0
 TOMBSTONE_S = 60.0
+_MAX_TOMBSTONES = 100_000
 
 
 @dataclass(eq=False)
@@ -38,6 +39,7 @@ class Transfer:
     prompt: list[int]
     local_tokens: int
     credits: int
+    n: int
     ready: asyncio.Future[tuple[ReceiveStats, Sequence[common_pb2.SampledToken]]]
     lease: asyncio.TimerHandle | None = None
     block_table: list[int] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Transfers:
             self._engine.external.free(transfer_id)
             raise
         loop = asyncio.get_running_loop()
-        transfer = Transfer(transfer_id, prompt, local_tokens, min(credits, config.num_blocks), loop.create_future())
+        transfer = Transfer(transfer_id, prompt, local_tokens, min(credits, config.num_blocks), n, loop.create_future())
         transfer.lease = loop.call_later(LEASE_S, self.end, transfer_id, Cancelled("the reservation's lease ended"))
         self._transfers[transfer_id] = transfer
         return transfer
@@ -125,6 +127,8 @@ class Transfers:
         now = time.monotonic()
         while self._tombstones and next(iter(self._tombstones.values())) < now:
             del self._tombstones[next(iter(self._tombstones))]
+        if len(self._tombstones) >= _MAX_TOMBSTONES:
+            del self._tombstones[next(iter(self._tombstones))]
         self._tombstones[transfer_id] = now + TOMBSTONE_S
 
     # ---------------------------------------------------------------- KvSink
@@ -161,6 +165,9 @@ class Transfers:
         transfer = self._transfers.get(transfer_id)
         if transfer is None or not transfer.valid or transfer.ready.done():
             raise Cancelled("the transfer has ended or was never begun")
+        if len(first_tokens) != transfer.n:
+            raise InvalidRequest(f"{len(first_tokens)} first tokens came for {transfer.n} choices")
+        self._engine.check_ids([t.token_id for t in first_tokens])
         transfer.ready.set_result((received, first_tokens))
 
     def failed(self, transfer_id: bytes, error: PagewireError) -> None:

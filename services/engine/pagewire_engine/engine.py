@@ -14,13 +14,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from pagewire_core import faults
 from pagewire_core.block_hash import PageKeys
-from pagewire_core.errors import ContextLength, PagewireError
+from pagewire_core.errors import ContextLength, InvalidRequest, PagewireError
 
 from pagewire_engine.announced_blocks import AnnouncedBlocks
 from pagewire_engine.batch import Batch
@@ -43,6 +43,7 @@ from pagewire_engine.scheduler import Decision, Pool, Running, decide
 from pagewire_engine.sequence import Request, Sequence
 from pagewire_engine.step_cost import StepCost
 
+_MAX_CHOICES = 1024  # of a prompt that is only computed here
 _RECHECK = 32  # steps after which a sequence that was refused a place is looked up again
 
 
@@ -100,9 +101,16 @@ class Engine:
     def _sequence(self, request: Request, choice: int = 0, output: Seq[int] = (), num_computed: int = 0) -> Sequence:
         """The request's prompt and some output of it; its keys are computed here, not under the lock."""
         tokens, keys = [*request.prompt, *output], PageKeys(request.cache_root, self.config.block_size)
+        self.check_ids(tokens)
+        self.check_ids(request.params.logit_bias)
         if self.config.enable_prefix_caching:
             keys.extend(tokens, len(tokens))
         return Sequence(request, choice, tokens, len(request.prompt), keys, num_computed)
+
+    def check_ids(self, ids: Collection[int]) -> None:
+        """Raises InvalidRequest for ids that are no tokens: a row of the embeddings that is not there."""
+        if ids and max(ids) >= self.config.vocab_size:
+            raise InvalidRequest(f"token ids must be below the vocabulary size, {self.config.vocab_size}")
 
     def check_fits(self, num_prompt: int, n: int, prefill_only: bool = False) -> None:
         """Raises ContextLength for what this engine can never hold. A prompt that decodes needs room for a token."""
@@ -111,6 +119,8 @@ class Engine:
             raise ContextLength("the prompt is empty", "prompt")
         if num_prompt > limit or (num_prompt == limit and not prefill_only):
             raise ContextLength(f"the prompt has {num_prompt} tokens; this worker can hold {limit}", "prompt")
+        if prefill_only and n > _MAX_CHOICES:
+            raise ContextLength(f"n={n} is more than {_MAX_CHOICES}", "n")
         if not prefill_only and n > self.config.max_num_seqs:
             raise ContextLength(f"n={n} is more than --max-num-seqs {self.config.max_num_seqs}", "n")
 

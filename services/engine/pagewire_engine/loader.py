@@ -59,6 +59,7 @@ def load(model: ModelDir, options: EngineOptions, draft: ModelDir | None = None)
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_prefill_delay_ms=options.max_prefill_delay_ms,
         enable_prefix_caching=options.enable_prefix_caching,
+        vocab_size=config.vocab_size,
     )
     digest = model.digest()
     identity = _fingerprint(config, digest, max_model_len, cache.dtype, options.quantization)

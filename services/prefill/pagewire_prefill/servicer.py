@@ -57,6 +57,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise Overloaded(_REFUSED)
         if len(request.transfer_id) != 16 or not request.decode_address:
             raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
+        if request.decode_local_tokens > len(request.prompt_ids):
+            raise InvalidRequest("decode_local_tokens are more than the prompt has")
         async with self._fetch(request.prompt_ids, request.cache_root, request.holder) as fetched:
             async with contextlib.aclosing(self._responses(request, fetched)) as responses:
                 async for response in responses:

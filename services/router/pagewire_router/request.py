@@ -17,7 +17,7 @@ from pagewire_router.sampling_limits import check_sampling
 
 MAX_CHOICES = 128
 _TAIL = 64  # characters of the prompt: enough to see whether thoughts are open at its end
-MAX_TENANT_LENGTH = 256
+MAX_LENGTHS = {"request_id": 256, "tenant": 256, "session_id": 1024, "cache_salt": 1024}  # in characters
 _COMPLETION_TOKENS = 16  # what a plain completion gives when it does not say
 
 
@@ -73,9 +73,10 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
         raise InvalidRequest(f"n must be at most {MAX_CHOICES}, not {n}", param="n")
     if request.HasField("sampling"):
         check_sampling(request.sampling, model.vocab_size)
-    if len(request.tenant) > MAX_TENANT_LENGTH:
-        raise InvalidRequest(f"tenant must have at most {MAX_TENANT_LENGTH} characters", param="tenant")
-    prompt_ids, text = _prompt(request, model)
+    for name, longest in MAX_LENGTHS.items():
+        if len(getattr(request, name)) > longest:
+            raise InvalidRequest(f"{name} must have at most {longest} characters", param=name)
+    prompt_ids, text = _prompt(request, model, max_model_len)
     if request.truncate_prompt_tokens:
         prompt_ids = prompt_ids[-request.truncate_prompt_tokens :]
     if not prompt_ids:
@@ -118,15 +119,19 @@ def _prompt_field(request: inference_pb2.GenerateRequest) -> str:
     return "messages" if request.WhichOneof("prompt") == "chat" else "prompt"
 
 
-def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel) -> tuple[list[int], str | None]:
-    """Ids of the prompt, and its text unless it came as ids."""
-    kind = request.WhichOneof("prompt")
+def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel, limit: int) -> tuple[list[int], str | None]:
+    """Ids of the prompt, and its text unless it came as ids. What cannot have as few tokens as `limit` is not read."""
+    kind, may_be_longer = request.WhichOneof("prompt"), bool(request.truncate_prompt_tokens)
     if kind == "token_ids":
+        if len(request.token_ids.ids) >= limit and not may_be_longer:
+            _max_tokens(request, len(request.token_ids.ids), limit)
         ids = list(request.token_ids.ids)
         if any(i >= model.vocab_size for i in ids):
             raise InvalidRequest(f"token ids must be below the vocabulary size, {model.vocab_size}", param="prompt")
         return ids, None
     if kind == "chat":
+        if len(request.chat.messages) > limit:
+            raise ContextLength(f"at most {limit} messages fit this model", param="messages")
         text, special = render(request.chat, model), False
     elif kind == "text":
         text, special = request.text, True
@@ -134,6 +139,12 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel) -> tuple
         raise InvalidRequest("the request has no prompt: give text, token_ids or chat", param="prompt")
     if request.HasField("add_special_tokens"):
         special = request.add_special_tokens
+    at_least = len(text) // model.tokenizer.longest_token
+    if at_least >= limit and not may_be_longer:
+        raise ContextLength(
+            f"This model's maximum context length is {limit} tokens. The prompt has at least {at_least}; shorten it.",
+            param=_prompt_field(request),
+        )
     return model.tokenizer.encode(text, special), text
 
 
@@ -182,7 +193,7 @@ def _read_json(text: str, kind: type, param: str) -> Any:
 def _template_kwargs(text: str) -> dict[str, Any]:
     try:
         kwargs = json.loads(text) if text else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"template_kwargs_json is not JSON: {error}", param="chat_template_kwargs") from error
     if not isinstance(kwargs, dict):
         raise InvalidRequest("template_kwargs_json must be a JSON object", param="chat_template_kwargs")

@@ -10,6 +10,7 @@ from pagewire_core.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 4096
 
 # field -> (lowest, highest, lowest is allowed, how the range is told)
 _RANGES: dict[str, tuple[float, float, bool, str]] = {
@@ -48,6 +49,8 @@ def _check_stop(sampling: common_pb2.SamplingParams) -> None:
 
 
 def _check_ids(sampling: common_pb2.SamplingParams, vocab_size: int) -> None:
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids are allowed", param="stop_token_ids")
     if any(i >= vocab_size for i in sampling.stop_token_ids):
         raise InvalidRequest(f"stop_token_ids must be below {vocab_size}", param="stop_token_ids")
     for token_id, bias in sampling.logit_bias.items():

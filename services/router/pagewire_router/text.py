@@ -8,6 +8,8 @@ from pagewire_core.errors import InvalidRequest
 from pagewire_router.model import ServedModel
 from pagewire_router.request import check_model, render
 
+_MAX_TEXT = 1 << 20
+
 
 def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel) -> inference_pb2.TokenizeResponse:
     """Raises ModelNotFound and InvalidRequest as a GenerateRequest with this prompt would."""
@@ -16,6 +18,8 @@ def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel) -> infe
         raise InvalidRequest("the request has no prompt: give text or chat")
     is_chat = request.HasField("chat")
     text = render(request.chat, model) if is_chat else request.text
+    if len(text) > _MAX_TEXT:  # this holds up every stream
+        raise InvalidRequest(f"at most {_MAX_TEXT} characters are tokenized at a time", param="prompt")
     special = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
     response = inference_pb2.TokenizeResponse(text=text)
     for token_id, (begin, end) in model.tokenizer.encode_with_offsets(text, special):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import grpc
 import structlog
 from pagewire.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+from pagewire_core.block_events import HASH_BYTES
 from pagewire_core.errors import PagewireError, Unavailable, from_rpc
 from pagewire_core.feed import FeedReader
 from pagewire_core.prefix_index import Snapshot
@@ -29,6 +30,7 @@ log = structlog.get_logger(__name__)
 _INFO_TIMEOUT_S = 3.0
 _DEAD_S = 10.0  # without Stats, which come every second
 _SNAPSHOT_TIMEOUT_S = 5.0
+_MAX_HASHES = 8 << 20
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 2.0
 
 
@@ -141,6 +143,8 @@ class WorkerTable:
         sequence = 0
         try:
             async for part in worker.control.Snapshot(worker_pb2.SnapshotRequest(), timeout=_SNAPSHOT_TIMEOUT_S):
+                if len(hashes) + len(part.hashes) > _MAX_HASHES or any(len(h) != HASH_BYTES for h in part.hashes):
+                    return None
                 hashes.extend(part.hashes)
                 sequence = part.sequence
         except grpc.RpcError:

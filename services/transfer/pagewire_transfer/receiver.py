@@ -20,6 +20,9 @@ from pagewire_transfer.sink import KvSink, ReceiveStats
 __all__ = ["KvChannelServicer", "KvSink", "ReceiveStats"]
 
 
+_MAX_HELLO_BYTES = 16 << 10
+
+
 class KvChannelServicer(KvChannelServiceServicer):
     """Receives KV into a sink. Lives on the event loop.
 
@@ -111,6 +114,8 @@ class KvChannelServicer(KvChannelServiceServicer):
             raise DeadlineExceeded("no Hello came") from None
         if request.WhichOneof("message") != "hello":
             raise Incompatible("the first message of a KV channel must be Hello")
+        if request.ByteSize() > _MAX_HELLO_BYTES:
+            raise Incompatible(f"a Hello has at most {_MAX_HELLO_BYTES} bytes")
         return request.hello
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -34,6 +34,10 @@ from pagewire_transfer.wire import MAX_CHUNK_BYTES, ChunkRange, checksum, from_b
 
 log = structlog.get_logger(__name__)
 
+# Far more than a peer that keeps to the rules ever needs.
+_MAX_UNREAD = 16_384  # messages
+_MAX_OPEN = 8192  # transfers
+
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
@@ -119,6 +123,8 @@ class ReceivingPair:
 
     async def _read(self, requests: AsyncIterator[kv.ConnectRequest]) -> None:
         async for request in requests:
+            if self._outbox.qsize() > _MAX_UNREAD:
+                raise Incompatible("the peer reads nothing of what it is told")
             kind = request.WhichOneof("message")
             if kind == "store_put":
                 self._thread.store.receive(request.store_put.key, request.store_put.value)
@@ -138,6 +144,8 @@ class ReceivingPair:
         transfer_id = offer.transfer_id
         if len(transfer_id) != 16 or offer.token_begin > offer.token_end or transfer_id in self._open:
             raise Incompatible("an offer names a bad transfer id or range, or a transfer that is open")
+        if len(self._open) >= _MAX_OPEN:
+            raise Incompatible(f"more than {_MAX_OPEN} transfers at once")
         if transfer_id in self._owners:
             self._tell(transfer_id, InvalidRequest("another prefill worker has this transfer open"))
             return

@@ -31,7 +31,10 @@ _HTTP_CODES = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "request_too_large",
+    414: "uri_too_long",
+    431: "headers_too_large",
 }
 
 

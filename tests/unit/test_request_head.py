@@ -1,0 +1,85 @@
+"""Heads and bodies that are too large, too slow or no HTTP, on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+from pagewire_bridge import body, request_head
+from scripted_router import Bridge, running_bridge
+
+
+@pytest.fixture
+async def bridge() -> AsyncIterator[Bridge]:
+    async with running_bridge() as running:
+        yield running
+        assert (await running.http.get("/version")).status_code == 200  # whatever came before
+
+
+async def send(bridge: Bridge, *parts: bytes, limit_s: float = 10.0) -> tuple[int, dict[str, str]]:
+    """Status and error of what is answered to raw bytes; the connection must then end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(bridge.url.rpartition(":")[2]))
+    try:
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0)
+        async with asyncio.timeout(limit_s):
+            answer = await reader.read()
+    finally:
+        writer.close()
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert f"content-length: {len(content)}".encode() in head and b"connection: close" in head
+    return int(head.split()[1]), json.loads(content)["error"]
+
+
+BEGIN = b"GET /version HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        ((BEGIN, b"a: " + b"x" * (1 << 20)), 431, "headers_too_large"),  # one header without an end
+        ((BEGIN, b"a" * (1 << 20)), 431, "headers_too_large"),  # one name without an end
+        ((BEGIN, *[b"h%d: x\r\n" % i for i in range(300)], b"\r\n"), 431, "headers_too_large"),
+        ((BEGIN, *[b"h%d: %s\r\n" % (i, b"x" * 4000) for i in range(20)], b"\r\n"), 431, "headers_too_large"),
+        ((b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n\r\n",), 414, "uri_too_long"),
+        ((b"GET /" + b"x" * 200_000,), 414, "uri_too_long"),
+        ((b"\x16\x03\x01\x02\x00\x01" + bytes(600),), 400, None),  # TLS to a plain port
+        ((b"NONSENSE\r\n\r\n",), 400, None),
+        ((BEGIN + b"content-length: -1\r\n\r\n",), 400, None),
+    ],
+)
+async def test_a_head_beyond_its_limits_is_an_openai_error(
+    bridge: Bridge, parts: tuple[bytes, ...], status: int, code: str | None
+) -> None:
+    found, error = await send(bridge, *parts)
+    assert (found, error["type"], error["code"]) == (status, "invalid_request_error", code)
+
+
+async def test_what_is_large_but_allowed_is_answered(bridge: Bridge) -> None:
+    headers = {f"x-{i}": "x" * 200 for i in range(200)}
+    for _ in range(3):  # on one connection
+        assert (await bridge.http.get("/version?" + "q" * 10_000, headers=headers)).status_code == 200
+        response = await bridge.http.post("/v1/completions", content=b"[" + b" " * 1_000_000 + b"]")
+        assert "must be a JSON object" in response.json()["error"]["message"]
+
+
+async def test_a_head_that_does_not_come_ends_the_connection(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_head, "HEAD_S", 0.2)
+    for parts in ((), (BEGIN,), (b"\r\n",)):
+        status, error = await send(bridge, *parts, limit_s=5)
+        assert (status, error["code"]) == (408, "request_timeout")
+
+
+async def test_a_body_that_does_not_come_ends_the_request(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "MAX_BODY_S", 0.2)
+
+    async def drips() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(2)
+        yield b"}"
+
+    response = await bridge.http.post("/v1/completions", content=drips())
+    assert (response.status_code, response.json()["error"]["code"]) == (408, "request_timeout")
