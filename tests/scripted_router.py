@@ -19,6 +19,7 @@ from pagewire_bridge.client import RouterClient
 from pagewire_bridge.main import build_server, listen
 from pagewire_core.feed import Feeds
 from pagewire_core.rpc import RpcServer
+from pagewire_core.tls import TlsFiles
 
 STOP = common_pb2.FINISH_REASON_STOP
 LENGTH = common_pb2.FINISH_REASON_LENGTH
@@ -167,8 +168,8 @@ class Bridge:
 
 
 @asynccontextmanager
-async def running_router(router: ScriptedRouter) -> AsyncIterator[tuple[RpcServer, str]]:
-    server = RpcServer()
+async def running_router(router: ScriptedRouter, tls: TlsFiles | None = None) -> AsyncIterator[tuple[RpcServer, str]]:
+    server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         router,

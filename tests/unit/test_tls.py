@@ -29,9 +29,11 @@ from pagewire.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from pagewire_bridge import client
 from pagewire_core.errors import StartupError
 from pagewire_core.rpc import RpcServer, open_channel
 from pagewire_core.tls import CALLERS, ROLES, TlsFiles, may_call, tls_files, with_certificates
+from scripted_router import ScriptedRouter, accepted, running_router, summary
 
 MODULES = (common_pb2, decode_pb2, inference_pb2, kv_channel_pb2, prefill_pb2, worker_pb2)
 CALL_S = 5.0
@@ -276,3 +278,34 @@ def test_a_redis_url_gets_our_certificates_unless_it_has_its_own() -> None:
     assert with_certificates(None, tls) is None
     url = with_certificates("rediss://:p%40@h:1/0?ssl_ca_certs=/own", tls)
     assert url == "rediss://:p%40@h:1/0?ssl_certfile=%2Fc%20d&ssl_keyfile=%2Fk&ssl_ca_certs=%2Fown"
+
+
+async def test_a_bridge_shows_its_new_certificate_when_it_connects_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that runs meanwhile goes on; a channel shows the certificate that it was made with for ever."""
+    monkeypatch.setattr(client, "RENEW_S", 0.05)
+    monkeypatch.setattr(client, "QUICK_S", 0.3)
+    directory, release = certificates.made(tmp_path / "tls"), asyncio.Event()
+
+    async def script(request: object) -> AsyncIterator[object]:
+        yield accepted()
+        await release.wait()
+        yield summary()
+
+    router = ScriptedRouter()
+    router.script = script  # type: ignore[assignment]
+    async with running_router(router, certificates.of(directory, "router")) as (_, address):
+        bridge = client.RouterClient(address, 30, certificates.of(directory, "bridge"))
+        stream = bridge.generate(inference_pb2.GenerateRequest(text="x"))
+        assert (await anext(stream)).WhichOneof("event") == "accepted"
+        first = bridge._link
+        directory.rename(tmp_path / "old")
+        certificates.made(directory)  # of another authority: the old certificate opens nothing any more
+        async with asyncio.timeout(CALL_S):
+            while bridge._link is first or not await bridge.is_serving():
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(2 * client.QUICK_S)
+        release.set()
+        assert [event.WhichOneof("event") async for event in stream] == ["summary"]
+        await bridge.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 import grpc
 import structlog
@@ -32,6 +33,45 @@ Event = pb.GenerateResponse | pb.Delta
 _Arrived = pb.GenerateResponse | pb.DeltaFeedEntry | PagewireError | None
 
 QUICK_S = 5.0  # bound on everything but generation
+RENEW_S = 5.0  # how often certificates are looked at
+
+
+class _Link:
+    """One connection to the router, and the feed on it."""
+
+    def __init__(self, channel: grpc.aio.Channel, explain: Callable[[grpc.aio.AioRpcError], PagewireError]) -> None:
+        self._channel = channel
+        self.stub = pb_grpc.InferenceServiceStub(channel)
+        self.health = health_pb2_grpc.HealthStub(channel)
+        self.feed = FeedReader(
+            lambda feed_id: self.stub.DeltaFeed(pb.DeltaFeedRequest(feed_id=feed_id), wait_for_ready=True), explain
+        )
+        self.feed.open()
+        self._num_users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """The body has a generation that must not be cut off."""
+        self._num_users += 1
+        self._unused.clear()
+        try:
+            yield
+        finally:
+            self._num_users -= 1
+            if not self._num_users:
+                self._unused.set()
+
+    async def retire(self) -> None:
+        """Closes when nothing runs on it any more; nothing new is begun."""
+        await asyncio.sleep(QUICK_S)
+        await self._unused.wait()
+        await self.close()
+
+    async def close(self) -> None:
+        await self.feed.close()
+        await self._channel.close()
 
 
 class RouterClient:
@@ -41,23 +81,36 @@ class RouterClient:
     """
 
     def __init__(self, address: str, timeout_s: float, tls: TlsFiles | None = None) -> None:
-        self._channel = open_channel(address, tls, ROUTER)
-        self._stub = pb_grpc.InferenceServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_s = timeout_s
-        self._feed = FeedReader(
-            lambda feed_id: self._stub.DeltaFeed(pb.DeltaFeedRequest(feed_id=feed_id), wait_for_ready=True), self._error
-        )
-        self._feed.open()
+        self._link = _Link(open_channel(address, tls, ROUTER), self._error)
+        self._renewing = asyncio.create_task(self._renew(address, tls)) if tls else None
+
+    @property
+    def _stub(self) -> pb_grpc.InferenceServiceStub:
+        return self._link.stub
 
     @property
     def feed_is_open(self) -> bool:
         """Whether a generation that begins now gets its deltas over the feed."""
-        return self._feed.is_open
+        return self._link.feed.is_open
 
     async def close(self) -> None:
-        await self._feed.close()
-        await self._channel.close()
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+        await self._link.close()
+
+    async def _renew(self, address: str, tls: TlsFiles) -> None:
+        """A channel keeps the certificate that it was made with, also when it connects again, long expired."""
+        async with asyncio.TaskGroup() as closing:
+            shown = tls.read()
+            while True:
+                await asyncio.sleep(RENEW_S)
+                if tls.read() != shown:
+                    shown, old = tls.read(), self._link
+                    self._link = _Link(open_channel(address, tls, ROUTER), self._error)
+                    closing.create_task(old.retire())
+                    log.info("channel to the router made anew, with the certificate that is there now")
 
     async def generate(self, request: pb.GenerateRequest, timeout_s: float = math.inf) -> AsyncGenerator[Event]:
         """The router's events as they come. Closing the generator cancels the call. Raises PagewireError.
@@ -75,11 +128,12 @@ class RouterClient:
             arrived.put(too_slow())
 
         arrived: Mailbox[_Arrived] = Mailbox(MAX_UNREAD, overflow)
-        with self._feed.joined(arrived.put, arrived.put) as feed:
+        link = self._link
+        with link.used(), link.feed.joined(arrived.put, arrived.put) as feed:
             if feed is not None:
                 request.feed_id, request.feed_call = feed.feed_id, feed.number
             metadata = request_metadata(request.request_id)
-            call = self._stub.Generate(request, timeout=min(self._timeout_s, timeout_s), metadata=metadata)
+            call = link.stub.Generate(request, timeout=min(self._timeout_s, timeout_s), metadata=metadata)
             pump = asyncio.create_task(self._pump(call, feed, arrived))
             try:
                 while (event := await arrived.get()) is not None:
@@ -151,7 +205,7 @@ class RouterClient:
     async def is_serving(self) -> bool:
         """Whether the router says that it can take requests."""
         try:
-            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=QUICK_S)
+            answer = await self._link.health.Check(health_pb2.HealthCheckRequest(), timeout=QUICK_S)
         except grpc.aio.AioRpcError:
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING

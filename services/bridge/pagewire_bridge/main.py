@@ -11,14 +11,16 @@ import structlog
 import uvicorn
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, run_main
+from pagewire_core.rpc import warn_of_plain_text
 from pagewire_core.startup import freeze_heap
 from pagewire_core.telemetry import configure_logging
-from pagewire_core.tls import tls_files
+from pagewire_core.tls import tls_files, with_certificates
 from starlette.types import ASGIApp
 
 from pagewire_bridge.answer_parser import AnswerFormat
 from pagewire_bridge.app import create_app
 from pagewire_bridge.client import RouterClient
+from pagewire_bridge.https import HttpsFiles, https_files
 from pagewire_bridge.keys import load_keys
 from pagewire_bridge.reasoning import REASONING_FORMATS
 from pagewire_bridge.tools.families import TOOL_FORMATS
@@ -52,7 +54,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build_server(app: ASGIApp, grace_s: float = 10.0, send_timeout_s: float = 30.0) -> uvicorn.Server:
+def build_server(
+    app: ASGIApp, grace_s: float = 10.0, send_timeout_s: float = 30.0, https: HttpsFiles | None = None
+) -> uvicorn.Server:
     """The HTTP server, not yet running; logging is ours, not uvicorn's. grace_s: for running requests at the end."""
     return uvicorn.Server(
         uvicorn.Config(
@@ -68,6 +72,7 @@ def build_server(app: ASGIApp, grace_s: float = 10.0, send_timeout_s: float = 30
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(grace_s),
             backlog=BACKLOG,
+            ssl_context_factory=(lambda _config, _default: https.server_context()) if https else None,
         )
     )
 
@@ -80,6 +85,10 @@ def serve(flags: argparse.Namespace) -> None:
     if flags.enable_auto_tool_choice and not flags.tool_call_parser:
         raise StartupError("--enable-auto-tool-choice needs --tool-call-parser")
     tls = tls_files(flags.tls_cert, flags.tls_key, flags.tls_ca)
+    https = https_files(flags.ssl_keyfile, flags.ssl_certfile, flags.ssl_ca_certs, flags.ssl_cert_reqs)
+    if https:
+        https.server_context()  # a mistake shows before anything is begun
+    warn_of_plain_text(flags.host, https is not None, "--ssl-certfile and --ssl-keyfile")
     keys = load_keys(flags.api_key, flags.api_keys_file)
     ports = [flags.port, *([flags.ollama_port] if flags.ollama_port else [])]
     listeners = [listen(flags.host, port) for port in ports]
@@ -93,7 +102,7 @@ def serve(flags: argparse.Namespace) -> None:
             REASONING_FORMATS[flags.reasoning_parser] if flags.reasoning_parser else None,
         ),
         keys=keys,
-        redis_url=flags.redis_url,
+        redis_url=with_certificates(flags.redis_url, tls),
         allowed_origins=flags.allowed_origins,
     )
     # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody
@@ -101,7 +110,7 @@ def serve(flags: argparse.Namespace) -> None:
     for ended_by in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ended_by, lambda _signal, _frame: None)
     freeze_heap()
-    build_server(app, flags.graceful_termination_timeout, flags.send_timeout).run(sockets=listeners)
+    build_server(app, flags.graceful_termination_timeout, flags.send_timeout, https).run(sockets=listeners)
 
 
 def main() -> None:

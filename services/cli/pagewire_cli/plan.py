@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     services.append(_service("router", "router", router, ROUTER_FLAGS, environment))
     bridge = {**shared, "host": args.host, "port": bridge_port, "router": f"{_LOOPBACK}:{router_port}"}
     services.append(_service("bridge", "bridge", bridge, BRIDGE_FLAGS, environment))
-    base_url = f"http://{services[-1].address}"
+    base_url = f"{'https' if args.ssl_certfile else 'http'}://{services[-1].address}"
     verbose = args.verbose or args.log_level == "debug"
     model = (args.served_model_name or args.model).partition(",")[0]
     grace_s = args.graceful_termination_timeout + _CLOSE_S
@@ -124,9 +125,15 @@ def _service(
     paths = {"tls_cert": own and own.cert, "tls_key": own and own.key, "tls_ca": own and own.ca}
     command = (*_program(program), *to_command_line(argparse.Namespace(**values, **paths), flags))
     is_ready = {
-        "bridge": readiness.http_healthy, "router": functools.partial(readiness.router_serves, tls=asking),
+        "bridge": _asks_bridge(values), "router": functools.partial(readiness.router_serves, tls=asking),
     }.get(role, functools.partial(readiness.grpc_serves, tls=asking))  # fmt: skip
     return ServiceSpec(name, role, _dialled(str(values["host"]), values["port"]), command, environment, is_ready)
+
+
+def _asks_bridge(values: Mapping[str, Any]) -> Callable[[str], Awaitable[bool]]:
+    if not values["ssl_certfile"]:
+        return readiness.http_healthy
+    return readiness.https_answers if values["ssl_cert_reqs"] == ssl.CERT_REQUIRED else readiness.https_healthy
 
 
 def _program(name: str) -> tuple[str, ...]:

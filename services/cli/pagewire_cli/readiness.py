@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -49,12 +50,37 @@ async def startup_phases(address: str, tls: TlsFiles | None = None) -> dict[str,
     return {phase.name: phase.seconds for phase in info.startup}
 
 
-async def http_healthy(address: str) -> bool:
+def _any_certificate() -> ssl.SSLContext:
+    """The address is our own: it need not prove who it is."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+async def https_healthy(address: str) -> bool:
+    return await http_healthy(address, _any_certificate())
+
+
+async def https_answers(address: str) -> bool:
+    """It speaks TLS; more is not to be had without a client's certificate."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=_any_certificate())
+    except ssl.SSLError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+async def http_healthy(address: str, context: ssl.SSLContext | None = None) -> bool:
     """GET /health is answered 200."""
     host, _, port = address.rpartition(":")
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
             try:
                 writer.write(f"GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
                 status_line = await reader.readline()

@@ -16,7 +16,7 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "enable-lora", "lora-modules", "max-loras", "max-lora-rank",
     "structured-outputs-config", "tool-parser-plugin", "watermark-config",
     # The HTTP server.
-    "uds", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "enable-ssl-refresh",
+    "uds", "enable-ssl-refresh",
     "allowed-methods", "allowed-headers", "allow-credentials", "root-path", "middleware",
     "api-server-count", "response-role", "chat-template-content-format", "enable-prompt-tokens-details",
     "enable-request-id-headers", "enable-server-load-tracking", "enable-log-requests", "max-log-len",

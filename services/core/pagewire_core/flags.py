@@ -166,6 +166,11 @@ FLAGS: dict[str, Flag] = {
     "api-keys-file": Flag(None, "a YAML list of named keys with tenants and limits (`pagewire key` makes entries)"),
     "allowed-origins": Flag((), "web pages of these origins may call the APIs, as a JSON list; [\"*\"]: any", origins),
     "ollama-port": Flag(None, "a second port with the same APIs, for Ollama's clients, which expect 11434", port),
+    "ssl-keyfile": Flag(None, "PEM private key of the HTTPS server; without it, it speaks plain HTTP"),
+    "ssl-certfile": Flag(None, "PEM certificate of the HTTPS server; replaced files are taken up by themselves"),
+    "ssl-ca-certs": Flag(None, "PEM certificates of the authorities of HTTPS clients"),
+    "ssl-cert-reqs": Flag(0, "certificates of HTTPS clients: 0 not asked for, 1 checked if shown, 2 required",
+                          int, choices=("0", "1", "2")),
     "tls-cert": Flag(None, "PEM certificate of this service, for mutual TLS with the others (`pagewire certs`)"),
     "tls-key": Flag(None, "PEM private key of --tls-cert"),
     "tls-ca": Flag(None, "PEM certificate of the authority that has signed every service's certificate"),
@@ -185,6 +190,7 @@ FLAGS: dict[str, Flag] = {
     "log-level": Flag("info", "least severe line that is logged", choices=LOG_LEVELS),
 }  # fmt: skip
 
+SSL_FLAGS = ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs")
 TLS_FLAGS = ("tls-cert", "tls-key", "tls-ca")
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "host", "port",
@@ -202,7 +208,8 @@ WORKER_FLAGS = (
 BRIDGE_FLAGS = (
     "router", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser",
     "host", "port", "redis-url", "api-key", "api-keys-file", "allowed-origins", "ollama-port",
-    "request-timeout", "send-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+    "request-timeout", "send-timeout", "graceful-termination-timeout", *SSL_FLAGS, *TLS_FLAGS,
+    "log-format", "log-level",
 )  # fmt: skip
 
 
