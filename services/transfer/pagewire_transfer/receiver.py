@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceServicer
 from pagewire_core.errors import DeadlineExceeded, Incompatible, PagewireError, Unavailable
@@ -112,6 +113,8 @@ class KvChannelServicer(KvChannelServiceServicer):
                 request = await anext(aiter(requests), kv.ConnectRequest())
         except TimeoutError:
             raise DeadlineExceeded("no Hello came") from None
+        except DecodeError:
+            raise Incompatible("the peer sent bytes that are no message") from None
         if request.WhichOneof("message") != "hello":
             raise Incompatible("the first message of a KV channel must be Hello")
         if request.ByteSize() > _MAX_HELLO_BYTES:

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 import torch
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire_core import faults
 from pagewire_core.errors import (
@@ -116,6 +116,8 @@ class ReceivingPair:
             self._break(error)
 
     def _break(self, error: Exception) -> None:
+        if isinstance(error, DecodeError):
+            error = Incompatible("the peer sent bytes that are no message")
         if not isinstance(error, PagewireError):  # a bug, here or in the sink: fails this pair, not the process
             log.error("kv pair failed", peer=self._peer, exc_info=error)
             error = Internal(f"receiving KV failed: {type(error).__name__}")
