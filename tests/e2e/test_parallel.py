@@ -43,14 +43,22 @@ async def test_workers_of_any_shape_hand_over_answer_and_die(tmp_path: Path) -> 
         [[rank_of_pair]] = [members[1]]
         assert await all_streams(cluster, after(20, rank_of_pair.kill)) == expected
         await gone(pair, "a worker went on without its rank")
-        assert "a rank of this worker has ended" in pair.log.read_text()
+        why = ("a rank of this worker has ended", "a step was lost between the ranks")  # whoever saw it first
+        assert any(sentence in pair.log.read_text() for sentence in why)
         await cluster.wait_workers(2)
 
         stages.kill()
         await cluster.wait_workers(1)
         assert await all_streams(cluster) == expected  # all of it on two ranks with pages of 64
-    left = [rank for found in members for rank in found if rank.is_running()]
-    assert not left, "a rank outlived its worker"
+    assert not [rank for found in members for rank in found if lives(rank)], "a rank outlived its worker"
+
+
+def lives(process: psutil.Process) -> bool:
+    """An orphan that has ended may wait for long to be buried."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 async def check_answers(cluster: Cluster) -> None:

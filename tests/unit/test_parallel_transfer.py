@@ -46,6 +46,10 @@ def test_a_prompt_computed_by_any_shape_is_continued_by_any_other(kv_heads: int,
             assert torch.equal(to_bytes(found), to_bytes(wire)) and found_first == first
             again = decode(engine, wire, first)
             assert again.tokens() == whole.tokens() and again.logprobs() == whole.logprobs()
+    with parallel_engine(model, 2, 1, block_size=8) as plain:  # plain torch, whose pages have another layout
+        found, found_first = prefill(plain)
+        assert torch.allclose(found, wire, atol=1e-4) and found_first[0].token == first[0].token
+        assert decode(plain, wire, first).tokens() == decode(alone, found, first).tokens() == whole.tokens()
 
 
 def prefill(engine: Engine) -> tuple[torch.Tensor, tuple[Sampled, ...]]:

@@ -12,7 +12,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from pagewire_engine.parallel.loading import load_rank
 from pagewire_engine.parallel.pools import SharedMemory
 from pagewire_engine.parallel.remote_pool import serve_pool
 from pagewire_engine.parallel.runner import work
-from pagewire_engine.parallel.team import EXIT_CODE, START_S
+from pagewire_engine.parallel.team import BEAT_S, EXIT_CODE, START_S
 
 
 def main() -> None:
@@ -51,8 +53,15 @@ def _run(rank: int, steps: socket.socket, keys: socket.socket, pages: socket.soc
     hello = json.loads(messages.receive(steps)["hello"].tobytes())
     options = EngineOptions(**hello["options"] | {"cpus": tuple(hello["options"]["cpus"])})
     part = Part.of(rank, options.tensor_parallel_size, options.pipeline_parallel_size)
-    store = RelayStore(lambda key, value: messages.send(keys, {key: np.frombuffer(value, np.uint8)}), START_S)
+    telling = threading.Lock()
+
+    def tell(arrays: messages.Arrays) -> None:
+        with telling:
+            messages.send(keys, arrays)
+
+    store = RelayStore(lambda key, value: tell({key: np.frombuffer(value, np.uint8)}), START_S)
     threading.Thread(target=_listen, args=(keys, store), name="keys", daemon=True).start()
+    threading.Thread(target=_beat, args=(tell,), name="beat", daemon=True).start()
 
     def agree(num_blocks: int) -> int:
         messages.send(steps, {"num_blocks": np.array(num_blocks)})
@@ -66,6 +75,13 @@ def _run(rank: int, steps: socket.socket, keys: socket.socket, pages: socket.soc
         threading.Thread(target=_serve, args=(runner.cache, pages), name="pages", daemon=True).start()
     memory.close()
     work(runner, part, steps)
+
+
+def _beat(tell: Callable[[messages.Arrays], None]) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            tell({})
+            time.sleep(BEAT_S)
 
 
 def _serve(cache: KVCache, pages: socket.socket) -> None:

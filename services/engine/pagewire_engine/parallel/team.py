@@ -2,7 +2,8 @@
 
 Three socket pairs to each, which have no name and no port: one for steps and their results, one for the keys of the
 process groups, one for KV where memory cannot be mapped. Both ends see at once when the other is gone: a worker that
-has lost a rank ends, and a rank that has lost its worker ends.
+has lost a rank ends, and a rank that has lost its worker ends. A rank says every BEAT_S that it lives; a frozen one
+would hold up every step.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 EXIT_CODE = 70  # of a worker that has lost a rank: what the others hold is of no use
 START_S = 120.0  # that ranks may take to join
+BEAT_S, SILENT_S = 2.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,21 @@ class Team:
     def _watch(self, rank: int) -> None:
         """Passes the rank's keys on to all others until it is gone."""
         member = self._members[rank]
-        with contextlib.suppress(OSError):
+        member.keys.settimeout(START_S)
+        with contextlib.suppress(OSError):  # TimeoutError is one
             while True:
-                for key, value in messages.receive(member.keys).items():
+                told = messages.receive(member.keys)
+                member.keys.settimeout(SILENT_S)
+                for key, value in told.items():
                     self.store.receive(key, value.tobytes())
                     self._tell(key, value.tobytes(), [m for r, m in self._members.items() if r != rank])
         if self._closing:
             member.process.wait()
             return
         self.store.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            member.process.wait(1.0)  # it closed its end, so it is about to be gone
+        member.process.kill()
         code = member.process.wait()
         log.critical("a rank of this worker has ended, and so does the worker", rank=rank, exit_code=code)
         sys.stdout.flush()
