@@ -17,6 +17,7 @@ from pagewire_core.grammar import Vocabulary
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.grammars import Grammars
 from pagewire_router.structured_output import to_constraint
+from router_scene import scene
 
 EOS = 257
 SPECIALS = {"<s>": 256, "</s>": 257}
@@ -122,7 +123,9 @@ LARGE = {"anyOf": [{"type": "object", "properties": {f"p{j}": size for j in rang
 HOSTILE = [
     {"json_schema": "{"}, {"json_schema": "3"}, {"json_schema": {"type": "strin"}}, {"json_schema": "[" * 100_000},
     {"json_schema": {"type": "object", "not": {}}}, {"json_schema": {"$ref": "http://127.0.0.1:1/x"}},
-    {"json_schema": {"enum": []}}, {"json_schema": {"type": "string", "pattern": "(?=a)b"}},
+    {"json_schema": {"enum": []}}, {"json_schema": {"type": "integer", "multipleOf": 99_991}},
+    {"json_schema": {"type": "integer", "multipleOf": True}},
+    {"json_schema": {"type": "string", "pattern": "(?=a)b"}},
     {"json_schema": '{"a":' * 3000 + "1" + "}" * 3000},
     {"regex": "("}, {"regex": r"\bx"}, {"choice": []}, {},
     {"grammar": "what is this"}, {"grammar": 'start: a\na: b\n'}, {"grammar": "start: " + "(" * 50_000},
@@ -170,3 +173,19 @@ async def test_equal_grammars_are_compiled_once_and_too_many_wait_not_at_all(pat
     with pytest.raises(InvalidRequest, match="KiB at most"):
         await grammars.constraint(output(regex="a" * 600_000), None)
     await grammars.close()
+
+
+async def test_only_workers_that_can_follow_a_grammar_get_it(path: Path) -> None:
+    """Those of an older version would ignore it without a word."""
+    async with scene(Tokenizer(path), "p1 d1 p2 d2") as s:
+        for worker in s.router.services.workers.live:
+            worker.info.constraints = worker.worker_id in ("p2", "d2")
+        for _ in range(6):
+            await s.ask(structured_output=output(regex="a+"), sampling={"ignore_eos": True})
+        assert not s.workers["p1"].requests and not s.workers["d1"].requests
+        asked = [r.sampling for r in s.workers["d2"].requests if hasattr(r, "sampling")]
+        assert len(asked) == 6 and all("a+" in sampling.constraint.answer for sampling in asked)
+        assert not any(sampling.ignore_eos for sampling in asked)
+        await s.ask(sampling={"constraint": common_pb2.Constraint(answer="start: /x/")})
+        made = [r.sampling for w in s.workers.values() for r in w.requests if hasattr(r, "sampling")]
+        assert not any("/x/" in sampling.constraint.answer for sampling in made)  # it is the router's to fill in

@@ -21,7 +21,7 @@ from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import Internal, InvalidRequest, PagewireError
 from pagewire_core.grammar import Vocabulary, check
 
-_KEPT_GRAMMARS = 256
+_KEPT_GRAMMARS = 32  # of some MiB, at worst
 # A request whose masks take more CPU time than this is ended: it would slow down all that share its steps.
 _FREE_S, _FREE_PER_TOKEN_S = 0.5, 0.002
 

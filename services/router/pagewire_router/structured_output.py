@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from llguidance import LLMatcher
@@ -18,6 +19,7 @@ WHITE_SPACE = r"[ ]|\r?\n[ \t]{0,24}"
 # Of JSON Schema's formats; any other is an annotation, which constrains nothing.
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 _DATA = {"const", "enum", "default", "examples", "example"}  # keywords whose values are no schemas
+_MAX_FACTOR = 10_000  # 3 MiB
 _PARAM = "structured_outputs"
 
 
@@ -98,11 +100,21 @@ def _known_formats(schema: Any) -> Any:
         return [_known_formats(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
+    _check_multiple(schema.get("multipleOf"))
     return {
         key: value if key in _DATA else _known_formats(value)
         for key, value in schema.items()
         if key != "format" or not isinstance(value, str) or value in _FORMATS
     }
+
+
+def _check_multiple(factor: object) -> None:
+    """The automaton has a state for every remainder; llguidance's limits do not count them."""
+    if not isinstance(factor, int | float) or isinstance(factor, bool):
+        return
+    digits = Decimal(str(factor)).normalize().as_tuple().digits
+    if len(digits) > 5 or int("".join(map(str, digits))) > _MAX_FACTOR:
+        raise InvalidRequest(f"`multipleOf` may be {_MAX_FACTOR} at most, times a power of ten", _PARAM)
 
 
 def _choice(texts: Iterable[str]) -> str:

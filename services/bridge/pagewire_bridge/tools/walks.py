@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from pagewire_bridge.tools.calls import CharacterParser, TextOver, Tool
+from pagewire_bridge.tools.calls import CharacterParser, Piece, TextOver, Tool
 from pagewire_bridge.tools.json_walk import Broken, Walk, decoded, members, value
 
 ARGUMENTS = ("arguments", "parameters")
@@ -29,26 +29,41 @@ class MarkedParser(CharacterParser):
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         self._tools = {tool.name: tool for tool in tools}
+        self._marks: Sequence[str] = ()  # that may come while the text is free
+        self._held = self._space = ""  # what may be a part of a mark; white space before it
+        self._skipping = False  # white space after a call
         super().__init__()
+
+    def push(self, text: str) -> list[Piece]:
+        """Text that cannot begin a mark needs no walk: 2 microseconds instead of 10 for a token."""
+        if not self._marks or self._held or any(mark[0] in text for mark in self._marks):
+            return super().push(text)
+        self._free(text)
+        return self._taken()
 
     def _text_until(self, marks: Sequence[str]) -> Walk:
         """Says the text up to one of the marks, and returns the mark, with the white space before it."""
-        held, space = "", ""
-        skipping = self._num_calls > 0
+        self._marks, self._held, self._space, self._skipping = marks, "", "", self._num_calls > 0
         try:
-            while True:
-                text, held, mark = completes(held, (yield), marks)
-                if skipping:
-                    text = text.lstrip()
-                    skipping = not text
-                kept = (space + text).rstrip()
-                space = (space + text)[len(kept) :]
-                self._say(kept)
-                if mark is not None:
-                    return space + mark
+            mark = None
+            while mark is None:
+                text, self._held, mark = completes(self._held, (yield), marks)
+                self._free(text)
         except TextOver:
-            self._say((space + held).lstrip() if skipping else space + held)
+            rest = self._space + self._held
+            self._say(rest.lstrip() if self._skipping else rest)
             raise
+        self._marks = ()
+        return self._space + mark
+
+    def _free(self, text: str) -> None:
+        if self._skipping:
+            text = text.lstrip()
+            self._skipping = not text
+        text = self._space + text
+        kept = text.rstrip()
+        self._space = text[len(kept) :]
+        self._say(kept)
 
     def _until(self, mark: str, take: Callable[[str], object] = lambda text: None) -> Walk:
         """Takes the text up to a mark."""
@@ -85,21 +100,15 @@ class MarkedParser(CharacterParser):
 
         known: names that may be called; None: any. Arguments that are a string are the text in it.
         """
-        early: list[str] = []
-        begun = argued = False
+        num_calls, early, argued = self._num_calls, list[str](), False
 
         def take(key: str, first: str) -> Walk:
-            nonlocal begun, argued
+            nonlocal argued
+            begun = self._num_calls > num_calls
             if not begun and key not in _BEFORE_NAME:
                 raise Broken
             if key == "name" and not begun:
-                parts: list[str] = []
-                after = yield from value(first, parts.append)
-                name = decoded("".join(parts))
-                if not isinstance(name, str) or not (known is None or name in known):
-                    raise Broken
-                begun = True
-                self._call(name)
+                after = yield from self._name(first, known)
                 self._argue("".join(early))
             elif key in ARGUMENTS and not argued:
                 argued = True
@@ -110,13 +119,21 @@ class MarkedParser(CharacterParser):
 
         try:
             yield from members(take)
-            if not begun:
-                raise Broken
         except Broken:
-            if not begun:
-                raise
+            pass  # in the arguments of a call that was said
+        if self._num_calls == num_calls:
+            raise Broken
         if not argued:
             self._argue("{}")
+
+    def _name(self, first: str, known: Collection[str] | None) -> Walk:
+        parts: list[str] = []
+        after = yield from value(first, parts.append)
+        name = decoded("".join(parts))
+        if not isinstance(name, str) or not (known is None or name in known):
+            raise Broken
+        self._call(name)
+        return after
 
     def _arguments(self, first: str, take: Callable[[str], Any]) -> Walk:
         if first != '"':
