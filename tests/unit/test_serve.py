@@ -178,3 +178,24 @@ def test_threads_that_are_fewer_than_the_cores_have_more_cores_to_choose_from(tm
 def test_cores_that_do_not_go_round_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="--cpus names 1 cores; 2 workers with 1 threads each take 2"):
         _plan(tmp_path, "m", "--prefill=1", "--decode=1", "--cpus=0")
+
+
+def test_with_tls_each_service_has_its_own_certificate_and_redis_no_port(tmp_path: Path) -> None:
+    made = _plan(tmp_path, "m", "--tls", "--both=1", "--prefill=1")
+    assert made.tls is not None and made.tls.cert.endswith("/tls/operator.crt")
+    for spec in made.services[1:]:
+        taken, role = _taken(spec), spec.role if spec.role in ("router", "bridge") else "worker"
+        assert (Path(taken.tls_cert).name, Path(taken.tls_key).name) == (f"{role}.crt", f"{role}.key")
+        assert taken.tls_ca == made.tls.ca
+    redis = made.services[0]
+    assert redis.address.endswith("/tls/redis.sock") and made.redis_url == f"unix://{redis.address}?db=0"
+    assert redis.command[redis.command.index("--port") + 1] == "0"
+    with pytest.raises(StartupError, match="too long a path for a socket"):
+        _plan(tmp_path / ("x" * 100), "m", "--tls")
+
+
+def test_https_is_the_bridges_alone(tmp_path: Path) -> None:
+    made = _plan(tmp_path, "m", "--ssl-certfile=/c", "--ssl-keyfile=/k")
+    assert made.base_url.startswith("https://") and made.tls is None
+    assert (_taken(made.services[-1]).ssl_certfile, _taken(made.services[-1]).ssl_keyfile) == ("/c", "/k")
+    assert not [spec.name for spec in made.services[:-1] if "/k" in " ".join(spec.command)]

@@ -19,6 +19,7 @@ import grpc
 import psutil
 import pytest
 import structlog
+from fakes import RedisServer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pagewire.v1 import (
     common_pb2,
@@ -31,8 +32,11 @@ from pagewire.v1 import (
 )
 from pagewire_bridge import client
 from pagewire_core.errors import StartupError
+from pagewire_core.redis_link import open_redis, require_reachable
+from pagewire_core.registry import Registration, list_workers
 from pagewire_core.rpc import RpcServer, open_channel
 from pagewire_core.tls import CALLERS, ROLES, TlsFiles, may_call, tls_files, with_certificates
+from redis.asyncio import Redis
 from scripted_router import ScriptedRouter, accepted, running_router, summary
 
 MODULES = (common_pb2, decode_pb2, inference_pb2, kv_channel_pb2, prefill_pb2, worker_pb2)
@@ -309,3 +313,67 @@ async def test_a_bridge_shows_its_new_certificate_when_it_connects_again(
         release.set()
         assert [event.WhichOneof("event") async for event in stream] == ["summary"]
         await bridge.close()
+
+
+@contextlib.asynccontextmanager
+async def tls_before(server: RedisServer, directory: Path) -> AsyncIterator[tuple[str, list[asyncio.StreamWriter]]]:
+    """A rediss:// URL, and what is connected to it: TLS ends here, as the bundled server speaks none."""
+    open_ends: list[asyncio.StreamWriter] = []
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_ends.append(writer)
+        with contextlib.suppress(OSError, ssl.SSLError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(pass_on(reader, behind[1]), pass_on(behind[0], writer))
+
+    def begin(context: ssl.SSLContext) -> ssl.SSLContext:
+        context.load_cert_chain(directory / "redis.crt", directory / "redis.key")
+        context.load_verify_locations(directory / "ca.crt")
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=begin(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
+    try:
+        yield f"rediss://127.0.0.1:{listener.sockets[0].getsockname()[1]}/0", open_ends
+    finally:
+        listener.close()
+        for writer in open_ends:
+            writer.transport.abort()
+
+
+async def test_redis_over_tls_asks_for_our_certificate_and_takes_the_new_one(
+    redis_server: RedisServer, tmp_path: Path, foreign: Path
+) -> None:
+    directory = certificates.made(tmp_path / "tls")
+    async with tls_before(redis_server, directory) as (url, open_ends):
+        worker = with_certificates(url, certificates.of(directory, "worker"))
+        assert worker is not None
+        await require_reachable(worker)
+        for stranger in (url, with_certificates(url, certificates.of(foreign, "worker", directory))):
+            with pytest.raises(StartupError, match="cannot reach Redis"):
+                await require_reachable(str(stranger))
+        fields = {"worker_id": "w", "instance": "i", "address": "127.0.0.1:1", "role": "decode"}
+        registration = asyncio.create_task(Registration(worker, fields).run())
+        direct = open_redis(redis_server.url)
+        try:
+            await _until_listed(direct)
+            certificates.made(directory)  # of the same authority, and then Redis goes away for a moment
+            for writer in open_ends:
+                writer.transport.abort()
+            await direct.delete("pd:w", "pd:w:w")
+            await _until_listed(direct)
+        finally:
+            registration.cancel()
+            await asyncio.gather(registration, return_exceptions=True)
+            await direct.aclose()
+
+
+async def _until_listed(redis: Redis) -> None:
+    async with asyncio.timeout(15):
+        while [worker.worker_id for worker in await list_workers(redis)] != ["w"]:
+            await asyncio.sleep(0.02)
