@@ -8,13 +8,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
+import tokenizers
 from fakes import write_byte_tokenizer
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import InvalidRequest, Overloaded
 from pagewire_core.grammar import Vocabulary
 from pagewire_core.tokenizer import Tokenizer
+from pagewire_engine.constraint import Constraints
 from pagewire_router.grammars import Grammars
 from pagewire_router.structured_output import to_constraint
 from router_scene import scene
@@ -189,3 +192,30 @@ async def test_only_workers_that_can_follow_a_grammar_get_it(path: Path) -> None
         await s.ask(sampling={"constraint": common_pb2.Constraint(answer="start: /x/")})
         made = [r.sampling for w in s.workers.values() for r in w.requests if hasattr(r, "sampling")]
         assert not any("/x/" in sampling.constraint.answer for sampling in made)  # it is the router's to fill in
+
+
+@pytest.mark.parametrize("marks", ["text", "tokens"])
+@pytest.mark.parametrize("begin", ["<think>", ""])
+async def test_thoughts_end_after_their_budget_whatever_their_marks_are(tmp_path: Path, marks: str, begin: str) -> None:
+    """begin is empty where the prompt has begun them. Then comes the answer, and then the end."""
+    write_byte_tokenizer(tmp_path)
+    if marks == "tokens":
+        tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        tokenizer.add_special_tokens(["<think>", "</think>"])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Tokenizer(tmp_path)
+    vocabulary, output_ids = Vocabulary(tmp_path, text.vocab_size, [EOS]), list[int]()
+    reasoning = inference_pb2.Reasoning(begin=begin, end="</think>", max_tokens=10)
+    constraint = to_constraint(output(regex="yes|no"), reasoning, text.special_tokens)
+    matching = Constraints(vocabulary).make_now(constraint).of(0)
+    mask = np.zeros(vocabulary.num_words, np.uint32)
+    while output_ids[-1:] != [EOS]:
+        matching.fill(mask)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        forced = len(allowed) < 9
+        assert forced or EOS not in allowed
+        output_ids.append(allowed[0] if forced else text.encode("h", False)[0])
+        matching.extend(output_ids[-1:])
+    num_begin = len(text.encode(begin, False))
+    said = text.decode(output_ids[:-1], skip_special_tokens=False)
+    assert said == begin + "h" * (10 - num_begin) + "</think>no"
