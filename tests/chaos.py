@@ -162,7 +162,8 @@ class Chaos:
             return await self._spoil_network(self._rng.choice(NETWORK))
         if kind < 0.3:
             action, role = self._rng.choice(ELSEWHERE).split()
-            await self._all_well(role, action)
+            if not await self._may_strike(role, action):
+                return ""
             victim = self._rng.choice([p for p in self._cluster.processes.values() if p.role == role])
             victim.kill() if action == "kill" else victim.freeze()
             await self._recover(victim)
@@ -174,7 +175,8 @@ class Chaos:
         """Has the next process that comes to the place do this to itself. TimeoutError: nobody came."""
         assert self._cluster.faults is not None
         role = place.partition(":")[2]
-        await self._all_well(role, action)
+        if not await self._may_strike(role, action):
+            return ""
         armed = self._cluster.faults / f"{place}:{action}"
         seconds, times = self._rng.random() * 1.5, self._rng.choice((1, 1, 2)) if action == "flip" else 1
         armed.write_text(f"after={self._rng.randrange(8)} times={times} seconds={seconds:.2f}")
@@ -195,10 +197,11 @@ class Chaos:
     def _is_down(process: Process) -> bool:
         return process.frozen or not process.alive
 
-    async def _all_well(self, role: str, action: str) -> None:
+    async def _may_strike(self, role: str, action: str) -> bool:
         """A worker is struck only while all others can go on: with nobody left an error would be right."""
-        if action in ("kill", "stop") and role not in ("redis", "bridge"):
-            await self._cluster.wait_workers(4)
+        if action not in ("kill", "stop") or role in ("redis", "bridge"):
+            return True
+        return sum(worker.ready for worker in (await self._cluster.status()).workers) == 4
 
     async def _recover(self, victim: Process) -> None:
         began = time.monotonic()
@@ -220,7 +223,6 @@ class Chaos:
     async def _spoil_network(self, how: str) -> str:
         net = self._cluster.network
         assert net is not None
-        await self._cluster.wait_workers(4)
         if how == "down":
             net.down()
         else:
