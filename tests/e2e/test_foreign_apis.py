@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx
+import jsonschema
 import ollama
 import pytest
 import pytest_asyncio
@@ -33,7 +35,9 @@ RAW = "<|im_start|>user\nCount from 3 to 9.<|im_end|>\n<|im_start|>assistant\n"
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     directory: Path = tmp_path_factory.mktemp("apis")
     names = ("--served-model-name=demo",)
-    async with running(Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names)) as started:
+    tools = ("--tool-call-parser=json",)
+    made = Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names, bridge_flags=tools)
+    async with running(made) as started:
         yield started
 
 
@@ -46,6 +50,20 @@ async def openai_text(cluster: Cluster, messages: list[dict[str, str]] = MESSAGE
 
 def data_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]}},
+    "required": ["city", "unit"],
+}
+ASK_WEATHER = [{"role": "user", "content": "Call get_weather for Rome in celsius."}]
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -133,6 +151,20 @@ async def test_tgi_truncates_when_asked(cluster: Cluster) -> None:
     parameters = {"truncate": 64, "max_new_tokens": 2}
     response = await cluster.http.post("/generate", json={"inputs": "word " * 2000, "parameters": parameters})
     assert response.status_code == 200 and response.headers["x-prompt-tokens"] == "64"
+
+
+@pytest.mark.parametrize("kind", ["json", "json_schema", "regex"])
+async def test_tgi_grammars_are_followed(cluster: Cluster, kind: str) -> None:
+    named = {"name": "person", "schema": PERSON}
+    value: Any = {"json": PERSON, "json_schema": named, "regex": "[0-9]{3}-[a-z]{2}"}[kind]
+    grammar = {"type": kind, "value": value}
+    text = (await generate(cluster, max_new_tokens=60, grammar=grammar)).json()["generated_text"]
+    if kind == "regex":
+        assert re.fullmatch(value, text)
+    else:
+        jsonschema.validate(json.loads(text), PERSON)
+    bad = await generate(cluster, grammar={"type": "regex", "value": "("})
+    assert bad.status_code == 422 and bad.json()["error_type"] == "validation"
 
 
 async def test_huggingface_hub_client_works(cluster: Cluster) -> None:
@@ -268,6 +300,31 @@ async def test_ollama_errors_are_sentences(cluster: Cluster, ollama_client: olla
     assert raised.value.status_code == 404
 
 
+async def test_ollamas_formats_are_followed(cluster: Cluster, ollama_client: ollama.AsyncClient) -> None:
+    options = {"temperature": 0, "num_predict": 80}
+    answer = await ollama_client.chat("demo", messages=MESSAGES, format=PERSON, options=options)
+    jsonschema.validate(json.loads(answer.message.content or ""), PERSON)
+    raw = await ollama_client.generate("demo", RAW, raw=True, format="json", options=options)
+    assert isinstance(json.loads(raw.response), dict)
+    bad = await cluster.http.post("/api/chat", json={"model": "demo", "messages": MESSAGES, "format": "yaml"})
+    assert bad.status_code == 400 and "format" in bad.json()["error"]
+
+
+async def test_ollamas_client_gets_calls_of_tools_with_objects(ollama_client: ollama.AsyncClient) -> None:
+    tool = {"type": "function", "function": {"name": "get_weather", "description": "weather", "parameters": WEATHER}}
+    asked: dict[str, Any] = {"messages": ASK_WEATHER, "tools": [tool], "options": {"temperature": 0}}
+    answer = await ollama_client.chat("demo", **asked)
+    [call] = answer.message.tool_calls or ()
+    assert call.function.name == "get_weather" and set(call.function.arguments) == {"city", "unit"}
+    parts = [part async for part in await ollama_client.chat("demo", **asked, stream=True)]
+    [streamed] = [c for part in parts for c in part.message.tool_calls or ()]
+    assert streamed.function == call.function and parts[-1].done_reason == "stop"
+    said = {"role": "assistant", "content": "", "tool_calls": [{"function": call.function.model_dump()}]}
+    told = [*ASK_WEATHER, said, {"role": "tool", "tool_name": "get_weather", "content": "sunny"}]
+    after = await ollama_client.chat("demo", messages=told, tools=[tool], options={"temperature": 0})
+    assert after.done and (after.prompt_eval_count or 0) > (answer.prompt_eval_count or 0)
+
+
 # ---------------------------------------------------------------- Anthropic
 
 
@@ -323,6 +380,34 @@ async def test_anthropic_stop_reasons(cluster: Cluster) -> None:
         begun = [*MESSAGES, {"role": "assistant", "content": "The capital of"}]
         continued = await client.messages.create(model="demo", max_tokens=24, extra_body=GREEDY, messages=begun)  # type: ignore[arg-type]
         assert continued.content[0].text.strip() == "Japan is Tokyo."  # type: ignore[union-attr]
+
+
+async def test_anthropic_tools_are_blocks_whole_and_streamed(cluster: Cluster) -> None:
+    tool = {"name": "get_weather", "description": "weather", "input_schema": WEATHER}
+    request: dict[str, Any] = {"model": "demo", "max_tokens": 80, "tools": [tool], "extra_body": GREEDY}
+    async with anthropic_client(cluster) as client:
+        for choice in ({"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "get_weather"}):
+            message = await client.messages.create(**request, messages=ASK_WEATHER, tool_choice=choice)
+            block = message.content[-1]
+            assert block.type == "tool_use" and block.name == "get_weather" and message.stop_reason == "tool_use"
+            jsonschema.validate(block.input, WEATHER)
+            async with client.messages.stream(**request, messages=ASK_WEATHER, tool_choice=choice) as stream:
+                streamed = (await stream.get_final_message()).content[-1]
+            assert streamed.type == "tool_use" and streamed.input == block.input
+        used = {"type": "tool_use", "id": block.id, "name": block.name, "input": block.input}
+        result = {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "sunny"}]}
+        answers = [{"role": "assistant", "content": [used]}, {"role": "user", "content": [result]}]
+        told: Any = [*ASK_WEATHER, *answers]
+        after = await client.messages.create(**request, messages=told)
+        assert after.stop_reason in ("end_turn", "tool_use", "max_tokens")
+        counted = await client.messages.count_tokens(model="demo", messages=told, tools=[tool])  # type: ignore[list-item]
+        assert counted.input_tokens == after.usage.input_tokens + (after.usage.cache_read_input_tokens or 0)
+
+
+async def test_anthropic_thinking_needs_a_model_that_thinks(cluster: Cluster) -> None:
+    body = {"model": "demo", "max_tokens": 8, "messages": MESSAGES, "thinking": {"type": "enabled", "budget_tokens": 9}}
+    response = await cluster.http.post("/v1/messages", json=body)
+    assert response.status_code == 400 and "thinking" in response.json()["error"]["message"]
 
 
 async def test_anthropic_errors_have_its_shape(cluster: Cluster) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pagewire.v1.inference_pb2 import TokenText
 
@@ -27,6 +27,11 @@ class AnswerFormat:
     def forced_tools(self) -> ToolFormat:
         """For calls that the grammar writes: any form will do."""
         return self.tools or TOOL_FORMATS["json"]
+
+    @property
+    def with_tools(self) -> AnswerFormat:
+        """For an API in which tools need no leave of the server."""
+        return replace(self, tools=self.forced_tools, auto_tools=True)
 
 
 NO_FORMAT = AnswerFormat()

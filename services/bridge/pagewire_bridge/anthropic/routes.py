@@ -9,10 +9,12 @@ from starlette.routing import Route
 
 from pagewire_bridge.anthropic.answer import Answer, events, whole
 from pagewire_bridge.anthropic.schema import CountBody, MessagesBody
-from pagewire_bridge.anthropic.translate import to_chat, to_request
+from pagewire_bridge.anthropic.translate import to_chat_body
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.model_names import to_served_name
+from pagewire_bridge.openai.tool_use import parser_of
+from pagewire_bridge.openai.translate import to_chat, to_chat_request
 from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
@@ -21,24 +23,30 @@ from pagewire_bridge.sse import EventStream
 
 
 async def messages(request: Request) -> Response:
-    body = validated(MessagesBody, to_object(await read_body(request)))
-    generation = begin(request, [to_request(body, request.state.request_id)], 1)
+    body, answers = validated(MessagesBody, to_object(await read_body(request))), request.state.answers.with_tools
+    chat = to_chat_body(body, answers)
+    generation = begin(request, [to_chat_request(chat, request.state.request_id, answers)], 1)
     head = {"id": f"msg_{request.state.request_id}", "type": "message", "role": "assistant", "model": body.model}
-    answer, headers = Answer(head), ignored_fields_header(body.model_extra or ())
+    headers = ignored_fields_header(body.model_extra or ())
+
+    def answer() -> Answer:
+        parser = parser_of(chat, answers, generation.accepted[0].prompt_tail)
+        return Answer(head, parser, with_thoughts=bool(chat.include_reasoning))
 
     async def answer_whole() -> Response:
-        content = await whole(answer, generation)
+        content = await whole(answer(), generation)
         return json_response(content, headers={**headers, **served_by(generation.summaries)})
 
     def answer_events() -> Response:
-        return EventStream(events(answer, generation), generation.close, headers)
+        return EventStream(events(answer(), generation), generation.close, headers)
 
     return await respond(request, generation, stream=answer_events if body.stream else None, whole=answer_whole)
 
 
 async def count_tokens(request: Request) -> Response:
     body = validated(CountBody, to_object(await read_body(request)))
-    asked = TokenizeRequest(model=to_served_name(body.model), chat=to_chat(body))
+    chat = to_chat_body(body, request.state.answers.with_tools)
+    asked = TokenizeRequest(model=to_served_name(body.model), chat=to_chat(chat))
     return json_response({"input_tokens": len((await client_of(request).tokenize(asked)).tokens)})
 
 

@@ -1,61 +1,121 @@
-"""Anthropic's messages as a GenerateRequest: pure functions."""
+"""Anthropic's messages as OpenAI's chat, which is then asked for: pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pagewire.v1 import common_pb2, inference_pb2
+import orjson
 from pagewire_core.errors import InvalidRequest
 
+from pagewire_bridge.answer_parser import AnswerFormat
 from pagewire_bridge.anthropic.schema import CountBody, MessagesBody
-from pagewire_bridge.model_names import to_served_name
+from pagewire_bridge.body import validated
+from pagewire_bridge.openai.schema import ChatBody
+
+Fields = dict[str, Any]
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def to_chat(body: MessagesBody | CountBody) -> inference_pb2.Chat:
+def to_chat_body(body: MessagesBody | CountBody, answers: AnswerFormat) -> ChatBody:
     """The system prompt is the first message; a final assistant message is continued. Raises InvalidRequest."""
-    _refuse_unsupported(body)
-    chat = inference_pb2.Chat(continue_final_message=body.messages[-1].role == "assistant")
-    if body.system:
-        chat.messages.add(role="system", content=_to_text(body.system, "system"))
+    messages: list[Fields] = [{"role": "system", "content": _to_text(body.system, "system")}] if body.system else []
     for i, message in enumerate(body.messages):
-        chat.messages.add(role=message.role, content=_to_text(message.content, f"messages.{i}.content"))
-    return chat
+        messages += _to_messages(message.role, message.content, f"messages.{i}.content")
+    fields: Fields = {"model": body.model, "messages": messages, **_tools(body)}
+    if body.messages[-1].role == "assistant":
+        fields["continue_final_message"] = True
+    if isinstance(body, MessagesBody):
+        fields |= {
+            "max_tokens": body.max_tokens,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": body.top_k,
+            "stop": body.stop_sequences,
+            "user": (body.metadata or {}).get("user_id"),
+        }
+    return validated(ChatBody, fields | _thinking(body, answers))
 
 
-def to_request(body: MessagesBody, request_id: str) -> inference_pb2.GenerateRequest:
-    """Raises InvalidRequest."""
-    return inference_pb2.GenerateRequest(
-        request_id=request_id,
-        model=to_served_name(body.model),
-        chat=to_chat(body),
-        sampling=common_pb2.SamplingParams(
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k or 0,
-            max_tokens=body.max_tokens,
-            stop=body.stop_sequences or (),
-        ),
-    )
+def _thinking(body: MessagesBody | CountBody, answers: AnswerFormat) -> Fields:
+    """Off unless it is asked for, as in Anthropic's API."""
+    asked = body.thinking or {}
+    if asked.get("type") not in ("enabled", "adaptive"):
+        return {"chat_template_kwargs": {"enable_thinking": False}, "include_reasoning": False}
+    if answers.reasoning is None:
+        raise InvalidRequest("thinking: this model does not think (--reasoning-parser)", "thinking")
+    budget = asked.get("budget_tokens")
+    if budget is not None and not (isinstance(budget, int) and budget > 0):
+        raise InvalidRequest("thinking.budget_tokens: must be a whole number above 0", "thinking.budget_tokens")
+    return {"thinking_token_budget": budget, "include_reasoning": True}
 
 
-def _refuse_unsupported(body: MessagesBody | CountBody) -> None:
-    if body.tools:
-        raise InvalidRequest("tools: not supported yet", "tools")
-    if (body.thinking or {}).get("type") == "enabled":
-        raise InvalidRequest("thinking: this model has no extended thinking", "thinking")
+def _tools(body: MessagesBody | CountBody) -> Fields:
+    if not body.tools:
+        return {}
+    choice = body.tool_choice or {"type": "auto"}
+    kind = choice.get("type")
+    if kind == "tool":
+        wanted: Any = {"type": "function", "function": {"name": choice.get("name")}}
+    elif kind in _CHOICES:
+        wanted = _CHOICES[kind]
+    else:
+        raise InvalidRequest("tool_choice.type: must be auto, any, tool or none", "tool_choice.type")
+    return {
+        "tools": [_tool(tool, f"tools.{i}") for i, tool in enumerate(body.tools)],
+        "tool_choice": wanted,
+        "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
+    }
 
 
-def _to_text(content: str | Sequence[dict[str, Any]], where: str) -> str:
+def _tool(tool: Fields, where: str) -> Fields:
+    if tool.get("type") not in (None, "custom"):
+        raise InvalidRequest(f"{where}.type: only custom tools are supported", f"{where}.type")
+    function = {
+        "name": tool.get("name"),
+        "description": tool.get("description"),
+        "parameters": tool.get("input_schema"),
+    }
+    return {"type": "function", "function": function}
+
+
+def _to_messages(role: str, content: str | Sequence[Fields], where: str) -> Iterator[Fields]:
+    """Results of tools are messages of their own, and come before the rest."""
+    if isinstance(content, str):
+        yield {"role": role, "content": content}
+        return
+    text, calls, thoughts = "", [], ""
+    for i, block in enumerate(content):
+        match block.get("type"):
+            case "tool_result" if role == "user":
+                result = _to_text(block.get("content") or "", f"{where}.{i}.content")
+                yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result}
+            case "tool_use" if role == "assistant":
+                arguments = orjson.dumps(block.get("input") or {}).decode()
+                function = {"name": block.get("name"), "arguments": arguments}
+                calls.append({"id": block.get("id"), "type": "function", "function": function})
+            case "thinking" if role == "assistant":
+                thoughts += str(block.get("thinking", ""))
+            case "redacted_thinking":
+                pass
+            case _:
+                text += _block_text(block, f"{where}.{i}")
+    if text or calls or role == "assistant":
+        yield {"role": role, "content": text, "tool_calls": calls or None, "reasoning": thoughts or None}
+
+
+def _to_text(content: str | Sequence[Fields], where: str) -> str:
     if isinstance(content, str):
         return content
     return "".join(_block_text(block, f"{where}.{i}") for i, block in enumerate(content))
 
 
-def _block_text(block: dict[str, Any], where: str) -> str:
+def _block_text(block: object, where: str) -> str:
+    if not isinstance(block, dict):
+        raise InvalidRequest(f"{where}: must be a content block", where)
     kind, text = block.get("type"), block.get("text")
     if kind != "text":
-        raise InvalidRequest(f"{where}: blocks of type {kind!r} are not supported yet", where)
+        raise InvalidRequest(f"{where}: blocks of type {kind!r} are not supported here", where)
     if not isinstance(text, str):
         raise InvalidRequest(f"{where}.text: must be a string", f"{where}.text")
     return text

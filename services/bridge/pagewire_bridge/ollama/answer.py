@@ -1,10 +1,13 @@
-"""Deltas of the router as Ollama's lines: one for every delta, and a last one with the account."""
+"""Deltas of the router as Ollama's lines: one for every delta, and a last one with the account.
+
+A call of a tool is told as a whole, with an object as its arguments.
+"""
 
 from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +17,10 @@ from pagewire.v1 import common_pb2
 from pagewire.v1.inference_pb2 import Delta, TokenText
 from pagewire_core.errors import PagewireError
 
+from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.ollama.errors import error_object
+from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
 
 log = structlog.get_logger(__name__)
 
@@ -29,22 +34,44 @@ class Answer:
     with_context: bool = False
     logprobs: bool = False
     truncated: int = 0
+    parser: AnswerParser | None = None
+    with_thoughts: bool = False
     began: float = field(default_factory=time.perf_counter)
     _ids: list[int] = field(default_factory=list)
+    _held: list[Piece] = field(default_factory=list)
     _done_reason: str = "stop"
 
     def head(self) -> dict[str, Any]:
         now = datetime.datetime.now(datetime.UTC)
         return {"model": self.model, "created_at": now.isoformat().replace("+00:00", "Z")}
 
-    def content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}} if self.is_chat else {"response": text}
+    def content(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """What some pieces say: text, thoughts and calls."""
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Text))
+        thoughts = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
+        more = {"thinking": thoughts} if thoughts else {}
+        if not self.is_chat:
+            return {"response": text, **more}
+        calls = _calls(pieces)
+        return {"message": {"role": "assistant", "content": text, **more, **({"tool_calls": calls} if calls else {})}}
 
-    def take(self, delta: Delta) -> None:
+    def take(self, delta: Delta) -> list[Piece]:
+        """What a delta says. A call is held back until it is complete."""
         if self.with_context:
             self._ids.extend(token.token_id for token in delta.tokens)
         if delta.finish_reason == common_pb2.FINISH_REASON_LENGTH:
             self._done_reason = "length"
+        pieces: list[Piece] = [Text(delta.text)] if delta.text else []
+        if self.parser:
+            pieces = self.parser.push(delta.text)
+            if delta.finish_reason:
+                pieces += self.parser.finish()
+        calls = [piece for piece in pieces if isinstance(piece, Call | Arguments)]
+        self._held += calls
+        said = [p for p in pieces if isinstance(p, Text) or (isinstance(p, Thought) and self.with_thoughts)]
+        if self._held and (delta.finish_reason or said):
+            said, self._held = [*said, *joined(self._held)], []
+        return said
 
     def ending(self, generation: Generation) -> dict[str, Any]:
         """The keys of the last line; durations in nanoseconds."""
@@ -78,27 +105,43 @@ def _logprob(token: TokenText) -> dict[str, Any]:
     return {"token": text, "logprob": token.logprob, "bytes": list(token.bytes)}
 
 
+def _calls(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    arguments = {piece.index: piece.text for piece in joined(pieces) if isinstance(piece, Arguments)}
+    calls = [piece for piece in pieces if isinstance(piece, Call)]
+    return [
+        {"id": c.id, "function": {"index": c.index, "name": c.name, "arguments": _read(arguments.get(c.index, "{}"))}}
+        for c in calls
+    ]
+
+
+def _read(text: str) -> Any:
+    """A call that was cut short has no arguments that could be read."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+
+
 async def whole(answer: Answer, generation: Generation) -> dict[str, Any]:
     """Raises PagewireError."""
-    text: list[str] = []
+    pieces: list[Piece] = []
     tokens: list[dict[str, Any]] = []
     async for _, delta in generation.deltas():
-        answer.take(delta)
-        text.append(delta.text)
+        pieces += answer.take(delta)
         tokens += logprobs(delta)["logprobs"] if answer.logprobs else []
     shown = {"logprobs": tokens} if answer.logprobs else {}
-    return {**answer.head(), **answer.content("".join(text)), **shown, **answer.ending(generation)}
+    return {**answer.head(), **answer.content(pieces), **shown, **answer.ending(generation)}
 
 
 async def lines(answer: Answer, generation: Generation) -> AsyncGenerator[bytes]:
     """Lines of JSON; after a failure one that says so, and no more."""
     try:
         async for _, delta in generation.deltas():
-            answer.take(delta)
-            if delta.text or (answer.logprobs and delta.tokens):
+            pieces = answer.take(delta)
+            if pieces or (answer.logprobs and delta.tokens):
                 shown = logprobs(delta) if answer.logprobs else {}
-                yield line({**answer.head(), **answer.content(delta.text), **shown, "done": False})
-        yield line({**answer.head(), **answer.content(""), **answer.ending(generation)})
+                yield line({**answer.head(), **answer.content(pieces), **shown, "done": False})
+        yield line({**answer.head(), **answer.content(()), **answer.ending(generation)})
     except PagewireError as error:
         log.warning("stream failed", error=error.message)
         yield line(error_object(error))

@@ -74,7 +74,7 @@ def shown(model: Model) -> dict[str, Any]:
 
 
 def capabilities(model: Model) -> list[str]:
-    return ["completion", "embedding"]
+    return ["completion", "embedding", *(["tools"] if model.is_chat else [])]
 
 
 def _named(model: Model) -> dict[str, str]:

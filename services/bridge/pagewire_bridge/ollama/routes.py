@@ -16,7 +16,8 @@ from pagewire_bridge.ollama import models
 from pagewire_bridge.ollama.answer import Answer, line, lines, whole
 from pagewire_bridge.ollama.prompt_fit import cut_to_fit
 from pagewire_bridge.ollama.schema import ChatBody, GenerateBody, ModelBody
-from pagewire_bridge.ollama.translate import ignored, to_chat_request, to_generate_request, to_model
+from pagewire_bridge.ollama.translate import as_chat, ignored, to_chat_of, to_generate_request, to_model
+from pagewire_bridge.openai.tool_use import parser_of
 from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
@@ -52,7 +53,7 @@ async def generate(request: Request) -> Response:
     body = validated(GenerateBody, to_object(await read_body(request)))
     if not body.prompt:
         return await _load(request, body, is_chat=False)
-    asked = to_generate_request(body, request.state.request_id)
+    asked = to_generate_request(body, request.state.request_id, request.state.answers)
     if body.context:
         await _continue(client_of(request), asked, body.context)
     return await _answer(request, body, asked, is_chat=False, with_context=not body.raw)
@@ -62,7 +63,8 @@ async def chat(request: Request) -> Response:
     body = validated(ChatBody, to_object(await read_body(request)))
     if not body.messages:
         return await _load(request, body, is_chat=True)
-    return await _answer(request, body, to_chat_request(body, request.state.request_id), is_chat=True)
+    asked = to_chat_of(body, request.state.request_id, request.state.answers.with_tools)
+    return await _answer(request, body, asked, is_chat=True)
 
 
 async def _load(request: Request, body: GenerateBody | ChatBody, *, is_chat: bool) -> Response:
@@ -70,7 +72,7 @@ async def _load(request: Request, body: GenerateBody | ChatBody, *, is_chat: boo
     await _find(request, body.model)
     answer = Answer(body.model, is_chat)
     reason = "unload" if body.unloads else "load"
-    content = {**answer.head(), **answer.content(""), "done": True, "done_reason": reason}
+    content = {**answer.head(), **answer.content(()), "done": True, "done_reason": reason}
     headers = ignored_fields_header(ignored(body))
     if body.stream is False:
         return json_response(content, headers=headers)
@@ -88,6 +90,7 @@ async def _answer(
 ) -> Response:
     """A prompt that does not fit is cut, unless the client forbids it, and asked again."""
     answer = Answer(body.model, is_chat, with_context=with_context, logprobs=bool(body.logprobs))
+    answer.with_thoughts = body.think is not False
     headers = ignored_fields_header(ignored(body))
     may_cut, num_ctx = body.truncate is not False, body.asked.num_ctx or None
 
@@ -99,27 +102,35 @@ async def _answer(
     if may_cut and num_ctx:
         await cut()
     try:
-        return await _generate(request, asked, answer, headers, streams=body.stream is not False)
+        return await _generate(request, body, asked, answer, headers)
     except ContextLength:
         if not may_cut or answer.truncated:
             raise
     await cut()
-    return await _generate(request, asked, answer, headers, streams=body.stream is not False)
+    return await _generate(request, body, asked, answer, headers)
 
 
 async def _generate(
-    request: Request, asked: GenerateRequest, answer: Answer, headers: dict[str, str], *, streams: bool
+    request: Request, body: Body, asked: GenerateRequest, answer: Answer, headers: dict[str, str]
 ) -> Response:
     generation = begin(request, [asked], 1)
 
+    def read() -> None:
+        """How the answer is read depends on how its prompt ends."""
+        if not isinstance(body, GenerateBody) or not body.raw:
+            answers = request.state.answers.with_tools
+            answer.parser = parser_of(as_chat(body, answers), answers, generation.accepted[0].prompt_tail)
+
     async def answer_whole() -> Response:
+        read()
         content = await whole(answer, generation)
         return json_response(content, headers={**headers, **served_by(generation.summaries)})
 
     def answer_lines() -> Response:
+        read()
         return EventStream(lines(answer, generation), generation.close, headers, _NDJSON)
 
-    return await respond(request, generation, stream=answer_lines if streams else None, whole=answer_whole)
+    return await respond(request, generation, stream=None if body.stream is False else answer_lines, whole=answer_whole)
 
 
 async def _find(request: Request, name: str) -> Model:

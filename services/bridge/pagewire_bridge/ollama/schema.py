@@ -72,10 +72,25 @@ class GenerateBody(_Generation):
     images: list[str] | None = None
 
 
+class CalledFunction(_Body):
+    name: str
+    arguments: dict[str, Any] | None = None
+
+
+class CalledTool(_Body):
+    function: CalledFunction
+
+
 class Message(_Body):
+    """arguments of calls are objects here, where OpenAI has JSON text."""
+
     role: Annotated[str, Field(min_length=1)]
     content: str | None = None
+    thinking: str | None = None
     images: list[str] | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
 
 
 class ChatBody(_Generation):

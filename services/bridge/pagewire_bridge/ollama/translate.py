@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
+import orjson
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import InvalidRequest
 
+from pagewire_bridge.answer_parser import AnswerFormat
+from pagewire_bridge.body import validated
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.ollama.schema import ChatBody, GenerateBody, Options
+from pagewire_bridge.ollama.schema import ChatBody, GenerateBody, Message, Options
+from pagewire_bridge.openai.schema import ChatBody as OpenAIChat
+from pagewire_bridge.openai.structured import ResponseFormat
+from pagewire_bridge.openai.translate import to_chat_request
 
 _TEMPERATURE, _TOP_P, _TOP_K = 0.8, 0.9, 40
 _WHOLE_CONTEXT = -1  # repeat_last_n: what our repetition penalty always covers
@@ -36,42 +42,91 @@ def to_sampling(options: Options, logprobs: int | None) -> common_pb2.SamplingPa
     )
 
 
-def to_generate_request(body: GenerateBody, request_id: str) -> inference_pb2.GenerateRequest:
+def to_generate_request(body: GenerateBody, request_id: str, answers: AnswerFormat) -> inference_pb2.GenerateRequest:
     """The prompt is a user's message, unless it is raw. Raises InvalidRequest."""
-    _refuse(body, ("suffix", "template", "images"))
-    request = inference_pb2.GenerateRequest(
-        request_id=request_id,
-        model=to_model(body.model),
-        sampling=to_sampling(body.asked, _logprobs(body)),
-        return_prompt_token_ids=not body.raw,
-    )
-    if body.raw:
-        if body.system or body.context:
-            raise InvalidRequest("raw mode does not support system or context", "raw")
-        request.text = body.prompt or ""
-        return request
-    if body.system:
-        request.chat.messages.add(role="system", content=body.system)
-    request.chat.messages.add(role="user", content=body.prompt or "")
+    for name in ("suffix", "template", "images"):
+        if getattr(body, name):
+            raise InvalidRequest(f"{name} is not supported yet", name)
+    if not body.raw:
+        return _complete(to_chat_request(as_chat(body, answers), request_id, answers), body)
+    if body.system or body.context:
+        raise InvalidRequest("raw mode does not support system or context", "raw")
+    request = inference_pb2.GenerateRequest(request_id=request_id, model=to_model(body.model), text=body.prompt or "")
+    if form := _form(body.format):
+        request.structured_output.CopyFrom(form)
+    return _complete(request, body)
+
+
+def to_chat_of(body: ChatBody, request_id: str, answers: AnswerFormat) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequest."""
+    return _complete(to_chat_request(as_chat(body, answers), request_id, answers), body)
+
+
+def as_chat(body: GenerateBody | ChatBody, answers: AnswerFormat) -> OpenAIChat:
+    """What is asked for, as OpenAI's chat has it. Raises InvalidRequest."""
+    if body.think and answers.reasoning is None:
+        raise InvalidRequest(f'"{body.model}" does not support thinking', "think")
+    fields: dict[str, Any] = {"model": to_model(body.model), "response_format": _response_format(body.format)}
+    if isinstance(body, ChatBody):
+        fields["messages"] = [_message(message) for message in body.messages or ()]
+        fields["tools"] = body.tools or None
+    else:
+        system = [{"role": "system", "content": body.system}] if body.system else []
+        fields["messages"] = [*system, {"role": "user", "content": body.prompt or ""}]
+    if answers.reasoning is not None and body.think is not None:
+        fields["chat_template_kwargs"] = {"enable_thinking": bool(body.think)}
+        if isinstance(body.think, str):
+            fields["reasoning_effort"] = body.think
+    fields["include_reasoning"] = body.think is not False
+    return validated(OpenAIChat, fields)
+
+
+def _complete(request: inference_pb2.GenerateRequest, body: GenerateBody | ChatBody) -> inference_pb2.GenerateRequest:
+    """With Ollama's sampling, and with the tokens that a context is made of."""
+    if (body.asked.typical_p or 1.0) < 1.0:
+        raise InvalidRequest("options.typical_p is not supported yet", "options.typical_p")
+    shows_marks = request.sampling.HasField("skip_special_tokens") and not request.sampling.skip_special_tokens
+    request.sampling.CopyFrom(to_sampling(body.asked, (body.top_logprobs or 0) if body.logprobs else None))
+    if shows_marks:
+        request.sampling.skip_special_tokens = False
+    request.return_prompt_token_ids = isinstance(body, GenerateBody) and not body.raw
     return request
 
 
-def to_chat_request(body: ChatBody, request_id: str) -> inference_pb2.GenerateRequest:
-    """Raises InvalidRequest."""
-    _refuse(body, ("tools",))
-    if any(message.images for message in body.messages or ()):
+def _message(message: Message) -> dict[str, Any]:
+    if message.images:
         raise InvalidRequest("images are not supported yet", "images")
-    return inference_pb2.GenerateRequest(
-        request_id=request_id,
-        model=to_model(body.model),
-        chat=inference_pb2.Chat(
-            messages=[
-                inference_pb2.ChatMessage(role=message.role, content=message.content or "")
-                for message in body.messages or ()
-            ]
-        ),
-        sampling=to_sampling(body.asked, _logprobs(body)),
-    )
+    calls = [
+        {"type": "function", "function": {"name": c.function.name, "arguments": _json(c.function.arguments or {})}}
+        for c in message.tool_calls or ()
+    ]
+    return {
+        "role": message.role,
+        "content": message.content or "",
+        "reasoning": message.thinking,
+        "tool_calls": calls or None,
+        "tool_call_id": message.tool_call_id,
+        "name": message.tool_name,
+    }
+
+
+def _response_format(wanted: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    if not wanted:
+        return None
+    if wanted == "json":
+        return {"type": "json_object"}
+    if isinstance(wanted, str):
+        raise InvalidRequest('format must be "json" or a JSON schema', "format")
+    return {"type": "json_schema", "json_schema": {"name": "format", "schema": wanted}}
+
+
+def _form(wanted: str | dict[str, Any] | None) -> inference_pb2.StructuredOutput | None:
+    fields = _response_format(wanted)
+    return validated(ResponseFormat, fields).to_proto() if fields else None
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value).decode()
 
 
 def ignored(body: GenerateBody | ChatBody) -> list[str]:
@@ -85,17 +140,3 @@ def ignored(body: GenerateBody | ChatBody) -> list[str]:
     if (body.asked.repeat_penalty or 1.0) != 1.0 and body.asked.repeat_last_n not in (None, _WHOLE_CONTEXT):
         names.append("options.repeat_last_n")
     return names
-
-
-def _logprobs(body: GenerateBody | ChatBody) -> int | None:
-    return (body.top_logprobs or 0) if body.logprobs else None
-
-
-def _refuse(body: GenerateBody | ChatBody, names: Iterable[str]) -> None:
-    if (body.asked.typical_p or 1.0) < 1.0:
-        raise InvalidRequest("options.typical_p is not supported yet", "options.typical_p")
-    if body.think:
-        raise InvalidRequest(f'"{body.model}" does not support thinking', "think")
-    for name in (*names, "format"):
-        if getattr(body, name, None):
-            raise InvalidRequest(f"{name} is not supported yet", name)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
+import orjson
+from pagewire.v1.inference_pb2 import StructuredOutput
 from pagewire_core.errors import InvalidRequest
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from pagewire_bridge.body import to_object
 
 MAX_BEST_OF = 2
 MAX_STOP_SEQUENCES = 4
@@ -17,6 +21,28 @@ Count = Annotated[int, Field(ge=1, le=_UINT32_MAX)]
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class Grammar(_Body):
+    """json: a schema, which must have properties, or its text; json_schema: one in an object under `schema`."""
+
+    type: Literal["json", "regex", "json_schema"]
+    value: dict[str, Any] | str
+
+    def to_proto(self) -> StructuredOutput:
+        """Raises InvalidRequest."""
+        if self.type == "regex":
+            if not isinstance(self.value, str):
+                raise InvalidRequest("`grammar.value` of a regex must be a string", "grammar.value")
+            return StructuredOutput(regex=self.value)
+        schema = self.value
+        if isinstance(schema, dict) and self.type == "json_schema":
+            schema = schema.get("schema", schema)
+        if isinstance(schema, str):
+            schema = to_object(schema.encode())
+        if self.type == "json" and "properties" not in schema:
+            raise InvalidRequest("`grammar.value` must have a key `properties`", "grammar.value")
+        return StructuredOutput(json_schema=orjson.dumps(schema).decode())
 
 
 class Parameters(_Body):
@@ -42,7 +68,7 @@ class Parameters(_Body):
     decoder_input_details: bool | None = None
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     top_n_tokens: Annotated[int, Field(ge=0, le=MAX_TOP_N_TOKENS)] | None = None
-    grammar: dict[str, Any] | None = None
+    grammar: Grammar | None = None
     adapter_id: str | None = None
 
     @property

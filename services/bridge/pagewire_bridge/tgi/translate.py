@@ -21,6 +21,7 @@ def to_request(body: GenerateBody, request_id: str, with_tokens: bool) -> infere
         text=body.inputs,
         n=asked.best_of or 1,
         truncate_prompt_tokens=asked.truncate or 0,
+        structured_output=asked.grammar.to_proto() if asked.grammar else None,
         sampling=common_pb2.SamplingParams(
             temperature=(asked.temperature or 1.0) if asked.samples else 0.0,
             top_p=asked.top_p,
@@ -37,6 +38,6 @@ def to_request(body: GenerateBody, request_id: str, with_tokens: bool) -> infere
 
 
 def _refuse_unsupported(asked: Parameters) -> None:
-    for name in ("typical_p", "grammar", "adapter_id", "decoder_input_details", "watermark"):
+    for name in ("typical_p", "adapter_id", "decoder_input_details", "watermark"):
         if getattr(asked, name):
             raise InvalidRequest(f"`{name}` is not supported yet", name)
