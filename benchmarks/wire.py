@@ -1,281 +1,79 @@
-"""How fast KV crosses between two processes on this machine, against a raw TCP socket and memcpy.
+"""How fast KV crosses between workers, and what that adds for a client.
 
-    python benchmarks/wire.py --rounds 5 --out benchmarks/results/wire.json
+    python benchmarks/make_model.py random/smol135
+    python benchmarks/wire.py random/smol135 --rounds 3 --out benchmarks/results/wire.json
 
 `lane` is what a lane itself moves in chunks of a size; `hand-off` is a whole transfer of a prompt from a KvSender to a
-KvChannelServicer: gather, checksum, lane, verification, scatter, seal. In every round everything has its turn. Prints
-medians of GB/s over the rounds with the least and the greatest, and the ratio to the TCP socket, taken in each round.
+KvChannelServicer: gather from pages, checksum, lane, verification, scatter into pages, seal; once more without
+checksums. In every round everything has its turn; the ratio to a TCP socket is taken in each round.
+
+With a model: the times to the first and second token of one prompt at a time with one prefill and one decode worker,
+beside one worker of both roles, each with one thread; on this host, and with the workers in two network namespaces
+with so many Gbit/s between them (needs root).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import multiprocessing
-import socket
 import statistics
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
-from pagewire.v1 import common_pb2
-from pagewire.v1 import kv_channel_pb2 as kv
-from pagewire.v1.kv_channel_pb2_grpc import add_KvChannelServiceServicer_to_server
-from pagewire_bench import report
-from pagewire_core.rpc import RpcServer
-from pagewire_transfer.group_lanes import DECODE_RANK, PREFILL_RANK
-from pagewire_transfer.identity import WorkerIdentity
-from pagewire_transfer.lanes import Lane, available_lanes, open_lane
-from pagewire_transfer.metrics import TransferMetrics
-from pagewire_transfer.receiver import KvChannelServicer, ReceiveStats
-from pagewire_transfer.relay_store import RelayStore
-from pagewire_transfer.sender import KvSender
-from pagewire_transfer.wire import ChunkRange, checksum, chunk_bytes
-from prometheus_client import CollectorRegistry
+from pagewire_bench import netns, report, wire_lanes, wire_tokens
+from pagewire_transfer.lanes import available_lanes
 from rich.console import Console
 from rich.table import Table
 
-TIMEOUT_S = 30.0
-TOTAL_BYTES = 256 << 20  # per measurement of a lane
-CHUNKS = (1 << 20, 4 << 20, 8 << 20)
-HAND_OFF_CHUNK = 4 << 20
-LAYOUT = kv.KvLayout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")  # 23 KB a token
-PROMPTS = (512, 2048, 8192)
-HAND_OFFS = 4  # of a prompt, one after the other, for one figure
+REPEATS = {128: 5, 512: 3, 2048: 2, 8192: 1}
+UNCHECKED = "shm, no checksum"
+
+Rates = dict[str, dict[str, float]]
+Tokens = dict[str, dict[int, list[wire_tokens.Figures]]]
 
 
-def _identity(name: str) -> WorkerIdentity:
-    return WorkerIdentity(name, f"{name}-1", b"f" * 32, LAYOUT, "127.0.0.1")
-
-
-def _settings(lane: str) -> dict[str, Any]:
-    return {"lanes": [lane], "metrics": TransferMetrics(CollectorRegistry()), "timeout_s": TIMEOUT_S}
-
-
-def _prompt(num_tokens: int) -> torch.Tensor:
-    return torch.ones((LAYOUT.num_layers, 2, num_tokens, LAYOUT.num_kv_heads, LAYOUT.head_dim), dtype=torch.bfloat16)
-
-
-class Pages:
-    """Both ends' memory: a prompt to gather from, and one to scatter to."""
-
-    def __init__(self) -> None:
-        self._kv = _prompt(max(PROMPTS))
-
-    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
-        wire.copy_(self._kv[slice(*layers), :, slice(*tokens)])
-
-    async def bind(self, transfer_id: bytes, token_begin: int, token_end: int) -> None:
-        pass
-
-    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
-        self._kv[slice(*layers), :, slice(*tokens)] = wire
-
-    async def sealed(
-        self, transfer_id: bytes, received: ReceiveStats, first_tokens: Sequence[common_pb2.SampledToken]
-    ) -> None:
-        assert received.bytes == chunk_bytes(LAYOUT, ChunkRange((0, LAYOUT.num_layers), (0, received.tokens)))
-
-    def failed(self, transfer_id: bytes, error: Exception) -> None:
-        raise error
-
-
-class Peer:
-    """The other process, as the first one sees it; `ask` makes it do what is measured."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._control, control = context.Pipe()
-        self._relay, relay = context.Pipe()
-        self._process = context.Process(target=_peer, args=(control, relay), daemon=True)
-        self._process.start()
-        self._epoch = 0
-
-    def ask(self, *what: Any) -> None:
-        self._control.send(what)
-
-    def answer(self) -> Any:
-        return self._control.recv()
-
-    def open_lane(self, name: str) -> Lane:
-        self._epoch += 1
-        self.ask("lane", name, self._epoch)
-        return _open(name, self._relay, PREFILL_RANK, self._epoch)
-
-    def end(self) -> None:
-        self.ask("end")
-        self._process.join()
-
-
-def _open(name: str, relay: Connection, rank: int, epoch: int) -> Lane:
-    """One end of a lane, its store carried by a pipe."""
-    store = RelayStore(lambda key, value: relay.send((key, value)), TIMEOUT_S)
-    up = threading.Event()
-
-    def receive() -> None:
-        while not up.is_set():
-            if relay.poll(0.01):
-                store.receive(*relay.recv())
-
-    reading = threading.Thread(target=receive)
-    reading.start()
-    try:
-        return open_lane(name, store, rank, "127.0.0.1", epoch, TIMEOUT_S)
-    finally:
-        time.sleep(0.05)  # the peer may still be opening its end
-        up.set()
-        reading.join()
-
-
-def _peer(control: Connection, relay: Connection) -> None:
-    torch.set_num_threads(1)
-    lane: Lane | None = None
-    target = torch.zeros(max(CHUNKS), dtype=torch.uint8)
-    while (what := control.recv())[0] != "end":
-        match what:
-            case ("lane", name, epoch):
-                lane = _open(name, relay, DECODE_RANK, epoch)
-            case ("receive", size, count):
-                assert lane is not None
-                control.send("ready")
-                for left in reversed(range(count)):
-                    with lane.recv(size, b"", size if left else 0) as wire:
-                        target[:size].copy_(wire)
-                control.send("done")
-            case ("close",):
-                assert lane is not None
-                lane.close()
-            case ("tcp", size, count):
-                _receive_tcp(control, size, count)
-            case ("serve", name):
-                asyncio.run(_serve(control, name))
-
-
-def _receive_tcp(control: Connection, size: int, count: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        control.send(listener.getsockname()[1])
-        connection, _ = listener.accept()
-        buffer = memoryview(bytearray(size))
-        with connection:
-            for _ in range(count):
-                received = 0
-                while received < size:
-                    received += connection.recv_into(buffer[received:])
-            control.send("done")
-
-
-async def _serve(control: Connection, lane: str) -> None:
-    """The decode side of hand-offs, until told to end."""
-    servicer = KvChannelServicer(_identity("decode"), Pages(), **_settings(lane))
-    server = RpcServer()
-    server.add(add_KvChannelServiceServicer_to_server, servicer, kv.DESCRIPTOR.services_by_name["KvChannelService"])
-    control.send(await server.start("127.0.0.1", 0))
-    await asyncio.to_thread(control.recv)
-    await server.stop(0)
-    await servicer.close()
-
-
-def measure_lane(peer: Peer, name: str, size: int) -> float:
-    lane, count = peer.open_lane(name), TOTAL_BYTES // size
-    wire = torch.ones(size, dtype=torch.uint8)
-    seconds = 0.0
-    for repeats in (2, count):  # the first few touch the memory
-        peer.ask("receive", size, repeats)
-        assert peer.answer() == "ready"
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            staging = lane.staging(size)
-            staging.copy_(wire)
-            lane.send(staging)
-        assert peer.answer() == "done"
-        seconds = time.perf_counter() - begin
-    peer.ask("close")
-    lane.close()
-    return count * size / seconds
-
-
-def measure_tcp(peer: Peer, size: int) -> float:
-    count = TOTAL_BYTES // size
-    peer.ask("tcp", size, count)
-    with socket.create_connection(("127.0.0.1", peer.answer())) as connection:
-        wire = memoryview(bytes(size))
-        begin = time.perf_counter()
-        for _ in range(count):
-            connection.sendall(wire)
-        assert peer.answer() == "done"
-        return count * size / (time.perf_counter() - begin)
-
-
-def measure_memcpy(size: int) -> float:
-    source, target = torch.ones(TOTAL_BYTES, dtype=torch.uint8), torch.zeros(TOTAL_BYTES, dtype=torch.uint8)
-    begin = time.perf_counter()
-    for start in range(0, TOTAL_BYTES, size):
-        target[start : start + size].copy_(source[start : start + size])
-    return TOTAL_BYTES / (time.perf_counter() - begin)
-
-
-def measure_checksum(size: int) -> float:
-    wire = torch.ones(size, dtype=torch.uint8)
-    begin = time.perf_counter()
-    for _ in range(TOTAL_BYTES // size):
-        checksum(wire)
-    return TOTAL_BYTES / (time.perf_counter() - begin)
-
-
-def measure_hand_offs(peer: Peer, lane: str) -> dict[int, float]:
-    """Bytes a second, by tokens of the prompt."""
-    peer.ask("serve", lane)
-    try:
-        return asyncio.run(_hand_over(f"127.0.0.1:{peer.answer()}", lane))
-    finally:
-        peer.ask("stop serving")
-
-
-async def _hand_over(address: str, lane: str) -> dict[int, float]:
-    sender = KvSender(_identity("prefill"), Pages(), chunk_bytes=HAND_OFF_CHUNK, **_settings(lane))
-    rates: dict[int, float] = {}
-    try:
-        for num_tokens in (min(PROMPTS), *PROMPTS):  # once more: the first makes the pair
-            begin = time.perf_counter()
-            for i in range(HAND_OFFS):
-                name = f"{num_tokens}-{i}-{begin}".encode().ljust(16)[-16:]
-                outgoing = await sender.open(name, address, "decode-1", (0, num_tokens))
-                outgoing.extend(num_tokens)
-                await outgoing.seal([])
-            moved = HAND_OFFS * chunk_bytes(LAYOUT, ChunkRange((0, LAYOUT.num_layers), (0, num_tokens)))
-            rates[num_tokens] = moved / (time.perf_counter() - begin)
-    finally:
-        await sender.close()
-    return rates
-
-
-def _round(peer: Peer, lanes: Sequence[str]) -> dict[str, dict[str, float]]:
+def lanes_round(peer: wire_lanes.Peer, lanes: Sequence[str]) -> Rates:
     """Bytes a second, by what was moved and by how."""
-    rates: dict[str, dict[str, float]] = defaultdict(dict)
-    for size in CHUNKS:
+    rates: Rates = defaultdict(dict)
+    for size in wire_lanes.CHUNKS:
         row = rates[f"lane, chunks of {size >> 20} MB"]
-        row["TCP socket"] = measure_tcp(peer, size)
-        row["memcpy"] = measure_memcpy(size)
-        row["checksum"] = measure_checksum(size)
+        row["TCP socket"] = wire_lanes.measure_tcp(peer, size)
+        row["memcpy"] = wire_lanes.measure_memcpy(size)
         for lane in lanes:
-            if lane not in ("grpc", "tcp"):  # they need the control messages of a hand-off
-                row[lane] = measure_lane(peer, lane, size)
+            if lane != "grpc":  # it moves its bytes in the control messages of a hand-off
+                row[lane] = wire_lanes.measure_lane(peer, lane, size)
     for lane in lanes:
-        tcp = measure_tcp(peer, HAND_OFF_CHUNK)
-        for num_tokens, rate in measure_hand_offs(peer, lane).items():
+        tcp = wire_lanes.measure_tcp(peer, wire_lanes.HAND_OFF_CHUNK)
+        for num_tokens, rate in wire_lanes.measure_hand_offs(peer, lane).items():
             row = rates[f"hand-off of {num_tokens} tokens"]
             row[lane] = rate
             row.setdefault("TCP socket", tcp)
+    if "shm" in lanes:
+        for num_tokens, rate in wire_lanes.measure_hand_offs(peer, "shm", checked=False).items():
+            rates[f"hand-off of {num_tokens} tokens"][UNCHECKED] = rate
     return rates
 
 
-def _table(rounds: Sequence[dict[str, dict[str, float]]], columns: Sequence[str]) -> Table:
+def tokens_round(model: Path, prompts: Sequence[int], networks: Sequence[float], console: Console) -> Tokens:
+    repeats = {tokens: REPEATS.get(tokens, 2) for tokens in prompts}
+    found: Tokens = {"both": wire_tokens.measure(model, repeats, pair=False)}
+    for lane in available_lanes("auto", "cpu"):
+        found[f"pair, {lane}"] = wire_tokens.measure(model, repeats, pair=True, lanes=lane)
+    if networks and (why := netns.why_not()):
+        console.print(f"No network namespaces: {why}. Links of a given rate are left out.")
+        return found
+    for gbit in networks:
+        with netns.linked(gbit) as names:
+            measured = wire_tokens.measure(model, repeats, pair=True, lanes="gloo", network=names)
+            found[f"pair, gloo at {gbit:g} Gbit/s"] = measured
+    return found
+
+
+def lanes_table(rounds: Sequence[Rates], columns: Sequence[str]) -> Table:
     table = Table("GB/s (÷ TCP socket)", *columns, title="KV between two processes")
     for what in rounds[0]:
         cells = []
@@ -290,19 +88,54 @@ def _table(rounds: Sequence[dict[str, dict[str, float]]], columns: Sequence[str]
     return table
 
 
-def main() -> None:
+def tokens_table(rounds: Sequence[Tokens]) -> Table:
+    """Medians over all rounds and repeats; what is added is so in each round."""
+    table = Table("", "prompt", "first token (ms)", "added", "second token (ms)", "added", "tail (ms)",
+                  "tail ÷ prefill", "overlap", title="One prompt at a time")  # fmt: skip
+    for how in rounds[0]:
+        for tokens in rounds[0][how]:
+
+            def of(key: str, how: str = how, tokens: int = tokens) -> list[float]:
+                return [statistics.median(f[key] for f in r[how][tokens]) for r in rounds]
+
+            def added(key: str, of: Callable[..., list[float]] = of) -> str:
+                return f"{statistics.median(a - b for a, b in zip(of(key), of(key, 'both'), strict=True)):.1f}"
+
+            tail = statistics.median(t / p for t, p in zip(of("tail_ms"), of("prefill_ms"), strict=True))
+            moved = [f"{statistics.median(of('tail_ms')):.1f}", f"{100 * tail:.1f} %",
+                     f"{statistics.median(of('overlap')):.2f}"]  # fmt: skip
+            table.add_row(
+                how, str(tokens), f"{statistics.median(of('first_ms')):.1f}", added("first_ms"),
+                f"{statistics.median(of('second_ms')):.1f}", added("second_ms"),
+                *(["-"] * 3 if how == "both" else moved),
+            )  # fmt: skip
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, help="without it only lanes and hand-offs are measured")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[*REPEATS], metavar="TOKENS")
+    parser.add_argument("--gbit", type=float, nargs="*", default=[1.0, 10.0, 25.0], help="links between the workers")
+    parser.add_argument("--no-lanes", action="store_true", help="only what a client sees")
     parser.add_argument("--out", type=Path, metavar="PATH", help="write the results there as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(open("/dev/null", "w")))
     torch.set_num_threads(1)
-    lanes = [*available_lanes("auto", "cpu"), "tcp"]  # sealed, as with TLS
-    peer = Peer()
-    rounds = [_round(peer, lanes) for _ in range(args.rounds)]
-    peer.end()
-    Console(width=160).print(_table(rounds, ["TCP socket", "memcpy", "checksum", *lanes]))
+    console, results = Console(width=180), dict[str, Any](machine=report.machine())
+    if not args.no_lanes:
+        lanes, peer = available_lanes("auto", "cpu"), wire_lanes.Peer()
+        results["bytes_per_s"] = [lanes_round(peer, lanes) for _ in range(args.rounds)]
+        peer.end()
+        console.print(lanes_table(results["bytes_per_s"], ["TCP socket", "memcpy", *lanes, UNCHECKED]))
+    if args.model:
+        results["tokens"] = [
+            tokens_round(args.model.absolute(), args.prompts, args.gbit, console) for _ in range(args.rounds)
+        ]
+        console.print(tokens_table(results["tokens"]))
     if args.out:
-        args.out.write_text(json.dumps({"machine": report.machine(), "bytes_per_s": rounds}, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
