@@ -55,7 +55,8 @@ class Pages:
 
     def __init__(self) -> None:
         shape = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 576, "intermediate_size": 1536,
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256,
+            "hidden_size": 576, "intermediate_size": 1536,
             "num_hidden_layers": LAYOUT.num_layers, "num_attention_heads": 9, "head_dim": LAYOUT.head_dim,
             "num_key_value_heads": LAYOUT.num_kv_heads, "rms_norm_eps": 1e-5, "max_position_embeddings": max(PROMPTS),
         }  # fmt: skip

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import grpc
 import structlog
 from pagewire.v1 import kv_channel_pb2 as kv
-from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceStub
 from pagewire_core import faults
 from pagewire_core.errors import (
     Cancelled,
@@ -21,14 +19,12 @@ from pagewire_core.errors import (
     Incompatible,
     Internal,
     PagewireError,
-    Unavailable,
     from_proto,
-    from_rpc,
 )
-from pagewire_core.rpc import open_channel
-from pagewire_core.tls import WORKER, TlsFiles
+from pagewire_core.tls import TlsFiles
 
 from pagewire_transfer.chunking import ChunkPlan
+from pagewire_transfer.control_stream import ControlStream
 from pagewire_transfer.group_lanes import PREFILL_RANK
 from pagewire_transfer.identity import WorkerIdentity
 from pagewire_transfer.lane_thread import LaneThread
@@ -74,8 +70,7 @@ class Pair:
         self._num_queued = 0  # chunks that the thread has to send
         self._loop = asyncio.get_running_loop()
         self._thread = LaneThread(self._put, settings.timeout_s)
-        self._channel = open_channel(address, settings.tls, WORKER)
-        self._call: grpc.aio.StreamStreamCall = KvChannelServiceStub(self._channel).Connect()
+        self._stream = ControlStream(address, settings.tls)
         settings.metrics.pairs.inc()
 
     @property
@@ -87,7 +82,8 @@ class Pair:
         limit_s = self._settings.timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                welcome = await self._shake_hands()
+                hello = self._settings.identity.hello(self.instance, self._settings.lanes)
+                welcome = await self._stream.shake_hands(hello)
                 self.lane_name = welcome.lane
                 self._tasks = [self._start(self._read()), self._start(self._write())]
                 host = self._settings.identity.host
@@ -103,46 +99,6 @@ class Pair:
             return
         self._tasks.append(self._start(self._pump()))
         log.info("kv pair up", peer=self.address, instance=self.instance, lane=self.lane_name, epoch=welcome.epoch)
-
-    async def _shake_hands(self) -> kv.Welcome:
-        hello = self._settings.identity.hello(self.instance, self._settings.lanes)
-        await self._write_now(kv.ConnectRequest(hello=hello))
-        response = await self._next()
-        welcome = response.welcome
-        if response.WhichOneof("message") != "welcome" or welcome.lane not in self._settings.lanes:
-            raise Incompatible(f"decode worker {self.address} answered Hello with no lane of ours: {welcome.lane!r}")
-        if welcome.instance != self.instance:
-            raise Incompatible(f"decode worker {self.address} is {welcome.instance}, not {self.instance}")
-        return welcome
-
-    async def _next(self) -> kv.ConnectResponse:
-        try:
-            response = await self._call.read()
-        except grpc.aio.AioRpcError:
-            raise await self._why_lost() from None
-        except asyncio.CancelledError:
-            if self.error is None:
-                raise
-            raise self.error from None  # `fail` cancelled the call, nobody cancelled this task
-        if response is grpc.aio.EOF:
-            raise await self._why_lost()
-        return response
-
-    async def _write_now(self, request: kv.ConnectRequest) -> None:
-        try:
-            await self._call.write(request)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            raise await self._why_lost() from None
-
-    async def _why_lost(self) -> PagewireError:
-        """The error behind the end of the stream, which has ended."""
-        trailing = await self._call.trailing_metadata()
-        details = await self._call.details() or "closed"
-        status = grpc.aio.AioRpcError(await self._call.code(), grpc.aio.Metadata(), trailing, details)
-        error = from_rpc(status)
-        if isinstance(error, Incompatible | DeadlineExceeded):
-            return error
-        return Unavailable(f"decode worker {self.address} was lost: {error.message}")
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.create_task(self._guard(work))
@@ -198,11 +154,11 @@ class Pair:
 
     async def _write(self) -> None:
         while True:
-            await self._write_now(await self._outbox.get())
+            await self._stream.write(await self._outbox.get())
 
     async def _read(self) -> None:
         while True:
-            self._take(await self._next())
+            self._take(await self._stream.read())
 
     def _take(self, response: kv.ConnectResponse) -> None:
         kind = response.WhichOneof("message")
@@ -305,13 +261,13 @@ class Pair:
             if task is not asyncio.current_task():
                 task.cancel()
         self._thread.close()
-        self._call.cancel()
+        self._stream.cancel(error)
         self._settings.metrics.pairs.dec()
         log.info("kv pair down", peer=self.address, instance=self.instance, error=error.message)
         self._broken(self)
 
     async def closed(self) -> None:
         """Returns when the pair's connection and thread are gone. After `fail`."""
-        await self._channel.close()
+        await self._stream.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._thread.closed()

@@ -14,8 +14,9 @@ from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceServicer
 from pagewire_core.errors import DeadlineExceeded, Incompatible, PagewireError, Unavailable
 
 from pagewire_transfer.identity import WorkerIdentity
+from pagewire_transfer.landing import ReceiveSettings
 from pagewire_transfer.metrics import StagingSlots, TransferMetrics
-from pagewire_transfer.receiving_pair import ReceiveSettings, ReceivingPair
+from pagewire_transfer.receiving_pair import ReceivingPair
 from pagewire_transfer.sink import KvSink, ReceiveStats
 
 __all__ = ["KvChannelServicer", "KvSink", "ReceiveStats"]

@@ -6,7 +6,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -25,12 +24,11 @@ from pagewire_core.errors import (
 )
 
 from pagewire_transfer.group_lanes import DECODE_RANK
-from pagewire_transfer.identity import WorkerIdentity
 from pagewire_transfer.incoming import Incoming
+from pagewire_transfer.landing import Landing, ReceiveSettings
 from pagewire_transfer.lane_thread import LaneThread
-from pagewire_transfer.metrics import StagingSlots, TransferMetrics
-from pagewire_transfer.sink import KvSink, ReceiveStats
-from pagewire_transfer.wire import MAX_CHUNK_BYTES, ChunkRange, checksum, from_bytes
+from pagewire_transfer.sink import ReceiveStats
+from pagewire_transfer.wire import MAX_CHUNK_BYTES, checksum, from_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -39,29 +37,6 @@ _MAX_UNREAD = 16_384  # messages
 _MAX_OPEN = 8192  # transfers
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-
-
-@dataclass(frozen=True)
-class ReceiveSettings:
-    """What all pairs of one servicer share."""
-
-    identity: WorkerIdentity
-    sink: KvSink
-    lanes: list[str]
-    metrics: TransferMetrics
-    staging: StagingSlots
-    timeout_s: float
-    window: int
-
-
-@dataclass
-class _Landing:
-    """A chunk between its announcement and its acknowledgement; without a part it is dropped on arrival."""
-
-    chunk: kv.Chunk
-    incoming: Incoming | None = None
-    part: ChunkRange | None = None
-    refused: Cancelled | None = None
 
 
 class ReceivingPair:
@@ -82,7 +57,7 @@ class ReceivingPair:
         self._open: dict[bytes, Incoming | None] = {}  # None: offered, pages not bound yet
         # A peer that announces faster than the lane delivers is held back by the stream's flow control.
         self._room = asyncio.Semaphore(settings.window)
-        self._coming: deque[_Landing] = deque()  # in the order of the lane
+        self._coming: deque[Landing] = deque()  # in the order of the lane
         self._lane_is_open = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[kv.ConnectResponse | PagewireError | None] = asyncio.Queue()
@@ -172,7 +147,7 @@ class ReceivingPair:
     async def _announced(self, chunk: kv.Chunk) -> None:
         if not 0 < chunk.num_bytes <= MAX_CHUNK_BYTES:
             raise Incompatible(f"a chunk of {chunk.num_bytes} bytes; the limit is {MAX_CHUNK_BYTES}")
-        landing = _Landing(chunk)
+        landing = Landing(chunk)
         if chunk.transfer_id in self._open:
             try:
                 landing.incoming = self._open[chunk.transfer_id]
@@ -190,7 +165,7 @@ class ReceivingPair:
         await asyncio.wrap_future(self._thread.open(self._lane_name, DECODE_RANK, host, epoch))
         self._lane_is_open.set()
 
-    def _receive(self, landing: _Landing) -> None:
+    def _receive(self, landing: Landing) -> None:
         """Takes the chunk off the lane, wanted or not: the lane knows only order."""
         self._coming.append(landing)
         self._thread.submit(self._land).add_done_callback(
@@ -210,7 +185,7 @@ class ReceivingPair:
         finally:
             self._settings.staging.give_back()
 
-    def _verify_and_scatter(self, landing: _Landing, wire: torch.Tensor) -> bool:
+    def _verify_and_scatter(self, landing: Landing, wire: torch.Tensor) -> bool:
         settings, chunk, part = self._settings, landing.chunk, landing.part
         if part is None or not self._wanted(landing):
             return True
@@ -223,7 +198,7 @@ class ReceivingPair:
             landing.refused = error
         return True
 
-    def _landed(self, landing: _Landing, job: Future[bool]) -> None:
+    def _landed(self, landing: Landing, job: Future[bool]) -> None:
         self._room.release()
         error = job.exception()
         if isinstance(error, Exception):
@@ -233,10 +208,10 @@ class ReceivingPair:
         if self._wanted(landing):
             self._acknowledge(landing, job.result())
 
-    def _wanted(self, landing: _Landing) -> bool:
+    def _wanted(self, landing: Landing) -> bool:
         return landing.part is not None and self._open.get(landing.chunk.transfer_id) is landing.incoming
 
-    def _acknowledge(self, landing: _Landing, intact: bool) -> None:
+    def _acknowledge(self, landing: Landing, intact: bool) -> None:
         transfer_id, seq, incoming = landing.chunk.transfer_id, landing.chunk.seq, landing.incoming
         assert incoming is not None
         if landing.refused is not None:
