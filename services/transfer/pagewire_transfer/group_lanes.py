@@ -113,7 +113,8 @@ class _GroupLane:
 
     @property
     def _is_waiting(self) -> bool:
-        return self._busy or bool(self._coming) or any(sending.work for sending in self._sending)
+        """For something that may never come; a send that nobody waits for yet has probably been done."""
+        return self._busy or bool(self._coming)
 
     def interrupt(self) -> None:
         raise NotImplementedError
