@@ -1,5 +1,6 @@
-"""Layers that are sent ahead of their step's end, under every order of events: nothing goes before it is final, and what
-decoding starts on is what was computed, cell by cell.
+"""Layers that are sent ahead of their step's end, under every order of events: nothing before it is final.
+
+What decoding starts on is what was computed, cell by cell.
 
 The two real state machines with a control stream each way and a lane between them that keep their order and nothing
 else; hypothesis decides who moves next. No sockets, no threads, no clock. (test_transfer_interleavings.py has the same
