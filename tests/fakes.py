@@ -84,6 +84,15 @@ class RedisServer:
                 assert time.monotonic() < deadline, "the server did not start"
                 time.sleep(0.01)
 
+    def pause(self) -> None:
+        """It holds its connections and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)

@@ -51,6 +51,13 @@ class Cache:
         return Snapshot(self.publisher.sequence, sorted(self.hashes))
 
 
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 async def nobody(worker_id: str) -> Snapshot | None:
     return None
 
@@ -236,3 +243,154 @@ async def test_workers_are_asked_directly_while_redis_is_away(
         await asyncio.sleep(0.02)
         cache.store(*BLOCKS[:3])
         await until(lambda: index.match(BLOCKS) == {"w": 3})
+
+
+def test_what_is_known_counts_less_and_less_while_the_worker_tells_of_more() -> None:
+    index = PrefixIndex(clock := Clock())
+    index.join("w", "i", MODEL)
+    index.apply("w", 1, [(STORED, BLOCKS)])
+    index.told("w", 1)
+    clock.now += 500
+    assert index.match(BLOCKS) == {"w": 10} and index.oldest_s == 0, "nothing happened there: nothing is missing"
+    index.told("w", 3)
+    for age, expected in ((0, 10), (30, 10), (31, 9), (60, 5), (84, 1), (90, None), (1000, None)):
+        clock.now = 1500 + age
+        index.told("w", 4)
+        assert index.match(BLOCKS).get("w") == expected, age
+        assert index.oldest_s == age
+    index.apply("w", 2, [(STORED, [])])
+    assert index.match(BLOCKS) == {}
+    index.apply("w", 3, [(STORED, [])])
+    assert index.match(BLOCKS) == {"w": 10} and index.oldest_s == 0
+    index.told("w", 4)
+    clock.now += 40
+    index.load("w", "i", Snapshot(9, BLOCKS[:3]))
+    assert index.match(BLOCKS) == {"w": 3} and index.oldest_s == 0
+
+
+def test_what_was_sent_to_a_worker_counts_while_it_cannot_be_followed() -> None:
+    index = PrefixIndex(clock := Clock())
+    index.join("w", "i", MODEL)
+    index.placed("w", BLOCKS[:2])
+    clock.now += 1
+    index.told("w", 7)
+    index.placed("w", BLOCKS[:4])
+    clock.now += 20
+    assert index.match(BLOCKS) == {}, "for now it is known what it has"
+    clock.now += 100
+    assert index.match(BLOCKS) == {"w": 4}
+    index.told("w", 9)
+    index.load("w", "i", Snapshot(9, []))
+    clock.now += 100
+    assert index.match(BLOCKS) == {}
+    index.join("w", "j", MODEL)
+    index.told("w", 1)
+    clock.now += 100
+    assert index.match(BLOCKS) == {}, "another process has nothing of what was sent to the one before"
+
+
+def test_a_worker_that_does_not_say_how_many_events_there_were_is_taken_at_its_word() -> None:
+    index = PrefixIndex(clock := Clock())
+    index.join("w", "i", MODEL)
+    index.apply("w", 1, [(STORED, BLOCKS)])
+    index.told("w", 0)
+    clock.now += 500
+    assert index.match(BLOCKS) == {"w": 10} and index.is_behind("w") is None
+
+
+@given(st.lists(st.tuples(st.sampled_from(["event", "lose", "told", "snapshot", "wait"]), st.integers(1, 40))))
+def test_whatever_is_lost_a_snapshot_makes_it_right(steps: list[tuple[str, int]]) -> None:
+    """A worker's cache, its events of which some are lost, and what it tells: exact whenever nothing is missing."""
+    index = PrefixIndex(clock := Clock())
+    index.join("w", "i", MODEL)
+    held: set[bytes] = set()
+    sequence, lost = 0, False
+    for what, number in steps:
+        if what in ("event", "lose"):
+            sequence += 1
+            value = block(number % 10)
+            kind = REMOVED if value in held else STORED
+            held ^= {value}
+            lost = lost or what == "lose"
+            if not lost:
+                index.apply("w", sequence, [(kind, [value])])
+        elif what == "told":
+            index.told("w", sequence)
+        elif what == "snapshot":
+            index.load("w", "i", Snapshot(sequence, sorted(held)))
+            lost = False
+        else:
+            clock.now += number
+        if not lost:
+            assert index.oldest_s == 0
+            assert index.match(BLOCKS).get("w", 0) == next((i for i, b in enumerate(BLOCKS) if b not in held), 10)
+
+
+@pytest.mark.parametrize("outage", ["killed", "paused"])
+async def test_without_redis_the_index_goes_down_level_by_level_and_comes_back(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, outage: str
+) -> None:
+    monkeypatch.setattr(prefix_index, "_REFRESH_S", 0.05)
+    cache, index = Cache(redis_server.url), PrefixIndex(clock := Clock())
+    reachable = True
+    mended: list[str] = []
+
+    async def resync(worker_id: str) -> Snapshot | None:
+        return await cache.snapshot(worker_id) if reachable else None
+
+    follower = IndexFollower(redis_server.url, index, resync, mended.append)
+    assert follower.level == 3
+    async with running(cache.publisher.run(), follower.run()):
+        follower.joined("w", "i1", MODEL)
+        cache.store(*BLOCKS[:4])
+        await until(lambda: index.match(BLOCKS) == {"w": 4} and follower.level == 0)
+        redis_server.kill() if outage == "killed" else redis_server.pause()
+        await until(lambda: follower.level == 1, seconds=10)
+        cache.store(*BLOCKS[4:6])
+        index.told("w", cache.publisher.sequence)
+        await until(lambda: index.match(BLOCKS) == {"w": 6})  # asked of the worker
+        reachable = False
+        cache.store(block(6))
+        index.told("w", cache.publisher.sequence)
+        clock.now += 60
+        assert follower.level == 2 and index.match(BLOCKS) == {"w": 3}
+        redis_server.start() if outage == "killed" else redis_server.resume()
+        await until(lambda: index.match(BLOCKS) == {"w": 7}, seconds=10)
+        assert follower.level == 0
+        assert "forgotten" not in mended
+
+
+async def test_a_worker_whose_events_do_not_come_is_asked_while_redis_is_there(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis answered the router and not the worker: nobody noticed that the events had ended."""
+    monkeypatch.setattr(prefix_index, "_REFRESH_S", 0.05)
+    cache, index = Cache(redis_server.url), PrefixIndex()
+    follower = IndexFollower(redis_server.url, index, cache.snapshot)
+    async with running(follower.run()):
+        follower.joined("w", "i1", MODEL)
+        await until(lambda: follower.level == 0)
+        cache.store(*BLOCKS[:5])
+        assert index.match(BLOCKS) == {}
+        index.told("w", cache.publisher.sequence)
+        await until(lambda: index.match(BLOCKS) == {"w": 5})
+
+
+async def test_a_redis_that_comes_back_empty_loses_nothing(redis_server: RedisServer) -> None:
+    cache, index, mended = Cache(redis_server.url), PrefixIndex(), list[str]()
+    follower = IndexFollower(redis_server.url, index, nobody, mended.append)
+    async with running(cache.publisher.run(), follower.run()):
+        follower.joined("w", "i1", MODEL)
+        cache.store(*BLOCKS[:3])
+        await until(lambda: index.match(BLOCKS) == {"w": 3})
+        for number in range(3, 6):
+            redis_server.kill()
+            cache.store(block(number))
+            redis_server.start()
+            await until(lambda expected=number + 1: index.match(BLOCKS) == {"w": expected}, seconds=10)
+        redis = open_redis(redis_server.url)
+        await redis.flushall()
+        await redis.aclose()
+        cache.store(*BLOCKS[6:])
+        await until(lambda: index.match(BLOCKS) == {"w": 10}, seconds=10)
+    assert set(mended) <= {"snapshot"}

@@ -203,6 +203,8 @@ async def test_every_metric_keeps_its_name(byte_tokenizer: Tokenizer) -> None:
             "pagewire_prompt_tokens", "pagewire_generation_tokens", "pagewire_cached_tokens", "pagewire_route",
             "pagewire_retries", "pagewire_resumed_requests", "pagewire_running_requests", "pagewire_queued_requests",
             "pagewire_queued_prompt_tokens",
+            "pagewire_index_age_seconds", "pagewire_index_level", "pagewire_index_gaps",
+            "pagewire_expected_hit_tokens", "pagewire_false_hit_tokens", "pagewire_unexpected_hit_tokens",
             "pagewire_index_blocks", "pagewire_predicted_seconds", "pagewire_prediction_error_seconds",
             "pagewire_circuits_opened", "pagewire_circuits_open",
             "pagewire_redis_connected",

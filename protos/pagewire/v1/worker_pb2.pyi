@@ -56,7 +56,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("free_blocks", "total_blocks", "reserved_blocks", "num_running", "num_waiting", "waiting_prefill_tokens", "running_kv_tokens", "open_transfers", "step_cost", "staging_slots", "max_num_seqs", "draining", "waiting_transfers", "waiting_prefill_attended", "cached_blocks", "role")
+    __slots__ = ("free_blocks", "total_blocks", "reserved_blocks", "num_running", "num_waiting", "waiting_prefill_tokens", "running_kv_tokens", "open_transfers", "step_cost", "staging_slots", "max_num_seqs", "draining", "waiting_transfers", "waiting_prefill_attended", "cached_blocks", "role", "block_events")
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class StatsResponse(_message.Message):
     WAITING_PREFILL_ATTENDED_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     total_blocks: int
     reserved_blocks: int
@@ -89,7 +90,8 @@ class StatsResponse(_message.Message):
     waiting_prefill_attended: float
     cached_blocks: int
     role: _common_pb2.WorkerRole
-    def __init__(self, free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., running_kv_tokens: _Optional[int] = ..., open_transfers: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., staging_slots: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_transfers: _Optional[int] = ..., waiting_prefill_attended: _Optional[float] = ..., cached_blocks: _Optional[int] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ...) -> None: ...
+    block_events: int
+    def __init__(self, free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., running_kv_tokens: _Optional[int] = ..., open_transfers: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., staging_slots: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_transfers: _Optional[int] = ..., waiting_prefill_attended: _Optional[float] = ..., cached_blocks: _Optional[int] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., block_events: _Optional[int] = ...) -> None: ...
 
 class StepCost(_message.Message):
     __slots__ = ("prefill_base_ms", "prefill_ms_per_token", "decode_base_ms", "decode_ms_per_sequence", "prefill_ms_per_attended", "decode_ms_per_kv_token")

@@ -88,12 +88,14 @@ class RedisLink:
                     # A pooled connection to a server that died would only fail again, and certificates may be new.
                     await self.redis.aclose()
                     self.redis = open_redis(self._url)
+                _end_if_cancelled()
                 await asyncio.sleep(backoff)
         finally:
             await self.redis.aclose()
 
     def alive(self) -> None:
-        """Notes that Redis answered."""
+        """Notes that Redis answered. Ends a task that was cancelled."""
+        _end_if_cancelled()
         self.connected = True
         if self._reported is not True:
             log.info("redis connected", purpose=self._purpose)
@@ -104,3 +106,10 @@ class RedisLink:
         if self._reported is not False:
             log.warning("redis is away; going on without it", purpose=self._purpose, error=type(error).__name__)
             self._reported = False
+
+
+def _end_if_cancelled() -> None:
+    """redis-py can lose a cancellation that comes while it reads; the task would then go on for ever."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import structlog
 from pagewire.v1 import common_pb2, decode_pb2, inference_pb2, prefill_pb2
+from pagewire_core.block_hash import HASH_BLOCK
 
 from pagewire_router.admission import Slot
 from pagewire_router.metrics import RouterMetrics
@@ -96,6 +97,17 @@ class Account:
         """
         return self.prompt_tokens - (self.started.cached_tokens if self.computed_by_decode else self.prefill_cached)
 
+    def _judge_hits(self, metrics: RouterMetrics) -> None:
+        """What the index promised, against what was found; in whole hash blocks, which is all that it knows."""
+        assert self.placed is not None
+        if self.attempts > 1:
+            return  # what was found is what an earlier attempt left
+        found = _whole_blocks(self.prompt_tokens - self.computed_tokens - self.fetched.tokens)
+        expected = _whole_blocks(min(self.placed.hit_tokens, self.prompt_tokens - 1))
+        metrics.expected_hits.inc(expected)
+        metrics.false_hits.inc(max(expected - found, 0))
+        metrics.unexpected_hits.inc(max(found - expected, 0))
+
     def timings(self) -> common_pb2.StageTimings:
         """The prefill worker's and the decode worker's stages; queue includes the router's."""
         prompt = self.finished.timings if self.computed_by_decode else self.kv_sent.timings
@@ -142,6 +154,7 @@ class Account:
         if self.placed is not None:
             facts = self._facts(self.summary(completion_tokens))
             if outcome == "ok":
+                self._judge_hits(metrics)
                 metrics.cached_tokens.inc(self.prompt_tokens - self.computed_tokens)
         log.info(
             "request finished",
@@ -174,6 +187,10 @@ class Account:
             "fetched_tokens": summary.fetched_tokens,
             "decode_ms": timings.decode_us / 1000,
         }
+
+
+def _whole_blocks(tokens: int) -> int:
+    return tokens // HASH_BLOCK * HASH_BLOCK
 
 
 def _ms(seconds: float) -> float:

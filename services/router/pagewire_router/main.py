@@ -91,8 +91,8 @@ async def running_router(
     args: argparse.Namespace, model: ServedModel, tls: TlsFiles | None = None
 ) -> AsyncIterator[tuple[Router, RpcServer, int]]:
     """A router that listens; leaving the scope ends it without grace. `args` are ROUTER_FLAGS."""
-    index = PrefixIndex()
-    follower = IndexFollower(args.redis_url, index, lambda worker_id: workers.snapshot(worker_id))
+    index, metrics = PrefixIndex(), RouterMetrics()
+    follower = IndexFollower(args.redis_url, index, lambda worker_id: workers.snapshot(worker_id), metrics.gap_mended)
 
     def joined(worker: Worker) -> None:
         follower.joined(worker.worker_id, worker.info.instance, worker.info.fingerprint)
@@ -102,17 +102,19 @@ async def running_router(
         follower.left(worker.worker_id)
         placement.left(worker)
 
-    workers = WorkerTable(model.digest, joined, left, tls)
+    def reported(worker: Worker) -> None:
+        index.told(worker.worker_id, worker.stats.block_events)
+
+    workers = WorkerTable(model.digest, joined, left, tls, reported)
     discovery = Discovery(args.redis_url, workers) if args.redis_url else None
     admission = Admission(Limits(args.max_queued_requests, args.max_queued_tokens), lambda: room_of(workers.live))
-    metrics = RouterMetrics()
     breakers = Breakers(opened=lambda breaker: metrics.circuits_opened.labels(breaker.leg, breaker.cause).inc())
     placement = Placement(workers, index, POLICIES[args.routing_policy], breakers)
     services = Services(workers, placement, model.tokenizer, metrics, args.transfer_timeout)
     feeds = Feeds(inference_pb2.DeltaFeedResponse)
     timeouts = Timeouts(args.request_timeout, args.send_timeout)
     grammars = Grammars(model.tokenizer.path, model.vocab_size, model.eos_token_ids)
-    router = Router(model, services, admission, index, discovery, timeouts, feeds, grammars)
+    router = Router(model, services, admission, index, follower, discovery, timeouts, feeds, grammars)
     server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,

@@ -69,6 +69,26 @@ class RouterMetrics:
         self.queued_tokens = Gauge(
             "pagewire_queued_prompt_tokens", "Prompt tokens of requests that wait for admission", registry=registry
         )
+        self.index_age = Gauge(
+            "pagewire_index_age_seconds", "For how long some worker's blocks have been incompletely known",
+            registry=registry,
+        )  # fmt: skip
+        self.index_level = Gauge(
+            "pagewire_index_level", "0: follows Redis; 1 to 3: how far it does without", registry=registry
+        )
+        self.index_gaps = Counter(
+            "pagewire_index_gaps", "Times that events were lost, by what mended it", ["mended_by"], registry=registry
+        )
+        self.expected_hits = Counter(
+            "pagewire_expected_hit_tokens", "Prompt tokens that a worker was chosen to have cached", registry=registry
+        )
+        self.false_hits = Counter(
+            "pagewire_false_hit_tokens", "Of these, tokens that it did not have", registry=registry
+        )
+        self.unexpected_hits = Counter(
+            "pagewire_unexpected_hit_tokens", "Prompt tokens that a worker had and was not expected to",
+            registry=registry,
+        )  # fmt: skip
         self.index_blocks = Gauge("pagewire_index_blocks", "Block hashes in the prefix index", registry=registry)
         self.redis_connected = Gauge("pagewire_redis_connected", "1 while Redis answers", registry=registry)
         self._predicted_s = Histogram(
@@ -84,6 +104,9 @@ class RouterMetrics:
             registry=registry,
         )  # fmt: skip
         self.circuits_open = Gauge("pagewire_circuits_open", "Circuit breakers not closed", ["leg"], registry=registry)
+
+    def gap_mended(self, how: str) -> None:
+        self.index_gaps.labels(how).inc()
 
     def predicted(self, term: str, plan: str, predicted_s: float, actual_s: float) -> None:
         """What became of a prediction (`ttft` or `transfer`) for a plan (`pair` or `local`)."""

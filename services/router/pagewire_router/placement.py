@@ -48,6 +48,7 @@ class Placed(Generic[W]):
     decode_booking: Booking
     holder: W | None = None  # whom to ask for what `fetch` says
     fetch: Fetch | None = None
+    hit_tokens: int = 0  # of the prompt, that who computes it is expected to have
 
     @property
     def decision(self) -> str:
@@ -166,6 +167,8 @@ class Placement(Generic[W]):
         holder = self._workers.get(computing.fetch.holder) if computing.fetch else None
         held = view.ask.prompt_tokens + request.n
         hashes = view.hashes[fingerprint]
+        for worker in filter(None, (prefill, decode)):
+            self._index.placed(worker.worker_id, hashes)
         return Placed(
             prefill,
             decode,
@@ -175,6 +178,7 @@ class Placement(Generic[W]):
             Booking(*(compute if prefill is None else (0, 0)), held, request.n, hashes),
             holder,
             computing.fetch if holder is not None else None,
+            computing.hit_tokens,
         )
 
     def _note(self, request: ValidRequest, prefill: W | None, decode: W) -> None:

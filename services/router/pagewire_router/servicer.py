@@ -12,7 +12,7 @@ import grpc
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from pagewire_core.errors import PagewireError
 from pagewire_core.feed import Feeds
-from pagewire_core.prefix_index import PrefixIndex
+from pagewire_core.prefix_index import IndexFollower, PrefixIndex
 from pagewire_core.slow_reader import ended_if_unread
 from pagewire_core.telemetry import exposition, merge_expositions
 
@@ -48,6 +48,7 @@ class Router:
     services: Services
     admission: Admission
     index: PrefixIndex
+    follower: IndexFollower
     discovery: Discovery | None  # None: there is no Redis
     timeouts: Timeouts
     feeds: Feeds[inference_pb2.DeltaFeedResponse]
@@ -190,6 +191,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metrics.queued.set(router.admission.num_queued)
         metrics.queued_tokens.set(router.admission.queued_tokens)
         metrics.index_blocks.set(router.index.num_blocks)
+        metrics.index_age.set(router.index.oldest_s)
+        metrics.index_level.set(router.follower.level)
         metrics.redis_connected.set(router.redis_connected)
         states = [(breaker.leg, state) for breaker, state, _ in router.services.placement.breakers]
         for leg in LEGS:

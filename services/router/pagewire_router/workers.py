@@ -81,10 +81,12 @@ class WorkerTable:
         joined: Callable[[Worker], None] = lambda worker: None,
         left: Callable[[Worker], None] = lambda worker: None,
         tls: TlsFiles | None = None,
+        reported: Callable[[Worker], None] = lambda worker: None,
     ) -> None:
         self._model_digest = model_digest
         self._joined = joined
         self._left = left
+        self._reported = reported
         self._tls = tls
         self._live: dict[str, Worker] = {}
         self._static: set[str] = set()
@@ -208,6 +210,7 @@ class WorkerTable:
                     break
                 role = worker.role
                 worker.report(report)
+                self._reported(worker)
                 if worker.role != role:
                     log.info("worker changed its role", worker_id=worker.worker_id, role=_name(worker.role))
                 if report.draining:

@@ -75,6 +75,7 @@ class Worker:
         self._registry = CollectorRegistry()
         self._lanes = available_lanes(args.lanes, loaded.runner.config.device, tls is not None)
         self._publisher: BlockEventPublisher | None = None
+        self._unpublished = 0  # changes of the prefix cache, where there is no Redis
         self._registration: Registration | None = None
         self._engine = Engine(
             loaded.runner,
@@ -243,6 +244,7 @@ class Worker:
     def _stats(self) -> worker_pb2.StatsResponse:
         load: dict[str, Any] = dict(self._engine.load())
         stats = worker_pb2.StatsResponse(**load, step_cost=self._engine.step_cost.to_proto())
+        stats.block_events = self._num_changes
         stats.open_transfers = stats.waiting_transfers = len(self._transfers)
         if self._roles:
             stats.role, stats.draining = self._roles.role, self._roles.draining
@@ -255,8 +257,13 @@ class Worker:
         return stats
 
     def _snapshot(self) -> tuple[int, list[bytes]]:
-        sequence = self._publisher.sequence if self._publisher else 0
+        sequence = self._num_changes  # before the snapshot, which then has at least these
         return sequence, self._engine.snapshot()
+
+    @property
+    def _num_changes(self) -> int:
+        """Of the prefix cache."""
+        return self._publisher.sequence if self._publisher else self._unpublished
 
     # ------------------------------------------------- called by the engine's thread
 
@@ -268,10 +275,14 @@ class Worker:
     def _stored(self, hashes: Any) -> None:
         if self._publisher:
             self._publisher.stored(hashes)
+        else:
+            self._unpublished += 1
 
     def _removed(self, hashes: Any) -> None:
         if self._publisher:
             self._publisher.removed(hashes)
+        else:
+            self._unpublished += 1
 
 
 def _fields(info: worker_pb2.InfoResponse) -> dict[str, str | int]:
