@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from kv_endpoints import identity
-from pagewire_core.errors import StartupError, Unavailable
+from pagewire_core.errors import Incompatible, StartupError, Unavailable
 from pagewire_transfer.lanes import GrpcLane, Lane, available_lanes, open_lane
 from pagewire_transfer.relay_store import RelayStore
 from pagewire_transfer.shm_lane import _SIZE
@@ -183,3 +183,12 @@ def test_workers_on_two_hosts_do_not_share_memory(monkeypatch: pytest.MonkeyPatc
 def test_a_grpc_chunk_must_have_its_length() -> None:
     with pytest.raises(Unavailable, match="2 bytes came with 3"), GrpcLane().recv(2, b"abc", 0):
         pass
+
+
+def test_a_peer_puts_no_more_into_the_store_than_a_lane_needs() -> None:
+    store = RelayStore(lambda key, value: None, 1.0)
+    with pytest.raises(Incompatible, match="more into the store"):
+        store.receive("k", bytes(5000))
+    with pytest.raises(Incompatible, match="more into the store"):
+        for i in range(100):
+            store.receive(f"k{i}", b"")

@@ -124,9 +124,12 @@ def _service(
     own, asking = _tls_files(values["tls"], program), _tls_files(values["tls"], OPERATOR)
     paths = {"tls_cert": own and own.cert, "tls_key": own and own.key, "tls_ca": own and own.ca}
     command = (*_program(program), *to_command_line(argparse.Namespace(**values, **paths), flags))
-    is_ready = {
-        "bridge": _asks_bridge(values), "router": functools.partial(readiness.router_serves, tls=asking),
-    }.get(role, functools.partial(readiness.grpc_serves, tls=asking))  # fmt: skip
+    is_ready: Callable[[str], Awaitable[bool]]
+    if role == "bridge":
+        is_ready = _asks_bridge(values)
+    else:
+        asks = readiness.router_serves if role == "router" else readiness.grpc_serves
+        is_ready = functools.partial(asks, tls=asking)
     return ServiceSpec(name, role, _dialled(str(values["host"]), values["port"]), command, environment, is_ready)
 
 

@@ -26,7 +26,7 @@ def command(address: str, directory: Path) -> tuple[str, ...]:
 
     address: a port of loopback (host:port), or the path of a socket that only this user can open.
     """
-    where = ("--port", "0", "--unixsocket", address, "--unixsocketperm", "700")
+    where: tuple[str, ...] = ("--port", "0", "--unixsocket", address, "--unixsocketperm", "700")
     if not address.startswith("/"):
         host, _, port = address.rpartition(":")
         where = ("--bind", host, "--port", port)

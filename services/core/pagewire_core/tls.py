@@ -57,7 +57,7 @@ class TlsFiles:
     cert: str
     key: str
     ca: str
-    _read: tuple[tuple[int, ...], tuple[bytes, bytes, bytes]] | None = field(default=None, repr=False)
+    _read: tuple[tuple[int, ...], tuple[bytes, bytes, bytes]] | None = field(default=None, init=False, repr=False)
 
     def read(self) -> tuple[bytes, bytes, bytes]:
         """Certificate, key and authority as they are now; if they do not fit together, as they last did.

@@ -77,9 +77,9 @@ class TcpLane:
             self._moving.popleft()[1].result()
         size = wire.numel()
         sealed = self._take_sealed(size)
-        self._cipher.encrypt_into(self._nonce(), wire.numpy(), None, sealed.numpy())
+        self._cipher.encrypt_into(self._nonce(), _bytes(wire), None, _bytes(sealed))
         self._move(_send_all, sealed, size)
-        return bytes(sealed[size:].numpy())
+        return bytes(_bytes(sealed[size:]))
 
     @contextlib.contextmanager
     def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> Iterator[torch.Tensor]:
@@ -91,10 +91,10 @@ class TcpLane:
         sealed, moving = self._moving.popleft()
         assert len(sealed) == num_bytes + _TAG_BYTES
         moving.result()
-        sealed.numpy()[num_bytes:] = memoryview(inline)
+        _bytes(sealed)[num_bytes:] = inline
         wire = self._plain.take(num_bytes)
         try:
-            self._cipher.decrypt_into(self._nonce(), sealed.numpy(), None, wire.numpy())
+            self._cipher.decrypt_into(self._nonce(), _bytes(sealed), None, _bytes(wire))
         except InvalidTag:
             raise Unavailable("the tcp lane failed: the bytes are not those that the peer sealed") from None
         yield wire
@@ -109,7 +109,7 @@ class TcpLane:
         return self._num_chunks.to_bytes(12, "big")
 
     def _move(self, move: Callable[[socket.socket, memoryview], None], sealed: torch.Tensor, size: int) -> None:
-        self._moving.append((sealed, self._mover.submit(self._moved, move, memoryview(sealed.numpy())[:size])))
+        self._moving.append((sealed, self._mover.submit(self._moved, move, _bytes(sealed)[:size])))
 
     def _moved(self, move: Callable[[socket.socket, memoryview], None], part: memoryview) -> None:
         try:
@@ -129,6 +129,10 @@ class TcpLane:
         self._socket.close()
 
 
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]
+
+
 def _accepted(store: dist.Store, host: str, limit_s: float) -> tuple[bytes, socket.socket]:
     """The decode side: listens until the peer has come."""
     key = secrets.token_bytes(_KEY_BYTES)
@@ -137,7 +141,7 @@ def _accepted(store: dist.Store, host: str, limit_s: float) -> tuple[bytes, sock
         # Inherited by what it accepts; on the connection itself it would be too late for the window's scale.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
         listener.setblocking(False)
-        store.set("key", key)
+        store.set("key", key)  # type: ignore[arg-type] # bytes are taken as they are
         store.set("address", f"{host} {listener.getsockname()[1]}")
         connection = _peer_among_callers(listener, _proof(key), limit_s)
     try:
