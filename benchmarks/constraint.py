@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -97,7 +98,8 @@ def main() -> None:
         })  # fmt: skip
         print(json.dumps(results[-1]), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"model": args.model.name, "results": results}, indent=1) + "\n")
+        found = {"model": args.model.name, "load_average": os.getloadavg()[1], "results": results}
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pagewire_router.structured_output import to_constraint
 
 SPECIALS = ["<s>", "</s>", "<tool_call>", "[TOOL_CALLS]", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"]
 EOS = 257
+FAMILIES = ["deepseek_v3", "deepseek_v31", "hermes", "json", "llama3_json", "mistral", "qwen3_coder"]
 TOOLS = [
     Tool("get_weather", parameters={
         "type": "object", "additionalProperties": False, "required": ["city", "days"],
@@ -75,12 +76,14 @@ def calls_in(form: ToolFormat, text: str) -> list[tuple[str, Any]]:
     return [(call.name, argument) for call, argument in zip(calls, arguments, strict=True)]
 
 
-@pytest.mark.parametrize("family", sorted(TOOL_FORMATS))
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "deepseek_v31", "hermes", "json", "llama3_json", "mistral", "qwen3_coder"]
+)
 def test_forced_calls_are_read_as_they_were_forced(path: Path, family: str) -> None:
     way_out = "\n</parameter>\n" if family.startswith("qwen3_") else ""
     form, schemas, seen = TOOL_FORMATS[family], {tool.name: tool.parameters for tool in TOOLS}, set()
     for parallel in (True, False):
-        for seed in range(6):
+        for seed in range(4):
             text = write(path, output_with_tools(None, form, TOOLS, "required", parallel), seed, way_out=way_out)
             calls = calls_in(form, text)
             assert calls and (parallel or len(calls) == 1)
