@@ -11,7 +11,7 @@ void cores_seize(void* c) { ((Cores*)c)->seize(); }
 int cores_take(void* c, int i) { return ((Cores*)c)->take(i); }
 void cores_give(void* c, int i) { ((Cores*)c)->give(i); }
 int cores_is_wanted(void* c, int i) { return ((Cores*)c)->is_wanted(i); }
-void cores_note(void* c, int thread, int64_t wall_ns, int64_t cpu_ns) { ((Cores*)c)->note(thread, wall_ns, cpu_ns); }
+void cores_note(void* c, int thread, int64_t step_ns, int64_t waited_ns) { ((Cores*)c)->note(thread, step_ns, waited_ns); }
 int cores_gather(void* c) {
     std::vector<int> threads;
     ((Cores*)c)->gather(false, threads);

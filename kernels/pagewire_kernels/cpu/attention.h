@@ -59,7 +59,9 @@ inline void attention_product(bool more, int rows, const T* a, int64_t lda, cons
     using Tile = void (*)(bool, const T*, int64_t, const T*, const T*, int64_t, int, Ahead, float*, int64_t);
 #if defined(__AVX512F__)
     static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>, attention_tile<3, V>, attention_tile<4, V>, attention_tile<5, V>, attention_tile<6, V>, attention_tile<7, V>, attention_tile<8, V>, attention_tile<9, V>, attention_tile<10, V>, attention_tile<11, V>, attention_tile<12, V>};
-#elif defined(__AVX2__) || defined(__ARM_NEON)
+#elif defined(__AVX2__)
+    static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>, attention_tile<3, V>, attention_tile<4, V>, attention_tile<5, V>, attention_tile<6, V>};
+#elif defined(__ARM_NEON)
     static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>, attention_tile<3, V>};
 #else
     static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>};

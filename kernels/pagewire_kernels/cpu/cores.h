@@ -14,19 +14,21 @@
 // Only the owner asks and seizes. Workers are known by the number of their first own core, plus one.
 //
 // A core may be busy with processes that know nothing of this. A step would wait for the thread there at every meeting,
-// and take several times as long as without it. So a thread that had to wait for much of a step sits out the next ones.
+// and take several times as long as without it. So a thread that waited for its core in much of a step sits out the next.
 
 #pragma once
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -48,11 +50,29 @@ inline void pin_to_cores(const int32_t* begin, const int32_t* end) {
 #endif
 }
 
-inline int64_t nanoseconds(clockid_t clock) {
-    timespec t;
-    clock_gettime(clock, &t);
-    return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
-}
+inline int64_t now_ns() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// How long the thread that made it was ready to run while its core had others to run, in all; 0 where nobody counts.
+class CoreWait {
+   public:
+    CoreWait() : file_(open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC)) {}
+    ~CoreWait() {
+        if (file_ >= 0) close(file_);
+    }
+    CoreWait(const CoreWait&) = delete;
+
+    int64_t ns() const {
+        char text[64];
+        const ssize_t size = file_ < 0 ? -1 : pread(file_, text, sizeof(text) - 1, 0);
+        if (size <= 0) return 0;
+        text[size] = 0;
+        const char* second = std::strchr(text, ' ');  // nanoseconds run, nanoseconds waited, times
+        return second ? std::strtoll(second, nullptr, 10) : 0;
+    }
+
+   private:
+    const int file_;
+};
 
 inline bool is_first_thread() {
 #if defined(__linux__)
@@ -98,7 +118,7 @@ class Cores {
         if (lines_) claim();
         threads.assign(1, 0);
         if (alone) return;
-        const int64_t now = nanoseconds(CLOCK_MONOTONIC);
+        const int64_t now = now_ns();
         for (int i = 1; i < most_threads(); i++) {
             if (out_until_[i].load(std::memory_order_relaxed) > now) continue;
             if (i >= own_ && !(line(i).owner.load(std::memory_order_relaxed) && take(i))) continue;
@@ -107,11 +127,11 @@ class Cores {
         }
     }
 
-    // How a thread fared in a step. One that lost much of it sits out for so long that trying again costs a twentieth.
-    void note(int thread, int64_t wall_ns, int64_t cpu_ns) {
-        const int64_t lost = wall_ns - cpu_ns;
-        if (wall_ns > WORTH_NOTING && lost > wall_ns * 2 / 5)
-            out_until_[thread].store(nanoseconds(CLOCK_MONOTONIC) + std::min(20 * lost, LONGEST_OUT), std::memory_order_relaxed);
+    // How long a step took, and how much of it this thread waited for its core. One that waited long sits out for so long
+    // that trying again costs a twentieth.
+    void note(int thread, int64_t step_ns, int64_t waited_ns) {
+        if (step_ns > WORTH_NOTING && waited_ns > step_ns * 2 / 5)
+            out_until_[thread].store(now_ns() + std::min(20 * waited_ns, LONGEST_OUT), std::memory_order_relaxed);
     }
 
     // Gives back what is still borrowed.

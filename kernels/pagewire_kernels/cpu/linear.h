@@ -63,6 +63,10 @@ PW_INLINE uint32_t load32(const void* p) {
 template <class T>
 constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "tiles_avx2.h"
+#else
+
 PW_INLINE F16 load_step(const float* b) { return load(b); }
 PW_INLINE Weights load_step(const uint16_t* b) { return load_weights(b); }
 PW_INLINE F16 multiply(F16 acc, F16 w, const float* x) { return fma(w, splat(*x), acc); }
@@ -181,6 +185,8 @@ PW_INLINE void tile_grouped(const Linear& w, int strip, const Rows& x, int64_t r
     for (int m = 0; m < M; m++) store(c + m * STRIP, acc[m][0]), store(c + m * STRIP + 16, acc[m][1]);
 }
 
+#endif
+
 inline int rows_per_tile(int kind) { return kind <= BF16 ? ROWS : kind == INT8 ? ROWS_INT8 : ROWS_GROUPED; }
 
 inline int64_t strip_bytes(const Linear& w) {
@@ -212,7 +218,9 @@ inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int row
     using Tile = void (*)(const Linear&, int, const Rows&, int64_t, Ahead, float*);
 #if defined(__AVX512F__)
     static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>, tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
-#elif defined(__AVX2__) || defined(__ARM_NEON)
+#elif defined(__AVX2__)
+    static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>};
+#elif defined(__ARM_NEON)
     static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>};
 #else
     static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>};

@@ -134,16 +134,20 @@ class Threads {
     void work(int thread) {
         cores_.pin(thread);
         const int spins = thread < cores_.own() ? IDLE_SPINS : 0;  // on another's core none
+        const CoreWait wait;
+        int64_t waited_before = wait.ns();
         for (uint32_t seen = 0;;) {
             wait_while_equal(seats_[thread].start, seen++, spins);
             if (stopping_) return;
-            const int64_t began = nanoseconds(CLOCK_MONOTONIC), cpu = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+            const int64_t began = now_ns();
             try {
                 (*body_)(seats_[thread].index);
                 barrier();
             } catch (const Left&) {
             }
-            cores_.note(thread, nanoseconds(CLOCK_MONOTONIC) - began, nanoseconds(CLOCK_THREAD_CPUTIME_ID) - cpu);
+            const int64_t waited = wait.ns();
+            cores_.note(thread, now_ns() - began, waited - waited_before);
+            waited_before = waited;
         }
     }
 

@@ -135,15 +135,12 @@ PW_INLINE I16 dot_int8(I16 acc, Weights w, int32_t x) {
 
 #elif defined(__AVX2__)
 
-constexpr int ROWS = 3, ROWS_INT8 = 3, ROWS_GROUPED = 2;
+constexpr int ROWS = 6, ROWS_INT8 = 6, ROWS_GROUPED = 6;  // with half a strip: tiles_avx2.h
 
 struct F16 {
     __m256 a, b;
 };
 struct I16 {
-    __m256i a, b;
-};
-struct Weights {
     __m256i a, b;
 };
 
@@ -195,45 +192,7 @@ PW_INLINE void store_int8(int8_t* p, F16 x) {
 
 PW_INLINE I16 splat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 PW_INLINE F16 to_float(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-PW_INLINE Weights load_weights(const void* p) {
-    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
-}
-PW_INLINE Weights low_nibbles(Weights w) {
-    __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
-}
-PW_INLINE Weights high_nibbles(Weights w) {
-    __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)};
-}
-PW_INLINE __m256 dot_bf16_8(__m256 acc, __m256i w, __m256 even, __m256 odd) {
-    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), even, acc);
-    __m256i high = _mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000));
-    return _mm256_fmadd_ps(_mm256_castsi256_ps(high), odd, acc);
-}
-PW_INLINE F16 dot_bf16(F16 acc, Weights w, uint32_t x) {
-    __m256 even = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x << 16)));
-    __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x & 0xffff0000u)));
-    return {dot_bf16_8(acc.a, w.a, even, odd), dot_bf16_8(acc.b, w.b, even, odd)};
-}
-PW_INLINE __m256i dot_nibbles_8(__m256i acc, __m256i u, __m256i s) {
-    __m256i pairs = _mm256_maddubs_epi16(u, s);  // |sum| <= 2 * 15 * 128: never saturates
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-PW_INLINE I16 dot_nibbles(I16 acc, Weights u, int32_t s) {
-    __m256i x = _mm256_set1_epi32(s);
-    return {dot_nibbles_8(acc.a, u.a, x), dot_nibbles_8(acc.b, u.b, x)};
-}
 constexpr bool SHIFTED = false;
-PW_INLINE __m256i dot_int8_8(__m256i acc, __m256i w, __m256i x) {
-    __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-    __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(w, 8), _mm256_srai_epi16(x, 8));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
-}
-PW_INLINE I16 dot_int8(I16 acc, Weights w, int32_t x) {
-    __m256i xs = _mm256_set1_epi32(x);
-    return {dot_int8_8(acc.a, w.a, xs), dot_int8_8(acc.b, w.b, xs)};
-}
 PW_INLINE float sum(F16 x) {
     __m256 half = _mm256_add_ps(x.a, x.b);
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));

@@ -1,0 +1,142 @@
+// The tiles for AVX2, whose sixteen registers hold the sums of six rows and half a strip (16 outputs), two vectors of
+// weights or rows, and little else. Included by linear.h only. Every output is the same sum in the same order as there.
+
+#pragma once
+
+template <class T>
+struct Even;  // the first k of a step, which of float32 rows is the only one
+template <>
+struct Even<float> {
+    static PW_INLINE __m256 weight(const float* b) { return _mm256_loadu_ps(b); }
+    static PW_INLINE __m256 row(const float* x) { return _mm256_broadcast_ss(x); }
+};
+template <>
+struct Even<uint16_t> {
+    static PW_INLINE __m256 of(__m256i pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); }
+    static PW_INLINE __m256 weight(const uint16_t* b) { return of(_mm256_loadu_si256((const __m256i*)b)); }
+    static PW_INLINE __m256 row(const uint16_t* x) { return of(_mm256_set1_epi32(int32_t(load32(x)))); }
+};
+struct Odd {
+    static PW_INLINE __m256 of(__m256i pair) { return _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(int32_t(0xffff0000)))); }
+    static PW_INLINE __m256 weight(const uint16_t* b) { return of(_mm256_loadu_si256((const __m256i*)b)); }
+    static PW_INLINE __m256 row(const uint16_t* x) { return of(_mm256_set1_epi32(int32_t(load32(x)))); }
+};
+
+template <int M, class Part, class T>
+PW_INLINE void multiply_rows(F16 (&acc)[M], const T* a, int64_t lda, const T* b) {
+    const __m256 w0 = Part::weight(b), w1 = Part::weight(b + 8 * PAIR<T>);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        const __m256 x = Part::row(a + m * lda);
+        acc[m].a = _mm256_fmadd_ps(w0, x, acc[m].a);
+        acc[m].b = _mm256_fmadd_ps(w1, x, acc[m].b);
+    }
+}
+
+template <int M, class T>
+PW_INLINE void half_float(bool more, const T* a, int64_t lda, const T* b, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    F16 acc[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) acc[m] = more ? load(c + m * ldc) : splat(0.0f);
+    for (int s = 0; s < steps; s++, a += PAIR<T>, b += ldb) {
+        if (ahead.stride) ahead();
+        multiply_rows<M, Even<T>>(acc, a, lda, b);
+        if constexpr (PAIR<T> == 2) {
+            asm volatile("" ::: "memory");  // read the rows again: kept, they would push sums out of the registers
+            multiply_rows<M, Odd>(acc, a, lda, b);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) store(c + m * ldc, acc[m]);
+}
+
+template <int M, int V, class T>
+PW_INLINE void tile_float(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    half_float<M>(more, a, lda, b0, ldb, steps, ahead, c, ldc);
+    if (V > 1) half_float<M>(more, a, lda, b1, ldb, steps, {nullptr, nullptr, 0}, c + 16, ldc);
+}
+
+// Four products for each of 8 outputs. Neither sums of two overflow, |w| <= 128 and |x| <= 127, nor x's sign: it is
+// never -128.
+PW_INLINE __m256i dot_int8_8(__m256i acc, __m256i w, __m256i magnitude, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// sums[M] += four k of rows x 16 outputs
+template <int M>
+PW_INLINE void step_int8(I16 (&sums)[M], const int8_t* a, int64_t lda, const uint8_t* b) {
+    const __m256i w0 = _mm256_loadu_si256((const __m256i*)b), size0 = _mm256_abs_epi8(w0);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums[m].a = dot_int8_8(sums[m].a, w0, size0, _mm256_set1_epi32(int32_t(load32(a + m * lda))));
+    const __m256i w1 = _mm256_loadu_si256((const __m256i*)b + 1), size1 = _mm256_abs_epi8(w1);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums[m].b = dot_int8_8(sums[m].b, w1, size1, _mm256_set1_epi32(int32_t(load32(a + m * lda))));
+}
+
+template <int M>
+PW_INLINE void tile_int8(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
+    for (int half = 0; half < 2; half++) {
+        I16 sums[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) sums[m] = splat(int32_t(0));
+        const uint8_t* b = w.weight + int64_t(strip) * w.k * STRIP + 64 * half;
+        const int8_t* a = x.int8 + row * x.stride;
+        for (int s = 0; s < w.k / 4; s++, a += 4, b += 128) {
+            if (!half) ahead();
+            step_int8<M>(sums, a, x.stride, b);
+        }
+        const F16 scale = load(w.scales + strip * STRIP + 16 * half);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) store(c + m * STRIP + 16 * half, to_float(sums[m]) * scale * splat(x.scales[row + m]));
+    }
+}
+
+// Sums of 32 k of nibbles fit 16 bits: at most 8 * 2 * 15 * 127.
+template <int M>
+PW_INLINE void nibbles_32(I16 (&sums)[M], const int8_t* a, int64_t lda, const uint8_t* b) {
+    I16 pairs[M];
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int s = 0; s < 4; s++, a += 8, b += 128)
+        for (int high = 0; high < 2; high++) {
+            __m256i w0 = _mm256_loadu_si256((const __m256i*)b), w1 = _mm256_loadu_si256((const __m256i*)b + 1);
+            w0 = _mm256_and_si256(high ? _mm256_srli_epi16(w0, 4) : w0, mask), w1 = _mm256_and_si256(high ? _mm256_srli_epi16(w1, 4) : w1, mask);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const __m256i x = _mm256_set1_epi32(int32_t(load32(a + m * lda + 4 * high)));
+                const __m256i p0 = _mm256_maddubs_epi16(w0, x), p1 = _mm256_maddubs_epi16(w1, x);
+                pairs[m].a = s + high ? _mm256_add_epi16(pairs[m].a, p0) : p0, pairs[m].b = s + high ? _mm256_add_epi16(pairs[m].b, p1) : p1;
+            }
+        }
+    const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        sums[m].a = _mm256_add_epi32(sums[m].a, _mm256_madd_epi16(pairs[m].a, ones));
+        sums[m].b = _mm256_add_epi32(sums[m].b, _mm256_madd_epi16(pairs[m].b, ones));
+    }
+}
+
+// The float sums stay in `c`: they are touched once for each group.
+template <int M, bool NIBBLES>
+PW_INLINE void tile_grouped(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
+    const int groups = w.k / w.group, bytes = w.group / (NIBBLES ? 8 : 4) * 128;  // of the whole strip's group
+    for (int half = 0; half < 2; half++)
+        for (int g = 0; g < groups; g++) {
+            const uint8_t* b = w.weight + (int64_t(strip) * groups + g) * bytes + 64 * half;
+            const int8_t* a = x.int8 + row * x.stride + g * w.group;
+            I16 sums[M];
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) sums[m] = splat(NIBBLES ? int32_t(-8 * x.sums[(row + m) * x.group_stride + g]) : 0);
+            for (int i = 0; !half && i < bytes; i += 128) ahead();
+            if (NIBBLES)
+                for (int k = 0; k < w.group; k += 32) nibbles_32<M>(sums, a + k, x.stride, b + k / 8 * 128);
+            else
+                for (int k = 0; k < w.group; k += 4) step_int8<M>(sums, a + k, x.stride, b + k / 4 * 128);
+            const F16 scale = load(w.scales + (int64_t(strip) * groups + g) * STRIP + 16 * half);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                float* out = c + m * STRIP + 16 * half;
+                store(out, fma(to_float(sums[m]), scale * splat(x.scales[(row + m) * x.group_stride + g]), g ? load(out) : splat(0.0f)));
+            }
+        }
+}
