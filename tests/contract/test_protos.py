@@ -25,11 +25,12 @@ SERVICES = {
         "Tokenize",
         "Detokenize",
         "Embed",
+        "ResetPrefixCache",
         "Explain",
     },
     "KvChannelService": {"Connect", "Fetch"},
     "PrefillService": {"Prefill", "Embed"},
-    "WorkerService": {"Info", "Stats", "Snapshot", "Drain", "SetRole", "Metrics"},
+    "WorkerService": {"Info", "Stats", "Snapshot", "Drain", "SetRole", "ResetPrefixCache", "Metrics"},
 }
 
 

@@ -16,7 +16,8 @@ async def test_a_prefix_is_cached_for_its_own_tenant_alone(tmp_path: Path) -> No
     """A shared cache tells by its speed what others have asked (CVE-2025-46570)."""
     file = tmp_path / "keys.yaml"
     tenants = {"one": "a", "two": "a", "three": "b"}
-    file.write_text("".join(f"- {{name: {n}, tenant: {t}, sha256: '{digest_of(n)}'}}\n" for n, t in tenants.items()))
+    entries = [f"- {{name: {n}, tenant: {t}, sha256: '{digest_of(n)}'" for n, t in tenants.items()]
+    file.write_text("}\n".join(entries) + ", admin: true}\n")
     model = make_model(tmp_path / "model", "llama")
     cluster = Cluster(model, tmp_path, bridge_flags=(f"--api-keys-file={file}",))
     async with running(cluster):
@@ -32,4 +33,8 @@ async def test_a_prefix_is_cached_for_its_own_tenant_alone(tmp_path: Path) -> No
         cached, choices = zip(*[await ask(secret) for secret in ("one", "two", "three", "three")], strict=True)
         assert cached[0] == 0 < cached[1] and cached[2] == 0 < cached[3]
         assert all(choice == choices[0] for choice in choices)
+        reset = "/reset_prefix_cache"
+        assert (await cluster.http.post(reset, headers={"authorization": "Bearer one"})).status_code == 403
+        assert (await cluster.http.post(reset, headers={"authorization": "Bearer three"})).status_code == 200
+        assert (await ask("one"))[0] == 0, "an administrator had the workers forget it"
         cluster.http.headers["authorization"] = "Bearer one"  # for what is checked at the end

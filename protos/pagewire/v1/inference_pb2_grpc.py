@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from pagewire.v1 import inference_pb2 as pagewire_dot_v1_dot_inference__pb2
+from pagewire.v1 import worker_pb2 as pagewire_dot_v1_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -63,6 +64,11 @@ class InferenceServiceStub:
                 '/pagewire.v1.InferenceService/Embed',
                 request_serializer=pagewire_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.ResetPrefixCache = channel.unary_unary(
+                '/pagewire.v1.InferenceService/ResetPrefixCache',
+                request_serializer=pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/pagewire.v1.InferenceService/Tokenize',
@@ -128,6 +134,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetPrefixCache(self, request, context):
+        """Every worker forgets the cached blocks that nobody uses now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """A prompt as the tokens that Generate would make of it.
         """
@@ -181,6 +194,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=pagewire_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'ResetPrefixCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetPrefixCache,
+                    request_deserializer=pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -360,6 +378,33 @@ class InferenceService:
             '/pagewire.v1.InferenceService/Embed',
             pagewire_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
             pagewire_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetPrefixCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.InferenceService/ResetPrefixCache',
+            pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheRequest.SerializeToString,
+            pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,11 @@ class WorkerServiceStub:
                 request_serializer=pagewire_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
                 _registered_method=True)
+        self.ResetPrefixCache = channel.unary_unary(
+                '/pagewire.v1.WorkerService/ResetPrefixCache',
+                request_serializer=pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheResponse.FromString,
+                _registered_method=True)
         self.Metrics = channel.unary_unary(
                 '/pagewire.v1.WorkerService/Metrics',
                 request_serializer=pagewire_dot_v1_dot_worker__pb2.WorkerServiceMetricsRequest.SerializeToString,
@@ -107,6 +112,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetPrefixCache(self, request, context):
+        """Forgets every cached block that nobody uses now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Metrics(self, request, context):
         """Prometheus exposition text of this process.
         """
@@ -141,6 +153,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.SetRole,
                     request_deserializer=pagewire_dot_v1_dot_worker__pb2.SetRoleRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_worker__pb2.SetRoleResponse.SerializeToString,
+            ),
+            'ResetPrefixCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetPrefixCache,
+                    request_deserializer=pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheResponse.SerializeToString,
             ),
             'Metrics': grpc.unary_unary_rpc_method_handler(
                     servicer.Metrics,
@@ -283,6 +300,33 @@ class WorkerService:
             '/pagewire.v1.WorkerService/SetRole',
             pagewire_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
             pagewire_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetPrefixCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.WorkerService/ResetPrefixCache',
+            pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheRequest.SerializeToString,
+            pagewire_dot_v1_dot_worker__pb2.ResetPrefixCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,12 @@ async def load(request: Request) -> Response:
     return json_response({"server_load": request.state.metrics.num_in_flight - 1})
 
 
+async def reset_prefix_cache(request: Request) -> Response:
+    """For administrators; see Access."""
+    await request.state.client.reset_prefix_cache()
+    return Response()
+
+
 async def show_version(request: Request) -> Response:
     return json_response({"version": version("pagewire")})
 
@@ -106,6 +112,7 @@ _ROUTES = (
     Route("/health", health, methods=["GET"]),
     Route("/ping", health, methods=["GET", "POST"]),
     Route("/load", load, methods=["GET"]),
+    Route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"]),
     Route("/version", show_version, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),
 )

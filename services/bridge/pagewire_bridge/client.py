@@ -12,6 +12,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pagewire.v1 import inference_pb2 as pb
 from pagewire.v1 import inference_pb2_grpc as pb_grpc
+from pagewire.v1 import worker_pb2
 from pagewire_core.errors import (
     ERROR_METADATA_KEY,
     DeadlineExceeded,
@@ -178,6 +179,13 @@ class RouterClient:
         try:
             metadata = request_metadata(request.request_id)
             return await self._stub.Embed(request, timeout=self._timeout_s, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def reset_prefix_cache(self) -> None:
+        """Every worker forgets what nobody uses now. Raises PagewireError."""
+        try:
+            await self._stub.ResetPrefixCache(worker_pb2.ResetPrefixCacheRequest(), timeout=QUICK_S)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 

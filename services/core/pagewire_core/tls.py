@@ -30,6 +30,7 @@ ROLES = (ROUTER, WORKER, BRIDGE, OPERATOR, CLIENT)
 # Who may call what: the entry of a method comes before that of its service. What is not here, nobody may.
 CALLERS: dict[str, frozenset[str]] = {
     "/pagewire.v1.InferenceService": frozenset({BRIDGE, CLIENT, OPERATOR}),
+    "/pagewire.v1.InferenceService/ResetPrefixCache": frozenset({BRIDGE, OPERATOR}),
     "/pagewire.v1.PrefillService": frozenset({ROUTER}),
     "/pagewire.v1.DecodeService": frozenset({ROUTER}),
     "/pagewire.v1.KvChannelService": frozenset({WORKER}),

@@ -193,6 +193,13 @@ class Engine:
         with self._lock:
             return self._announced.hashes
 
+    def reset_prefix_cache(self) -> int:
+        """Forgets every cached block that nobody holds; how many those were."""
+        with self._lock:
+            num_cached = self.blocks.num_cached
+            self.blocks.reset_cache()
+            return num_cached
+
     def block_table(self, request: Request) -> list[int]:
         """Blocks of a prefill-only request's prompt; empty once they are given back."""
         with self._lock:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import grpc
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
-from pagewire_core.errors import PagewireError
+from pagewire_core.errors import PagewireError, from_rpc
 from pagewire_core.feed import Feeds
 from pagewire_core.prefix_index import IndexFollower, PrefixIndex
 from pagewire_core.slow_reader import ended_if_unread
@@ -30,6 +30,7 @@ from pagewire_router.text import detokenize, tokenize
 from pagewire_router.workers import Worker
 
 _METRICS_TIMEOUT_S = 1.0
+_RESET_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             redis_connected=router.redis_connected,
             indexed_blocks=router.index.num_blocks,
         )
+
+    async def ResetPrefixCache(
+        self, request: worker_pb2.ResetPrefixCacheRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ResetPrefixCacheResponse:
+        workers = self._router.services.workers.live
+        calls = [w.control.ResetPrefixCache(request, timeout=_RESET_TIMEOUT_S) for w in workers]
+        try:
+            answers = await asyncio.gather(*calls)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        return worker_pb2.ResetPrefixCacheResponse(num_blocks=sum(answer.num_blocks for answer in answers))
 
     async def Metrics(
         self, request: inference_pb2.MetricsRequest, context: grpc.aio.ServicerContext

@@ -19,7 +19,7 @@ _HASHES_PER_MESSAGE = 10_000
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """stats: the load now. snapshot: sequence number and hashes of the prefix cache."""
+    """stats: the load now. snapshot: sequence number and hashes of the prefix cache. reset: forgets what it can."""
 
     def __init__(
         self,
@@ -28,9 +28,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         snapshot: Callable[[], tuple[int, list[bytes]]],
         registry: CollectorRegistry,
         roles: Roles,
+        reset: Callable[[], int],
     ) -> None:
         self._info, self._stats, self._snapshot, self._registry = info, stats, snapshot, registry
-        self._roles = roles
+        self._roles, self._reset = roles, reset
 
     async def Info(self, request: worker_pb2.InfoRequest, context: grpc.aio.ServicerContext) -> worker_pb2.InfoResponse:
         self._info.role = self._roles.role
@@ -66,6 +67,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.SetRoleResponse]:
         async for num_running in _changes(self._roles.switch(request.role, max(request.timeout_s, 0.0))):
             yield worker_pb2.SetRoleResponse(num_running=num_running)
+
+    async def ResetPrefixCache(
+        self, request: worker_pb2.ResetPrefixCacheRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ResetPrefixCacheResponse:
+        return worker_pb2.ResetPrefixCacheResponse(num_blocks=await asyncio.to_thread(self._reset))
 
     async def Metrics(
         self, request: worker_pb2.WorkerServiceMetricsRequest, context: grpc.aio.ServicerContext

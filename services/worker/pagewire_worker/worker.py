@@ -204,7 +204,7 @@ class Worker:
         self._roles = Roles(self._args.role, prefill, decode, sender, self._receiver, self._take_role)
         server.add(
             worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-            WorkerServicer(info, self._stats, self._snapshot, registry, self._roles),
+            WorkerServicer(info, self._stats, self._snapshot, registry, self._roles, self._engine.reset_prefix_cache),
             worker_pb2.DESCRIPTOR.services_by_name["WorkerService"],
         )
 
