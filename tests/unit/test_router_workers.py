@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pagewire.v1 import inference_pb2
 from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.block_hash import block_hashes, chain_root
+from pagewire_core.prefix_index import Snapshot
 from pagewire_core.registry import Registration
 from pagewire_core.rpc import PROTOCOL, open_channel
 from pagewire_core.tokenizer import Tokenizer
@@ -191,6 +192,23 @@ async def test_status_and_metrics_tell_of_the_router_and_its_workers(
         families = {f.name: f for f in text_string_to_metric_families(text)}
         assert {x.labels["instance"] for x in families["pagewire_fake"].samples} == {"p1", "d1"}
         assert families["pagewire_redis_connected"].samples[0].value == 1
+
+
+async def test_what_the_index_promised_is_held_against_what_was_found(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        text, worker = "x" * 200, s.workers["p1"]
+        root = chain_root(b"f" * 32)
+        hashes = block_hashes(root, s.ids(text))
+        found: list[tuple[float, float, float]] = []
+        # Three blocks of 64 tokens are promised: all are found, one is, none was promised and two are found.
+        for promised, cached in ((3, 192), (3, 64 + 20), (0, 130)):
+            s.router.index.load("p1", "p1-1", Snapshot(0, hashes[:promised]))
+            worker.script.cached_tokens = cached
+            await s.ask(text)
+            metrics = s.router.services.metrics
+            counters = (metrics.expected_hits, metrics.false_hits, metrics.unexpected_hits)
+            found.append(tuple(c._value.get() for c in counters))  # type: ignore[arg-type]
+        assert found == [(192, 0, 0), (384, 128, 0), (384, 128, 128)]
 
 
 async def test_every_metric_keeps_its_name(byte_tokenizer: Tokenizer) -> None:
