@@ -200,6 +200,7 @@ async def test_what_the_index_promised_is_held_against_what_was_found(byte_token
         root = chain_root(b"f" * 32)
         hashes = block_hashes(root, s.ids(text))
         found: list[tuple[float, float, float]] = []
+        await until(lambda: not s.router.follower._tasks)  # the workers' own snapshots, which are empty, have come
         # Three blocks of 64 tokens are promised: all are found, one is, none was promised and two are found.
         for promised, cached in ((3, 192), (3, 64 + 20), (0, 130)):
             s.router.index.load("p1", "p1-1", Snapshot(0, hashes[:promised]))
