@@ -48,6 +48,7 @@ class NullRunner:
     """A device that takes no time and holds nothing."""
 
     overlaps = False
+    progress = None
     config: Any = None
 
     def __init__(self) -> None:

@@ -74,7 +74,7 @@ class Observe:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         # A bounded set of names, whatever clients ask for.
-        state, route = scope["state"], self._names.get(scope.get("endpoint"), "other")
+        state, route = scope["state"], self._names.get(scope.get("endpoint", self), "other")
         status = STATUS_CLIENT_GONE if state["client_gone"] else status
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import secrets
+from typing import Any
 
 
-def add_subcommand(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
     parser = subcommands.add_parser("key", help="make an API key and its entry for --api-keys-file")
     parser.add_argument("name", metavar="NAME", help="who will use it")
     parser.add_argument("--tenant", help="whose cache and share of the queue it uses; default: NAME's own")

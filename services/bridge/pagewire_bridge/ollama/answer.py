@@ -56,7 +56,7 @@ class Answer:
         return {"message": {"role": "assistant", "content": text, **more, **({"tool_calls": calls} if calls else {})}}
 
     def take(self, delta: Delta) -> list[Piece]:
-        """What a delta says. A call is held back until it is complete."""
+        """What a delta says. Calls are held back until all of them are complete."""
         if self.with_context:
             self._ids.extend(token.token_id for token in delta.tokens)
         if delta.finish_reason == common_pb2.FINISH_REASON_LENGTH:
@@ -66,12 +66,11 @@ class Answer:
             pieces = self.parser.push(delta.text)
             if delta.finish_reason:
                 pieces += self.parser.finish()
-        calls = [piece for piece in pieces if isinstance(piece, Call | Arguments)]
-        self._held += calls
-        said = [p for p in pieces if isinstance(p, Text) or (isinstance(p, Thought) and self.with_thoughts)]
-        if self._held and (delta.finish_reason or said):
-            said, self._held = [*said, *joined(self._held)], []
-        return said
+        self._held += [piece for piece in pieces if isinstance(piece, Call | Arguments)]
+        said: list[Piece] = [
+            p for p in pieces if isinstance(p, Text) or (isinstance(p, Thought) and self.with_thoughts)
+        ]
+        return [*said, *self._held] if delta.finish_reason else said
 
     def ending(self, generation: Generation) -> dict[str, Any]:
         """The keys of the last line; durations in nanoseconds."""
