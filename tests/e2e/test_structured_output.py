@@ -128,16 +128,15 @@ async def streamed(cluster: Cluster, arrived: Any = lambda: None, **body: Any) -
 
 
 async def test_a_document_outlives_its_decode_worker(llama: Path, tmp_path: Path) -> None:
-    """Killed at several places of it: the document goes on as it would have, and is valid."""
+    """Killed in the middle of four of them: each goes on as it would have, and is valid."""
     flags = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=8", "--threads=1")
-    async with running(Cluster(llama, tmp_path, prefill=1, decode=3, worker_flags=flags)) as cluster:
+    async with running(Cluster(llama, tmp_path, prefill=1, decode=2, worker_flags=flags)) as cluster:
         expected = [await streamed(cluster, seed=i, n=2) for i in range(4)]
         for texts in expected:
             for text in texts:
                 Draft202012Validator(SCHEMA).validate(json.loads(text))
-        for killed, count in (("decode-0", 12), ("decode-1", 40)):
-            kill = after(count, cluster.processes[killed].kill)
-            assert await asyncio.gather(*(streamed(cluster, kill, seed=i, n=2) for i in range(4))) == expected
+        kill = after(40, cluster.processes["decode-0"].kill)
+        assert await asyncio.gather(*(streamed(cluster, kill, seed=i, n=2) for i in range(4))) == expected
         assert (await cluster.metrics())["pagewire_resumed_requests_total"] > 0
 
 

@@ -67,7 +67,7 @@ async def test_an_answer_has_its_form_after_thoughts_of_a_bounded_length(tmp_pat
     schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"type": "boolean"}},
               "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
     flags = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=64", "--threads=1")
-    cluster = Cluster(model, tmp_path, prefill=0, decode=0, both=2, worker_flags=flags,
+    cluster = Cluster(model, tmp_path, prefill=0, decode=0, both=1, worker_flags=flags,
                       bridge_flags=("--reasoning-parser=qwen3",))  # fmt: skip
     async with running(cluster):
         for budget in (0, 25):
