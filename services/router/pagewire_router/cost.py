@@ -4,10 +4,14 @@
     pair(p, d)   queue      queue_p                        the prompts that are there already
                  fetch      getting what another worker has, where that is cheaper than computing it; then a hit
                  prefill    t_pre(prompt - hit_p, hit_p)
+                 delay      t_pre * N                      it holds up the prompts that come after it; about as many as
+                                                           wait now, on average, at a prefill worker
                  transfer   max(0, x - 0.7 * t_pre)        moving the KV, as far as computing does not hide it
-    local(d)     queue      queue_d
+    local(d)     queue      queue_d                        these two with the steps of the B others in between
                  prefill    t_pre(prompt - hit_d, hit_d)
                  stall      B * t_pre                      the others wait for the prompt's chunks
+                 role       t_pre + 20 ms                  on a worker of role decode: others will come and wait, and
+                                                           a few milliseconds are less than the error of all this
     both         decode     E[out] * t_dec(B + n, K + L)   the request's own steps, beyond the quickest worker's
                  harm       E[out] * (t_dec(B + n, K + L) - t_dec(B, K)) * B    what they cost the B others
                  eviction   t_pre of cached prefixes that make room, times how likely they were to be used
@@ -20,8 +24,9 @@ decode workers are paired with the best few prefill workers: the one term that b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from pagewire_router.links import Links
 from pagewire_router.load import Ask, Load, Pool
@@ -34,7 +39,7 @@ _SESSION = 0.05
 _REUSE = 0.1  # of a cached prefix that makes room: it is the one that was not used for longest
 _WIDTH = 4  # workers of each kind that are paired
 _SMALL_REST = 64  # tokens: less is not worth a transfer
-
+_ROLE_MS = 20.0  # what a decode worker must save, at the least, to compute a prompt
 _STEP_MS = 50.0  # of a prompt between two tokens of those that decode beside it (--max-prefill-delay-ms)
 
 Terms = dict[str, float]
@@ -51,7 +56,7 @@ class Prediction:
 def predict(ask: Ask, p: Load | None, d: Load, links: Links) -> Prediction:
     """Of a plan, whatever policy made it."""
     if p is None:
-        return Prediction(d.queue_ms + _fetch_ms(d) + _local_prefill_ms(ask, d), 0.0)
+        return Prediction(_beside_decoding(d, d.queue_ms + d.model.prefill_ms(*to_compute(ask, d))) + _fetch_ms(d), 0.0)
     prefill = p.model.prefill_ms(*to_compute(ask, p))
     return Prediction(p.queue_ms + _fetch_ms(p) + prefill, _tail_ms(ask, p, d, prefill, links))
 
@@ -62,12 +67,15 @@ def plans(ask: Ask, pool: Pool, links: Links) -> list[Plan]:
     quickest = min((terms["decode"] for terms in decode.values()), default=0.0)
     for terms in decode.values():  # what every plan has would make all of them look equal
         terms["decode"] -= quickest
-    prefill = {p.worker_id: _prefill(ask, p) for p in pool.prefill}
-    found = [_local(ask, d, decode[d.worker_id]) for d in pool.decode if _may_compute(ask, d, pool)]
-    for d in _cheapest(pool.decode, decode):
+    crowd = _crowd(ask, pool)
+    prefill = {p.worker_id: _prefill(ask, p, crowd) for p in pool.prefill}
+    by_decode = _ranked(pool.decode, decode)
+    by_prefill = _ranked(pool.prefill, prefill)
+    found = [_local(ask, d, decode[d.worker_id], _reluctance(ask, d, pool)) for d in _helpers(by_decode)]
+    for d in by_decode[:_WIDTH]:
         if d.can_prefill and ask.prompt_tokens - d.hit_tokens < _SMALL_REST:
             continue
-        for p in _cheapest(pool.sources(d), prefill):
+        for p in islice(pool.sources(d, by_prefill), _WIDTH):
             found.append(_pair(ask, p, d, {**prefill[p.worker_id], **decode[d.worker_id]}, links))
     return sorted(found, key=lambda plan: plan.cost)
 
@@ -75,17 +83,15 @@ def plans(ask: Ask, pool: Pool, links: Links) -> list[Plan]:
 MILLISECONDS = Policy("ms", plans, _TIE_RATIO, _TIE_MS)
 
 
-def _may_compute(ask: Ask, d: Load, pool: Pool) -> bool:
-    """Whether decode worker `d` may compute the prompt itself.
-
-    One of role decode does so only when nobody else can, or when it has nearly all of it.
-    """
-    nearly_all = ask.prompt_tokens - d.hit_tokens < _SMALL_REST <= d.hit_tokens
-    return d.can_prefill or nearly_all or not pool.sources(d)
+def _ranked(workers: Iterable[Load], terms: Mapping[str, Terms]) -> list[Load]:
+    return sorted(workers, key=lambda w: sum(terms[w.worker_id].values()))
 
 
-def _cheapest(workers: Sequence[Load], terms: Mapping[str, Terms]) -> list[Load]:
-    return sorted(workers, key=lambda w: sum(terms[w.worker_id].values()))[:_WIDTH]
+def _helpers(by_decode: list[Load]) -> list[Load]:
+    """Decode workers that might compute the prompt themselves: the least busy ones, and those that have most of it."""
+    idle = sorted(by_decode[: 4 * _WIDTH], key=lambda d: d.queue_ms)[:_WIDTH]
+    warm = sorted((d for d in by_decode if d.hit_tokens), key=lambda d: -d.hit_tokens)[:_WIDTH]
+    return list({d.worker_id: d for d in (*by_decode[:_WIDTH], *idle, *warm)}.values())
 
 
 def _rest(ask: Ask, w: Load) -> tuple[int, int]:
@@ -105,10 +111,19 @@ def _fetch_ms(w: Load) -> float:
     return w.fetch.ms if w.fetch else 0.0
 
 
-def _prefill(ask: Ask, p: Load) -> Terms:
+def _crowd(ask: Ask, pool: Pool) -> float:
+    """Prompts that wait at a prefill worker, on average."""
+    if not ask.usual_prefill_ms or not pool.prefill:
+        return 0.0
+    return sum(p.queue_ms for p in pool.prefill) / len(pool.prefill) / ask.usual_prefill_ms
+
+
+def _prefill(ask: Ask, p: Load, crowd: float) -> Terms:
+    computing = p.model.prefill_ms(*to_compute(ask, p))
     terms = {
         "queue": p.queue_ms,
-        "prefill": p.model.prefill_ms(*to_compute(ask, p)),
+        "prefill": computing,
+        "delay": crowd * computing,
         "eviction": _evicted_ms(p, _rest(ask, p)[0]),
     }
     return terms | {"fetch": p.fetch.ms} if p.fetch else terms
@@ -131,17 +146,30 @@ def _pair(ask: Ask, p: Load, d: Load, legs: Terms, links: Links) -> Plan:
     return _plan(ask, p, d, {**legs, "transfer": _tail_ms(ask, p, d, legs["prefill"], links)})
 
 
-def _local(ask: Ask, d: Load, decode: Terms) -> Plan:
-    legs = _prefill(ask, d)
-    stall = d.num_sequences * legs["prefill"]
-    return _plan(ask, None, d, {**legs, **decode, "prefill": _local_prefill_ms(ask, d), "stall": stall})
+def _reluctance(ask: Ask, d: Load, pool: Pool) -> float:
+    """What must be saved for a decode worker to compute a prompt: nothing if it has all but a little of it."""
+    nearly_all = ask.prompt_tokens - d.hit_tokens < _SMALL_REST <= d.hit_tokens
+    if d.can_prefill or nearly_all or not pool.has_source(d):
+        return 0.0
+    return d.model.prefill_ms(*to_compute(ask, d)) + _ROLE_MS
 
 
-def _local_prefill_ms(ask: Ask, d: Load) -> float:
-    """Those that decode go on between the prompt's chunks."""
-    alone = d.model.prefill_ms(*to_compute(ask, d))
-    steps = math.ceil(alone / _STEP_MS) if d.num_sequences else 0
-    return alone + steps * d.model.decode_ms(d.num_sequences, d.kv_tokens)
+def _local(ask: Ask, d: Load, decode: Terms, reluctance: float) -> Plan:
+    legs = _prefill(ask, d, 0.0)
+    computing = legs["prefill"]
+    own = {
+        "queue": _beside_decoding(d, d.queue_ms),
+        "prefill": _beside_decoding(d, computing),
+        "stall": d.num_sequences * computing,
+        "role": reluctance,
+    }
+    return _plan(ask, None, d, {**legs, **decode, **own})
+
+
+def _beside_decoding(d: Load, prefill_ms: float) -> float:
+    """What computing prompts takes where others decode: they go on between the chunks."""
+    steps = math.ceil(prefill_ms / _STEP_MS) if d.num_sequences else 0
+    return prefill_ms + steps * d.model.decode_ms(d.num_sequences, d.kv_tokens)
 
 
 def _tail_ms(ask: Ask, p: Load, d: Load, prefill_ms: float, links: Links) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from heapq import nlargest
 
 from pagewire_router.links import Links
 from pagewire_router.load import Allows, Ask, Fetch, Load
 
 _BASE_MS = 10.0  # to ask, to open the transfer, to seal it; more where a worker is busy
+_HOLDERS = 4  # that have most of it are asked about: a common prefix may be everywhere
 _MARGIN = 1.5  # by how much fetching must be cheaper: its time is no better known
 
 
@@ -23,7 +25,8 @@ def with_fetches(
 
     held: leading tokens of the prompt that workers have now; what is only on its way to them cannot be fetched.
     """
-    holders = [loads[name] for name, tokens in held.items() if tokens]
+    most = nlargest(_HOLDERS, (name for name, tokens in held.items() if tokens), key=lambda name: held[name])
+    holders = [loads[name] for name in most]
 
     def best(worker: Load) -> Fetch | None:
         found = [
@@ -35,7 +38,10 @@ def with_fetches(
         ]
         return max(filter(None, found), key=lambda fetch: fetch.saved_ms - fetch.ms, default=None)
 
-    return {name: replace(load, fetch=best(load)) for name, load in loads.items()} if holders else dict(loads)
+    if not holders:
+        return dict(loads)
+    fetches = {name: best(load) for name, load in loads.items()}
+    return {name: replace(load, fetch=fetches[name]) if fetches[name] else load for name, load in loads.items()}
 
 
 def _fetch(ask: Ask, worker: Load, holder: Load, tokens: int, links: Links) -> Fetch | None:

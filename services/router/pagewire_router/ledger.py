@@ -6,7 +6,8 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from pagewire.v1 import common_pb2, worker_pb2
 from pagewire_core.block_hash import HASH_BLOCK
@@ -37,17 +38,16 @@ class Ledger:
 
     def __init__(self, info: worker_pb2.InfoResponse, clock: Callable[[], float] = time.monotonic) -> None:
         self.info = info
+        self.worker_id, self.fingerprint = info.worker_id, info.fingerprint
+        self._block_size, self._kv_bytes_per_token = info.block_size, info.kv_bytes_per_token
         self.stats = worker_pb2.StatsResponse()
         self.model = StepModel()
-        self.turn = 0  # number of the last placement on it
+        self.turn = 0  # number of the last placement on it, which books it
         self._clock = clock
         self._stats_at = 0.0
         self._bookings: dict[Booking, None] = {}
         self._coming: Counter[bytes] = Counter()
-
-    @property
-    def worker_id(self) -> str:
-        return self.info.worker_id
+        self._cold: Load | None = None  # without a hit, as long as nothing changes
 
     @property
     def role(self) -> common_pb2.WorkerRole:
@@ -65,11 +65,12 @@ class Ledger:
     @property
     def free_kv_tokens(self) -> int:
         """Tokens that its free blocks hold, without what is on its way to it."""
-        return int(self.stats.free_blocks) * self.info.block_size - sum(b.kv_tokens for b in self._unreported)
+        return int(self.stats.free_blocks) * self._block_size - sum(b.kv_tokens for b in self._unreported)
 
     @property
     def _unreported(self) -> list[Booking]:
-        return [b for b in self._bookings if b.at + _REPORT_DELAY_S > self._stats_at]
+        since = self._stats_at - _REPORT_DELAY_S
+        return list(takewhile(lambda booking: booking.at > since, reversed(self._bookings)))
 
     @property
     def suspect(self) -> bool:
@@ -84,17 +85,20 @@ class Ledger:
         self.stats = stats
         self.model = StepModel.of(stats.step_cost)
         self._stats_at = self._clock()
+        self._cold = None
 
     @contextlib.contextmanager
     def booked(self, booking: Booking) -> Iterator[None]:
         """Counts work against this worker until it reports it itself, at the longest while the body runs."""
         booking.at = self._clock()
         self._bookings[booking] = None
+        self._cold = None
         self._coming.update(booking.hashes)
         try:
             yield
         finally:
             del self._bookings[booking]
+            self._cold = None
             for value in booking.hashes:
                 self._coming[value] -= 1
                 if not self._coming[value]:
@@ -107,16 +111,20 @@ class Ledger:
         return indexed
 
     def load(self, hit_blocks: int) -> Load:
+        """As a request finds it that has so many leading blocks here."""
+        cold = self._cold = self._cold or self._without_hit()
+        return replace(cold, hit_tokens=hit_blocks * HASH_BLOCK) if hit_blocks else cold
+
+    def _without_hit(self) -> Load:
         unreported = self._unreported
-        stats, block_size = self.stats, self.info.block_size
+        stats, block_size = self.stats, self._block_size
         booked_kv = sum(b.kv_tokens for b in unreported)
         free = int(stats.free_blocks) * block_size - booked_kv
         return Load(
             worker_id=self.worker_id,
             role=self.role,
-            fingerprint=self.info.fingerprint,
+            fingerprint=self.fingerprint,
             model=self.model,
-            hit_tokens=hit_blocks * HASH_BLOCK,
             waiting_tokens=stats.waiting_prefill_tokens + sum(b.compute_tokens for b in unreported),
             waiting_attended=stats.waiting_prefill_attended
             + sum(b.compute_tokens * (b.cached_tokens + b.compute_tokens / 2) for b in unreported),
@@ -129,6 +137,6 @@ class Ledger:
             max_num_seqs=stats.max_num_seqs,
             free_tokens=free,
             unused_tokens=max(free - int(stats.cached_blocks) * block_size, 0),
-            kv_bytes_per_token=self.info.kv_bytes_per_token,
+            kv_bytes_per_token=self._kv_bytes_per_token,
             turn=self.turn,
         )

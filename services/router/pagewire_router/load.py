@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -120,10 +120,15 @@ class Ask:
     n: int = 1
     output_tokens: float = EXPECTED_OUTPUT  # of each choice, as far as one can tell
     previous: str | None = None
+    usual_prefill_ms: float = 0.0  # of the prompts before it; 0: not known
 
 
 # (leg, workers) -> whether it may be tried
 Allows = Callable[..., bool]
+
+
+def anything(leg: str, *workers: str) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -132,21 +137,21 @@ class Pool:
 
     prefill: Sequence[Load]
     decode: Sequence[Load]
-    allows: Allows = lambda leg, *workers: True
+    allows: Allows = anything
 
     @classmethod
-    def of(cls, loads: Sequence[Load], ask: Ask, allows: Allows = lambda leg, *workers: True) -> Pool:
+    def of(cls, loads: Sequence[Load], ask: Ask, allows: Allows = anything) -> Pool:
         """Decode workers without room are left out unless none has any."""
         prefill = [w for w in loads if w.can_prefill and allows("prefill", w.worker_id)]
         decode = [w for w in loads if w.can_decode and allows("decode", w.worker_id)]
         return cls(prefill, [w for w in decode if w.has_room(ask)] or decode, allows)
 
-    def sources(self, d: Load) -> list[Load]:
-        """Prefill workers that may compute a prompt for decode worker `d`."""
-        return [
-            p
-            for p in self.prefill
-            if p.worker_id != d.worker_id
-            and p.fingerprint == d.fingerprint
-            and self.allows("transfer", p.worker_id, d.worker_id)
-        ]
+    def sources(self, d: Load, ranked: Sequence[Load] | None = None) -> Iterator[Load]:
+        """Prefill workers that may compute a prompt for decode worker `d`, in the order of `ranked`."""
+        for p in self.prefill if ranked is None else ranked:
+            same_kv = p.worker_id != d.worker_id and p.fingerprint == d.fingerprint
+            if same_kv and self.allows("transfer", p.worker_id, d.worker_id):
+                yield p
+
+    def has_source(self, d: Load) -> bool:
+        return next(self.sources(d), None) is not None

@@ -17,7 +17,7 @@ from pagewire_router.cost import Prediction, predict, to_compute
 from pagewire_router.fetch import with_fetches
 from pagewire_router.ledger import Booking, Ledger
 from pagewire_router.links import Links
-from pagewire_router.load import EXPECTED_OUTPUT, Ask, Fetch, Load, Pool
+from pagewire_router.load import EXPECTED_OUTPUT, Ask, Fetch, Load, Pool, anything
 from pagewire_router.plan import Plan, Policy
 from pagewire_router.policies import POLICIES
 from pagewire_router.request import ValidRequest
@@ -95,6 +95,7 @@ class Placement(Generic[W]):
         self._rng = rng or random.Random()
         self._turn = 0
         self._output_tokens = float(EXPECTED_OUTPUT)
+        self._prefill_ms = 0.0
         self._sessions: OrderedDict[str, str] = OrderedDict()  # id -> its last decode worker
         self.policy = policy
         self.links = Links()
@@ -128,27 +129,26 @@ class Placement(Generic[W]):
         constrained = request.sampling.HasField("constraint")
         live = [w for w in self._workers.live if not w.suspect and (w.info.constraints or not constrained)]
         salts = {"tenant_salt": request.tenant.encode(), "cache_salt": request.cache_salt}
-        roots = {w.info.fingerprint: chain_root(w.info.fingerprint, **salts) for w in live}
+        roots = {fingerprint: chain_root(fingerprint, **salts) for fingerprint in {w.fingerprint for w in live}}
         hashes = {fingerprint: block_hashes(root, request.prompt_ids) for fingerprint, root in roots.items()}
         indexed = {fingerprint: self._index.match(chain) for fingerprint, chain in hashes.items()}
         loads: dict[str, Load] = {}
         held: dict[str, int] = {}
         for w in live:
-            chain, known = hashes[w.info.fingerprint], indexed[w.info.fingerprint]
+            chain, known = hashes[w.fingerprint], indexed[w.fingerprint]
             loads[w.worker_id] = w.load(w.hits(chain, known.get(w.worker_id, 0)))
             held[w.worker_id] = known.get(w.worker_id, 0) * HASH_BLOCK
         output = min(float(request.sampling.max_tokens), self._output_tokens)
         previous = self._sessions.get(request.session_id) if request.session_id else None
-        ask = Ask(len(request.prompt_ids), request.n, output, previous)
+        ask = Ask(len(request.prompt_ids), request.n, output, previous, self._prefill_ms)
         return View(ask, with_fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 
     def plans(self, view: View, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()) -> list[Plan]:
         """As `place`, best first; the policy chooses among the best of them."""
         loads = [load for load in view.loads.values() if load.worker_id not in refused]
         kept = [load for load in loads if load.worker_id not in avoid]
-        allows = self.breakers.allows
-        for pool in (Pool.of(kept, view.ask, allows), Pool.of(loads, view.ask, allows), Pool.of(loads, view.ask)):
-            if plans := self.policy.plans(view.ask, pool, self.links):
+        for some, allows in ((kept, self.breakers.allows), (loads, self.breakers.allows), (loads, anything)):
+            if plans := self.policy.plans(view.ask, Pool.of(some, view.ask, allows), self.links):
                 return plans
         return []
 
@@ -163,7 +163,9 @@ class Placement(Generic[W]):
         assert plan.prefill is None or prefill is not None
         self._note(request, prefill, decode)
         computing = view.loads[plan.prefill or plan.decode]
-        compute, fingerprint = to_compute(view.ask, computing), decode.info.fingerprint
+        compute, fingerprint = to_compute(view.ask, computing), decode.fingerprint
+        computing_ms = computing.model.prefill_ms(*compute)
+        self._prefill_ms += _EWMA * (computing_ms - self._prefill_ms) if self._prefill_ms else computing_ms
         holder = self._workers.get(computing.fetch.holder) if computing.fetch else None
         held = view.ask.prompt_tokens + request.n
         hashes = view.hashes[fingerprint]

@@ -31,7 +31,7 @@ def _independent(prefill: Side, decode: Side, alone: Alone, ask: Ask, pool: Pool
     found: list[tuple[float, Plan]] = []
     for d in pool.decode:
         cost_d = _named(decode(ask, d, pool), "_d")
-        sources = pool.sources(d)
+        sources = list(pool.sources(d))
         if alone(ask, d) or not sources:
             found.append((sum(cost_d.values()), Plan(None, d.worker_id, cost_d)))
             continue
