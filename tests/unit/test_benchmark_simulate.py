@@ -86,7 +86,7 @@ def test_a_cache_never_holds_more_than_it_has_and_knows_what_it_told(steps: list
     for chain, length in steps:
         hashes = [bytes([chain, i]) for i in range(length)]
         hit = cache.hit(hashes)
-        if length - hit > cache.num_free or (len(held) > 2 and chain % 2):
+        if not cache.has_room(hashes[:hit], length - hit) or (len(held) > 2 and chain % 2):
             if held:
                 cache.release(held.pop(0), 0)
             continue

@@ -33,6 +33,10 @@ class PrefixCache:
                 return count
         return len(hashes)
 
+    def has_room(self, hashes: Sequence[bytes], private: int) -> bool:
+        """Whether these findable blocks and so many others can be held."""
+        return private + sum(value not in self._held for value in hashes) <= self.num_free
+
     def hold(self, hashes: Sequence[bytes], private: int) -> None:
         """Holds blocks that are findable (`hashes`) and others; evicts what must go."""
         for value in hashes:

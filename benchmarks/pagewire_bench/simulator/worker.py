@@ -105,7 +105,7 @@ class SimWorker(Ledger):
     def reserve(self, arrival: Arrival) -> int | None:
         """Room for a request that will decode here: blocks of it that are here; None: there is no room."""
         hit = self.cache.hit(arrival.hashes)
-        if arrival.total_blocks - hit > self.cache.num_free:
+        if not self.cache.has_room(arrival.hashes[:hit], arrival.total_blocks - hit):
             return None
         self.cache.hold(arrival.hashes[:hit], arrival.total_blocks - hit)
         self.num_transfers += 1
@@ -121,8 +121,7 @@ class SimWorker(Ledger):
 
     def take(self, hashes: Sequence[bytes]) -> None:
         """Blocks that another worker had; they stay as cached ones."""
-        missing = len(hashes) - self.cache.hit(hashes)
-        if missing <= self.cache.num_free:
+        if self.cache.has_room((), len(hashes)):
             self.cache.hold((), len(hashes))
             self.cache.publish(hashes)
             self.cache.release(hashes, 0)
@@ -181,7 +180,7 @@ class SimWorker(Ledger):
             hashes = prompt.arrival.hashes
             prompt.hit = min(self.cache.hit(hashes), (len(prompt.arrival.prompt) - 1) // HASH_BLOCK)
             prompt.blocks = prompt.arrival.prompt_blocks
-            if prompt.blocks - prompt.hit > self.cache.num_free:
+            if not self.cache.has_room(hashes[: prompt.hit], prompt.blocks - prompt.hit):
                 break
             self._waiting.popleft()
             self.cache.hold(hashes[: prompt.hit], prompt.blocks - prompt.hit)

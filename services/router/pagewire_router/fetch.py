@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from heapq import nlargest
+from zlib import crc32
 
 from pagewire_router.links import Links
 from pagewire_router.load import Allows, Ask, Fetch, Load
@@ -25,7 +26,12 @@ def with_fetches(
 
     held: leading tokens of the prompt that workers have now; what is only on its way to them cannot be fetched.
     """
-    most = nlargest(_HOLDERS, (name for name, tokens in held.items() if tokens), key=lambda name: held[name])
+    # Of equals each prompt asks others: one that all asked would be slow.
+    most = nlargest(
+        _HOLDERS,
+        (name for name, tokens in held.items() if tokens),
+        key=lambda name: (held[name], crc32(f"{ask.prompt_tokens} {name}".encode())),
+    )
     holders = [loads[name] for name in most]
 
     def best(worker: Load) -> Fetch | None:
