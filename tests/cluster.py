@@ -231,7 +231,7 @@ class Cluster:
 
     async def _left(self) -> list[str]:
         new_names = leaks.names_in_shared_memory() - self._names_before
-        return [*await leaks.held(self), *leaks.above(self, self.ceiling), *new_names]
+        return [*await leaks.held(self), *await leaks.above(self, self.ceiling), *new_names]
 
     async def raise_ceiling(self) -> None:
         """Sends requests until every pair of workers is up; from now on nobody may need more than that."""
@@ -243,7 +243,7 @@ class Cluster:
                 break
             assert i < 50, f"not every pair of workers came up\n{self.logs()}"
         await self.settle()
-        self.ceiling = leaks.ceilings(self)
+        self.ceiling = await leaks.ceilings(self)
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
+from pagewire.v1 import worker_pb2, worker_pb2_grpc
 from processes import Process
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class Resources(NamedTuple):
     descriptors: int
     threads: int
     lane_maps: int  # shared memory of lanes that is mapped
+    pairs: int = 0  # connections with other workers for KV to come or go, where somebody asked
 
     def most(self, other: Resources) -> Resources:
         return Resources(*map(max, self, other))
@@ -32,22 +34,34 @@ def resources(process: Process) -> Resources:
     return Resources(running.num_fds(), running.num_threads(), lanes)
 
 
-def ceilings(cluster: Cluster) -> dict[str, Resources]:
-    """The most that a process of each role holds now. Take it while all pairs of workers are up."""
+async def _with_pairs(cluster: Cluster, process: Process) -> Resources:
+    if process not in cluster.workers:
+        return resources(process)
+    async with cluster.channel(process) as channel:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        text = (await stub.Metrics(worker_pb2.WorkerServiceMetricsRequest(), timeout=5)).text
+    [pairs] = [line.split()[1] for line in text.splitlines() if line.startswith("pagewire_kv_pairs ")]
+    return resources(process)._replace(pairs=int(float(pairs)))
+
+
+async def ceilings(cluster: Cluster) -> dict[str, Resources]:
+    """The most that a process of each role holds now. Take it while all prefill and decode workers are paired."""
     found: dict[str, Resources] = {}
     for process in filter(lambda p: p.alive, cluster.processes.values()):
-        held = resources(process)
+        held = await _with_pairs(cluster, process)
         found[process.role] = held.most(found.get(process.role, held))
     return found
 
 
-def above(cluster: Cluster, ceiling: dict[str, Resources]) -> list[str]:
-    """Who holds more than its ceiling."""
+async def above(cluster: Cluster, ceiling: dict[str, Resources]) -> list[str]:
+    """Who holds more than its ceiling and what its further pairs need: a fetched prefix pairs any two workers."""
     found = []
     for process in filter(lambda p: p.alive and p.role in ceiling, cluster.processes.values()):
-        for name, now, most in zip(Resources._fields, resources(process), ceiling[process.role], strict=True):
-            if now > most + (0 if name == "lane_maps" else _SLACK):
-                found.append(f"{process.name} has {now} {name}, at most {most} were needed")
+        now, most = await _with_pairs(cluster, process), ceiling[process.role]
+        more = max(now.pairs - most.pairs, 0)
+        for name, slack in (("descriptors", _SLACK + 5 * more), ("threads", _SLACK + 3 * more), ("lane_maps", more)):
+            if getattr(now, name) > getattr(most, name) + slack:
+                found.append(f"{process.name} has {getattr(now, name)} {name}, at most {most} was needed")
     return found
 
 

@@ -88,6 +88,7 @@ class Soak:
         self.seconds.append(round(seconds, 1))
         for process in self.cluster.processes.values():
             now: dict[str, float] = dict(leaks.resources(process)._asdict())
+            del now["pairs"]
             now["memory_mib"] = round(psutil.Process(process.pid).memory_info().rss / 2**20, 2)
             if process in self.cluster.workers:
                 stats = await self.cluster.worker_stats(process)

@@ -189,7 +189,7 @@ async def test_descriptors_and_threads_stay_flat(shared: Cluster) -> None:
     await round_of(0)
     await shared.settle()
     await asyncio.sleep(0.5)
-    shared.ceiling = leaks.ceilings(shared)
+    shared.ceiling = await leaks.ceilings(shared)
     for seed in range(12):
         await round_of(seed * 100)
     await shared.settle()
