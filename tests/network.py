@@ -10,6 +10,7 @@ The addresses of workers are those on the veths; what the two roles say to each 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 ROLES = ("prefill", "decode")
+_numbers = itertools.count()
 
 
 def why_not() -> str:
@@ -45,7 +47,7 @@ class Network:
 
     def __init__(self) -> None:
         self._net = f"10.{random.randrange(64, 250)}"
-        self._names = {role: f"pw{os.getpid()}{role[0]}" for role in ROLES}
+        self._names = {role: f"pw{os.getpid()}{role[0]}{next(_numbers)}" for role in ROLES}
         self._link: subprocess.Popen[str] | None = None
         self._closing = contextlib.ExitStack()
 
@@ -55,6 +57,8 @@ class Network:
             _run("ip", "netns", "add", name)
             self._closing.callback(_run, "ip", "netns", "del", name)
             _run("ip", "link", "add", f"{name}0", "type", "veth", "peer", "name", "eth0", "netns", name)
+            # By itself it goes only when the last process of the namespace has.
+            self._closing.callback(_run, "ip", "link", "del", f"{name}0")
             _run("ip", "addr", "add", f"{subnet}.1/24", "dev", f"{name}0")
             _run("ip", "link", "set", f"{name}0", "up")
             self._ip(role, "addr", "add", f"{subnet}.2/24", "dev", "eth0")
