@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from cluster import Cluster, running
+from cluster import PAIRS, Cluster, running
 from pagewire_cli.serve import demo_model
 from playwright.async_api import Page, async_playwright, expect
 
@@ -27,7 +27,7 @@ pytestmark = [
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     directory: Path = tmp_path_factory.mktemp("page")
-    names = ("--served-model-name=demo",)
+    names = (*PAIRS, "--served-model-name=demo")
     async with running(Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names)) as started:
         yield started
 

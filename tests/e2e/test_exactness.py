@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import SMALL, Cluster, running
+from cluster import PAIRS, SMALL, Cluster, running
 from engines import Run, make_engine, run_all
 from tiny_models import ARCHITECTURES, VOCAB, make_model, reference_greedy
 
@@ -57,7 +57,7 @@ async def prove_transfer(cluster: Cluster, num_prompt_tokens: int, bytes_per_tok
 async def test_one_prefill_and_one_decode_worker_equal_the_reference(architecture: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", architecture)
     asked = prompts(*LENGTHS)
-    async with running(Cluster(model, tmp_path)) as cluster:
+    async with running(Cluster(model, tmp_path, router_flags=PAIRS)) as cluster:
         first = await check_greedy(cluster, asked)
         assert all(a["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 for a in first)
         kv_bytes = 3 * 2 * 4 * {"llama": 16, "mistral": 32, "qwen2": 32, "qwen3": 64}[architecture]
@@ -74,7 +74,9 @@ async def test_one_prefill_and_one_decode_worker_equal_the_reference(architectur
 @pytest.mark.parametrize("lane", ["shm", "gloo", "grpc"])
 async def test_every_lane_gives_the_same_tokens_on_two_by_two_workers(lane: str, llama: Path, tmp_path: Path) -> None:
     asked = prompts(*LENGTHS, *range(20, 90, 7), seed=1)
-    cluster = Cluster(llama, tmp_path, prefill=2, decode=2, worker_flags=(*SMALL, f"--lanes={lane}"))
+    cluster = Cluster(
+        llama, tmp_path, prefill=2, decode=2, worker_flags=(*SMALL, f"--lanes={lane}"), router_flags=PAIRS
+    )
     async with running(cluster):
         for _ in range(3):
             await check_greedy(cluster, asked)
@@ -96,7 +98,7 @@ async def test_a_decode_worker_that_preempts_gives_the_same_tokens(llama: Path, 
     """A pool of 28 blocks for six sequences that grow to 18 blocks each: any two at once are too many."""
     flags = ("--kv-cache-memory-bytes=172032", "--max-model-len=320", "--max-num-batched-tokens=40", "--threads=1")
     asked = prompts(*[40 + i for i in range(6)], seed=3)
-    async with running(Cluster(llama, tmp_path, worker_flags=flags)) as cluster:
+    async with running(Cluster(llama, tmp_path, worker_flags=flags, router_flags=PAIRS)) as cluster:
         answers = await asyncio.gather(*(cluster.complete(prompt, max_tokens=240, ignore_eos=True) for prompt in asked))
         for prompt, answer in zip(asked, answers, strict=True):
             assert answer["choices"][0]["token_ids"] == reference_greedy(llama, prompt, 240)[0]
@@ -114,7 +116,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 async def test_seeded_sampling_equals_our_own_single_process(llama: Path, tmp_path: Path) -> None:
     """Who samples a token, and in which batch, is not part of (seed, choice, position)."""
     asked = prompts(5, 50, 120, seed=4)
-    async with running(Cluster(llama, tmp_path)) as cluster:
+    async with running(Cluster(llama, tmp_path, router_flags=PAIRS)) as cluster:
         cases = [(prompt, name) for prompt in asked for name in SAMPLINGS]
         answers = await asyncio.gather(
             *(cluster.complete(p, n=3, seed=11, ignore_eos=True, **SAMPLINGS[name]) for p, name in cases)
@@ -132,7 +134,7 @@ async def test_seeded_sampling_equals_our_own_single_process(llama: Path, tmp_pa
 
 
 async def test_a_worker_added_while_running_is_used(llama: Path, tmp_path: Path) -> None:
-    async with running(Cluster(llama, tmp_path)) as cluster:
+    async with running(Cluster(llama, tmp_path, router_flags=PAIRS)) as cluster:
         await check_greedy(cluster, prompts(30))
         added = cluster.add_worker("decode")
         await cluster.wait_serving(added)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from cluster import Cluster, running
+from cluster import PAIRS, Cluster, running
 from streams import prompt_of
 from tiny_models import reference_greedy
 
@@ -118,7 +118,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     made = Cluster(llama, tmp_path_factory.mktemp("matrix"), prefill=2, decode=2, worker_flags=FLAGS,
-                   router_flags=("--transfer-timeout=4",), with_faults=True)  # fmt: skip
+                   router_flags=(*PAIRS, "--transfer-timeout=4"), with_faults=True)  # fmt: skip
     async with running(made):
         await made.raise_ceiling()
         yield made

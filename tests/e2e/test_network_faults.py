@@ -12,7 +12,7 @@ from pathlib import Path
 import network
 import pytest
 import pytest_asyncio
-from cluster import Cluster, running
+from cluster import PAIRS, Cluster, running
 from streams import prompt_of
 from tiny_models import reference_greedy
 
@@ -42,7 +42,8 @@ def expected(llama: Path) -> list[list[int]]:
 async def cluster(llama: Path, lane: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     with network.Network() as net:
         made = Cluster(llama, tmp_path_factory.mktemp("network"), prefill=1, decode=2, with_faults=True, network=net,
-                       worker_flags=(*FLAGS, f"--lanes={lane}"), router_flags=("--transfer-timeout=4",))  # fmt: skip
+                       worker_flags=(*FLAGS, f"--lanes={lane}"),
+                       router_flags=(*PAIRS, "--transfer-timeout=4"))  # fmt: skip
         async with running(made):
             await made.raise_ceiling()
             yield made

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, running
+from cluster import PAIRS, Cluster, running
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pagewire_core.rpc import open_channel
@@ -20,7 +20,7 @@ def lines(cluster: Cluster, name: str) -> list[dict[str, Any]]:
 
 
 async def test_one_request_id_runs_through_all_services_and_no_prompt_is_logged(llama: Path, tmp_path: Path) -> None:
-    async with running(Cluster(llama, tmp_path)) as cluster:
+    async with running(Cluster(llama, tmp_path, router_flags=PAIRS)) as cluster:
         headers = {"x-request-id": "follow-me-7"}
         body = {"prompt": SECRET * 5, "max_tokens": 8, "ignore_eos": True, "temperature": 0}
         response = await cluster.http.post("/v1/completions", json=body, headers=headers)
@@ -43,10 +43,11 @@ async def test_one_request_id_runs_through_all_services_and_no_prompt_is_logged(
 @pytest.fixture(scope="module")
 def expected_services() -> dict[str, set[str]]:
     common = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    worker = {f"pagewire.v1.{name}Service" for name in ("Prefill", "Decode", "KvChannel", "Worker")}  # in any role
     return {
         "router": common | {"pagewire.v1.InferenceService"},
-        "prefill-0": common | {"pagewire.v1.PrefillService", "pagewire.v1.WorkerService"},
-        "decode-0": common | {"pagewire.v1.DecodeService", "pagewire.v1.KvChannelService", "pagewire.v1.WorkerService"},
+        "prefill-0": common | worker,
+        "decode-0": common | worker,
     }
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from cluster import SMALL, Cluster, Process, running
+from cluster import PAIRS, SMALL, Cluster, Process, running
 from engines import Run, make_engine, run_all
 from streams import after, stream
 from tiny_models import make_model, reference_greedy
 
 PROMPTS = [[(7 * i + 13 * length) % 300 + 5 for i in range(length)] for length in (1, 16, 70, 130)]
 DRAWN: dict[str, Any] = {"temperature": 0.9, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.2, "logprobs": 3}
-PAIRS = ("--routing-policy=round_robin",)  # never a prompt on a decode worker because it is predicted to be faster
 STREAMS = 4
 
 

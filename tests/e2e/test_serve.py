@@ -149,7 +149,7 @@ async def test_no_part_of_a_stop_string_gets_out(served: Served) -> None:
         ({"max_tokens": 100_000}, 400, "max_tokens"),
         ({"messages": [{"role": "user", "content": "word " * 4000}]}, 400, "messages"),
         ({"logit_bias": {"999999": 1}}, 400, "logit_bias"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tool_choice"),
     ],
 )
 async def test_bad_input_has_openais_error_object(served: Served, change: Any, status: int, param: str) -> None:
