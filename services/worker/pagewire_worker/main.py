@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import uuid
 
 import torch
@@ -48,7 +49,13 @@ def _run(args: argparse.Namespace) -> None:
     proposer = load_proposer(speculation, loaded, options, draft) if speculation else None
     timeline.mark("model")
     worker = Worker(args, loaded, proposer, uuid.uuid4().hex, timeline, tls)
-    uvloop.run(worker.run())
+    try:
+        uvloop.run(worker.run())
+    except StartupError as error:
+        # The interpreter's own end would end threads in the middle of compiled code, which aborts the process.
+        sys.stderr.write(f"pagewire-worker: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)
     # Lane threads may still sit in a blocking receive of a peer that died; they hold nothing that matters.
     os._exit(0)
 
