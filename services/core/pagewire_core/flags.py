@@ -285,6 +285,8 @@ def run_main(prog: str, main: Callable[[argparse.Namespace], None], names: Seque
 
     # gRPC's own log says nothing that ours does not say better.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # What we start is another program at once: gRPC's handlers of a fork are not for it, and run beside its threads.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     parser = Parser(prog=prog, description=description)
     add_flags(parser, names)
     try:

@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 MAX_BYTES = 512 << 10  # of what a client gives
 _PROCESSES = 2
 _MAX_WAITING = 64
+_STARTS = 2
 _WALL_S = 30.0  # for a machine that is so busy that a few seconds of CPU time take this long
 _KEPT, _KEPT_BYTES = 512, 64 << 20
 _TOO_MUCH = "the grammar takes too much time or memory to compile; make it simpler"
@@ -147,7 +148,14 @@ class _Checker:
 
     @classmethod
     async def start(cls, command: list[str]) -> _Checker:
-        """Raises Internal if it does not come up."""
+        """Raises Internal if it does not come up; on a machine that is too busy it may do so only the second time."""
+        for _ in range(_STARTS):
+            if checker := await cls._started(command):
+                return checker
+        raise Internal("structured output is not available: its compiler does not start")
+
+    @classmethod
+    async def _started(cls, command: list[str]) -> _Checker | None:
         pipe = asyncio.subprocess.PIPE
         checker = cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe))
         try:
@@ -155,7 +163,8 @@ class _Checker:
                 await checker._stdout.readexactly(1)
         except (asyncio.IncompleteReadError, TimeoutError):
             await checker.end()
-            raise Internal("structured output is not available: its compiler does not start") from None
+            log.warning("a grammar compiler did not start")
+            return None
         return checker
 
     async def check(self, job: bytes) -> Outcome:
