@@ -130,7 +130,9 @@ async def streamed(cluster: Cluster, arrived: Any = lambda: None, **body: Any) -
 async def test_a_document_outlives_its_decode_worker(llama: Path, tmp_path: Path) -> None:
     """Killed in the middle of four of them: each goes on as it would have, and is valid."""
     flags = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=8", "--threads=1")
-    async with running(Cluster(llama, tmp_path, prefill=1, decode=2, worker_flags=flags)) as cluster:
+    turns = ("--routing-policy=round_robin",)  # half of them are on the one that is killed
+    cluster = Cluster(llama, tmp_path, prefill=1, decode=2, worker_flags=flags, router_flags=turns)
+    async with running(cluster):
         expected = [await streamed(cluster, seed=i, n=2) for i in range(4)]
         for texts in expected:
             for text in texts:
