@@ -146,7 +146,7 @@ async def test_a_prompt_that_no_message_can_carry_is_400_and_not_429(bridge: Bri
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/v1", 404), ("POST", "/v1/embeddings", 404), ("GET", "/v1/chat/completions/", 404),
+        ("GET", "/v1", 404), ("GET", "/v1/chat/completions/", 404),
         ("GET", "/v1/chat/completions", 405), ("DELETE", "/v1/models/demo", 405), ("POST", "/health", 405),
         ("GET", "/v1/models/", 404),
     ],
