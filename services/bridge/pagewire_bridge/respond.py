@@ -38,8 +38,9 @@ async def respond(
     try:
         await until_disconnect(request.receive, generation.open())
         if stream is not None:
+            response = stream()
             streaming = True
-            return stream()
+            return response
         return await until_disconnect(request.receive, whole())
     finally:
         if not streaming:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import secrets
 from typing import Any
 
@@ -19,8 +18,10 @@ def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from pagewire_bridge.keys import digest_of  # pydantic and YAML: not wanted by the other commands
+
     secret = f"pw-{secrets.token_urlsafe(32)}"
-    entry = {"name": args.name, "sha256": f'"{hashlib.sha256(secret.encode()).hexdigest()}"', "tenant": args.tenant}
+    entry = {"name": args.name, "sha256": f'"{digest_of(secret)}"', "tenant": args.tenant}
     entry |= {"requests_per_minute": args.requests_per_minute, "tokens_per_minute": args.tokens_per_minute}
     entry |= {"admin": "true" if args.admin else None}
     lines = [f"{name}: {value}" for name, value in entry.items() if value is not None]

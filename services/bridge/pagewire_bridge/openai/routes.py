@@ -14,7 +14,6 @@ from starlette.routing import Route
 
 from pagewire_bridge.body import read_body
 from pagewire_bridge.client import client_of
-from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.answer import Answer, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
@@ -31,7 +30,7 @@ from pagewire_bridge.openai.translate import (
     to_completion_requests,
 )
 from pagewire_bridge.openai.unsupported import ignored_fields_header
-from pagewire_bridge.respond import begin
+from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
@@ -107,29 +106,29 @@ def _reading(request: Request, body: GenerationBody, generation: Generation) -> 
 
 
 async def _generate(request: Request, body: GenerationBody, asked: list[GenerateRequest], shape: Shape) -> Response:
-    """Answers only after the router has accepted every prompt, so that a refusal has its status."""
     n = body.n or 1
     generation = begin(request, asked, n)
     headers = ignored_fields_header(ignored_fields(body))
-    streaming = False
-    try:
-        with blaming(body):
-            await until_disconnect(request.receive, generation.open())
-        answer = Answer(
+
+    def answer() -> Answer:
+        accepted = generation.accepted
+        return Answer(
             shape=shape,
-            head=_head(request, shape, generation.accepted[0].model or body.model or "", body.service_tier),
+            head=_head(request, shape, accepted[0].model or body.model or "", body.service_tier),
             num_choices=len(asked) * n,
             logprobs=asked[0].sampling.HasField("logprobs"),
             stop_token_ids=frozenset(body.stop_token_ids or ()),
-            prompt_token_ids=[list(a.prompt_token_ids) for a in generation.accepted] if body.return_token_ids else None,
+            prompt_token_ids=[list(one.prompt_token_ids) for one in accepted] if body.return_token_ids else None,
             **_reading(request, body, generation),
         )
-        if body.stream:
-            streaming = True  # the response closes the generation
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(stream(answer, generation, include_usage), generation.close, headers)
-        content = await until_disconnect(request.receive, whole(answer, generation))
+
+    async def answer_whole() -> Response:
+        content = await whole(answer(), generation)
         return json_response(content, headers={**headers, **served_by(generation.summaries)})
-    finally:
-        if not streaming:
-            await generation.close()
+
+    def answer_stream() -> Response:
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(stream(answer(), generation, include_usage), generation.close, headers)
+
+    with blaming(body):
+        return await respond(request, generation, stream=answer_stream if body.stream else None, whole=answer_whole)
