@@ -52,7 +52,7 @@ class Access:
     def _refusal(self, scope: Scope, key: ApiKey | None) -> Response | None:
         path, shape = scope["path"], error_shape(scope["path"])
         if path in _ADMIN and not (key and key.admin):
-            return shape.http_error_response(403, "This needs an API key of an administrator.", None)
+            return shape.http_error_response(403, "This needs an API key with `admin: true` in --api-keys-file.", None)
         is_open = path in _OPEN or (path == "/" and scope["method"] in ("GET", "HEAD"))
         if self._keys and key is None and not is_open:
             headers = {"www-authenticate": "Bearer"}
