@@ -100,3 +100,14 @@ async def test_only_browsers_get_the_page(cluster: Cluster) -> None:
     assert shown.headers["content-type"].startswith("text/html") and "default-src 'self'" in str(shown.headers)
     assert (await cluster.http.get("/page/../app.py")).status_code == 404
     assert (await cluster.http.get("/page/other.js")).status_code == 404
+
+
+async def test_swagger_ui_shows_every_api_and_tries_one_out(page: Page) -> None:
+    await page.goto("/docs")
+    for api in ("OpenAI", "TGI", "Ollama", "Anthropic", "Server"):
+        await expect(page.locator(f"#operations-tag-{api}")).to_be_visible()
+    version = page.locator("#operations-Server-get_version")
+    await version.get_by_role("button").first.click()
+    await version.get_by_role("button", name="Execute").click()
+    await expect(version.locator(".live-responses-table")).to_contain_text('"version"')
+    await expect(version.locator(".live-responses-table")).to_contain_text("200")

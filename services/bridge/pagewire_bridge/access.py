@@ -13,9 +13,19 @@ from pagewire_bridge.error_shapes import error_shape
 from pagewire_bridge.keys import ApiKey, KeyRing, secret_in
 from pagewire_bridge.rate_limit import RateLimiter
 
-# Liveness, and the chat page, which has no data of its own and is where a user enters the key.
-_OPEN = frozenset({"/health", "/ping", "/v2/health/live", "/page/page.css", "/page/page.js"})
+# Liveness, and the chat page and the document, which have no data of their own and are where a user enters the key.
+_OPEN = frozenset({"/health", "/ping", "/v2/health/live", "/openapi.json", "/docs"})
+_OPEN_FOLDERS = ("/page/", "/docs/")
 _ADMIN = frozenset({"/reset_prefix_cache"})
+
+
+def is_open(path: str, method: str) -> bool:
+    """Whether nobody is asked for a key there."""
+    return path in _OPEN or path.startswith(_OPEN_FOLDERS) or (path == "/" and method in ("GET", "HEAD"))
+
+
+def is_for_administrators(path: str) -> bool:
+    return path in _ADMIN
 
 
 class Access:
@@ -51,10 +61,9 @@ class Access:
 
     def _refusal(self, scope: Scope, key: ApiKey | None) -> Response | None:
         path, shape = scope["path"], error_shape(scope["path"])
-        if path in _ADMIN and not (key and key.admin):
+        if is_for_administrators(path) and not (key and key.admin):
             return shape.http_error_response(403, "This needs an API key with `admin: true` in --api-keys-file.", None)
-        is_open = path in _OPEN or (path == "/" and scope["method"] in ("GET", "HEAD"))
-        if self._keys and key is None and not is_open:
+        if self._keys and key is None and not is_open(path, scope["method"]):
             headers = {"www-authenticate": "Bearer"}
             return shape.http_error_response(401, "The API key is missing or is not known here.", headers)
         return None

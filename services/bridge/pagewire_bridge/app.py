@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from importlib.metadata import version
 from typing import TypedDict
 
+import orjson
 from pagewire_core.errors import Internal, PagewireError
-from pagewire_core.telemetry import exposition, merge_expositions
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from pagewire_bridge.access import Access
@@ -32,8 +30,10 @@ from pagewire_bridge.ollama.embed import ROUTES as OLLAMA_EMBED_ROUTES
 from pagewire_bridge.ollama.routes import ROUTES as OLLAMA_ROUTES
 from pagewire_bridge.openai.embeddings import ROUTES as EMBEDDING_ROUTES
 from pagewire_bridge.openai.routes import ROUTES as OPENAI_ROUTES
+from pagewire_bridge.openapi.document import document
+from pagewire_bridge.openapi.routes import ROUTES as OPENAPI_ROUTES
 from pagewire_bridge.rate_limit import RateLimiter
-from pagewire_bridge.responses import json_response
+from pagewire_bridge.server import ROUTES as SERVER_ROUTES
 from pagewire_bridge.tgi.routes import ROUTES as TGI_ROUTES
 from pagewire_bridge.tokenize import ROUTES as TOKENIZE_ROUTES
 
@@ -44,38 +44,7 @@ class State(TypedDict):
     client: RouterClient
     metrics: BridgeMetrics
     answers: AnswerFormat
-
-
-async def health(request: Request) -> Response:
-    """200 with no body when the router can take requests; else TGI's error, the one that clients read here."""
-    if await request.state.client.is_serving():
-        return Response()
-    return json_response({"error": "unhealthy", "error_type": "healthcheck"}, 503)
-
-
-async def load(request: Request) -> Response:
-    """Requests that are not yet answered to the end, this one not counted."""
-    return json_response({"server_load": request.state.metrics.num_in_flight - 1})
-
-
-async def reset_prefix_cache(request: Request) -> Response:
-    """For administrators; see Access."""
-    await request.state.client.reset_prefix_cache()
-    return Response()
-
-
-async def show_version(request: Request) -> Response:
-    return json_response({"version": version("pagewire")})
-
-
-async def metrics(request: Request) -> Response:
-    """The bridge's metrics, and the router's and workers' while the router can be reached."""
-    texts = {"bridge": exposition(request.state.metrics.registry)}
-    try:
-        texts["router"] = await request.state.client.metrics()
-    except PagewireError:
-        pass  # a scrape must still show the bridge; that the router is away shows in the missing samples
-    return Response(merge_expositions(texts), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+    document: Callable[[], bytes]
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -100,7 +69,7 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=STATUS_CLIENT_GONE)
 
 
-_ROUTES = (
+ROUTES = (
     *OPENAI_ROUTES,
     *EMBEDDING_ROUTES,
     *TGI_ROUTES,
@@ -109,12 +78,8 @@ _ROUTES = (
     *ANTHROPIC_ROUTES,
     *TOKENIZE_ROUTES,
     *CHAT_PAGE_ROUTES,
-    Route("/health", health, methods=["GET"]),
-    Route("/ping", health, methods=["GET", "POST"]),
-    Route("/load", load, methods=["GET"]),
-    Route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"]),
-    Route("/version", show_version, methods=["GET"]),
-    Route("/metrics", metrics, methods=["GET"]),
+    *SERVER_ROUTES,
+    *OPENAPI_ROUTES,
 )
 
 
@@ -134,17 +99,18 @@ def create_app(
     call it.
     """
     bridge_metrics, limiter = BridgeMetrics(), RateLimiter(redis_url)
+    made = functools.cache(lambda: orjson.dumps(document(ROUTES, with_keys=bool(keys))))
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[State]:
         client = open_client()
         on_ready()
-        yield {"client": client, "metrics": bridge_metrics, "answers": answers}
+        yield {"client": client, "metrics": bridge_metrics, "answers": answers, "document": made}
         await client.close()
         await limiter.close()
 
     app = Starlette(
-        routes=_ROUTES,
+        routes=ROUTES,
         exception_handlers={
             PagewireError: _on_error,
             HTTPException: _on_http_error,
@@ -160,4 +126,4 @@ def create_app(
         guarded = CORSMiddleware(
             guarded, allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
-    return Observe(guarded, bridge_metrics, _ROUTES)
+    return Observe(guarded, bridge_metrics, ROUTES)

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-_CONTENT = {name: (Path(__file__).parent / "page" / name).read_bytes() for name in _FILES}
+FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_CONTENT = {name: (Path(__file__).parent / "page" / name).read_bytes() for name in FILES}
 _HEADERS = {
     # Whatever a model writes, the page runs no code but its own.
     "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
@@ -27,13 +27,13 @@ async def root(request: Request) -> Response:
 
 async def file(request: Request) -> Response:
     name = request.path_params["name"]
-    if name not in _FILES:
+    if name not in FILES:
         raise HTTPException(404, f"There is no file {name}.")
     return _file(name)
 
 
 def _file(name: str) -> Response:
-    return Response(_CONTENT[name], headers=_HEADERS, media_type=_FILES[name])
+    return Response(_CONTENT[name], headers=_HEADERS, media_type=FILES[name])
 
 
 ROUTES = [Route("/", root, methods=["GET"]), Route("/page/{name}", file, methods=["GET"])]

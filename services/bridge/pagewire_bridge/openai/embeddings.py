@@ -18,10 +18,11 @@ from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.openai.schema import TokenCount, prompts
+from pagewire_bridge.openai.schema import Prompts, TokenCount, prompts
 from pagewire_bridge.responses import json_response
 
 Vector = Sequence[float]
+MAX_INPUTS = 2048
 MAX_DOCUMENTS = 1024
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_DOCUMENTS)]
 
@@ -36,7 +37,10 @@ class _Body(BaseModel):
 class EmbeddingsBody(_Body):
     """dimensions: only the model's own; a vector that is cut short is another one."""
 
-    input: Annotated[list[str | list[int]], PlainValidator(lambda value: prompts(value, "input", 2048))]
+    input: Annotated[
+        list[str | list[int]],
+        PlainValidator(lambda value: prompts(value, "input", MAX_INPUTS), json_schema_input_type=Prompts),
+    ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
 

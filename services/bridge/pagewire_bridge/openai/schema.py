@@ -10,7 +10,16 @@ import re
 from typing import Annotated, Any, Literal, Self
 
 from pagewire_core.errors import InvalidRequest
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 
 from pagewire_bridge.openai.structured import ResponseFormat, StructuredOutputs
 from pagewire_bridge.openai.tools import MAX_TOOLS, CalledTool, ToolChoice, ToolShape
@@ -27,6 +36,30 @@ _TOKEN_ID_KEY = re.compile(r"[0-9]{1,10}")
 TokenId = Annotated[int, Field(ge=0, le=_UINT32_MAX)]
 TokenCount = Annotated[int, Field(ge=1, le=_UINT32_MAX)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+# As they are described; functions below judge them.
+_Stop = Annotated[str, Field(min_length=1)]
+_Stops = _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOP_STRINGS)] | None
+_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = str | _TokenIds | Annotated[list[str | _TokenIds], Field(min_length=1)]
+_BiasedToken = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_TOKEN_ID_KEY.pattern}$"})]
+_RequestId = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_REQUEST_ID.pattern}$"})]
+_TextPart = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_Content = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"anyOf": [{"type": "string"}, _TextPart]}},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 
 
 def is_sane_request_id(text: str) -> bool:
@@ -94,11 +127,14 @@ class GenerationBody(_Body):
     repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_token_bias)] = (
-        None
-    )
+    logit_bias: Annotated[
+        dict[_BiasedToken, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_token_bias)
+    ] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Annotated[Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None, BeforeValidator(_stop_list)] = None
+    stop: Annotated[
+        Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None,
+        BeforeValidator(_stop_list, json_schema_input_type=_Stops),
+    ] = None
     stop_token_ids: list[TokenId] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
     ignore_eos: bool | None = None
@@ -108,7 +144,7 @@ class GenerationBody(_Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
-    request_id: Annotated[str | None, AfterValidator(_request_id)] = None
+    request_id: Annotated[_RequestId | None, AfterValidator(_request_id)] = None
     return_token_ids: bool | None = None
     echo: bool | None = None
     response_format: ResponseFormat | None = None
@@ -138,10 +174,10 @@ class GenerationBody(_Body):
 
 
 class Message(_Body):
-    """content is turned into text by `translate`, which knows the message's place."""
+    """content: text, or parts of it; an assistant's may be null."""
 
     role: Annotated[str, Field(min_length=1)]
-    content: Any = None
+    content: _Content = None
     name: str | None = None
     tool_calls: list[CalledTool] | None = None
     tool_call_id: str | None = None
@@ -185,7 +221,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(prompts, json_schema_input_type=Prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     best_of: int | None = None
 

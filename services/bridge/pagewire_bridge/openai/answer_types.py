@@ -1,0 +1,258 @@
+"""What the OpenAI endpoints answer, as types for the OpenAPI document. Keys that are not required may be absent."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from pagewire_bridge.openapi.errors import OpenAIError
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+Done = Literal["[DONE]"]
+
+
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+class ReasoningTokens(TypedDict):
+    reasoning_tokens: int
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: NotRequired[ReasoningTokens]
+
+
+class Account(TypedDict):
+    """Who served a stream, and what moved between the workers; with the usage, if that was asked for."""
+
+    prefill_worker: str
+    decode_worker: str
+    cached_tokens: int
+    computed_tokens: int
+    transferred_tokens: int
+    transferred_bytes: int
+    lane: str
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class Function(TypedDict):
+    """arguments: JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
+class AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class _Head(TypedDict):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    service_tier: NotRequired[str]
+
+
+class ChatAnswer(_Head):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class FunctionPiece(TypedDict):
+    """The pieces of `arguments` add up to JSON text."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallPiece(TypedDict):
+    """id, type and name come once."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionPiece
+
+
+class ChatDelta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallPiece]]
+
+
+class ChatChunkChoice(TypedDict):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: NotRequired[str | int | None]
+    token_ids: NotRequired[list[int]]
+
+
+class _Chunk(_Head):
+    """usage: null in every chunk but the last, which has no choice; only if it was asked for."""
+
+    usage: NotRequired[Usage | None]
+    pagewire: NotRequired[Account]
+
+
+class ChatChunk(_Chunk):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+
+
+class CompletionLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class CompletionAnswer(_Head):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunkChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: NotRequired[str | int | None]
+    token_ids: NotRequired[list[int]]
+
+
+class CompletionChunk(_Chunk):
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+
+
+ChatEvent = ChatChunk | OpenAIError | Done
+CompletionEvent = CompletionChunk | OpenAIError | Done
+
+
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+    permission: list[str]
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class PromptUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(TypedDict):
+    """embedding: floats, or with `encoding_format: base64` the base64 of them as 32-bit little-endian floats."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(TypedDict):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: PromptUsage
+
+
+class Score(TypedDict):
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreList(TypedDict):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Score]
+    usage: PromptUsage
+
+
+class Document(TypedDict):
+    text: str
+
+
+class Ranked(TypedDict):
+    index: int
+    relevance_score: float
+    document: NotRequired[Document]
+
+
+class RankingUsage(TypedDict):
+    total_tokens: int
+
+
+class Ranking(TypedDict):
+    id: str
+    model: str
+    usage: RankingUsage
+    results: list[Ranked]

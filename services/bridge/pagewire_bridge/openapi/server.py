@@ -1,0 +1,86 @@
+"""The routes that are no API's in the OpenAPI document: tokens, health, administration, pages."""
+
+from __future__ import annotations
+
+from typing_extensions import TypedDict
+
+from pagewire_bridge import chat_page, server, tokenize
+from pagewire_bridge.openai.schema import ChatBody
+from pagewire_bridge.openapi import routes
+from pagewire_bridge.openapi.errors import TGIError
+from pagewire_bridge.openapi.operation import ASKING, ASKING_OF_MODEL, JSON, Api, Operation
+from pagewire_bridge.tgi.answer_types import SimpleToken
+
+
+class Tokens(TypedDict):
+    """token_strs: null unless `return_token_strs` asks for it."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Prompt(TypedDict):
+    prompt: str
+
+
+class Load(TypedDict):
+    server_load: int
+
+
+class Version(TypedDict):
+    version: str
+
+
+_HTML = "text/html"
+
+API = Api(
+    "Server",
+    "vLLM's routes that are not generation, health, administration, and pages.",
+    {
+        tokenize.tokenize: Operation(
+            "A prompt as tokens: `prompt` or `messages` means vLLM's form, `inputs` TGI's, which is answered by a list",
+            tokenize.PromptBody | ChatBody | tokenize.TgiBody,
+            Tokens | list[SimpleToken],
+            raises=ASKING_OF_MODEL,
+            examples={
+                "vLLM: a prompt": {"prompt": "Tokyo", "return_token_strs": True},
+                "vLLM: a chat": {"messages": [{"role": "user", "content": "hi"}]},
+                "TGI": {"inputs": "Tokyo"},
+            },
+        ),
+        tokenize.detokenize: Operation(
+            "Tokens as text",
+            tokenize.DetokenizeBody,
+            Prompt,
+            raises=ASKING_OF_MODEL,
+            examples={"some": {"tokens": [5, 6, 7]}},
+        ),
+        server.health: Operation("Without a body: requests can be served", statuses={503: TGIError}),
+        server.load: Operation("How many requests are in flight", answer=Load),
+        server.reset_prefix_cache: Operation("The workers forget cached blocks that nobody uses", raises=ASKING),
+        server.show_version: Operation("The version of this server", answer=Version),
+        server.metrics: Operation(
+            "Prometheus metrics of the bridge, the router and its workers", others={"text/plain": str}
+        ),
+        chat_page.root: Operation(
+            "The chat page for who accepts text/html, Ollama's banner for others",
+            others={_HTML: str, "text/plain": str},
+        ),
+        chat_page.file: Operation(
+            "The files of the chat page",
+            others={_HTML: str, "text/css": str, "text/javascript": str},
+            refuses=(404,),
+            path_values={"name": tuple(sorted(chat_page.FILES))},
+        ),
+        routes.openapi: Operation("This document", others={JSON: dict[str, object]}),
+        routes.docs: Operation("This document as a page (Swagger UI)", others={_HTML: str}),
+        routes.docs_file: Operation(
+            "The files of that page",
+            others={"text/css": str, "text/javascript": str},
+            refuses=(404,),
+            path_values={"name": tuple(sorted(routes.FILES))},
+        ),
+    },
+)

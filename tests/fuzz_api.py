@@ -1,0 +1,75 @@
+"""Everything that the OpenAPI document allows, and what it does not, asked of the running system by schemathesis.
+
+python tests/fuzz_api.py [--examples 50] [any option of `schemathesis run`, as --seed N or --include-path /v1/models]
+
+Asserted are: no 5xx, no hang, statuses, headers and bodies as documented, nonsense refused, no method that is not
+documented; at the end no leak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import Cluster, running
+from pagewire_cli.serve import demo_model
+
+TESTS = Path(__file__).parent
+FLAGS = ("--kv-cache-memory-bytes=8M", "--max-model-len=128", "--threads=1")
+ROUTER_FLAGS = ("--served-model-name=demo",)
+BRIDGE_FLAGS = ("--tool-call-parser=json", "--enable-auto-tool-choice")
+# Nobody waits longer for an answer of at most 128 tokens, however busy the machine is.
+HANG_S = 60
+CHECKS = (
+    "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
+    "response_schema_conformance", "negative_data_rejection", "unsupported_method", "allow_header_conformance",
+)  # fmt: skip
+
+
+async def fuzz(cluster: Cluster, examples: int, options: Sequence[str] = ()) -> dict[str, Any]:
+    """examples: for each operation, besides those of the document and of the limits in it. Returns the report."""
+    report = cluster.directory / "schemathesis.json"
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"{cluster.base_url}/openapi.json",
+        f"--max-examples={examples}", f"--checks={','.join(CHECKS)}", f"--request-timeout={HANG_S}",
+        "--phases=examples,coverage,fuzzing", "--continue-on-failure", "--no-color", "--warnings=off",
+        "--suppress-health-check=all", "--generation-database=none", "--report=json", f"--report-json-path={report}",
+        *options,
+    ]  # fmt: skip
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": "fuzz_api_hooks", "PYTHONPATH": str(TESTS)}
+    process = await asyncio.create_subprocess_exec(*command, env=environment, cwd=cluster.directory)
+    try:
+        await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    await cluster.settle()
+    found: dict[str, Any] = json.loads(report.read_text())
+    assert process.returncode == found["exit_code"]
+    return found
+
+
+async def main(examples: int, options: Sequence[str]) -> bool:
+    with tempfile.TemporaryDirectory() as directory:
+        cluster = Cluster(
+            demo_model(), Path(directory), worker_flags=FLAGS, router_flags=ROUTER_FLAGS, bridge_flags=BRIDGE_FLAGS
+        )
+        async with running(cluster):
+            found = await fuzz(cluster, examples, options)
+    tested, cases = found["operations"]["tested"], found["test_cases"]
+    print(f"{tested} operations, {cases['generated']} requests, {cases['unique_failures']} failures")
+    return found["exit_code"] == 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=50)
+    known, others = parser.parse_known_args()
+    sys.exit(not asyncio.run(main(known.examples, others)))
