@@ -49,7 +49,6 @@ class Cluster:
     role_flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     router_flags: Sequence[str] = ()
     bridge_flags: Sequence[str] = ()
-    bridge_flags: Sequence[str] = ()
     tls: Path | None = None
     with_faults: bool = False
     network: Network | None = None  # where the workers live, if not beside everybody else
@@ -77,9 +76,7 @@ class Cluster:
         self._add("router", [*script("pagewire-router"), f"--model={self.model}", f"--port={router_port}",
                              f"--redis-url={self.redis_url}", *self._tls("router"), *self.router_flags],
                   router_port)  # fmt: skip
-        self._add("bridge", [*script("pagewire-bridge"), f"--router=127.0.0.1:{router_port}",
-                             f"--port={bridge_port}", *self.bridge_flags, *self._tls("bridge"), *self.bridge_flags],
-                  bridge_port)  # fmt: skip
+        self.add_bridge("bridge", bridge_port)
         await asyncio.gather(*(self.wait_serving(p) for p in self.processes.values() if p.name.partition("-")[0] in (
             "prefill", "decode", "both", "router")))  # fmt: skip
         await self.until(self.healthy, "the bridge is not healthy")
@@ -100,6 +97,13 @@ class Cluster:
                    f"--port={port}", f"--redis-url={self.redis_url}", *self._tls("worker"), *self.worker_flags,
                    *flags]  # fmt: skip
         return self._add(name, command, port, host)
+
+    def add_bridge(self, name: str, port: int) -> Process:
+        """Not waited for."""
+        router = self.processes["router"].address
+        command = [*script("pagewire-bridge"), f"--router={router}", f"--port={port}", f"--redis-url={self.redis_url}",
+                   *self._tls("bridge"), *self.bridge_flags]  # fmt: skip
+        return self._add(name, command, port)
 
     def _tls(self, role: str) -> list[str]:
         return certificates.flags(self.tls, role) if self.tls else []

@@ -64,7 +64,8 @@ ROUTES = [
     ("GET", "/version"), ("GET", "/load"), ("POST", "/generate"), ("POST", "/generate_stream"), ("POST", "/"),
     ("GET", "/info"), ("POST", "/tokenize"), ("POST", "/invocations"), ("POST", "/vertex"),
     ("POST", "/v2/models/m/infer"), ("POST", "/api/chat"), ("POST", "/api/generate"), ("GET", "/api/tags"),
-    ("GET", "/api/version"), ("POST", "/v1/messages"), ("GET", "/nowhere"),
+    ("GET", "/api/version"), ("POST", "/v1/messages"), ("GET", "/nowhere"), ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/resp_1"), ("DELETE", "/v1/responses/resp_1"),
 ]  # fmt: skip
 
 

@@ -55,6 +55,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "router": ("h:1", "h:1"),
     "api-key": ("a,b", "a,b"),
     "api-keys-file": ("/etc/keys.yaml", "/etc/keys.yaml"),
+    "response-store-ttl": ("600", 600.0),
     "allowed-origins": ('["https://a.example"]', ("https://a.example",)),
     "ollama-port": ("11434", 11434),
     "ssl-keyfile": ("/edge.key", "/edge.key"),

@@ -44,6 +44,7 @@ class AnswerParser:
         self._tools = tools
         self._reasoning = reasoning.parser(prompt_tail) if reasoning else None
         self._counted = _in_bytes(reasoning).parser(prompt_tail) if reasoning else None
+        self._undecided: list[TokenText] = []
         self.num_thought = 0  # tokens
         self.num_calls = 0
 
@@ -55,13 +56,30 @@ class AnswerParser:
         pieces = self._called(self._reasoning.finish() if self._reasoning else [])
         return self._noted(joined([*pieces, *(self._tools.finish() if self._tools else [])]))
 
-    def count(self, tokens: Sequence[TokenText]) -> None:
-        """Counts the tokens of the thoughts, by their bytes: text and tokens do not always come together."""
+    def count(self, tokens: Sequence[TokenText]) -> Sequence[TokenText]:
+        """Counts the tokens of the thoughts, by their bytes: text and tokens do not always come together.
+
+        Returns those of the answer after them.
+        """
         if self._counted is None or self._counted.answering:
-            return
+            return tokens
+        after: list[TokenText] = []
         for token in tokens:
-            self._counted.push(token.bytes.decode("latin-1"))
+            pieces = self._counted.push(token.bytes.decode("latin-1"))
             self.num_thought += self._counted.thinking
+            self._undecided.append(token)
+            if self._counted.thinking:
+                self._undecided.clear()
+            after += self._last_undecided(sum(len(piece.text) for piece in pieces if isinstance(piece, Text)))
+        return after
+
+    def _last_undecided(self, num_bytes: int) -> list[TokenText]:
+        """The tokens that a text came in; what begins like a mark is said late."""
+        taken: list[TokenText] = []
+        while num_bytes > 0 and self._undecided:
+            taken.insert(0, self._undecided.pop())
+            num_bytes -= len(taken[0].bytes)
+        return taken
 
     def _noted(self, pieces: list[Piece]) -> list[Piece]:
         self.num_calls += sum(isinstance(piece, Call) for piece in pieces)

@@ -29,6 +29,10 @@ from pagewire_bridge.observe import BridgeMetrics, Observe
 from pagewire_bridge.ollama.embed import ROUTES as OLLAMA_EMBED_ROUTES
 from pagewire_bridge.ollama.routes import ROUTES as OLLAMA_ROUTES
 from pagewire_bridge.openai.embeddings import ROUTES as EMBEDDING_ROUTES
+from pagewire_bridge.openai.responses.background import BackgroundRuns
+from pagewire_bridge.openai.responses.routes import ROUTES as RESPONSES_ROUTES
+from pagewire_bridge.openai.responses.shelf import open_shelf
+from pagewire_bridge.openai.responses.store import ResponseStore
 from pagewire_bridge.openai.routes import ROUTES as OPENAI_ROUTES
 from pagewire_bridge.openapi.document import document
 from pagewire_bridge.openapi.routes import ROUTES as OPENAPI_ROUTES
@@ -44,6 +48,8 @@ class State(TypedDict):
     client: RouterClient
     metrics: BridgeMetrics
     answers: AnswerFormat
+    responses: ResponseStore
+    background: BackgroundRuns
     document: Callable[[], bytes]
 
 
@@ -71,6 +77,7 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 ROUTES = (
     *OPENAI_ROUTES,
+    *RESPONSES_ROUTES,
     *EMBEDDING_ROUTES,
     *TGI_ROUTES,
     *OLLAMA_ROUTES,
@@ -90,24 +97,34 @@ def create_app(
     answers: AnswerFormat = NO_FORMAT,
     keys: KeyRing | None = None,
     redis_url: str | None = None,
+    response_ttl_s: float = 86400.0,
     allowed_origins: Sequence[str] = (),
 ) -> ASGIApp:
     """The ASGI application.
 
     open_client is called in the serving event loop, on_ready just before requests are taken. answers: how the model
-    writes calls and thoughts. redis_url: where the limits of keys are counted. allowed_origins: whose web pages may
-    call it.
+    writes calls and thoughts. redis_url: where the limits of keys are counted and responses are stored.
+    response_ttl_s: for how long. allowed_origins: whose web pages may call it.
     """
     bridge_metrics, limiter = BridgeMetrics(), RateLimiter(redis_url)
     made = functools.cache(lambda: orjson.dumps(document(ROUTES, with_keys=bool(keys))))
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[State]:
-        client = open_client()
+        client, shelf, background = open_client(), open_shelf(redis_url), BackgroundRuns()
         on_ready()
-        yield {"client": client, "metrics": bridge_metrics, "answers": answers, "document": made}
+        yield {
+            "client": client,
+            "metrics": bridge_metrics,
+            "answers": answers,
+            "responses": ResponseStore(shelf, response_ttl_s),
+            "background": background,
+            "document": made,
+        }
+        await background.close()
         await client.close()
         await limiter.close()
+        await shelf.close()
 
     app = Starlette(
         routes=ROUTES,

@@ -47,17 +47,17 @@ def to_object(data: bytes) -> dict[str, Any]:
     return fields
 
 
-def validated(model: type[Body], fields: Mapping[str, Any]) -> Body:
-    """Raises InvalidRequest for the first field that is missing or wrong."""
+def validated(model: type[Body], fields: Mapping[str, Any], where: str = "") -> Body:
+    """Raises InvalidRequest for the first field that is missing or wrong. where: the place of `fields` in the body."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _first_mistake(error) from None
+        raise _first_mistake(error, where) from None
 
 
-def _first_mistake(error: ValidationError) -> InvalidRequest:
+def _first_mistake(error: ValidationError, where: str) -> InvalidRequest:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = _dotted(first["loc"])
+    param = _dotted((where, *first["loc"]) if where else first["loc"])
     if first["type"] == "missing":
         return InvalidRequest(f"`{param}` is required.", param)
     message = first["msg"]

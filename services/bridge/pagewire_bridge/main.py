@@ -103,6 +103,7 @@ def serve(flags: argparse.Namespace) -> None:
         ),
         keys=keys,
         redis_url=with_certificates(flags.redis_url, tls),
+        response_ttl_s=flags.response_store_ttl,
         allowed_origins=flags.allowed_origins,
     )
     # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -14,11 +15,14 @@ from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.generation import Generation
 
 
-def begin(request: Request, asked: Sequence[GenerateRequest], n: int) -> Generation:
-    """The calls behind a request, one for each prompt, for the tenant whose key it has shown."""
+def begin(request: Request, asked: Sequence[GenerateRequest], n: int, *, detached: bool = False) -> Generation:
+    """The calls behind a request, one for each prompt, for the tenant whose key it has shown.
+
+    detached: nobody in front of us waits for the answer.
+    """
     for one in asked:
         one.tenant = request.state.tenant
-    client, allowed_s = client_of(request), time_allowed(request)
+    client, allowed_s = client_of(request), math.inf if detached else time_allowed(request)
     return Generation([client.generate(one, allowed_s) for one in asked], n, request.state.charge)
 
 

@@ -164,6 +164,8 @@ FLAGS: dict[str, Flag] = {
     "router": Flag(None, "host:port of the router"),
     "api-key": Flag("", "keys that clients must show, comma-separated; PAGEWIRE_API_KEY keeps them from `ps`"),
     "api-keys-file": Flag(None, "a YAML list of named keys with tenants and limits (`pagewire key` makes entries)"),
+    "response-store-ttl": Flag(86400.0, "seconds that stored responses (/v1/responses) are kept after their last use",
+                               seconds),
     "allowed-origins": Flag((), "web pages of these origins may call the APIs, as a JSON list; [\"*\"]: any", origins),
     "ollama-port": Flag(None, "a second port with the same APIs, for Ollama's clients, which expect 11434", port),
     "ssl-keyfile": Flag(None, "PEM private key of the HTTPS server; without it, it speaks plain HTTP"),
@@ -207,7 +209,7 @@ WORKER_FLAGS = (
 )  # fmt: skip
 BRIDGE_FLAGS = (
     "router", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser",
-    "host", "port", "redis-url", "api-key", "api-keys-file", "allowed-origins", "ollama-port",
+    "host", "port", "redis-url", "api-key", "api-keys-file", "response-store-ttl", "allowed-origins", "ollama-port",
     "request-timeout", "send-timeout", "graceful-termination-timeout", *SSL_FLAGS, *TLS_FLAGS,
     "log-format", "log-level",
 )  # fmt: skip

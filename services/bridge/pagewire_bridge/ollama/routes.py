@@ -14,11 +14,11 @@ from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import RouterClient, client_of
 from pagewire_bridge.ollama import models
 from pagewire_bridge.ollama.answer import Answer, line, lines, whole
-from pagewire_bridge.ollama.prompt_fit import cut_to_fit
 from pagewire_bridge.ollama.schema import ChatBody, GenerateBody, ModelBody
 from pagewire_bridge.ollama.translate import as_chat, ignored, to_chat_of, to_generate_request, to_model
 from pagewire_bridge.openai.tool_use import parser_of
 from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.prompt_fit import cut_to_fit
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by

@@ -112,14 +112,11 @@ class StreamOptions(_Body):
     include_usage: bool | None = None
 
 
-class GenerationBody(_Body):
-    """What both endpoints take. `model` absent: the only model."""
+class SamplingBody(_Body):
+    """What every endpoint that generates takes. `model` absent: the only model."""
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -140,26 +137,34 @@ class GenerationBody(_Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    add_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
-    request_id: Annotated[_RequestId | None, AfterValidator(_request_id)] = None
-    return_token_ids: bool | None = None
-    echo: bool | None = None
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
-
-    def length_limit(self) -> int | None:
-        """Tokens asked for at most; None: what fits."""
-        return self.max_tokens
 
     @property
     def session_id(self) -> str:
         """Requests of one session are best placed where the one before was."""
         return self.prompt_cache_key or self.user or ""
+
+
+class GenerationBody(SamplingBody):
+    """What chats and completions take."""
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: TokenCount | None = None
+    add_special_tokens: bool | None = None
+    request_id: Annotated[_RequestId | None, AfterValidator(_request_id)] = None
+    return_token_ids: bool | None = None
+    echo: bool | None = None
+    response_format: ResponseFormat | None = None
+
+    def length_limit(self) -> int | None:
+        """Tokens asked for at most; None: what fits."""
+        return self.max_tokens
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -35,6 +35,10 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 _UNSUPPORTED_IN_MESSAGE = ("audio", "function_call")
 # Of chats; other APIs do not have them.
 _UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {"tool_choice": ("none", "auto"), "tools": ([],)}
+# Of OpenAI's Responses API.
+_UNSUPPORTED_IN_RESPONSES: dict[str, tuple[object, ...]] = {
+    "context_management": ([],), "conversation": (), "image": (), "prompt": ()
+}  # fmt: skip
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_NAMED = 32
 
@@ -45,7 +49,15 @@ def _refused(value: object, harmless: Iterable[object]) -> bool:
 
 def refuse_unsupported(body: Mapping[str, object], chat: bool) -> None:
     """Raises InvalidRequest for the first field that asks for what this version does not do."""
-    unsupported = _UNSUPPORTED if chat else _UNSUPPORTED | _UNSUPPORTED_IN_COMPLETIONS
+    _refuse(body, _UNSUPPORTED if chat else _UNSUPPORTED | _UNSUPPORTED_IN_COMPLETIONS)
+
+
+def refuse_unsupported_in_responses(body: Mapping[str, object]) -> None:
+    """The same for POST /v1/responses."""
+    _refuse(body, _UNSUPPORTED | _UNSUPPORTED_IN_RESPONSES)
+
+
+def _refuse(body: Mapping[str, object], unsupported: Mapping[str, Iterable[object]]) -> None:
     for name, harmless in unsupported.items():
         if _refused(body.get(name), harmless):
             raise InvalidRequest(f"`{name}` is not supported yet.", name)

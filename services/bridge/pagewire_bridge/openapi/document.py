@@ -18,12 +18,13 @@ from pagewire_bridge.access import is_for_administrators, is_open
 from pagewire_bridge.anthropic.operations import API as ANTHROPIC
 from pagewire_bridge.ollama.operations import API as OLLAMA
 from pagewire_bridge.openai.operations import API as OPENAI
+from pagewire_bridge.openai.responses.operations import API as RESPONSES
 from pagewire_bridge.openapi import errors, headers
 from pagewire_bridge.openapi.operation import EVENTS, JSON, LINES, Api, Endpoint, Operation, Raises
 from pagewire_bridge.openapi.server import API as SERVER
 from pagewire_bridge.tgi.operations import API as TGI
 
-APIS: tuple[Api, ...] = (OPENAI, TGI, OLLAMA, ANTHROPIC, SERVER)
+APIS: tuple[Api, ...] = (OPENAI, RESPONSES, TGI, OLLAMA, ANTHROPIC, SERVER)
 
 Fields = dict[str, Any]
 _Mode = Literal["validation", "serialization"]
@@ -122,6 +123,7 @@ def _parameters(path: str, operation: Operation) -> list[Fields]:
         values = operation.path_values.get(name)
         schema = {"type": "string", **({"enum": [*values]} if values else {"minLength": 1})}
         parameters.append({"name": name, "in": "path", "required": True, "schema": schema})
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
     return [*parameters, {"$ref": "#/components/parameters/RequestId"}]
 
 

@@ -36,7 +36,7 @@ class Operation:
     answer: the type of a whole JSON answer. others: other media types of an answer: the type of each event of a stream
     or of each line; str for text. headers: names of response headers of the API, see `headers.py`. refuses: statuses
     that come without a PagewireError. statuses: those that are no errors of the API, with their type. path_values:
-    those that a path parameter may have.
+    those that a path parameter may have. query: schemas of the parameters in a query, all optional.
     """
 
     summary: str
@@ -49,6 +49,7 @@ class Operation:
     headers: tuple[str, ...] = ()
     examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     path_values: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def content(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ollama's way with a prompt that is too long: it is cut, and the answer says so."""
+"""A prompt that is too long is cut where the client lets it be: Ollama's way, and OpenAI's `truncation: "auto"`."""
 
 from __future__ import annotations
 

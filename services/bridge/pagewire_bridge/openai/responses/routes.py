@@ -1,0 +1,195 @@
+"""OpenAI's Responses API: read, find the conversation, ask the router, answer, store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+
+from pagewire_core.errors import ContextLength, InvalidRequest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pagewire_bridge.body import read_body
+from pagewire_bridge.client import client_of
+from pagewire_bridge.disconnect import until_disconnect
+from pagewire_bridge.openai.responses.answer import encoded, events, whole
+from pagewire_bridge.openai.responses.asked import Asked, store_of, understand
+from pagewire_bridge.openai.responses.background import BackgroundRun, BackgroundRuns, follow
+from pagewire_bridge.openai.responses.items import Fields
+from pagewire_bridge.openai.responses.store import Record
+from pagewire_bridge.openai.responses.translate import blaming_input, parse_body
+from pagewire_bridge.openai.translate import blaming
+from pagewire_bridge.prompt_fit import cut_to_fit
+from pagewire_bridge.respond import begin, respond
+from pagewire_bridge.responses import json_response
+from pagewire_bridge.served_by import served_by
+from pagewire_bridge.sse import EventStream
+
+DEFAULT_PAGE, MAX_PAGE = 20, 100
+_ACCEPTED_S = 1.0  # what a refusal of a background response may take to be its answer
+
+
+async def create(request: Request) -> Response:
+    body = parse_body(await read_body(request))
+    with blaming_input():
+        asked = await understand(request, body)
+        with blaming(asked.chat):
+            return await _answer(asked)
+
+
+async def _answer(asked: Asked) -> Response:
+    """A conversation that is too long is cut if it may be, and asked again."""
+    answer = _in_background if asked.body.background else _in_foreground
+    try:
+        return await answer(asked)
+    except ContextLength:
+        if asked.body.truncation != "auto":
+            raise
+    removed = await cut_to_fit(client_of(asked.request), asked.generate, None)
+    asked.headers["x-pagewire-prompt-truncated"] = str(removed)
+    return await answer(asked)
+
+
+async def _in_foreground(asked: Asked) -> Response:
+    generation, answer = begin(asked.request, [asked.generate], 1), asked.answer()
+
+    async def answer_whole() -> Response:
+        asked.accept(answer, generation)
+        await whole(answer, generation)
+        await asked.keep(answer)
+        return json_response(answer.response, headers={**asked.headers, **served_by(generation.summaries)})
+
+    async def told() -> AsyncGenerator[bytes]:
+        """The end is stored before it is told: the client may go on from it at once."""
+        for event in answer.begin():
+            yield encoded(event)
+        async for event in events(answer, generation):
+            yield encoded(event)
+        await asked.keep(answer)
+        yield encoded(answer.last())
+
+    def answer_events() -> Response:
+        asked.accept(answer, generation)
+        return EventStream(told(), generation.close, asked.headers)
+
+    stream = answer_events if asked.body.stream else None
+    return await respond(asked.request, generation, stream=stream, whole=answer_whole)
+
+
+async def _in_background(asked: Asked) -> Response:
+    """Answers when it is accepted, or has waited for that for a while. Raises PagewireError."""
+    generation = begin(asked.request, [asked.generate], 1, detached=True)
+    opening = asyncio.create_task(generation.open())
+    run, started = BackgroundRun(asked, generation, opening), False
+    try:
+        await until_disconnect(asked.request.receive, asyncio.wait({opening}, timeout=_ACCEPTED_S))
+        if opening.done():
+            opening.result()
+        await run.begin()
+        runs: BackgroundRuns = asked.request.state.background
+        runs.start(run.run())
+        started = True
+    finally:
+        if not started:
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            await generation.close()
+    if asked.body.stream:
+        return _followed(asked.request, asked.response_id, 0, asked.headers)
+    return json_response(run.answer.response, headers=asked.headers)
+
+
+def _followed(request: Request, response_id: str, first: int, headers: dict[str, str]) -> Response:
+    """Whoever reads it may leave, and come back for the rest."""
+
+    async def close() -> None:
+        pass  # it goes on
+
+    told = follow(store_of(request), request.state.tenant, response_id, first)
+    return EventStream(told, close, headers)
+
+
+async def retrieve(request: Request) -> Response:
+    record, asked = await _found(request), request.query_params
+    if asked.get("stream", "false") not in ("true", "false"):
+        raise InvalidRequest("`stream` must be true or false.", "stream")
+    if asked.get("stream") != "true":
+        return json_response(record.response)
+    after, response_id = asked.get("starting_after", ""), record.response["id"]
+    if after and not (after.isdecimal() and len(after) < 10):
+        raise InvalidRequest("`starting_after` must be the number of an event.", "starting_after")
+    if not record.has_events:
+        raise InvalidRequest("Only what was created with `background` and `stream` can be streamed again.", "stream")
+    if not await store_of(request).told(request.state.tenant, response_id, 0):
+        raise InvalidRequest("The events of this response are not kept any more.", "stream")
+    return _followed(request, response_id, int(after) + 1 if after else 0, {})
+
+
+async def delete(request: Request) -> Response:
+    response_id = request.path_params["response_id"]
+    if not await store_of(request).delete(request.state.tenant, response_id):
+        raise _not_found(response_id)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+async def cancel(request: Request) -> Response:
+    """Of one that has ended: what it is."""
+    record, tenant = await _found(request), request.state.tenant
+    if not record.response["background"]:
+        raise InvalidRequest("Only a response that was created with `background: true` can be cancelled.")
+    if record.is_running:
+        record.response["status"] = "cancelled"
+        if not await store_of(request).change(tenant, record):
+            record = await _found(request)  # it has ended in between
+    return json_response(record.response)
+
+
+async def input_items(request: Request) -> Response:
+    """Everything that the model was given: also what came before, oldest last unless `order` says otherwise."""
+    record = await _found(request)
+    before = await store_of(request).conversation(request.state.tenant, record.response["previous_response_id"])
+    return json_response(_page([*before.items, *record.input], request.query_params))
+
+
+def _page(items: list[Fields], asked: Mapping[str, str]) -> Fields:
+    limit, order, after = asked.get("limit", str(DEFAULT_PAGE)), asked.get("order", "desc"), asked.get("after")
+    if not (limit.isdecimal() and len(limit) < 10 and 1 <= int(limit) <= MAX_PAGE):
+        raise InvalidRequest(f"`limit` must be a whole number from 1 to {MAX_PAGE}.", "limit")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("`order` must be asc or desc.", "order")
+    ordered = items if order == "asc" else items[::-1]
+    ids = [item["id"] for item in ordered]
+    if after is not None and after not in ids:
+        raise InvalidRequest(f"Item with id '{after}' not found.", "after")
+    begin_at = 0 if after is None else ids.index(after) + 1
+    page = ordered[begin_at : begin_at + int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": begin_at + len(page) < len(ordered),
+    }
+
+
+async def _found(request: Request) -> Record:
+    response_id = request.path_params["response_id"]
+    record = await store_of(request).find(request.state.tenant, response_id)
+    if record is None:
+        raise _not_found(response_id)
+    return record
+
+
+def _not_found(response_id: str) -> HTTPException:
+    return HTTPException(404, f"Response with id '{response_id}' not found.")
+
+
+ROUTES = [
+    Route("/v1/responses", create, methods=["POST"]),
+    Route("/v1/responses/{response_id}", retrieve, methods=["GET"]),
+    Route("/v1/responses/{response_id}", delete, methods=["DELETE"]),
+    Route("/v1/responses/{response_id}/cancel", cancel, methods=["POST"]),
+    Route("/v1/responses/{response_id}/input_items", input_items, methods=["GET"]),
+]

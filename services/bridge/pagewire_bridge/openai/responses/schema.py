@@ -1,0 +1,109 @@
+"""The request body of OpenAI's Responses API, with vLLM's extra parameters, as a pydantic model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pagewire_core.errors import InvalidRequest
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from pagewire_bridge.openai.responses.items import InputItem, input_items
+from pagewire_bridge.openai.schema import SamplingBody, TokenCount
+from pagewire_bridge.openai.tools import MAX_TOOLS, ToolName
+
+_UINT32_MAX = 2**32 - 1
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+_Items = Annotated[list[InputItem], Field(min_length=1)]  # as they are described
+# What answers of other kinds could include is no part of ours, so that asking for it asks for nothing.
+Includable = Literal[
+    "message.output_text.logprobs", "reasoning.encrypted_content", "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url", "file_search_call.results", "message.input_image.image_url",
+    "web_search_call.action.sources", "web_search_call.results",
+]  # fmt: skip
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class FunctionTool(_Shape):
+    """strict is true unless it is said otherwise, as OpenAI has it here (and not in chats)."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = True
+
+
+class FunctionChoice(_Shape):
+    type: Literal["function"]
+    name: str
+
+
+class AllowedChoice(_Shape):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice]
+
+
+class TextFormat(_Shape):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise InvalidRequest("`text.format.schema` is required.", "text.format.schema")
+        return self
+
+
+class TextConfig(_Shape):
+    format: TextFormat | None = None
+
+
+class Reasoning(_Shape):
+    effort: Annotated[str, Field(max_length=32)] | None = None
+
+
+class ResponsesBody(SamplingBody):
+    """POST /v1/responses. input: a string, or items of the conversation."""
+
+    input: Annotated[list[dict[str, Any]], PlainValidator(input_items, json_schema_input_type=str | _Items)]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    background: bool | None = None
+    max_output_tokens: TokenCount | None = None
+    max_tool_calls: int | None = None
+    metadata: Metadata | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[Includable] | None = None
+    safety_identifier: Annotated[str, Field(max_length=1024)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
+
+    @property
+    def with_logprobs(self) -> bool:
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
+
+    @property
+    def is_stored(self) -> bool:
+        return self.store is not False
+
+    @model_validator(mode="after")
+    def _consistent_response(self) -> Self:
+        if self.background and not self.is_stored:
+            raise InvalidRequest("`background` needs `store`: who asks later must find it.", "background")
+        return self

@@ -1,0 +1,123 @@
+"""The Responses API as OpenAI's chat, which is then asked for, and what of a response is known before its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pagewire_core.errors import InvalidRequest
+
+from pagewire_bridge.body import to_object, validated
+from pagewire_bridge.openai.responses.items import Fields, to_messages
+from pagewire_bridge.openai.responses.schema import FunctionChoice, ResponsesBody, TextFormat
+from pagewire_bridge.openai.schema import ChatBody, SamplingBody
+from pagewire_bridge.openai.unsupported import refuse_unsupported_in_responses
+
+# What is one field here and another one of the chat.
+_BLAMED = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens",
+           "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}  # fmt: skip
+_ECHOED = ("instructions", "previous_response_id", "max_output_tokens", "max_tool_calls", "temperature", "top_p",
+           "user", "safety_identifier", "prompt_cache_key")  # fmt: skip
+
+
+def parse_body(data: bytes) -> ResponsesBody:
+    """Raises InvalidRequest: not a JSON object, a bad field, or one that asks for what this version does not do."""
+    fields = to_object(data)
+    refuse_unsupported_in_responses(fields)
+    return validated(ResponsesBody, fields)
+
+
+def ignored_fields(body: ResponsesBody) -> list[str]:
+    """Names of the fields that have no effect; a nested one carries its parent's name."""
+    names = list(body.model_extra or ())
+    for parent in ("text", "reasoning"):
+        nested = getattr(body, parent)
+        names += [f"{parent}.{name}" for name in (nested.model_extra if nested else None) or ()]
+    if "reasoning.encrypted_content" in (body.include or ()):
+        names.append("include.reasoning.encrypted_content")
+    return names
+
+
+def to_chat_body(body: ResponsesBody, items: Iterable[Fields]) -> ChatBody:
+    """items: the whole conversation, in order. Raises InvalidRequest."""
+    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    return validated(
+        ChatBody,
+        {
+            **{name: getattr(body, name) for name in SamplingBody.model_fields},
+            "messages": [*system, *to_messages(items)],
+            "max_completion_tokens": body.max_output_tokens,
+            "logprobs": body.with_logprobs,
+            "top_logprobs": (body.top_logprobs or 0) if body.with_logprobs else None,
+            "response_format": _response_format(body.text.format if body.text else None),
+            "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+            "chat_template_kwargs": body.chat_template_kwargs,
+            "thinking_token_budget": body.thinking_token_budget,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            **_tools(body),
+        },
+    )
+
+
+def _response_format(form: TextFormat | None) -> Fields | None:
+    if form is None or form.type != "json_schema":
+        return {"type": form.type} if form else None
+    schema = {"name": form.name, "description": form.description, "schema": form.schema_, "strict": form.strict}
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def _tools(body: ResponsesBody) -> Fields:
+    """`tools: []` asks for nothing here: clients send it."""
+    named = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools or ()]
+    choice: Any = body.tool_choice
+    if isinstance(choice, FunctionChoice):
+        choice = _named(choice)
+    elif choice is not None and not isinstance(choice, str):
+        allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    return {"tools": named or None, "tool_choice": choice}
+
+
+def _named(choice: FunctionChoice) -> Fields:
+    return {"type": "function", "function": {"name": choice.name}}
+
+
+@contextmanager
+def blaming_input() -> Iterator[None]:
+    """A mistake that shows only in the chat is told by the name of the field it came in."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.param = _BLAMED.get(error.param, error.param)
+        raise
+
+
+def to_head(body: ResponsesBody, response_id: str, model: str, created_at: int) -> Fields:
+    """Everything of a response object that its answer does not change."""
+    tier = {"service_tier": "default" if body.service_tier == "auto" else body.service_tier}
+    form = body.text.format if body.text and body.text.format else TextFormat(type="text")
+    tools = [tool.model_dump() for tool in body.tools or ()]
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": created_at,
+        "model": model,
+        "background": bool(body.background),
+        "store": body.is_stored,
+        **{name: getattr(body, name) for name in _ECHOED},
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},
+        "tools": tools,
+        "tool_choice": _echoed_choice(body),
+        "top_logprobs": body.top_logprobs or 0,
+        "truncation": body.truncation or "disabled",
+        **(tier if body.service_tier else {}),
+    }
+
+
+def _echoed_choice(body: ResponsesBody) -> str | Mapping[str, Any]:
+    choice = body.tool_choice or "auto"
+    return choice if isinstance(choice, str) else choice.model_dump()

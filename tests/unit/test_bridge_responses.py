@@ -1,0 +1,496 @@
+"""OpenAI's Responses API: its translation, the order of its events, and what is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai.types.responses import Response
+from pagewire.v1.inference_pb2 import GenerateRequest
+from pagewire_bridge.answer_parser import AnswerFormat
+from pagewire_bridge.app import create_app
+from pagewire_bridge.client import RouterClient
+from pagewire_bridge.keys import ApiKey, KeyRing, digest_of
+from pagewire_bridge.main import build_server, listen
+from pagewire_bridge.openai.responses.schema import ResponsesBody
+from pagewire_bridge.openai.responses.shelf import LocalShelf, Shelf, open_shelf
+from pagewire_bridge.openai.responses.store import Record, ResponseStore
+from pagewire_bridge.reasoning import REASONING_FORMATS
+from pagewire_bridge.tools.families import TOOL_FORMATS
+from pagewire_core.errors import ContextLength, InvalidRequest, Unavailable
+from processes import free_port, redis_binary
+from response_events import TEXT, WEATHER, Fields, in_parts, read_back
+from scripted_router import (
+    HELLO,
+    STOP,
+    Bridge,
+    Events,
+    Script,
+    ScriptedRouter,
+    accepted,
+    delta,
+    eventually,
+    refuses,
+    running_bridge,
+    running_router,
+    says,
+    stalls_after,
+    summary,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+ANSWERS = AnswerFormat(TOOL_FORMATS["hermes"], True, REASONING_FORMATS["qwen3"])
+USAGE = {
+    "input_tokens": 7, "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0}, "output_tokens": 3,
+    "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 10,
+}  # fmt: skip
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running() -> AsyncIterator[Bridge]:
+    async with running_bridge(answers=ANSWERS) as bridge:
+        yield bridge
+
+
+@pytest.fixture
+def bridge(running: Bridge) -> Bridge:
+    running.router.reset()
+    return running
+
+
+async def ask(bridge: Bridge, **fields: Any) -> httpx.Response:
+    return await bridge.http.post("/v1/responses", json={"model": "demo", "input": "hi", **fields})
+
+
+async def streamed(bridge: Bridge, **fields: Any) -> list[Fields]:
+    """The events, whose names are their types."""
+    response = await ask(bridge, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    events = []
+    for block in response.text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+# ---------------------------------------------------------------- over HTTP
+
+
+async def test_an_answer_has_every_key_of_a_response(bridge: Bridge) -> None:
+    response = await ask(bridge, metadata={"a": "b"}, user="u", service_tier="auto", tools=[], verbosity="low",
+                         text={"verbosity": "low"}, reasoning={"summary": "auto"})  # fmt: skip
+    body = response.json()
+    assert response.headers["x-pagewire-ignored-fields"] == "reasoning.summary,text.verbosity,verbosity"
+    assert response.headers["x-pagewire-cached-tokens"] == "4"
+    assert abs(body.pop("created_at") - body.pop("completed_at")) <= 1
+    suffix = response.headers["x-request-id"]
+    part = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
+    assert body == {
+        "id": f"resp_{suffix}", "object": "response", "status": "completed", "model": "demo", "usage": USAGE,
+        "output": [{"id": f"msg_{suffix}_0", "type": "message", "role": "assistant", "status": "completed",
+                    "content": [part]}],
+        "background": False, "store": True, "error": None, "incomplete_details": None, "instructions": None,
+        "previous_response_id": None, "max_output_tokens": None, "max_tool_calls": None, "temperature": None,
+        "top_p": None, "user": "u", "safety_identifier": None, "prompt_cache_key": None, "metadata": {"a": "b"},
+        "parallel_tool_calls": True, "reasoning": {"effort": None, "summary": None},
+        "text": {"format": {"type": "text"}}, "tools": [], "tool_choice": "auto", "top_logprobs": 0,
+        "truncation": "disabled", "service_tier": "default",
+    }  # fmt: skip
+    final = read_back(await streamed(bridge))
+    assert final["usage"] == USAGE and final["output"][0]["content"] == [part]
+
+
+async def test_thoughts_and_calls_are_items_and_go_back_as_they_came(bridge: Bridge) -> None:
+    bridge.router.script = says(accepted(), *(delta(c) for c in in_parts(TEXT, range(0, 400, 7))), delta(finish=STOP),
+                                summary())  # fmt: skip
+    first = await bridge.openai.responses.create(model="demo", input="hi", tools=[WEATHER])  # type: ignore[list-item]
+    assert [item.type for item in first.output] == ["reasoning", "message", "function_call", "function_call"]
+    call = first.output[2]
+    assert call.type == "function_call" and call.name == "get_weather" and json.loads(call.arguments)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    await bridge.openai.responses.create(model="demo", input=[result], previous_response_id=first.id)
+    by_id = bridge.router.requests[-1].chat.messages
+    stateless: Any = [{"role": "user", "content": "hi"}, *(item.model_dump() for item in first.output), result]
+    await bridge.openai.responses.create(model="demo", input=stateless, store=False)
+    referred: Any = [{"role": "user", "content": "hi"}, *({"id": item.id} for item in first.output), result]
+    await bridge.openai.responses.create(model="demo", input=referred, store=False)
+    by_items, by_reference = (request.chat.messages for request in bridge.router.requests[-2:])
+    assert by_id == by_items == by_reference
+    assert [message.role for message in by_id] == ["user", "assistant", "tool"]
+    turn = json.loads(by_id[1].fields_json)
+    assert by_id[1].content == "Ok, ünd." and turn["reasoning"] == "Which?" and len(turn["tool_calls"]) == 2
+
+
+async def test_a_conversation_goes_on_from_what_is_stored(bridge: Bridge) -> None:
+    """Instructions are not carried over, as at OpenAI."""
+    client = bridge.openai.responses
+    first = await client.create(model="demo", input="one", instructions="be kind")
+    second = await client.create(model="demo", input="two", previous_response_id=first.id)
+    await client.create(model="demo", input="three", previous_response_id=second.id, instructions="be brief")
+    asked = bridge.router.requests[-1]
+    assert [(m.role, m.content) for m in asked.chat.messages] == [
+        ("system", "be brief"), ("user", "one"), ("assistant", "Hello"), ("user", "two"), ("assistant", "Hello"),
+        ("user", "three"),
+    ]  # fmt: skip
+    assert {request.session_id for request in bridge.router.requests} == {first.id}
+    assert (await client.retrieve(second.id)).model_dump() == second.model_dump()
+    items = await client.input_items.list(second.id, order="asc", limit=2)
+    assert [item.content[0].text for item in items.data] == ["one", "Hello"] and items.has_more  # type: ignore[union-attr]
+    assert [item.content[0].text async for item in client.input_items.list(second.id, limit=1)] == [  # type: ignore[union-attr]
+        "two", "Hello", "one"]  # fmt: skip
+    for query in ("limit=0", "limit=101", "limit=" + "9" * 5000, "limit=x", "order=up", "after=msg_1"):
+        refused = await bridge.http.get(f"/v1/responses/{second.id}/input_items?{query}")
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == query.partition("=")[0]
+    for query in ("stream=1", "stream=true&starting_after=-1", "stream=true&starting_after=" + "9" * 5000):
+        assert (await bridge.http.get(f"/v1/responses/{second.id}?{query}")).status_code == 400
+    await client.delete(first.id)
+    for call in (client.retrieve(first.id), client.delete(first.id), client.retrieve("resp_x")):
+        with pytest.raises(NotFoundError):
+            await call
+    with pytest.raises(BadRequestError) as lost:
+        await client.create(model="demo", input="x", previous_response_id=second.id)
+    assert lost.value.param == "previous_response_id" and first.id in lost.value.message
+
+
+async def test_what_is_not_to_be_stored_is_not(bridge: Bridge) -> None:
+    answer = await bridge.openai.responses.create(model="demo", input="x", store=False)
+    assert answer.store is False  # type: ignore[attr-defined]
+    with pytest.raises(NotFoundError):
+        await bridge.openai.responses.retrieve(answer.id)
+
+
+async def test_a_clients_request_id_names_no_response(bridge: Bridge) -> None:
+    """The id that a proxy gives to every try would have one response overwrite another."""
+    headers = {"x-request-id": "mine"}
+    ids = [(await bridge.http.post("/v1/responses", json={"input": "x"}, headers=headers)).json()["id"] for _ in "ab"]
+    assert ids[0] != ids[1] and all(bridge.router.requests[-i].request_id == "mine" for i in (1, 2))
+
+
+async def test_a_failure_in_the_middle_is_a_response_that_failed(bridge: Bridge) -> None:
+    async def lost(_request: GenerateRequest) -> Events:
+        yield accepted()
+        yield delta("Hel")
+        raise Unavailable("The decode worker was lost.")
+
+    bridge.router.script = lost
+    final = read_back(await streamed(bridge))
+    assert final["status"] == "failed" and final["usage"] is None and "completed_at" not in final
+    assert final["error"] == {"code": "server_error", "message": "The decode worker was lost."}
+    assert final["output"][0]["status"] == "incomplete" and final["output"][0]["content"][0]["text"] == "Hel"
+    assert (await bridge.openai.responses.retrieve(final["id"])).status == "failed"
+    assert (await ask(bridge)).status_code == 503
+
+
+async def test_refusals_have_their_status_and_the_field_of_this_api(bridge: Bridge) -> None:
+    bridge.router.script = refuses(ContextLength("too long", "messages"))
+    for stream in (False, True):
+        refused = await ask(bridge, stream=stream)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+        assert refused.json()["error"]["param"] == "input"
+    bridge.router.script = refuses(InvalidRequest("no", "structured_outputs"))
+    refused = await ask(bridge, text={"format": {"type": "json_object"}})
+    assert refused.json()["error"]["param"] == "text.format"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "p"}}, "prompt"),
+        ({"include": ["everything"]}, "include[0]"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 2, "min_tokens": 3}, "min_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"previous_response_id": "resp_" + "0" * 32}, "previous_response_id"),
+        ({"input": [{"id": "msg_" + "0" * 32 + "_0"}]}, "input[0].id"),
+        ({"background": True, "store": False}, "background"),
+    ],
+)
+async def test_what_cannot_be_done_is_refused_before_anything_runs(bridge: Bridge, fields: Fields, param: str) -> None:
+    refused = await ask(bridge, **fields)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
+    assert not bridge.router.requests
+
+
+async def test_every_parameter_may_be_null(bridge: Bridge) -> None:
+    assert (await ask(bridge, **dict.fromkeys(set(ResponsesBody.model_fields) - {"input"}))).status_code == 200
+
+
+async def test_a_client_that_leaves_cancels_its_response(bridge: Bridge) -> None:
+    bridge.router.script = stalls_after(accepted(), delta("Hel"))
+    stream = await bridge.openai.responses.create(model="demo", input="x", stream=True)
+    async for event in stream:
+        if event.type == "response.output_text.delta":
+            break
+    await stream.close()
+    await eventually(lambda: bridge.router.num_cancelled == 1)
+
+
+# ---------------------------------------------------------------- where responses are kept
+
+
+@asynccontextmanager
+async def bridge_with(script: Script = HELLO, **options: Any) -> AsyncIterator[str]:
+    """The URL of a bridge."""
+    router = ScriptedRouter()
+    router.script = script
+    async with running_router(router) as (_, address):
+        listener = listen("127.0.0.1", 0)
+        server = build_server(create_app(lambda: RouterClient(address, 30), **options))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        server.should_exit = True
+        await serving
+
+
+async def test_another_tenants_response_is_not_there() -> None:
+    keys = KeyRing(
+        [ApiKey(name=name, sha256=digest_of(name), tenant=t) for name, t in (("a", "x"), ("b", "x"), ("c", "y"))]
+    )
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(bridge_with(keys=keys))
+        clients = [AsyncOpenAI(base_url=url, api_key=name, max_retries=0) for name in ("a", "b", "c")]
+        one, same, other = [(await stack.enter_async_context(client)).responses for client in clients]
+        mine = await one.create(model="demo", input="secret")
+        assert (await same.retrieve(mine.id)).id == mine.id
+        items = other.input_items.list(mine.id)
+        for call in (other.retrieve(mine.id), other.delete(mine.id), other.cancel(mine.id), items):
+            with pytest.raises(NotFoundError):
+                await call
+        with pytest.raises(BadRequestError):
+            await other.create(model="demo", input="what was it?", previous_response_id=mine.id)
+        with pytest.raises(BadRequestError):
+            await other.create(model="demo", input=[{"type": "item_reference", "id": mine.output[0].id or ""}])
+
+
+async def test_without_an_answer_of_redis_responses_are_given_and_not_stored() -> None:
+    async with bridge_with(redis_url=f"redis://127.0.0.1:{free_port()}/0") as url, httpx.AsyncClient() as http:
+        answer = (await http.post(f"{url}/responses", json={"input": "x"})).json()
+        assert answer["status"] == "completed" and answer["store"] is False
+        away = await http.get(f"{url}/responses/{answer['id']}")
+        assert away.status_code == 503 and int(away.headers["retry-after"]) >= 1
+        more = {"input": "x", "previous_response_id": answer["id"]}
+        assert (await http.post(f"{url}/responses", json=more)).status_code == 503
+
+
+async def test_a_bridge_without_redis_keeps_what_it_has_room_for() -> None:
+    shelf = LocalShelf(max_bytes=10)
+    await shelf.put("a", b"12345", 60)
+    await shelf.append("b", [b"123", b"45"], 60)
+    assert await shelf.get("a", 60) == b"12345"  # used after b
+    await shelf.put("c", b"123", 60)
+    assert await shelf.since("b", 0) == [] and await shelf.get("a") and await shelf.get("c")
+    await shelf.put("c", b"1", 60)
+    await shelf.put("d", b"1234", 60)
+    assert await shelf.get("a")
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    port = free_port()
+    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with subprocess.Popen([redis_binary(), *arguments], stdout=subprocess.DEVNULL) as server:
+        yield f"redis://127.0.0.1:{port}/0"
+        server.terminate()
+
+
+@pytest_asyncio.fixture(params=["local", "redis"], loop_scope="module")
+async def shelf(request: pytest.FixtureRequest, redis_url: str) -> AsyncIterator[Shelf]:
+    opened = open_shelf(redis_url if request.param == "redis" else None)
+    async with asyncio.timeout(10):
+        while not await reachable(opened):
+            await asyncio.sleep(0.05)
+    yield opened
+    await opened.close()
+
+
+async def reachable(shelf: Shelf) -> bool:
+    try:
+        return await shelf.get("nothing") is None
+    except Unavailable:
+        return False
+
+
+async def test_a_shelf_keeps_lists_and_values_for_their_time(shelf: Shelf) -> None:
+    await shelf.append("list", [b"a", b"b"], 60)
+    await shelf.append("list", [b"c"], 60)
+    assert await shelf.since("list", 1) == [b"b", b"c"] and await shelf.since("list", 3) == []
+    await shelf.put("short", b"x", 1)
+    assert await shelf.renew("short", 60) and not await shelf.renew("none", 60)
+    await shelf.put("shorter", b"x", 60)
+    assert await shelf.get("shorter", 1) == b"x"
+    await asyncio.sleep(1.05)
+    assert await shelf.get("short") == b"x" and await shelf.get("shorter") is None
+    assert await shelf.delete("short", "list") and not await shelf.delete("short")
+
+
+async def test_only_one_ends_what_runs(shelf: Shelf) -> None:
+    """A response cannot be told as cancelled and be completed."""
+    store, name = ResponseStore(shelf, 60), "resp_" + "1" * 32
+
+    def record(status: str) -> Record:
+        return Record({"id": name, "status": status, "output": []}, [], name)
+
+    await store.begin("t", record("queued"))
+    assert await store.go_on("t", name) and await store.change("t", record("in_progress"))
+    assert await store.find("t", name) == record("in_progress")
+    assert await store.change("t", record("cancelled"))
+    assert not await store.change("t", record("completed")) and not await store.go_on("t", name)
+    assert await store.find("t", name) == record("cancelled")
+    await store.begin("t", record("in_progress"))
+    assert await store.delete("t", name) and not await store.change("t", record("completed"))
+    assert await store.find("t", name) is None
+
+
+async def test_what_has_lost_its_bridge_has_failed(shelf: Shelf) -> None:
+    store, name = ResponseStore(shelf, 60), "resp_" + "2" * 32
+    await store.begin("t", Record({"id": name, "status": "in_progress", "output": []}, [], name))
+    await shelf.delete(f"pw:response:t:{name}:lease")  # as its time does
+    record = await store.find("t", name)
+    assert record and record.response["status"] == "failed" and record.response["error"]["code"] == "server_error"
+
+
+# ---------------------------------------------------------------- in the background
+
+
+async def ended(client: AsyncOpenAI, response_id: str) -> Response:
+    async with asyncio.timeout(5):
+        while (found := await client.responses.retrieve(response_id)).status in ("queued", "in_progress"):
+            await asyncio.sleep(0.01)
+    return found
+
+
+async def again(bridge: Bridge, response_id: str, **asked: int) -> list[Fields]:
+    stream = await bridge.openai.responses.retrieve(response_id, stream=True, **asked)  # type: ignore[call-overload]
+    return [event.to_dict() async for event in stream]
+
+
+async def test_a_background_response_is_found_when_it_is_done(bridge: Bridge) -> None:
+    begun = await bridge.openai.responses.create(model="demo", input="hi", background=True)
+    assert begun.status == "queued" and begun.background and begun.output == []
+    done = await ended(bridge.openai, begun.id)
+    assert done.status == "completed" and done.output_text == "Hello" and done.usage
+    assert (await bridge.openai.responses.cancel(begun.id)).status == "completed"
+    more = await bridge.openai.responses.create(model="demo", input="more", previous_response_id=begun.id)
+    assert more.output_text == "Hello" and len(bridge.router.requests[-1].chat.messages) == 3
+    with pytest.raises(BadRequestError, match="stream"):
+        await again(bridge, begun.id)
+    with pytest.raises(BadRequestError, match="background"):
+        await bridge.openai.responses.cancel(more.id)
+    with pytest.raises(BadRequestError, match="stream"):
+        await again(bridge, more.id)
+
+
+async def test_a_background_stream_can_be_left_and_read_again_from_any_event(bridge: Bridge) -> None:
+    go_on = asyncio.Event()
+
+    async def script(_request: GenerateRequest) -> Events:
+        yield accepted()
+        yield delta("Hel")
+        await go_on.wait()
+        yield delta("lo", finish=STOP)
+        yield summary()
+
+    bridge.router.script = script
+    stream = await bridge.openai.responses.create(model="demo", input="x", background=True, stream=True)
+    async for event in stream:
+        if event.type == "response.created":
+            name = event.response.id
+        if event.type == "response.output_text.delta":
+            break
+    await stream.close()
+    with pytest.raises(BadRequestError, match="running"):
+        await bridge.openai.responses.create(model="demo", input="x", previous_response_id=name)
+    reading = asyncio.create_task(again(bridge, name))
+    await asyncio.sleep(0.05)
+    go_on.set()
+    events = await reading
+    final = read_back(events)
+    assert final["output"][0]["content"][0]["text"] == "Hello" and not bridge.router.num_cancelled
+    assert [event["type"] for event in events[:3]] == [f"response.{k}" for k in ("created", "queued", "in_progress")]
+    for after in range(len(events)):
+        assert await again(bridge, name, starting_after=after) == events[after + 1 :]
+    assert (await bridge.openai.responses.retrieve(name)).to_dict() == final
+
+
+@pytest.mark.parametrize("is_accepted", [True, False])
+async def test_a_background_response_ends_when_it_is_cancelled(
+    bridge: Bridge, is_accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while it waits to begin."""
+    monkeypatch.setattr("pagewire_bridge.openai.responses.routes._ACCEPTED_S", 0.05)
+    bridge.router.script = stalls_after(accepted(), delta("Hel")) if is_accepted else stalls_after()
+    ask_for: Fields = {"model": "demo", "input": "x", "background": True, "stream": True}
+    stream = await bridge.openai.responses.create(**ask_for)
+    events = []
+    async for event in stream:
+        events.append(event.to_dict())
+        if event.type in ("response.output_text.delta", "response.queued") and len(events) > 2 * is_accepted + 1:
+            cancelled = await bridge.openai.responses.cancel(events[0]["response"]["id"])
+            assert cancelled.status == "cancelled"
+    await eventually(lambda: bridge.router.num_cancelled == 1)
+    assert events[-1]["type"] == "response.incomplete" and events[-1]["response"]["status"] == "cancelled"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert (await bridge.openai.responses.retrieve(cancelled.id)).status == "cancelled"
+    assert (await bridge.openai.responses.cancel(cancelled.id)).status == "cancelled"
+
+
+async def test_a_deleted_background_response_does_not_go_on(bridge: Bridge) -> None:
+    bridge.router.script = stalls_after(accepted(), delta("Hel"))
+    begun = await bridge.openai.responses.create(model="demo", input="hi", background=True)
+    await bridge.openai.responses.delete(begun.id)
+    await eventually(lambda: bridge.router.num_cancelled == 1)
+    with pytest.raises(NotFoundError):
+        await bridge.openai.responses.retrieve(begun.id)
+
+
+async def test_what_is_wrong_is_told_at_once_or_found_later(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge.router.script = refuses(ContextLength("too long", "messages"))
+    assert (await ask(bridge, background=True)).json()["error"]["code"] == "context_length_exceeded"
+    monkeypatch.setattr("pagewire_bridge.openai.responses.routes._ACCEPTED_S", 0.01)
+
+    async def late(_request: GenerateRequest) -> Events:
+        await asyncio.sleep(0.2)
+        raise ContextLength("too long", "messages")
+        yield
+
+    bridge.router.script = late
+    begun = await bridge.openai.responses.create(model="demo", input="hi", background=True)
+    failed = await ended(bridge.openai, begun.id)
+    assert failed.status == "failed" and failed.error and failed.error.code == "invalid_prompt"
+
+
+async def test_a_bridge_that_stops_leaves_no_response_running(redis_url: str) -> None:
+    async with bridge_with(redis_url=redis_url) as other:
+        async with bridge_with(stalls_after(accepted(), delta("Hel")), redis_url=redis_url) as url:
+            async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+                begun = await client.responses.create(model="demo", input="hi", background=True)
+                assert begun.status == "queued"
+                await asyncio.sleep(0.1)
+        async with AsyncOpenAI(base_url=other, api_key="unused", max_retries=0) as client:
+            failed = await client.responses.retrieve(begun.id)
+            assert failed.status == "failed" and failed.error and "stopped" in failed.error.message
+
+
+async def test_a_background_response_needs_a_store_that_answers() -> None:
+    async with bridge_with(redis_url=f"redis://127.0.0.1:{free_port()}/0") as url, httpx.AsyncClient() as http:
+        refused = await http.post(f"{url}/responses", json={"input": "x", "background": True})
+        assert refused.status_code == 503
