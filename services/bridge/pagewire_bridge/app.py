@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp
 
 from pagewire_bridge.access import Access
@@ -63,7 +64,16 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if message == HTTPStatus(error.status_code).phrase:  # the framework's own words say too little
         message = f"{message}: {request.method} {request.url.path}"
-    return error_shape(request.url.path).http_error_response(error.status_code, message, error.headers)
+    headers = error.headers
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers = {"allow": ", ".join(sorted(_methods_of(request)))}
+    return error_shape(request.url.path).http_error_response(error.status_code, message, headers)
+
+
+def _methods_of(request: Request) -> set[str]:
+    """The framework names those of the first route alone, where a path has several."""
+    fitting = (route for route in ROUTES if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in fitting for method in route.methods or ()}
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:

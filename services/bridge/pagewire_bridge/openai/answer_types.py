@@ -7,9 +7,9 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from pagewire_bridge.openapi.errors import OpenAIError
+from pagewire_bridge.openapi.operation import DONE
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-Done = Literal["[DONE]"]
 
 
 class CachedTokens(TypedDict):
@@ -183,8 +183,8 @@ class CompletionChunk(_Chunk):
     choices: list[CompletionChunkChoice]
 
 
-ChatEvent = ChatChunk | OpenAIError | Done
-CompletionEvent = CompletionChunk | OpenAIError | Done
+ChatEvent = ChatChunk | OpenAIError | DONE
+CompletionEvent = CompletionChunk | OpenAIError | DONE
 
 
 class Model(TypedDict):

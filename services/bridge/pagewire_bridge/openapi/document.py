@@ -4,10 +4,13 @@ API says.
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pagewire_core.errors import InvalidRequest, Overloaded
 from pydantic import TypeAdapter
@@ -20,7 +23,7 @@ from pagewire_bridge.ollama.operations import API as OLLAMA
 from pagewire_bridge.openai.operations import API as OPENAI
 from pagewire_bridge.openai.responses.operations import API as RESPONSES
 from pagewire_bridge.openapi import errors, headers
-from pagewire_bridge.openapi.operation import EVENTS, JSON, LINES, Api, Endpoint, Operation, Raises
+from pagewire_bridge.openapi.operation import DONE, EVENTS, JSON, Api, Endpoint, Operation, Raises
 from pagewire_bridge.openapi.server import API as SERVER
 from pagewire_bridge.tgi.operations import API as TGI
 
@@ -36,10 +39,6 @@ _SECURITY = {
 }
 _ANY_KEY: list[dict[str, list[str]]] = [{name: []} for name in _SECURITY]
 _PARAMETER = re.compile(r"\{(\w+)(:\w+)?\}")
-_ITEMS = {
-    EVENTS: "A stream of events; the data of each is as `x-itemSchema` says.",
-    LINES: "A stream of lines; each is JSON as `x-itemSchema` says.",
-}
 
 
 def described() -> dict[Endpoint, tuple[Api, Operation]]:
@@ -142,10 +141,22 @@ def _answer(operation: Operation, schemas: _Schemas, limited: bool) -> Fields:
 
 
 def _media(media_type: str, kind: Any, schemas: _Schemas) -> Fields:
-    """Streams have no schema of their own in 3.1: `x-itemSchema` is what OpenAPI 3.2 calls itemSchema."""
-    if media_type not in _ITEMS:
-        return {"schema": schemas.of(kind)}
-    return {"schema": {"type": "string", "description": _ITEMS[media_type]}, "x-itemSchema": schemas.of(kind)}
+    """3.1 has no word for the items of a stream: its schema is that of each event, or each line."""
+    return {"schema": _event(kind, schemas) if media_type == EVENTS else schemas.of(kind)}
+
+
+def _event(kind: Any, schemas: _Schemas) -> Fields:
+    """As OpenAPI 3.2 writes events: their data is text, which here is JSON but for OpenAI's last."""
+    json, ends = _without_done(kind)
+    data: Fields = {"type": "string", "contentMediaType": JSON, "contentSchema": schemas.of(json)}
+    data = {"anyOf": [data, {"const": get_args(DONE)[0]}]} if ends else data
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
+
+
+def _without_done(kind: Any) -> tuple[Any, bool]:
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    json = [member for member in members if member != DONE]
+    return functools.reduce(operator.or_, json), len(json) < len(members)
 
 
 def _json(kind: Any, schemas: _Schemas) -> Fields:
@@ -175,6 +186,7 @@ class _Schemas:
         wanted: dict[tuple[str, _Mode], Any] = {}
         for path, operation in operations:
             kinds = (*operation.content.values(), *operation.statuses.values(), errors.error_type(path))
+            kinds = tuple(_without_done(kind)[0] for kind in kinds)
             wanted |= {(str(kind), "serialization"): kind for kind in kinds}
             wanted |= {(str(operation.body), "validation"): operation.body} if operation.body else {}
         self._of, found = TypeAdapter.json_schemas(

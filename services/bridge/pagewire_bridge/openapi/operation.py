@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pagewire_core.errors import (
     ContextLength,
@@ -22,6 +22,7 @@ from starlette.responses import Response
 Endpoint = Callable[[Request], Awaitable[Response]]
 Raises = tuple[type[PagewireError], ...]
 
+DONE = Literal["[DONE]"]  # the last event of OpenAI's streams, which is not JSON
 JSON, EVENTS, LINES = "application/json", "text/event-stream", "application/x-ndjson"
 
 # What any question to the router may end in, and what one may that names a model.
