@@ -23,7 +23,7 @@ RUNTIME := $(VENV)/.installed-runtime
 TESTING := $(VENV)/.installed-test
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
-SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:benchmarks
+SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:deploy/envoy:benchmarks
 
 .PHONY: serve test test-faults chaos soak setup protos fuzz lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
@@ -63,7 +63,7 @@ lint: $(TESTING)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	MYPYPATH=$(SOURCES) $(BIN)/mypy --explicit-package-bases --ignore-missing-imports --follow-imports=silent \
-		services benchmarks
+		services benchmarks deploy
 
 check: lint test
 

@@ -1,0 +1,69 @@
+"""`pagewire health`: what a container's probe learns from an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import certificates
+import pytest
+from pagewire_cli import ports
+from pagewire_cli.main import main
+from pagewire_core.announced_host import announced_host
+from pagewire_core.errors import StartupError
+from pagewire_core.rpc import RpcServer
+
+
+async def exit_code(*arguments: str) -> int:
+    try:
+        await asyncio.to_thread(main, ["health", *arguments, "--timeout=3"])
+    except SystemExit as ended:
+        assert isinstance(ended.code, int)
+        return ended.code
+    return 0
+
+
+async def test_a_worker_that_drains_is_alive_and_not_ready(tmp_path: Path) -> None:
+    tls = certificates.made(tmp_path / "tls")
+    server = RpcServer(certificates.of(tls, "worker"))
+    address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    own = certificates.flags(tls, "worker")
+    try:
+        for serving in (True, False):
+            await server.set_serving(serving)
+            assert await exit_code("worker", address, *own) == (0 if serving else 1)
+            assert await exit_code("worker", address, "--live", *own) == 0
+        assert await exit_code("router", address, *own) == 1, "it is not a router"
+        assert await exit_code("worker", address, "--live") == 1, "a stranger learns nothing"
+    finally:
+        await server.stop()
+
+
+@pytest.mark.parametrize(("status", "ready"), [(200, 0), (503, 1)])
+async def test_a_bridge_without_workers_is_alive_and_not_ready(status: int, ready: int) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n".encode())
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert await exit_code("bridge", address) == ready
+        assert await exit_code("bridge", f"http://{address}", "--live") == 0
+
+
+async def test_where_nobody_listens_nobody_is_alive() -> None:
+    (port,) = ports.free_ports(1)
+    for service in ("worker", "bridge"):
+        assert await exit_code(service, f"127.0.0.1:{port}", "--live") == 1
+
+
+def test_a_service_on_all_addresses_announces_the_one_towards_redis() -> None:
+    assert announced_host("10.1.2.3", None) == "10.1.2.3"
+    assert announced_host("worker.example", "redis://elsewhere") == "worker.example"
+    assert announced_host("0.0.0.0", "redis://127.0.0.1:1234/0") == "127.0.0.1"
+    assert announced_host("::", "redis://[::1]/0") == "[::1]"
+    for url in (None, "unix:///tmp/redis.sock"):
+        with pytest.raises(StartupError, match="give the one that they are to use"):
+            announced_host("0.0.0.0", url)
