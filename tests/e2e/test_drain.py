@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from cluster import Cluster, Process, running, script
 from pagewire.v1 import worker_pb2, worker_pb2_grpc
+from pagewire_cli.readiness import grpc_serves
 from pagewire_core.rpc import open_channel
 from streams import after, stream
 
@@ -75,6 +76,7 @@ async def test_a_worker_that_is_drained_hands_over_what_runs_on_it(cluster: Clus
     async with open_channel(worker.address) as channel:
         report = await anext(aiter(worker_pb2_grpc.WorkerServiceStub(channel).Stats(worker_pb2.StatsRequest())))
     assert report.draining and not report.num_running and report.free_blocks == report.total_blocks
+    assert not await grpc_serves(worker.address), "probes think that it takes requests"
     assert await asyncio.to_thread(worker.stop) == 0
     added = cluster.add_worker(role)
     await cluster.wait_serving(added)

@@ -1,7 +1,8 @@
 """Compiles the CPU step for the machine at hand, once, and keeps the result.
 
 One source, one library per variant: the instruction sets that the compiler may use. The library is kept under a name
-that a change of source, flags or compiler changes, so a second start compiles nothing.
+that a change of source, flags or compiler changes, so a second start compiles nothing. An image has all variants of
+its architecture in `built/`, and no compiler.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 logger = logging.getLogger("pagewire.kernels")
 
 SOURCE = Path(__file__).parent / "step.cpp"
+_BUILT = SOURCE.parent / "built"
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -61,6 +64,8 @@ def runnable() -> list[str]:
 
 def library_path(variant: str) -> Path:
     """The compiled library of `variant`, built first if it is not there. Raises BuildError."""
+    if (built := _BUILT / f"{variant}.so").exists():
+        return built
     path = _cache_dir() / f"cpu-step-{variant}-{_digest(variant)}.so"
     if not path.exists():
         logger.info("compiling the CPU step for %s, once", variant)
@@ -126,8 +131,18 @@ def _compile(variant: str, path: Path) -> None:
         Path(part).unlink(missing_ok=True)
 
 
+def compile_all() -> None:
+    """Every variant of this architecture, into the package itself: `python -m pagewire_kernels.cpu.build --all`."""
+    is_arm = platform.machine() in ("aarch64", "arm64")
+    for variant in VARIANTS:
+        if variant == "portable" or (variant == "neon") == is_arm:
+            _compile(variant, _BUILT / f"{variant}.so")
+
+
 def main() -> None:
     """Builds the variant that this machine will use: `python -m pagewire_kernels.cpu.build`."""
+    if sys.argv[1:] == ["--all"]:
+        return compile_all()
     variant = runnable()[0]
     try:
         print(f"CPU step, {variant}: {library_path(variant)}")

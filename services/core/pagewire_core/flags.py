@@ -124,6 +124,8 @@ FLAGS: dict[str, Flag] = {
     "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
     "chat-template": Flag(None, "a Jinja file or template; default: the model's"),
     "max-model-len": Flag(None, "longest prompt + output in tokens; default: the model's", positive),
+    "max-input-tokens": Flag(None, "longest prompt in tokens; default: what the context allows", positive,
+                             aliases=("--max-input-length",)),
     # The engine.
     "block-size": Flag(16, "tokens in a KV block; divides 64", int, choices=("8", "16", "32", "64")),
     "gpu-memory-utilization": Flag(0.9, "share of the device's memory for weights and KV (of free RAM on a CPU, "
@@ -158,7 +160,8 @@ FLAGS: dict[str, Flag] = {
     # The services.
     "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
     "worker-id": Flag(None, "a stable name; default: role, host and port"),
-    "host": Flag("127.0.0.1", "address to listen on"),
+    "host": Flag("127.0.0.1", "address to listen on; a worker tells it to others, or with 0.0.0.0 the one that it has "
+                              "on the way to Redis"),
     "port": Flag(0, "port to listen on; 0: any free one", port),
     "redis-url": Flag(None, "redis://host:port/db of the index and registry"),
     "router": Flag(None, "host:port of the router"),
@@ -195,7 +198,8 @@ FLAGS: dict[str, Flag] = {
 SSL_FLAGS = ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs")
 TLS_FLAGS = ("tls-cert", "tls-key", "tls-ca")
 ROUTER_FLAGS = (
-    "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "host", "port",
+    "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "max-input-tokens",
+    "host", "port",
     "redis-url", "workers", "routing-policy", "max-queued-requests", "max-queued-tokens", "request-timeout",
     "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 from pagewire.v1 import worker_pb2, worker_pb2_grpc
@@ -29,9 +29,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         registry: CollectorRegistry,
         roles: Roles,
         reset: Callable[[], int],
+        unready: Callable[[], Awaitable[None]],
     ) -> None:
+        """unready: has the health service say that nothing new is taken."""
         self._info, self._stats, self._snapshot, self._registry = info, stats, snapshot, registry
-        self._roles, self._reset = roles, reset
+        self._roles, self._reset, self._unready = roles, reset, unready
 
     async def Info(self, request: worker_pb2.InfoRequest, context: grpc.aio.ServicerContext) -> worker_pb2.InfoResponse:
         self._info.role = self._roles.role
@@ -59,6 +61,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.DrainResponse]:
+        await self._unready()
         async for num_running in _changes(self._roles.drain(max(request.timeout_s, 0.0))):
             yield worker_pb2.DrainResponse(num_running=num_running)
 

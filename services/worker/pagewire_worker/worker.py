@@ -25,6 +25,7 @@ from pagewire.v1 import (
     worker_pb2_grpc,
 )
 from pagewire_core import rpc
+from pagewire_core.announced_host import announced_host
 from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.registry import Registration
@@ -72,6 +73,7 @@ class Worker:
         self._args, self._loaded, self._proposer, self._instance = args, loaded, proposer, instance
         self._timeline = timeline
         self._tls = tls
+        self._host = announced_host(args.host, args.redis_url)
         self._registry = CollectorRegistry()
         self._lanes = available_lanes(args.lanes, loaded.runner.config.device, tls is not None)
         self._publisher: BlockEventPublisher | None = None
@@ -100,7 +102,7 @@ class Worker:
         if self._args.redis_url:
             await require_reachable(self._args.redis_url)  # later it may come and go
         server = rpc.RpcServer(self._tls)
-        address = f"{self._args.host}:{server.bind(self._args.host, self._args.port)}"
+        address = f"{self._host}:{server.bind(self._args.host, self._args.port)}"
         info = self._info(address)
         self._add_services(server, info)
         if progress := self._loaded.runner.progress:
@@ -167,7 +169,7 @@ class Worker:
             registry.register(SpeculationCollector(self._engine, self._proposer))  # type: ignore[arg-type]
         stages, transfer_metrics = StageMetrics(registry), TransferMetrics(registry)
         identity = WorkerIdentity(
-            info.worker_id, self._instance, self._loaded.fingerprint, self._loaded.runner.cache.layout, self._args.host
+            info.worker_id, self._instance, self._loaded.fingerprint, self._loaded.runner.cache.layout, self._host
         )
         timeout_s = self._args.transfer_timeout
         self._engine.layers.enabled = self._args.role != "decode"
@@ -204,7 +206,15 @@ class Worker:
         self._roles = Roles(self._args.role, prefill, decode, sender, self._receiver, self._take_role)
         server.add(
             worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-            WorkerServicer(info, self._stats, self._snapshot, registry, self._roles, self._engine.reset_prefix_cache),
+            WorkerServicer(
+                info,
+                self._stats,
+                self._snapshot,
+                registry,
+                self._roles,
+                self._engine.reset_prefix_cache,
+                partial(server.set_serving, False),
+            ),
             worker_pb2.DESCRIPTOR.services_by_name["WorkerService"],
         )
 
