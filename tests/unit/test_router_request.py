@@ -46,6 +46,14 @@ def test_max_tokens_default_to_the_context_for_chat_and_16_for_completions(model
     assert ask(model, text="x" * 99).sampling.max_tokens == 1
 
 
+def test_a_server_may_take_shorter_prompts_than_the_context_allows(model: ServedModel) -> None:
+    short = dataclasses.replace(model, max_input_tokens=5)
+    assert len(ask(short, text="x" * 5).prompt_ids) == 5
+    assert len(ask(short, text="x" * 50, truncate_prompt_tokens=5).prompt_ids) == 5
+    with pytest.raises(ContextLength, match="has 6 tokens; this server takes at most 5"):
+        ask(short, text="x" * 6)
+
+
 def test_a_chat_goes_through_the_template_without_a_second_bos(model: ServedModel) -> None:
     valid = validate(inference_pb2.GenerateRequest(chat=chat(("user", "hi"))), model, LIMIT)
     assert model.tokenizer.decode(valid.prompt_ids, False) == "<s><user>hi</s><assistant>"

@@ -64,6 +64,7 @@ def _run(args: argparse.Namespace) -> None:
         download_dir=args.download_dir,
         served_names=args.served_model_name,
         chat_template=args.chat_template,
+        max_input_tokens=args.max_input_tokens,
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(args, model, tls))

@@ -22,6 +22,7 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     description: inference_pb2.Model = field(default_factory=inference_pb2.Model)  # without name and readiness
+    max_input_tokens: int | None = None  # a prompt may have no more, whatever the context
 
 
 def load_served_model(
@@ -32,6 +33,7 @@ def load_served_model(
     download_dir: str | None = None,
     served_names: str | None = None,
     chat_template: str | None = None,
+    max_input_tokens: int | None = None,
 ) -> ServedModel:
     """Reads everything a router needs of a model. `served_names` is comma-separated. Raises StartupError."""
     model_dir = resolve_model(model, revision, download_dir)
@@ -49,6 +51,7 @@ def load_served_model(
         tokenizer=codec,
         chat_template=template,
         description=_describe(model_dir, is_chat=template is not None),
+        max_input_tokens=max_input_tokens,
     )
 
 

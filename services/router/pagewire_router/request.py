@@ -81,6 +81,11 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
         prompt_ids = prompt_ids[-request.truncate_prompt_tokens :]
     if not prompt_ids:
         raise InvalidRequest("the prompt is empty: it must have at least one token", param=_prompt_field(request))
+    if model.max_input_tokens and len(prompt_ids) > model.max_input_tokens:
+        raise ContextLength(
+            f"The prompt has {len(prompt_ids)} tokens; this server takes at most {model.max_input_tokens}. Shorten it.",
+            param=_prompt_field(request),
+        )
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
     sampling.max_tokens = _max_tokens(request, len(prompt_ids), max_model_len)

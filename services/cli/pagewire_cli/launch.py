@@ -1,0 +1,63 @@
+"""`pagewire-launch`: what the all-in-one image runs, with what the images of vLLM, TGI and Ollama are given.
+
+vLLM's: a model and flags; port 8000. TGI's: --model-id and its other flags, or MODEL_ID and its other variables; port
+80. Ollama's: nothing, and the demo model is served. Port 11434 is open in any case.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pagewire_core.errors import StartupError
+
+from pagewire_cli import main as command
+from pagewire_cli import tgi_flags
+
+_OLLAMA_PORT, _TGI_PORT, _VLLM_PORT = 11434, 80, 8000
+# Where those images keep models, if somebody has mounted a volume there.
+_CACHES = (Path("/data"), Path("/root/.cache/huggingface"))
+
+
+def arguments_of(given: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Arguments of `pagewire`, and TGI's flags that have no effect. Raises StartupError."""
+    ignored: list[str] = []
+    port, given = _VLLM_PORT, list(given)
+    if given[:1] == ["serve"]:
+        given = given[1:]
+    if tgi_flags.is_meant(given, environ):
+        port = _TGI_PORT
+        given, ignored = tgi_flags.translated(given, environ)
+    port_in_environment = environ.get("PAGEWIRE_PORT", port)
+    ports = [f"--port={port_in_environment}", f"--ollama-port={environ.get('PAGEWIRE_OLLAMA_PORT', _OLLAMA_PORT)}"]
+    return ["serve", *ports, "--host=0.0.0.0", *given], ignored
+
+
+def cache_of(caches: Sequence[Path]) -> Path | None:
+    """The mounted volume that models are kept in. Raises StartupError if this user may not write to it."""
+    for path in caches:
+        if os.path.ismount(path):
+            if not os.access(path, os.W_OK):
+                raise StartupError(f"{path} is not writable for user {os.getuid()}: add --user $(id -u):$(id -g)")
+            return path
+    return None
+
+
+def main() -> None:
+    try:
+        arguments, ignored = arguments_of(sys.argv[1:], os.environ)
+        cache = cache_of(_CACHES)
+    except StartupError as error:
+        sys.stderr.write(f"pagewire-launch: {error}\n")
+        raise SystemExit(1) from None
+    if cache:
+        os.environ["HF_HOME"] = str(cache)
+    if ignored:
+        print(f"without effect here: {', '.join(ignored)}", flush=True)
+    command.main(arguments)
+
+
+if __name__ == "__main__":
+    main()
