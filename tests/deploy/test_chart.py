@@ -1,0 +1,158 @@
+"""The chart and the overlays, rendered by the real tools, against Kubernetes' own schemas: make test-deploy."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from manifests import breaches, of_kind, parsed, read, workloads
+
+helm_python = pytest.importorskip("helm_python", reason="helm-python-sdk renders the chart: make test-deploy")
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="has Kubernetes' schemas: make test-deploy")
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+CHART = DEPLOY / "helm" / "pagewire"
+VERSIONS = ("1.31", "1.34", "1.37")  # of Kubernetes: the oldest, one between, the newest
+
+
+def render(values: dict[str, Any], name: str = "llm") -> list[dict[str, Any]]:
+    found = helm_python.Chart.load(str(CHART)).render(values, name=name, namespace="serving")
+    return [d for path, text in found.items() if not path.endswith("NOTES.txt") for d in read(text)]
+
+
+def check_schemas(documents: list[dict[str, Any]], strict: bool = True) -> int:
+    """How many have one; those of custom resources are not known here."""
+    checked = 0
+    for document in documents:
+        for version in VERSIONS:
+            if document["apiVersion"].split("/")[0].count(".") and "k8s.io" not in document["apiVersion"]:
+                continue
+            kubernetes_validate.validate(document, version, strict=strict)
+            checked += 1
+    return checked
+
+
+SETS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "plain text, own Redis, no edge": {
+        "tls": {"mode": "none"}, "edge": {"enabled": False}, "redis": {"enabled": False, "url": "redis://mine:6379/0"},
+    },
+    "everything": {
+        "model": "Qwen/Qwen3-8B", "servedModelName": "qwen", "tensorParallelism": 2,
+        "resources": {"requests": {"cpu": "8"}, "limits": {"nvidia.com/gpu": 2, "memory": "64Gi"}},
+        "prefill": {"autoscaling": {"enabled": True}, "args": ["--max-num-seqs=16"], "nodeSelector": {"gpu": "h100"}},
+        "decode": {"autoscaling": {"enabled": True}, "tolerations": [{"key": "x", "operator": "Exists"}]},
+        "tls": {"mode": "certManager"}, "modelCache": {"type": "pvc", "storageClass": "shared"},
+        "hfTokenSecret": {"name": "hf"}, "apiKeysSecret": "keys", "priorityClassName": "serving",
+        "edge": {"tlsSecret": "edge", "clientCaSecret": "clients",
+                 "service": {"type": "LoadBalancer", "annotations": {"a": "b"}}},
+        "redis": {"urlSecret": {"name": "redis"}}, "imagePullSecrets": [{"name": "pull"}],
+        "image": {"registry": "registry.example/llm", "tag": "1.2.3"},
+        "monitoring": {"podMonitor": True, "rules": True, "dashboards": True, "labels": {"release": "prom"}},
+        "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"who": "clients"}}}]},
+        "podLabels": {"team": "a"}, "podAnnotations": {"b": "c"},
+    },
+    "existing secrets": {"tls": {"mode": "secrets"}, "modelCache": {"type": "pvc", "existingClaim": "models"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_of_values_makes_valid_manifests_that_keep_to_the_policy(name: str) -> None:
+    documents = render(SETS[name])
+    assert check_schemas(documents) > 40
+    assert breaches(documents) == []
+    for component, template in workloads(documents).items():
+        if component != "redis":
+            parsed(template["spec"]["containers"][0])
+
+
+def test_the_schemas_are_looked_at() -> None:
+    [document, *_] = of_kind(render({}), "Deployment")
+    document["spec"]["replicaz"] = 3
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check_schemas([document])
+
+
+@pytest.mark.parametrize("limits", [{"nvidia.com/gpu": 2}, {"nvidia": {"com/gpu": 2}}])
+def test_the_three_settings_of_the_comparison_are_taken_literally(limits: dict[str, Any]) -> None:
+    """--set model=… --set tensorParallelism=2 --set resources.limits.nvidia\\.com/gpu=2, in quotes or without."""
+    documents = render({"model": "org/model", "tensorParallelism": 2, "resources": {"limits": limits}})
+    check_schemas(documents)
+    assert breaches(documents) == []
+    for role in ("prefill", "decode"):
+        pod = workloads(documents)[role]["spec"]
+        [container] = pod["containers"]
+        flags = parsed(container)
+        assert (flags.model, flags.tensor_parallel_size) == ("org/model", 2)
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+        assert container["image"].startswith("pagewire-worker-cuda:")
+        assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+    assert parsed(workloads(documents)["router"]["spec"]["containers"][0]).model == "org/model"
+
+
+def test_certificates_that_helm_makes_are_taken_by_a_real_service() -> None:
+    """One authority, and for each role a certificate with its name and the key that belongs to it."""
+    import base64
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    secrets = {d["metadata"]["name"]: d["data"] for d in of_kind(render({}), "Secret")}
+    assert len({data["ca.crt"] for data in secrets.values()}) == 1
+    for role in ("router", "worker", "bridge", "client", "operator"):
+        data = {name: base64.b64decode(text) for name, text in secrets[f"llm-pagewire-{role}-tls"].items()}
+        certificate, ca = (x509.load_pem_x509_certificate(data[name]) for name in ("tls.crt", "ca.crt"))
+        certificate.verify_directly_issued_by(ca)
+        assert certificate.public_key() == load_pem_private_key(data["tls.key"], None).public_key()
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert names.get_values_for_type(x509.DNSName) == [f"{role}.pagewire.internal"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "tls", "clients", "is_open"),
+    [("", "", "", True), ("keys", "", "", False), ("keys", "edge", "", False), ("keys", "edge", "clients", True)],
+)
+def test_no_api_key_is_got_around_by_the_native_api(keys: str, tls: str, clients: str, is_open: bool) -> None:
+    """gRPC has no keys: where HTTP asks for one, the gRPC port asks for a certificate or is closed."""
+    documents = render({"apiKeysSecret": keys, "edge": {"tlsSecret": tls, "clientCaSecret": clients}})
+    flags = parsed(workloads(documents)["edge"]["spec"]["containers"][0])
+    assert bool(flags.routers) == is_open
+    [service] = [d for d in of_kind(documents, "Service") if d["metadata"]["name"] == "llm-pagewire"]
+    assert ("grpc" in [port["name"] for port in service["spec"]["ports"]]) == is_open
+
+
+@pytest.mark.parametrize("values", [{"tensorParalelism": 2}, {"tls": {"mode": "off"}}, {"prefill": {"replica": 2}}])
+def test_a_misspelt_value_is_told(values: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="schema"):
+        render(values)
+
+
+def test_helm_finds_nothing_to_complain_about() -> None:
+    result = helm_python.lint(str(CHART))
+    assert "ERROR" not in str(result), result
+
+
+def test_two_releases_share_no_name() -> None:
+    names = [{(d["kind"], d["metadata"]["name"]) for d in render({}, name)} for name in ("a", "b")]
+    assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize("overlay", ["demo", "gpu"])
+def test_every_overlay_makes_valid_manifests_that_keep_to_the_policy(overlay: str) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    folder = DEPLOY / "kustomize" / "overlays" / overlay
+    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=True)
+    documents = read(done.stdout)
+    assert check_schemas(documents) > 40
+    assert breaches(documents) == []
+    assert {d["metadata"].get("namespace", "pagewire") for d in documents} == {"pagewire"}
+    if overlay == "gpu":
+        for role in ("prefill", "decode"):
+            [container] = workloads(documents)[role]["spec"]["containers"]
+            assert parsed(container).tensor_parallel_size == container["resources"]["limits"]["nvidia.com/gpu"] == 2
+        assert len(of_kind(documents, "HorizontalPodAutoscaler")) == 2
