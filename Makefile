@@ -25,7 +25,9 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
 SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:deploy/envoy:benchmarks
 
-.PHONY: serve test test-faults chaos soak setup protos fuzz lint check fuzz-schemas bench clean
+IMAGES := router bridge edge worker pagewire
+
+.PHONY: images locks manifests test-compose test-deploy serve test test-faults chaos soak setup protos fuzz lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
 
 serve: $(RUNTIME)
@@ -73,6 +75,40 @@ fuzz-schemas: $(TESTING)
 
 bench: $(TESTING)
 	$(BIN)/python benchmarks/serve.py --base-url $(BASE_URL) $(ARGS)
+
+# Every image, for CPUs. PIP_EXTRA_INDEX_URL: an index of CPU builds of torch. VARIANT=cuda makes pagewire-worker-cuda
+# and pagewire-cuda.
+BASE_IMAGE ?= python:3.11-slim-bookworm
+BUILD_IMAGE ?= $(BASE_IMAGE)
+VARIANT ?= cpu
+PIP_ARGS ?=
+SUFFIX := $(if $(filter cuda,$(VARIANT)),-cuda)
+images:
+	for target in $(if $(SUFFIX),worker pagewire,$(IMAGES)); do \
+		DOCKER_BUILDKIT=1 docker build . --target $$target --build-arg VARIANT=$(VARIANT) \
+			--build-arg BASE_IMAGE='$(BASE_IMAGE)' --build-arg BUILD_IMAGE='$(BUILD_IMAGE)' \
+			--build-arg PIP_ARGS='$(PIP_ARGS)' --build-arg PIP_EXTRA_INDEX_URL="$$PIP_EXTRA_INDEX_URL" \
+			-t $$(test $$target = pagewire && echo pagewire$(SUFFIX) || echo pagewire-$$target$(SUFFIX)) || exit 1; \
+	done
+
+# compose.yaml for real, with the images that `make images` has made. ARGS=--local where no registry can be reached.
+test-compose:
+	python3 tests/compose.py $(ARGS)
+
+# The chart in several shapes and every overlay of kustomize, against Kubernetes' schemas. Nothing needs a cluster.
+test-deploy: $(TESTING)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[deploy]'
+	$(BIN)/python -m pytest tests/deploy tests/unit/test_images.py tests/unit/test_monitoring.py $(ARGS)
+
+# kustomize's bases, from the chart.
+manifests: $(TESTING)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[deploy]'
+	$(BIN)/python deploy/kustomize/render.py
+
+# What the images are made of, from pyproject.toml.
+locks: $(TESTING)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python deploy/images/lock.py
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
