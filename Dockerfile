@@ -63,10 +63,15 @@ RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels python3 -m venv
     && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --require-hashes \
        -r worker.lock -r cuda.lock
 
+FROM build AS kernels
+COPY kernels .
+RUN python3 -m pagewire_kernels.cpu.build --all
+
 FROM torch-${VARIANT} AS worker-env
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    --mount=type=bind,from=kernels,source=/src/pagewire_kernels/cpu/built,target=/built \
     /opt/venv/bin/pip install --no-compile --no-deps /dist/*.whl \
-    && /opt/venv/bin/python -m pagewire_kernels.cpu.build --all \
+    && cp -r /built "$(/opt/venv/bin/python -c 'import pagewire_kernels.cpu as cpu; print(cpu.__path__[0])')/built" \
     && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
 
 # ------------------------------------------------------------------------------------------ what runs
@@ -86,7 +91,7 @@ COPY --from=front-env /opt/venv /opt/venv
 ENV PAGEWIRE_PORT=9000
 EXPOSE 9000
 HEALTHCHECK --interval=10s --timeout=10s --start-period=120s --retries=3 \
-    CMD pagewire health router 127.0.0.1:${PAGEWIRE_PORT}
+    CMD pagewire-health router 127.0.0.1:${PAGEWIRE_PORT}
 ENTRYPOINT ["pagewire-router"]
 
 FROM runtime AS bridge
@@ -94,7 +99,7 @@ COPY --from=front-env /opt/venv /opt/venv
 ENV PAGEWIRE_PORT=8000 PAGEWIRE_OLLAMA_PORT=11434
 EXPOSE 8000 11434
 HEALTHCHECK --interval=10s --timeout=10s --start-period=120s --retries=3 \
-    CMD pagewire health bridge ${PAGEWIRE_SSL_CERTFILE:+https://}127.0.0.1:${PAGEWIRE_PORT}
+    CMD pagewire-health bridge ${PAGEWIRE_SSL_CERTFILE:+https://}127.0.0.1:${PAGEWIRE_PORT}
 ENTRYPOINT ["pagewire-bridge"]
 
 FROM runtime AS edge
@@ -120,7 +125,7 @@ COPY --from=worker-env /opt/venv /opt/venv
 ENV PAGEWIRE_PORT=9100
 EXPOSE 9100
 HEALTHCHECK --interval=10s --timeout=10s --start-period=600s --retries=3 \
-    CMD pagewire health worker 127.0.0.1:${PAGEWIRE_PORT}
+    CMD pagewire-health worker 127.0.0.1:${PAGEWIRE_PORT}
 ENTRYPOINT ["pagewire-worker"]
 
 # Everything in one container, started with what vLLM's, TGI's or Ollama's image would be given.
@@ -128,5 +133,5 @@ FROM worker-runtime-${VARIANT} AS pagewire
 COPY --from=worker-env /opt/venv /opt/venv
 EXPOSE 8000 80 11434
 HEALTHCHECK --interval=10s --timeout=10s --start-period=600s --retries=3 \
-    CMD pagewire health bridge 127.0.0.1:11434
+    CMD pagewire-health bridge 127.0.0.1:11434
 ENTRYPOINT ["pagewire-launch"]

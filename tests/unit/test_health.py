@@ -1,14 +1,15 @@
-"""`pagewire health`: what a container's probe learns from an exit code."""
+"""`pagewire-health`: what a container's probe learns from an exit code."""
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import certificates
 import pytest
-from pagewire_cli import ports
-from pagewire_cli.main import main
+from pagewire_cli import health, ports
 from pagewire_core.announced_host import announced_host
 from pagewire_core.errors import StartupError
 from pagewire_core.rpc import RpcServer
@@ -16,7 +17,7 @@ from pagewire_core.rpc import RpcServer
 
 async def exit_code(*arguments: str) -> int:
     try:
-        await asyncio.to_thread(main, ["health", *arguments, "--timeout=3"])
+        await asyncio.to_thread(health.main, [*arguments, "--timeout=3"], {})
     except SystemExit as ended:
         assert isinstance(ended.code, int)
         return ended.code
@@ -67,3 +68,10 @@ def test_a_service_on_all_addresses_announces_the_one_towards_redis() -> None:
     for url in (None, "unix:///tmp/redis.sock"):
         with pytest.raises(StartupError, match="give the one that they are to use"):
             announced_host("0.0.0.0", url)
+
+
+def test_probes_cost_little() -> None:
+    """They run all the time: neither torch nor Redis nor our own logging may come along."""
+    code = "import pagewire_cli.health, sys; print(*{'grpc', 'redis', 'structlog', 'ssl'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS, Parser, add_flags
 from pagewire_kernels.cpu import build
 
 ROOT = Path(__file__).parents[2]
@@ -57,3 +59,19 @@ def test_an_image_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(build, "_compiler", lambda: pytest.fail("there is none"))
     (tmp_path / "portable.so").touch()
     assert build.library_path("portable") == tmp_path / "portable.so"
+
+
+def test_compose_gives_programs_flags_that_they_know_and_mounts_what_is_there() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    flags_of = {"prefill": WORKER_FLAGS, "decode": WORKER_FLAGS, "router": ROUTER_FLAGS, "bridge": BRIDGE_FLAGS}
+    for name, service in services.items():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert not source.startswith(".") or (ROOT / source).exists(), source
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        if name in flags_of:
+            add_flags(parser := Parser(prog=name), flags_of[name], {})
+            parser.parse_args(service.get("command", []))
+            known = {f"PAGEWIRE_{flag.upper().replace('-', '_')}" for flag in flags_of[name]}
+            assert {v for v in service["environment"] if v.startswith("PAGEWIRE_")} <= known
+    assert services.keys() == {*flags_of, "redis", "envoy", "prometheus", "grafana"}

@@ -107,17 +107,17 @@ securityContext:
 {{- $tls := ne .root.Values.tls.mode "none" }}
 {{- $address := ternary (printf "https://127.0.0.1:%v" .port) (printf "127.0.0.1:%v" .port) (and $tls (eq .service "bridge")) }}
 startupProbe:
-  exec: {command: [pagewire, health, {{ .service }}, {{ $address | quote }}, --live]}
+  exec: {command: [pagewire-health, {{ .service }}, {{ $address | quote }}, --live]}
   periodSeconds: 10
   timeoutSeconds: 10
   failureThreshold: {{ .startupFailures }}
 readinessProbe:
-  exec: {command: [pagewire, health, {{ .service }}, {{ $address | quote }}]}
+  exec: {command: [pagewire-health, {{ .service }}, {{ $address | quote }}]}
   periodSeconds: 10
   timeoutSeconds: 10
   failureThreshold: 2
 livenessProbe:
-  exec: {command: [pagewire, health, {{ .service }}, {{ $address | quote }}, --live, --timeout=25]}
+  exec: {command: [pagewire-health, {{ .service }}, {{ $address | quote }}, --live, --timeout=25]}
   periodSeconds: 30
   timeoutSeconds: 30
   failureThreshold: 4
