@@ -27,7 +27,7 @@ SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/c
 
 IMAGES := router bridge edge worker pagewire
 
-.PHONY: images locks manifests test-compose test-deploy serve test test-faults chaos soak setup protos fuzz lint check fuzz-schemas bench clean
+.PHONY: images locks manifests test-compose test-deploy serve test test-faults test-kernels chaos soak setup protos fuzz lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
 
 serve: $(RUNTIME)
@@ -40,6 +40,10 @@ test: $(TESTING)
 # Every cell of the failure matrix, also in network namespaces where that is allowed: about ten minutes.
 test-faults: $(TESTING)
 	$(BIN)/python -m pytest -m 'faults or not faults' tests/e2e/test_fault_matrix.py tests/e2e/test_network_faults.py $(ARGS)
+
+# Every case of every Triton kernel under the interpreter: about four minutes.
+test-kernels: $(TESTING)
+	PAGEWIRE_ALL_KERNEL_CASES=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 # At least FAULTS random faults under load; SEED makes a run again.
 chaos: $(TESTING)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from warm_start import SERVICES, WarmProcess
 
 
 def free_port() -> int:
@@ -39,7 +40,7 @@ class Process:
     address: str
     log: Path
     faults: Path | None = None  # where it looks for faults to have, by its name
-    popen: subprocess.Popen[bytes] | None = None
+    popen: subprocess.Popen[bytes] | WarmProcess | None = None
 
     def start(self) -> None:
         env = os.environ | {
@@ -48,6 +49,9 @@ class Process:
         }  # fmt: skip
         if self.faults:
             env["PAGEWIRE_FAULTS"] = f"{self.name}@{self.faults}"
+        if Path(self.command[0]).name in SERVICES:
+            self.popen = WarmProcess(self.command, self.log, env)
+            return
         with self.log.open("ab") as out:
             self.popen = subprocess.Popen(self.command, stdout=out, stderr=out, env=env, start_new_session=True)
 

@@ -80,10 +80,27 @@ def reference_model(path: Path) -> PreTrainedModel:
 
 @torch.inference_mode()
 def reference_greedy(path: Path, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
-    """Greedy continuation without a KV cache, and the log probability of each token."""
-    model, tokens, logprobs = reference_model(path), list(prompt), []
-    for _ in range(num_tokens):
-        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-        tokens.append(int(logits.argmax()))
-        logprobs.append(float(torch.log_softmax(logits, -1)[tokens[-1]]))
-    return tokens[len(prompt) :], logprobs
+    """Greedy continuation without a KV cache, and the log probability of each token.
+
+    A cache proposes; one pass over everything without one decides, and what it disagrees with is proposed anew.
+    """
+    model, tokens = reference_model(path), list(prompt)
+    while True:
+        _propose(model, tokens, len(prompt) + num_tokens)
+        logits = model(torch.tensor([tokens[:-1]]), use_cache=False, logits_to_keep=num_tokens).logits[0]
+        chosen = logits.argmax(-1).tolist()
+        if chosen == tokens[len(prompt) :]:
+            logprobs = torch.log_softmax(logits, -1)
+            return chosen, logprobs[range(num_tokens), chosen].tolist()
+        agreed = next(i for i, token in enumerate(chosen) if token != tokens[len(prompt) + i])
+        del tokens[len(prompt) + agreed :]
+        tokens.append(chosen[agreed])
+
+
+def _propose(model: Any, tokens: list[int], length: int) -> None:
+    """Greedy tokens at the end of the list until it is so long."""
+    seen, cache = 0, None
+    while len(tokens) < length:
+        out = model(torch.tensor([tokens[seen:]]), past_key_values=cache, use_cache=True)
+        seen, cache = len(tokens), out.past_key_values
+        tokens.append(int(out.logits[0, -1].argmax()))

@@ -50,6 +50,7 @@ def without_speculation(asked: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("method", CONFIGS)
 async def test_tokens_are_the_same_with_drafts_and_the_metrics_show_them(method: str, tmp_path: Path) -> None:
     asked = prompts()
+    expected = without_speculation(asked)
     flags = (*SMALL, f"--speculative-config={json.dumps(CONFIGS[method])}")
     async with running(Cluster(DEMO, tmp_path, worker_flags=flags)) as cluster:
         for _ in range(2):  # the second time from the prefix cache
@@ -57,7 +58,7 @@ async def test_tokens_are_the_same_with_drafts_and_the_metrics_show_them(method:
                 *(cluster.complete(prompt, max_tokens=120, **params) for prompt in asked for params in SAMPLINGS)
             )
             tokens = [choice["token_ids"] for answer in answers for choice in answer["choices"]]
-            assert tokens == without_speculation(asked)
+            assert tokens == expected
         # Alone: however little drafts pay beside each other, some are tried.
         for prompt in asked:
             await cluster.complete(prompt, max_tokens=120)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 from cluster import SMALL, Cluster, free_port, running, script
 from tiny_models import make_model
+from warm_start import SERVICES, WarmProcess
 
 
 def run(*command: str) -> tuple[int, str]:
-    done = subprocess.run([*script(command[0]), *command[1:]], capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stderr
+    """Exit code and all that was said."""
+    if command[0] not in SERVICES:
+        done = subprocess.run([*script(command[0]), *command[1:]], capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr
+    with tempfile.NamedTemporaryFile("r") as log:
+        process = WarmProcess([*script(command[0]), *command[1:]], Path(log.name), os.environ)
+        return process.wait(60), log.read()
 
 
 def last_line(stderr: str) -> str:

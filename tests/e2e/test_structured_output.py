@@ -17,7 +17,6 @@ from json_schemas import instance_of, schemas
 from jsonschema import Draft202012Validator
 from openai import AsyncOpenAI, BadRequestError
 from pydantic import BaseModel, Field
-from streams import after
 
 FLAGS = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=64", "--threads=1")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -111,7 +110,7 @@ async def test_a_bad_form_is_refused_in_the_apis_words_and_harms_nobody(shared: 
         assert response.status_code == 400, response.text
 
 
-async def streamed(cluster: Cluster, arrived: Any = lambda: None, **body: Any) -> list[str]:
+async def streamed(cluster: Cluster, **body: Any) -> list[str]:
     texts = [""] * body.get("n", 1)
     request = {"messages": ASK, "stream": True, "response_format": FORMAT, "temperature": 1.0, "max_tokens": 300} | body
     async with cluster.http.stream("POST", "/v1/chat/completions", json=request) as response:
@@ -123,7 +122,6 @@ async def streamed(cluster: Cluster, arrived: Any = lambda: None, **body: Any) -
                 for choice in event["choices"]:
                     texts[choice["index"]] += choice["delta"].get("content") or ""
                     assert choice["finish_reason"] in (None, "stop")
-                arrived()
     return texts
 
 
@@ -131,14 +129,15 @@ async def test_a_document_outlives_its_decode_worker(llama: Path, tmp_path: Path
     """Killed in the middle of four of them: each goes on as it would have, and is valid."""
     flags = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=8", "--threads=1")
     turns = ("--routing-policy=round_robin",)  # half of them are on the one that is killed
-    cluster = Cluster(llama, tmp_path, prefill=1, decode=2, worker_flags=flags, router_flags=turns)
+    cluster = Cluster(llama, tmp_path, prefill=1, decode=2, worker_flags=flags, router_flags=turns, with_faults=True)
     async with running(cluster):
         expected = [await streamed(cluster, seed=i, n=2) for i in range(4)]
         for texts in expected:
             for text in texts:
                 Draft202012Validator(SCHEMA).validate(json.loads(text))
-        kill = after(40, cluster.processes["decode-0"].kill)
-        assert await asyncio.gather(*(streamed(cluster, kill, seed=i, n=2) for i in range(4))) == expected
+        (cluster.faults / "step:decode-0:kill").write_text("after=8")
+        assert await asyncio.gather(*(streamed(cluster, seed=i, n=2) for i in range(4))) == expected
+        assert not cluster.processes["decode-0"].alive
         assert (await cluster.metrics())["pagewire_resumed_requests_total"] > 0
 
 
