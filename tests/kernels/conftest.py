@@ -15,7 +15,7 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 torch.set_num_threads(1)
 
-_MANY = 6
+_MANY = 3
 _NTH = 3
 
 
