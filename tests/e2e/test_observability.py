@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ async def test_one_request_id_runs_through_all_services_and_no_prompt_is_logged(
         response = await cluster.http.post("/v1/completions", json=body, headers=headers)
         assert response.headers["x-request-id"] == "follow-me-7"
         await cluster.http.post("/v1/completions", json=body | {"temperature": 9})
+        assert (await cluster.http.post("/v1/completions", json=body | {"prompt": SECRET * 50})).status_code == 400
         await cluster.settle()
         found: dict[str, dict[str, Any]] = {}
         for name in ("bridge", "router", "prefill-0", "decode-0"):
@@ -38,6 +41,37 @@ async def test_one_request_id_runs_through_all_services_and_no_prompt_is_logged(
         for stage in ("queue_ms", "prefill_ms", "transfer_ms", "decode_ms", "ttft_ms", "total_ms"):
             assert 0 <= router[stage] <= router["total_ms"] + 1
         assert SECRET not in cluster.logs()
+        await check_familiar_names(cluster, llama)
+
+
+async def check_familiar_names(cluster: Cluster, model: Path) -> None:
+    """After one request of 60 tokens that was given 8, and one that was refused."""
+    text = (await cluster.http.get("/metrics")).text
+    totals = await cluster.metrics()
+    named = f"{{model_name={model}}}"
+    for name, value in {
+        "vllm:prompt_tokens_total": 60, "vllm:generation_tokens_total": 8, "vllm:e2e_request_latency_seconds_count": 1,
+        "vllm:time_to_first_token_seconds_count": 1, "vllm:inter_token_latency_seconds_count": 7,
+        "vllm:request_success_total": 1, "vllm:request_params_max_tokens_sum": 8, "vllm:request_params_n_sum": 1,
+        "vllm:request_prefill_time_seconds_count": 1, "vllm:request_decode_time_seconds_count": 1,
+        "vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "vllm:prefix_cache_hits_total": 0,
+        "vllm:prefix_cache_queries_total": 60, "vllm:request_inference_time_seconds_count": 1,
+    }.items():  # fmt: skip
+        assert totals[name] == totals[name + named] == value, name
+    assert totals["vllm:request_success_total{finished_reason=length}"] == 1
+    assert 0 <= totals["vllm:kv_cache_usage_perc"] < 1
+    for name, value in {
+        "tgi_request_count": 2, "tgi_request_success": 1, "tgi_request_failure{err=invalid_request}": 1,
+        "tgi_request_input_length_sum": 60, "tgi_request_generated_tokens_sum": 8, "tgi_queue_size": 0,
+        "tgi_batch_current_size": 0, "tgi_request_duration_count": 1, "tgi_request_queue_duration_count": 1,
+        "tgi_request_mean_time_per_token_duration_count": 1, "tgi_request_max_new_tokens_sum": 8,
+    }.items():  # fmt: skip
+        assert totals[name] == value, name
+    if promtool := shutil.which("promtool"):
+        checked = subprocess.run([promtool, "check", "metrics"], input=text, text=True, capture_output=True)
+        # It also has opinions on names; those of vLLM and TGI are what they are.
+        ours = [line for line in checked.stderr.splitlines() if not line.startswith(("vllm:", "tgi_"))]
+        assert "error while linting" not in checked.stdout + checked.stderr and not ours, checked.stderr
 
 
 @pytest.fixture(scope="module")

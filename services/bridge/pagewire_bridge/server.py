@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from pagewire_core.errors import PagewireError
-from pagewire_core.telemetry import exposition, merge_expositions
+from pagewire_core.telemetry import exposition, exposition_of, merge_families
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pagewire_bridge.familiar_metrics import familiar
 from pagewire_bridge.responses import json_response
 
 
@@ -38,12 +39,16 @@ async def show_version(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """The bridge's metrics, and the router's and workers' while the router can be reached."""
-    texts = {"bridge": exposition(request.state.metrics.registry)}
+    texts, client = {"bridge": exposition(request.state.metrics.registry)}, request.state.client
+    model = ""
     try:
-        texts["router"] = await request.state.client.metrics()
+        texts["router"] = await client.metrics()
+        model = (await client.list_models())[0].name
     except PagewireError:
         pass  # a scrape must still show the bridge; that the router is away shows in the missing samples
-    return Response(merge_expositions(texts), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+    families = merge_families(texts)
+    text = exposition_of([*families.values(), *familiar(families, model)])
+    return Response(text, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 ROUTES = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import structlog
 from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
@@ -65,7 +65,12 @@ class _Families:
 
 
 def merge_expositions(texts: Mapping[str, str]) -> str:
-    """Joins the metrics of several processes into one valid exposition.
+    """Joins the metrics of several processes into one valid exposition; see merge_families."""
+    return exposition_of(merge_families(texts).values())
+
+
+def merge_families(texts: Mapping[str, str]) -> dict[str, Metric]:
+    """By name, the metrics of several processes.
 
     texts: instance name -> Prometheus text. Every sample gets a label `instance`, unless it has one;
     a family named by several processes appears once.
@@ -78,6 +83,11 @@ def merge_expositions(texts: Mapping[str, str]) -> str:
                 Sample(s.name, {"instance": instance, **s.labels}, s.value, s.timestamp, s.exemplar)
                 for s in family.samples
             )
+    return merged
+
+
+def exposition_of(families: Iterable[Metric]) -> str:
+    """The families in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families(list(merged.values())))  # type: ignore[arg-type]
+    registry.register(_Families(list(families)))  # type: ignore[arg-type]
     return exposition(registry)

@@ -150,6 +150,11 @@ class Account:
         metrics.e2e_s.observe(now - self.arrived)
         metrics.prompt_tokens.inc(self.prompt_tokens)
         metrics.generation_tokens.inc(completion_tokens)
+        metrics.prompt_length.observe(self.prompt_tokens)
+        metrics.answer_length.observe(completion_tokens)
+        if self.admitted is not None:
+            metrics.inference_s.observe(now - self.admitted)
+            metrics.token_s.observe((now - self.admitted) / max(completion_tokens, 1))
         facts: dict[str, object] = {}
         if self.placed is not None:
             facts = self._facts(self.summary(completion_tokens))

@@ -264,6 +264,9 @@ class Generation:
         faults.point("relay")
         if delta.tokens:
             self._account.note_tokens(delta.choice, len(delta.tokens), self._services.metrics)
+        if delta.finish_reason:
+            reason = common_pb2.FinishReason.Name(delta.finish_reason).removeprefix("FINISH_REASON_").lower()
+            self._services.metrics.finished.labels(reason).inc()
         self._send(delta)
 
     def _check_all_finished(self, placed: Placed[Worker]) -> None:

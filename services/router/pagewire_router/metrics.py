@@ -13,6 +13,8 @@ from prometheus_client.utils import floatToGoString
 
 _LATENCY_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_CHOICES = (1, 2, 5, 10, 20)
 _ERROR_S = (-4, -2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)
 
 
@@ -49,6 +51,23 @@ class RouterMetrics:
         self.itl_s = QuickHistogram("pagewire_inter_token_latency_seconds", "Gap between tokens of a choice", _GAP_S)
         registry.register(self.itl_s)  # type: ignore[arg-type]
         self.e2e_s = Histogram("pagewire_e2e_seconds", "Arrival to end", buckets=_LATENCY_S, registry=registry)
+        self.inference_s = Histogram(
+            "pagewire_inference_seconds", "Admission to end", buckets=_LATENCY_S, registry=registry
+        )
+        self.token_s = Histogram(
+            "pagewire_mean_time_per_token_seconds", "Admission to end, over the tokens of the answer", buckets=_GAP_S,
+            registry=registry,
+        )  # fmt: skip
+        self.prompt_length, self.answer_length, self.asked_length, self.asked_choices = (
+            Histogram(f"pagewire_request_{name}", text, buckets=buckets, registry=registry)
+            for name, text, buckets in (
+                ("prompt_tokens", "Prompt tokens of a request", _TOKENS),
+                ("generation_tokens", "Tokens that a request was given", _TOKENS),
+                ("max_tokens", "Tokens that a request asked for at most", _TOKENS),
+                ("choices", "Answers that a request asked for", _CHOICES),
+            )
+        )
+        self.finished = Counter("pagewire_finished_choices", "Answers by their end", ["reason"], registry=registry)
         self.prompt_tokens = Counter("pagewire_prompt_tokens", "Prompt tokens of finished requests", registry=registry)
         self.generation_tokens = Counter("pagewire_generation_tokens", "Tokens given to clients", registry=registry)
         self.cached_tokens = Counter(

@@ -119,6 +119,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         account = Account(request.request_id, num_tokens, slot)
         generation = Generation(request, services, account, deadline, send)
         outcome = "rejected"
+        services.metrics.asked_length.observe(request.sampling.max_tokens)
+        services.metrics.asked_choices.observe(request.n)
         try:
             async with router.admission.slot(slot):
                 outcome = ""  # the generation knows
