@@ -180,12 +180,13 @@ class Chaos:
         armed = self._cluster.faults / f"{place}:{action}"
         seconds, times = self._rng.random() * 1.5, self._rng.choice((1, 1, 2)) if action == "flip" else 1
         armed.write_text(f"after={self._rng.randrange(8)} times={times} seconds={seconds:.2f}")
-        try:
-            async with asyncio.timeout(NOT_REACHED_S):
-                while armed.exists():
-                    await asyncio.sleep(0.01)
-        finally:
-            armed.unlink(missing_ok=True)
+        deadline = time.monotonic() + NOT_REACHED_S
+        while armed.exists():
+            await asyncio.sleep(0.01)
+            if time.monotonic() > deadline:
+                with contextlib.suppress(FileNotFoundError):  # somebody came at the last moment
+                    armed.unlink()
+                    raise TimeoutError
         if action in ("kill", "stop"):
             async with asyncio.timeout(5):
                 while not (hit := [p for p in self._cluster.processes.values() if p.role == role and self._is_down(p)]):

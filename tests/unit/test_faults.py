@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -44,6 +45,17 @@ def test_a_fault_may_be_for_a_whole_role_and_happen_several_times(armed: Path) -
     (armed / "bind:prefill:flip").touch()
     assert [faults.point("bind") for _ in range(5)] == ["", "drop", "drop", "", ""]
     assert [file.name for file in armed.iterdir()] == ["bind:prefill:flip"]
+
+
+def test_what_was_counted_of_a_fault_that_another_process_took_is_not_of_the_next_one(armed: Path) -> None:
+    fault = armed / "bind:decode:drop"
+    fault.write_text("after=5")
+    assert [faults.point("bind") for _ in range(4)] == [""] * 4
+    fault.unlink()  # by the other
+    fault.write_text("after=1")
+    os.utime(fault, ns=(1, 1))  # two writes within a tick of the file system's clock would look the same
+    assert [faults.point("bind") for _ in range(3)] == ["", "drop", ""]
+    assert not fault.exists()
 
 
 def test_refuse_raises_and_delay_waits(armed: Path) -> None:

@@ -27,7 +27,7 @@ VARIABLE = "PAGEWIRE_FAULTS"
 # How to call it: `faults.point` is looked up at each call, so that until it is armed a point costs one empty call.
 _directory = Path()
 _rank = ""
-_passes: Counter[str] = Counter()
+_passes: Counter[tuple[str, int]] = Counter()  # by the fault's name and when it was asked for
 
 
 def point(stage: str) -> str:
@@ -60,11 +60,12 @@ def _claim(name: str) -> dict[str, str] | None:
     file = _directory / name
     try:
         options = dict(word.split("=") for word in file.read_text().split())
-        _passes[name] += 1
-        due = _passes[name] - int(options.get("after", 0))
-        if due == int(options.get("times", 1)):
+        # Another process may have taken an earlier fault of this name: what was counted of that is not of this one.
+        fault = name, file.stat().st_mtime_ns
+        _passes[fault] += 1
+        due = _passes[fault] - int(options.get("after", 0))
+        if due >= int(options.get("times", 1)):
             file.unlink()
-            del _passes[name]
     except FileNotFoundError:  # another thread or process did it
         return None
     return options if due > 0 else None
