@@ -165,8 +165,9 @@ class Chaos:
             if not await self._may_strike(role, action):
                 return ""
             victim = self._rng.choice([p for p in self._cluster.processes.values() if p.role == role])
+            well = time.monotonic()
             victim.kill() if action == "kill" else victim.freeze()
-            await self._recover(victim)
+            await self._recover(victim, well)
             return f"{action} {role}"
         place = self._rng.choice(list(POINTS))
         return await self._strike_at(place, self._rng.choice((*POINTS[place], "delay")))
@@ -180,10 +181,11 @@ class Chaos:
         armed = self._cluster.faults / f"{place}:{action}"
         seconds, times = self._rng.random() * 1.5, self._rng.choice((1, 1, 2)) if action == "flip" else 1
         armed.write_text(f"after={self._rng.randrange(8)} times={times} seconds={seconds:.2f}")
-        deadline = time.monotonic() + NOT_REACHED_S
+        deadline = (well := time.monotonic()) + NOT_REACHED_S
         while armed.exists():
+            well = time.monotonic()
             await asyncio.sleep(0.01)
-            if time.monotonic() > deadline:
+            if well > deadline:
                 with contextlib.suppress(FileNotFoundError):  # somebody came at the last moment
                     armed.unlink()
                     raise TimeoutError
@@ -191,7 +193,7 @@ class Chaos:
             async with asyncio.timeout(5):
                 while not (hit := [p for p in self._cluster.processes.values() if p.role == role and self._is_down(p)]):
                     await asyncio.sleep(0.01)
-            await self._recover(hit[0])
+            await self._recover(hit[0], well)
         return f"{place}:{action}"
 
     @staticmethod
@@ -204,9 +206,9 @@ class Chaos:
             return True
         return sum(worker.ready for worker in (await self._cluster.status()).workers) == 4
 
-    async def _recover(self, victim: Process) -> None:
-        began = time.monotonic()
-        window = (began - 0.5, float("inf"))
+    async def _recover(self, victim: Process, well: float) -> None:
+        """well: when it was last seen to be so."""
+        window = (well - 0.5, float("inf"))
         if victim.role in ("router", "bridge"):
             self._front_struck.append(window)
         if victim.alive:
