@@ -234,6 +234,11 @@ async def test_every_parameter_may_be_null(bridge: Bridge) -> None:
     assert (await ask(bridge, **dict.fromkeys(set(ResponsesBody.model_fields) - {"input"}))).status_code == 200
 
 
+async def test_a_method_that_is_not_there_names_all_that_are(bridge: Bridge) -> None:
+    refused = await bridge.http.options("/v1/responses/resp_1")
+    assert refused.status_code == 405 and refused.headers["allow"] == "DELETE, GET, HEAD"
+
+
 async def test_a_client_that_leaves_cancels_its_response(bridge: Bridge) -> None:
     bridge.router.script = stalls_after(accepted(), delta("Hel"))
     stream = await bridge.openai.responses.create(model="demo", input="x", stream=True)
@@ -384,8 +389,8 @@ async def again(bridge: Bridge, response_id: str, **asked: int) -> list[Fields]:
 
 
 async def test_a_background_response_is_found_when_it_is_done(bridge: Bridge) -> None:
-    begun = await bridge.openai.responses.create(model="demo", input="hi", background=True)
-    assert begun.status == "queued" and begun.background and begun.output == []
+    begun = await bridge.openai.responses.create(input="hi", background=True)
+    assert begun.status == "queued" and begun.background and begun.output == [] and begun.model == "demo"
     done = await ended(bridge.openai, begun.id)
     assert done.status == "completed" and done.output_text == "Hello" and done.usage
     assert (await bridge.openai.responses.cancel(begun.id)).status == "completed"

@@ -54,6 +54,8 @@ class BackgroundRun:
         self._store = store_of(asked.request)
         self._name = (asked.tenant, asked.response_id)
         self._untold: list[bytes] = []
+        if opening.done():
+            asked.accept(self.answer, generation)
         self._note(self.answer.queue())
 
     async def begin(self) -> None:

@@ -82,11 +82,12 @@ async def _in_background(asked: Asked) -> Response:
     """Answers when it is accepted, or has waited for that for a while. Raises PagewireError."""
     generation = begin(asked.request, [asked.generate], 1, detached=True)
     opening = asyncio.create_task(generation.open())
-    run, started = BackgroundRun(asked, generation, opening), False
+    started = False
     try:
         await until_disconnect(asked.request.receive, asyncio.wait({opening}, timeout=_ACCEPTED_S))
         if opening.done():
             opening.result()
+        run = BackgroundRun(asked, generation, opening)
         await run.begin()
         runs: BackgroundRuns = asked.request.state.background
         runs.start(run.run())
