@@ -28,6 +28,8 @@ PARAMS = st.fixed_dictionaries({
     "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, 2.5, 5.0]), max_size=5),
     "min_tokens": st.sampled_from([0, 3]),
     "stop_token_ids": st.frozensets(st.integers(0, VOCAB - 1), max_size=9),
+    "typical_p": st.sampled_from([1.0, 1.0, 0.6]),
+    "watermark": st.sampled_from([False, False, True]),
 })  # fmt: skip
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
 
@@ -49,7 +51,8 @@ def test_changed_rows_are_sampled_as_the_host_samples_them(
     sample_changed(rows, num_tokens, SamplingRows().arrays(rows, num_tokens), logits, tokens)
     expected = sample(logits.clone(), rows)
     for row, token, choice in zip(rows, tokens.tolist(), expected, strict=True):
-        assert token == (choice.token if row.params.changes_logits else -7)
+        changed = row.params.changes_logits or row.params.needs_sampler
+        assert token == (choice.token if changed else -7)
 
 
 def test_a_presence_penalty_before_the_first_token_reads_counts_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

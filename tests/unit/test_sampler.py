@@ -61,6 +61,17 @@ def test_min_p_is_relative_to_the_best_token() -> None:
     assert_distribution(draw(3000, min_p=0.2), torch.where(kept, probs, 0) / probs[kept].sum())
 
 
+def test_typical_p_keeps_what_surprises_as_much_as_is_expected() -> None:
+    """By hand: the entropy is 1.75 bits, and the tokens' surprise 1, 2, 3 and 3 bits: 1 first, then 0, then 2 and 3."""
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    for typical_p, kept in ((0.2, {1}), (0.3, {0, 1}), (0.75, {0, 1}), (0.8, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+        rows = [row([0] * i, i, seed=3, typical_p=typical_p) for i in range(300)]
+        assert {s.token for s in sample(logits.repeat(300, 1), rows)} == kept
+    together = [row([0] * i, i, seed=3, typical_p=(0.2, 1.0)[i % 2], top_k=(0, 2)[i % 2]) for i in range(300)]
+    tokens = [s.token for s in sample(logits.repeat(300, 1), together)]
+    assert set(tokens[::2]) == {1} and set(tokens[1::2]) == {0, 1}, "each row by its own"
+
+
 def test_temperature_zero_is_the_argmax() -> None:
     assert set(draw(20, temperature=0.0)) == {0}
 

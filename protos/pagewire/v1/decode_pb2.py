@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pagewire.v1 import common_pb2 as pagewire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewire/v1/decode.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"X\n\x0eReserveRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\ncache_root\x18\x03 \x01(\x0c\x12\t\n\x01n\x18\x04 \x01(\r\"M\n\x0fReserveResponse\x12\x14\n\x0clocal_tokens\x18\x01 \x01(\r\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x12\n\nkv_address\x18\x03 \x01(\t\"\xa5\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x12\n\ncache_root\x18\x04 \x01(\x0c\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12\t\n\x01n\x18\x06 \x01(\r\x12\x15\n\rlocal_prefill\x18\x07 \x01(\x08\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x08 \x01(\x0c\x12\x11\n\tfeed_call\x18\t \x01(\x04\x12\'\n\x05prior\x18\n \x03(\x0b\x32\x18.pagewire.v1.PriorOutput\x12%\n\x06holder\x18\x0b \x01(\x0b\x32\x15.pagewire.v1.KvHolder\"/\n\x0bPriorOutput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"\xa6\x01\n\x0e\x44\x65\x63odeResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.pagewire.v1.DecodeStartedH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.pagewire.v1.DecodeTokensH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.pagewire.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\xe7\x01\n\rDecodeStarted\x12/\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x19.pagewire.v1.SampledToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0freceived_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04lane\x18\x06 \x01(\t\x12\x0f\n\x07resumed\x18\x07 \x01(\x08\x12%\n\x07\x66\x65tched\x18\x08 \x01(\x0b\x32\x14.pagewire.v1.Fetched\":\n\x0c\x44\x65\x63odeTokens\x12*\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x19.pagewire.v1.ChoiceTokens\"k\n\x0e\x44\x65\x63odeFinished\x12*\n\x07timings\x18\x01 \x01(\x0b\x32\x19.pagewire.v1.StageTimings\x12\x17\n\x0fnum_preemptions\x18\x02 \x01(\r\x12\x14\n\x0c\x66\x65\x65\x64_entries\x18\x03 \x01(\r\"3\n\x0bStopRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\r\"\x1d\n\x0cStopResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x1e\n\x0b\x46\x65\x65\x64Request\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x01 \x01(\x0c\"7\n\x0c\x46\x65\x65\x64Response\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.pagewire.v1.FeedEntry\"E\n\tFeedEntry\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12*\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x19.pagewire.v1.ChoiceTokens2\x96\x02\n\rDecodeService\x12\x44\n\x07Reserve\x12\x1b.pagewire.v1.ReserveRequest\x1a\x1c.pagewire.v1.ReserveResponse\x12\x43\n\x06\x44\x65\x63ode\x12\x1a.pagewire.v1.DecodeRequest\x1a\x1b.pagewire.v1.DecodeResponse0\x01\x12;\n\x04Stop\x12\x18.pagewire.v1.StopRequest\x1a\x19.pagewire.v1.StopResponse\x12=\n\x04\x46\x65\x65\x64\x12\x18.pagewire.v1.FeedRequest\x1a\x19.pagewire.v1.FeedResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewire/v1/decode.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"X\n\x0eReserveRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\ncache_root\x18\x03 \x01(\x0c\x12\t\n\x01n\x18\x04 \x01(\r\"M\n\x0fReserveResponse\x12\x14\n\x0clocal_tokens\x18\x01 \x01(\r\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x12\n\nkv_address\x18\x03 \x01(\t\"\xd7\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x12\n\ncache_root\x18\x04 \x01(\x0c\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12\t\n\x01n\x18\x06 \x01(\r\x12\x15\n\rlocal_prefill\x18\x07 \x01(\x08\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x08 \x01(\x0c\x12\x11\n\tfeed_call\x18\t \x01(\x04\x12\'\n\x05prior\x18\n \x03(\x0b\x32\x18.pagewire.v1.PriorOutput\x12%\n\x06holder\x18\x0b \x01(\x0b\x32\x15.pagewire.v1.KvHolder\x12\x1c\n\x0fprompt_logprobs\x18\x32 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_prompt_logprobs\"/\n\x0bPriorOutput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"\xde\x01\n\x0e\x44\x65\x63odeResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.pagewire.v1.DecodeStartedH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.pagewire.v1.DecodeTokensH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.pagewire.v1.DecodeFinishedH\x00\x12\x36\n\x0fprompt_logprobs\x18\x32 \x01(\x0b\x32\x1b.pagewire.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xe7\x01\n\rDecodeStarted\x12/\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x19.pagewire.v1.SampledToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0freceived_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04lane\x18\x06 \x01(\t\x12\x0f\n\x07resumed\x18\x07 \x01(\x08\x12%\n\x07\x66\x65tched\x18\x08 \x01(\x0b\x32\x14.pagewire.v1.Fetched\":\n\x0c\x44\x65\x63odeTokens\x12*\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x19.pagewire.v1.ChoiceTokens\"k\n\x0e\x44\x65\x63odeFinished\x12*\n\x07timings\x18\x01 \x01(\x0b\x32\x19.pagewire.v1.StageTimings\x12\x17\n\x0fnum_preemptions\x18\x02 \x01(\r\x12\x14\n\x0c\x66\x65\x65\x64_entries\x18\x03 \x01(\r\"3\n\x0bStopRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\r\"\x1d\n\x0cStopResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x1e\n\x0b\x46\x65\x65\x64Request\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x01 \x01(\x0c\"7\n\x0c\x46\x65\x65\x64Response\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.pagewire.v1.FeedEntry\"E\n\tFeedEntry\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12*\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x19.pagewire.v1.ChoiceTokens2\x96\x02\n\rDecodeService\x12\x44\n\x07Reserve\x12\x1b.pagewire.v1.ReserveRequest\x1a\x1c.pagewire.v1.ReserveResponse\x12\x43\n\x06\x44\x65\x63ode\x12\x1a.pagewire.v1.DecodeRequest\x1a\x1b.pagewire.v1.DecodeResponse0\x01\x12;\n\x04Stop\x12\x18.pagewire.v1.StopRequest\x1a\x19.pagewire.v1.StopResponse\x12=\n\x04\x46\x65\x65\x64\x12\x18.pagewire.v1.FeedRequest\x1a\x19.pagewire.v1.FeedResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,27 +37,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESERVERESPONSE']._serialized_start=157
   _globals['_RESERVERESPONSE']._serialized_end=234
   _globals['_DECODEREQUEST']._serialized_start=237
-  _globals['_DECODEREQUEST']._serialized_end=530
-  _globals['_PRIOROUTPUT']._serialized_start=532
-  _globals['_PRIOROUTPUT']._serialized_end=579
-  _globals['_DECODERESPONSE']._serialized_start=582
-  _globals['_DECODERESPONSE']._serialized_end=748
-  _globals['_DECODESTARTED']._serialized_start=751
-  _globals['_DECODESTARTED']._serialized_end=982
-  _globals['_DECODETOKENS']._serialized_start=984
-  _globals['_DECODETOKENS']._serialized_end=1042
-  _globals['_DECODEFINISHED']._serialized_start=1044
-  _globals['_DECODEFINISHED']._serialized_end=1151
-  _globals['_STOPREQUEST']._serialized_start=1153
-  _globals['_STOPREQUEST']._serialized_end=1204
-  _globals['_STOPRESPONSE']._serialized_start=1206
-  _globals['_STOPRESPONSE']._serialized_end=1235
-  _globals['_FEEDREQUEST']._serialized_start=1237
-  _globals['_FEEDREQUEST']._serialized_end=1267
-  _globals['_FEEDRESPONSE']._serialized_start=1269
-  _globals['_FEEDRESPONSE']._serialized_end=1324
-  _globals['_FEEDENTRY']._serialized_start=1326
-  _globals['_FEEDENTRY']._serialized_end=1395
-  _globals['_DECODESERVICE']._serialized_start=1398
-  _globals['_DECODESERVICE']._serialized_end=1676
+  _globals['_DECODEREQUEST']._serialized_end=580
+  _globals['_PRIOROUTPUT']._serialized_start=582
+  _globals['_PRIOROUTPUT']._serialized_end=629
+  _globals['_DECODERESPONSE']._serialized_start=632
+  _globals['_DECODERESPONSE']._serialized_end=854
+  _globals['_DECODESTARTED']._serialized_start=857
+  _globals['_DECODESTARTED']._serialized_end=1088
+  _globals['_DECODETOKENS']._serialized_start=1090
+  _globals['_DECODETOKENS']._serialized_end=1148
+  _globals['_DECODEFINISHED']._serialized_start=1150
+  _globals['_DECODEFINISHED']._serialized_end=1257
+  _globals['_STOPREQUEST']._serialized_start=1259
+  _globals['_STOPREQUEST']._serialized_end=1310
+  _globals['_STOPRESPONSE']._serialized_start=1312
+  _globals['_STOPRESPONSE']._serialized_end=1341
+  _globals['_FEEDREQUEST']._serialized_start=1343
+  _globals['_FEEDREQUEST']._serialized_end=1373
+  _globals['_FEEDRESPONSE']._serialized_start=1375
+  _globals['_FEEDRESPONSE']._serialized_end=1430
+  _globals['_FEEDENTRY']._serialized_start=1432
+  _globals['_FEEDENTRY']._serialized_end=1501
+  _globals['_DECODESERVICE']._serialized_start=1504
+  _globals['_DECODESERVICE']._serialized_end=1782
 # @@protoc_insertion_point(module_scope)

@@ -67,7 +67,8 @@ class DecodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Decode(self, request, context):
-        """Streams the tokens of one request. Events in order: Started, Tokens..., Finished.
+        """Streams the tokens of one request. Events in order: PromptLogprobs where they are asked for, Started, Tokens...,
+        Finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pagewire.v1 import common_pb2 as pagewire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pagewire/v1/prefill.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"\x90\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x12\n\ncache_root\x18\x04 \x01(\x0c\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12\t\n\x01n\x18\x06 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x07 \x01(\t\x12\x17\n\x0f\x64\x65\x63ode_instance\x18\x08 \x01(\t\x12\x1b\n\x13\x64\x65\x63ode_local_tokens\x18\t \x01(\r\x12%\n\x06holder\x18\n \x01(\x0b\x32\x15.pagewire.v1.KvHolder\"\xa4\x01\n\x0fPrefillResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.pagewire.v1.PrefillStartedH\x00\x12\x30\n\x0c\x66irst_tokens\x18\x02 \x01(\x0b\x32\x18.pagewire.v1.FirstTokensH\x00\x12&\n\x07kv_sent\x18\x03 \x01(\x0b\x32\x13.pagewire.v1.KvSentH\x00\x42\x07\n\x05\x65vent\"N\n\x0ePrefillStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12%\n\x07\x66\x65tched\x18\x02 \x01(\x0b\x32\x14.pagewire.v1.Fetched\"8\n\x0b\x46irstTokens\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.pagewire.v1.SampledToken\"\xb2\x01\n\x06KvSent\x12\x1a\n\x12transferred_tokens\x18\x01 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04lane\x18\x03 \x01(\t\x12*\n\x07timings\x18\x04 \x01(\x0b\x32\x19.pagewire.v1.StageTimings\x12\x0f\n\x07wire_us\x18\x05 \x01(\x04\x12\x0f\n\x07overlap\x18\x06 \x01(\x02\x12\x15\n\rresent_chunks\x18\x07 \x01(\r\"P\n\x12\x45mbedPromptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\ncache_root\x18\x03 \x01(\x0c\"<\n\x13\x45mbedPromptResponse\x12\x0e\n\x06vector\x18\x01 \x03(\x02\x12\x15\n\rcached_tokens\x18\x02 \x01(\r2\xa4\x01\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1b.pagewire.v1.PrefillRequest\x1a\x1c.pagewire.v1.PrefillResponse0\x01\x12J\n\x05\x45mbed\x12\x1f.pagewire.v1.EmbedPromptRequest\x1a .pagewire.v1.EmbedPromptResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pagewire/v1/prefill.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"\xc2\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x12\n\ncache_root\x18\x04 \x01(\x0c\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12\t\n\x01n\x18\x06 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x07 \x01(\t\x12\x17\n\x0f\x64\x65\x63ode_instance\x18\x08 \x01(\t\x12\x1b\n\x13\x64\x65\x63ode_local_tokens\x18\t \x01(\r\x12%\n\x06holder\x18\n \x01(\x0b\x32\x15.pagewire.v1.KvHolder\x12\x1c\n\x0fprompt_logprobs\x18\x32 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_prompt_logprobs\"\xdc\x01\n\x0fPrefillResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.pagewire.v1.PrefillStartedH\x00\x12\x30\n\x0c\x66irst_tokens\x18\x02 \x01(\x0b\x32\x18.pagewire.v1.FirstTokensH\x00\x12&\n\x07kv_sent\x18\x03 \x01(\x0b\x32\x13.pagewire.v1.KvSentH\x00\x12\x36\n\x0fprompt_logprobs\x18\x32 \x01(\x0b\x32\x1b.pagewire.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"N\n\x0ePrefillStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12%\n\x07\x66\x65tched\x18\x02 \x01(\x0b\x32\x14.pagewire.v1.Fetched\"8\n\x0b\x46irstTokens\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.pagewire.v1.SampledToken\"\xb2\x01\n\x06KvSent\x12\x1a\n\x12transferred_tokens\x18\x01 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04lane\x18\x03 \x01(\t\x12*\n\x07timings\x18\x04 \x01(\x0b\x32\x19.pagewire.v1.StageTimings\x12\x0f\n\x07wire_us\x18\x05 \x01(\x04\x12\x0f\n\x07overlap\x18\x06 \x01(\x02\x12\x15\n\rresent_chunks\x18\x07 \x01(\r\"P\n\x12\x45mbedPromptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\ncache_root\x18\x03 \x01(\x0c\"<\n\x13\x45mbedPromptResponse\x12\x0e\n\x06vector\x18\x01 \x03(\x02\x12\x15\n\rcached_tokens\x18\x02 \x01(\r2\xa4\x01\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1b.pagewire.v1.PrefillRequest\x1a\x1c.pagewire.v1.PrefillResponse0\x01\x12J\n\x05\x45mbed\x12\x1f.pagewire.v1.EmbedPromptRequest\x1a .pagewire.v1.EmbedPromptResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewire.v1.prefill_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=69
-  _globals['_PREFILLREQUEST']._serialized_end=341
-  _globals['_PREFILLRESPONSE']._serialized_start=344
-  _globals['_PREFILLRESPONSE']._serialized_end=508
-  _globals['_PREFILLSTARTED']._serialized_start=510
-  _globals['_PREFILLSTARTED']._serialized_end=588
-  _globals['_FIRSTTOKENS']._serialized_start=590
-  _globals['_FIRSTTOKENS']._serialized_end=646
-  _globals['_KVSENT']._serialized_start=649
-  _globals['_KVSENT']._serialized_end=827
-  _globals['_EMBEDPROMPTREQUEST']._serialized_start=829
-  _globals['_EMBEDPROMPTREQUEST']._serialized_end=909
-  _globals['_EMBEDPROMPTRESPONSE']._serialized_start=911
-  _globals['_EMBEDPROMPTRESPONSE']._serialized_end=971
-  _globals['_PREFILLSERVICE']._serialized_start=974
-  _globals['_PREFILLSERVICE']._serialized_end=1138
+  _globals['_PREFILLREQUEST']._serialized_end=391
+  _globals['_PREFILLRESPONSE']._serialized_start=394
+  _globals['_PREFILLRESPONSE']._serialized_end=614
+  _globals['_PREFILLSTARTED']._serialized_start=616
+  _globals['_PREFILLSTARTED']._serialized_end=694
+  _globals['_FIRSTTOKENS']._serialized_start=696
+  _globals['_FIRSTTOKENS']._serialized_end=752
+  _globals['_KVSENT']._serialized_start=755
+  _globals['_KVSENT']._serialized_end=933
+  _globals['_EMBEDPROMPTREQUEST']._serialized_start=935
+  _globals['_EMBEDPROMPTREQUEST']._serialized_end=1015
+  _globals['_EMBEDPROMPTRESPONSE']._serialized_start=1017
+  _globals['_EMBEDPROMPTRESPONSE']._serialized_end=1077
+  _globals['_PREFILLSERVICE']._serialized_start=1080
+  _globals['_PREFILLSERVICE']._serialized_end=1244
 # @@protoc_insertion_point(module_scope)

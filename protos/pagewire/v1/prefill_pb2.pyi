@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "decode_address", "decode_instance", "decode_local_tokens", "holder")
+    __slots__ = ("request_id", "transfer_id", "prompt_ids", "cache_root", "sampling", "n", "decode_address", "decode_instance", "decode_local_tokens", "holder", "prompt_logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class PrefillRequest(_message.Message):
     DECODE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     DECODE_LOCAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -29,17 +30,20 @@ class PrefillRequest(_message.Message):
     decode_instance: str
     decode_local_tokens: int
     holder: _common_pb2.KvHolder
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., decode_address: _Optional[str] = ..., decode_instance: _Optional[str] = ..., decode_local_tokens: _Optional[int] = ..., holder: _Optional[_Union[_common_pb2.KvHolder, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., decode_address: _Optional[str] = ..., decode_instance: _Optional[str] = ..., decode_local_tokens: _Optional[int] = ..., holder: _Optional[_Union[_common_pb2.KvHolder, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("started", "first_tokens", "kv_sent")
+    __slots__ = ("started", "first_tokens", "kv_sent", "prompt_logprobs")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_SENT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     started: PrefillStarted
     first_tokens: FirstTokens
     kv_sent: KvSent
-    def __init__(self, started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _common_pb2.PromptLogprobs
+    def __init__(self, started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., kv_sent: _Optional[_Union[KvSent, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
     __slots__ = ("cached_tokens", "fetched")

@@ -51,7 +51,8 @@ class PrefillServiceServicer:
 
     def Prefill(self, request, context):
         """Computes one prompt, samples the first token of every choice, and pushes the prompt's KV to the
-        decode worker. Events in order: Started, FirstTokens, KvSent; the stream then ends. Ending the call
+        decode worker. Events in order: Started, PromptLogprobs where they are asked for (in parts, from the prompt's second
+        token to its last), FirstTokens, KvSent; the stream then ends. Ending the call
         early cancels the work and frees all of it. Failures are gRPC statuses with an Error attached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -12,7 +12,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("worker_id", "instance", "role", "address", "fingerprint", "model_digest", "protocol", "max_model_len", "block_size", "total_blocks", "kv_bytes_per_token", "lanes", "startup", "constraints")
+    __slots__ = ("worker_id", "instance", "role", "address", "fingerprint", "model_digest", "protocol", "max_model_len", "block_size", "total_blocks", "kv_bytes_per_token", "lanes", "startup", "constraints", "sampling_revision")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class InfoResponse(_message.Message):
     LANES_FIELD_NUMBER: _ClassVar[int]
     STARTUP_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_REVISION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     instance: str
     role: _common_pb2.WorkerRole
@@ -41,7 +42,8 @@ class InfoResponse(_message.Message):
     lanes: _containers.RepeatedScalarFieldContainer[str]
     startup: _containers.RepeatedCompositeFieldContainer[StartupPhase]
     constraints: bool
-    def __init__(self, worker_id: _Optional[str] = ..., instance: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., model_digest: _Optional[bytes] = ..., protocol: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., lanes: _Optional[_Iterable[str]] = ..., startup: _Optional[_Iterable[_Union[StartupPhase, _Mapping]]] = ..., constraints: _Optional[bool] = ...) -> None: ...
+    sampling_revision: int
+    def __init__(self, worker_id: _Optional[str] = ..., instance: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., model_digest: _Optional[bytes] = ..., protocol: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., lanes: _Optional[_Iterable[str]] = ..., startup: _Optional[_Iterable[_Union[StartupPhase, _Mapping]]] = ..., constraints: _Optional[bool] = ..., sampling_revision: _Optional[int] = ...) -> None: ...
 
 class StartupPhase(_message.Message):
     __slots__ = ("name", "seconds")

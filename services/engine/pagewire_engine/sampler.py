@@ -4,9 +4,9 @@ Randomness is counter-based: the uniform that chooses the token at a position is
 (seed, choice, position) alone, so it does not matter which worker samples, in which batch, or whether
 it is the first time. The token is found by inverting the cumulative distribution in vocabulary order.
 
-Order of operations, as in vLLM: log probabilities are of the raw logits; then min_tokens bans (an output that
-follows a grammar has them in its mask), logit bias, repetition, frequency and presence penalties; then
-temperature, min_p, top_k, top_p.
+Order of operations, as in vLLM: log probabilities are of the raw logits; then the watermark, min_tokens bans (an output
+that follows a grammar has them in its mask), logit bias, repetition, frequency and presence penalties; then
+temperature, min_p, top_k, top_p, typical_p.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pagewire_core.errors import Internal
 
 from pagewire_engine.constraint import Matching
 from pagewire_engine.sampling_params import SamplingParams
+from pagewire_engine.watermark import add_watermark
 
 NOT_NUMBERS = "the model's logits are not numbers"
 
@@ -105,6 +106,8 @@ def _with_logprobs(token: int, raw: torch.Tensor, count: int | None) -> Sampled:
 def _change(logits: torch.Tensor, row: SampleRow) -> None:
     """Bans, bias and penalties of one row, in place."""
     p = row.params
+    if p.watermark:
+        add_watermark(logits, row.tokens[-1])
     if len(row.tokens) - row.num_prompt < p.min_tokens and p.banned_before_min_tokens:
         logits[list(p.banned_before_min_tokens)] = -torch.inf
     if p.logit_bias:
@@ -129,6 +132,8 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleRow], num_tokens: Sequence[
         probs = probs.masked_fill(probs < min_p[:, None] * probs.amax(-1, keepdim=True), 0.0)
     if any(r.params.top_k or r.params.top_p < 1 for r in rows):
         probs = _truncate(probs, rows)
+    if any(r.params.typical_p < 1 for r in rows):
+        probs = _typical(probs, rows)
     cumulative = probs.double().cumsum(-1)
     uniforms = [uniform(r.params.seed, r.choice, n) for r, n in zip(rows, num_tokens, strict=True)]
     targets = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
@@ -149,4 +154,21 @@ def _truncate(probs: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     before = mass.cumsum(-1) - mass  # probability of the tokens ranked above
     kept &= before < top_p[:, None] * mass.sum(-1, keepdim=True)
     kept[:, 0] = True
+    return probs.masked_fill(~torch.zeros_like(kept).scatter(-1, ids, kept), 0.0)
+
+
+def _typical(probs: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Zeroes all but the most typical tokens, as many as make up typical_p.
+
+    Meister et al. 2023, "Locally Typical Sampling" (arXiv 2202.00666): typical is a token whose surprise is near the
+    distribution's entropy.
+    """
+    typical_p = torch.tensor([r.params.typical_p for r in rows], dtype=torch.float64, device=probs.device)
+    p = probs.double() / probs.double().sum(-1, keepdim=True)
+    surprise = -p.log()
+    entropy = torch.where(p > 0, p * surprise, 0.0).sum(-1, keepdim=True)
+    ids = torch.sort((surprise - entropy).abs(), dim=-1, stable=True).indices
+    mass = p.gather(-1, ids)
+    kept = mass.cumsum(-1) - mass < typical_p[:, None]
+    kept |= (typical_p >= 1)[:, None]
     return probs.masked_fill(~torch.zeros_like(kept).scatter(-1, ids, kept), 0.0)

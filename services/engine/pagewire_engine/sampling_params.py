@@ -28,6 +28,8 @@ class SamplingParams:
     eos_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
+    typical_p: float = 1.0
+    watermark: bool = False
     constrained: bool = False  # the output follows a grammar
     embeds: bool = False  # no token is wanted but the hidden state that it would be chosen from
 
@@ -49,6 +51,8 @@ class SamplingParams:
             eos_token_ids=frozenset(p.eos_token_ids),
             ignore_eos=p.ignore_eos,
             logprobs=p.logprobs if p.HasField("logprobs") else None,
+            typical_p=p.typical_p if p.HasField("typical_p") else 1.0,
+            watermark=p.watermark,
             constrained=p.HasField("constraint"),
         )
 
@@ -61,7 +65,13 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or (self.min_tokens and not self.constrained)
+            or self.watermark
         )
+
+    @cached_property
+    def needs_sampler(self) -> bool:
+        """Whether only `sampler.sample` can choose its tokens."""
+        return self.watermark or (self.typical_p < 1 and self.temperature > 0)
 
     @property
     def needs_host_tokens(self) -> bool:
@@ -71,6 +81,7 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or self.min_tokens
+            or self.watermark
             or self.constrained
         )
 

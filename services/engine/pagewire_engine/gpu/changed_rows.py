@@ -14,7 +14,7 @@ from pagewire_kernels import ops
 from torch import Tensor
 
 from pagewire_engine.gpu.transfers import Arrays, upload
-from pagewire_engine.sampler import SampleRow
+from pagewire_engine.sampler import SampleRow, sample
 
 _PLAIN = ("temperature", "top_k", "top_p", "min_p", "uniforms")
 
@@ -32,7 +32,9 @@ def sample_changed(
     num_tokens [R]: the tokens before each row's; plain: SamplingRows' arrays of all rows; allowed: see Batch.
     """
     masked = np.zeros(len(rows), bool) if allowed is None else (allowed != 0xFFFFFFFF).any(1)
+    sample_others(rows, num_tokens, logits, tokens, allowed)
     changed = [r for r, row in enumerate(rows) if masked[r] or row.params.changes_logits]
+    changed = [r for r in changed if not rows[r].params.needs_sampler]
     if not changed:
         return
     chosen_rows = [rows[r] for r in changed]
@@ -50,6 +52,17 @@ def sample_changed(
     ops.sample(logits.index_select(0, on_device["rows"]), params, seats, on_device["uniforms"],
                on_device["num_chosen"], again, on_device.get("bitmask"))  # fmt: skip
     tokens.index_copy_(0, on_device["rows"], again)
+
+
+def sample_others(
+    rows: Sequence[SampleRow], num_tokens: np.ndarray, logits: Tensor, tokens: Tensor, allowed: np.ndarray | None = None
+) -> None:
+    """The same for rows that only the plain sampler knows: watermarks, typical_p. It waits for the device."""
+    others = [r for r, row in enumerate(rows) if row.params.needs_sampler]
+    if others:
+        masks = None if allowed is None else allowed[others]
+        chosen = sample(logits[others].float(), [rows[r] for r in others], num_tokens[others].tolist(), masks)
+        tokens[others] = torch.tensor([one.token for one in chosen], device=tokens.device)
 
 
 def _lists(rows: Sequence[SampleRow]) -> Arrays:
