@@ -104,3 +104,9 @@ def _propose(model: Any, tokens: list[int], length: int) -> None:
         out = model(torch.tensor([tokens[seen:]]), past_key_values=cache, use_cache=True)
         seen, cache = len(tokens), out.past_key_values
         tokens.append(int(out.logits[0, -1].argmax()))
+
+
+@torch.inference_mode()
+def reference_logprobs(path: Path, prompt: list[int]) -> torch.Tensor:
+    """Log probabilities [len(prompt) - 1, VOCAB]: what could have come in the place of each token but the first."""
+    return torch.log_softmax(reference_model(path)(torch.tensor([prompt]), use_cache=False).logits[0, :-1], -1)

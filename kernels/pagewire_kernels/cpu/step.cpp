@@ -36,9 +36,9 @@ struct Model {
     float eps, scale;
     const void* embedding;  // [vocab][hidden] in the type that `half` says; null: the rows come from another stage
     const float* cos_sin;   // [positions][head_dim]
-    const float* norm;
+    const float* norm;  // null, as the head, where another stage follows
     Linear head;
-    const Layer* layer;
+    const Layer* layer;  // the first is read also where `layers` is 0: a step of the head alone, on rows of hidden_in
     void* cache;
     Peers peers;
 };
@@ -54,7 +54,7 @@ struct Batch {
     int32_t* tokens;           // [samples], -1 where no logit is a number
     float* logits;             // [samples][vocab rounded up to 32], written where raw or temperature > 0
     const float* hidden_in;    // [rows][hidden] from the stage before, where the model has no embedding
-    float* hidden_out;         // [rows][hidden] for the stage that follows, or null; then no token is chosen
+    float* hidden_out;         // [rows][hidden] after the layers, or null
     int64_t* progress;         // null, or where the number of layers whose KV is final is added to its low 16 bits
     int32_t progress_group, progress_pipe;  // after so many layers each a byte goes into the pipe
     float* hidden;             // [samples][hidden], after the last norm, written where raw is 2
@@ -99,11 +99,13 @@ class Runner {
 
    private:
     // Whether the step takes about as long as its threads' meetings would: 40 of them cost some 20 microseconds on an
-    // idle machine, and far more on a busy one. Counts the weights to go through, again for every eight rows.
+    // idle machine, and far more on a busy one. Counts the weights to go through, again for every eight rows; the head's
+    // only where there is nothing else.
     bool is_small() const {
         const Layer& l = model_->layer[0];
         const int64_t weights = int64_t(l.qkv.n) * l.qkv.k + int64_t(l.o.n) * l.o.k + int64_t(l.gate_up.n) * l.gate_up.k + int64_t(l.down.n) * l.down.k;
-        return (weights * model_->layers) * (1 + b_->num_rows / 8) < small_step_;
+        const int64_t all = model_->layers ? weights * model_->layers : int64_t(model_->head.n) * model_->head.k;
+        return all * (1 + b_->num_rows / 8) < small_step_;
     }
 
     // ------------------------------------------------------------------ memory
@@ -255,8 +257,11 @@ class Runner {
         });
         for (int i = 0; i < m.layers; i++) layer<T>(m.layer[i], i, thread);
         if (b_->hidden_out) leave(thread);
-        else if (b_->num_samples) choose(thread);
+        if (chooses()) choose(thread);
     }
+
+    // Only the last stage has what comes after the layers.
+    bool chooses() const { return b_->num_samples && model_->norm; }
 
     void leave(int thread) {
         threads_.share(thread, b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
@@ -267,7 +272,7 @@ class Runner {
     template <class T>
     void layer(const Layer& l, int index, int thread) {
         const Model& m = *model_;
-        const Linear* next = index + 1 < m.layers ? &m.layer[index + 1].qkv : b_->num_samples && !b_->hidden_out ? &m.head : nullptr;
+        const Linear* next = index + 1 < m.layers ? &m.layer[index + 1].qkv : chooses() ? &m.head : nullptr;
         times(l.qkv, norm(l.input_norm, thread), b_->num_rows, thread, &l.o, [&](int row, int strip, float* c) {
             float* out = qkv_ + row * qkv_stride_ + strip * STRIP;
             store(out, load(c) + bias(l.qkv, strip, 0)), store(out + 16, load(c + 16) + bias(l.qkv, strip, 16));

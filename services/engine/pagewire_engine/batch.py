@@ -11,6 +11,17 @@ from pagewire_engine.sequence import Sequence
 
 
 @dataclass(frozen=True, eq=False)
+class Scored:
+    """Rows whose logits tell how likely the prompt's next token was. parts: whose they are, in order: a sequence, the
+    place of the first token that is scored, and how many are."""
+
+    rows: np.ndarray  # int32 [S]
+    ids: np.ndarray  # int32 [S], the token after each
+    num_top: int  # of the best tokens in its place, the most that any of the sequences wants
+    parts: tuple[tuple[Sequence, int, int], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """T rows of B sequences; R tokens to choose.
 
@@ -34,3 +45,4 @@ class Batch:
     allowed: np.ndarray | None = None
     number: int = 0  # of the step, ascending
     layer_group: int = 0  # tell `LayerProgress` after so many layers each; 0: nobody wants to know
+    scored: Scored | None = None  # None: nobody wants log probabilities of a prompt

@@ -59,7 +59,8 @@ class Books:
         """Blocks of a waiting sequence's cached prefix; its last token is always computed, for its logits."""
         if not self.config.enable_prefix_caching:
             return []
-        return self.blocks.lookup(seq.keys.extend(seq.tokens, len(seq.tokens) - 1))
+        num_tokens = min(len(seq.tokens) - 1, seq.request.num_readable)
+        return self.blocks.lookup(seq.keys.extend(seq.tokens, num_tokens))
 
     def admit(self, admitted: Seq[Admission]) -> None:
         for admission in admitted:  # all of them first: no prefix that was counted on is evicted for another

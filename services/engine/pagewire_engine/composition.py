@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pagewire_engine.batch import Batch
+from pagewire_engine.batch import Batch, Scored
 from pagewire_engine.books import Books
 from pagewire_engine.continued import Continued
 from pagewire_engine.sampler import SampleRow
@@ -54,6 +54,7 @@ def _build(
         sample_from=_int32(np.arange(n), sample_from),
         sample_rows=_at(rows.sample_rows, decode) + tuple(sample_rows),
         copies=tuple(copies),
+        scored=_scored(chunks[num_drafted:], starts[num_drafted:]) if len(chunks) > num_drafted else None,
     )
 
 
@@ -80,6 +81,21 @@ def _chunk_part(seq: Sequence, count: int) -> _Part:
     choices = seq.request.choices_to_sample(seq) if end == len(seq.tokens) else ()
     sample_rows = [seq.request.sample_row(choice, seq.tokens) for choice in choices]
     return _Part(begin, seq.tokens[begin:end], [count - 1] * len(sample_rows), sample_rows)
+
+
+def _scored(chunks: Seq[tuple[Sequence, int]], starts: np.ndarray) -> Scored | None:
+    """The rows of prompts that tell how likely the tokens after them were; starts: the first row of each chunk."""
+    if all(seq.request.prompt_logprobs is None for seq, _ in chunks):
+        return None
+    parts, rows, num_top = [], [], 0
+    for (seq, count), start in zip(chunks, starts.tolist(), strict=False):
+        begin = seq.num_scheduled
+        if tokens := seq.request.to_score(begin, begin + count):
+            parts.append((seq, tokens.start, len(tokens)))
+            rows += [start + token - 1 - begin for token in tokens]
+            num_top = max(num_top, seq.request.prompt_logprobs or 0)
+    ids = [token for seq, first, count in parts for token in seq.tokens[first : first + count]]
+    return Scored(np.array(rows, np.int32), np.array(ids, np.int32), num_top, tuple(parts)) if parts else None
 
 
 def _book(books: Books, decode: np.ndarray, chunks: Seq[tuple[Sequence, int]], num_drafted: int) -> None:

@@ -322,7 +322,7 @@ class Engine:
             if isinstance(sampled, PagewireError):
                 outbox = self._publisher.fail({seq.request: sampled for seq, _ in flight.batch.scheduled})
             else:
-                outbox = self._publisher.publish(flight.batch, flight.drafts, sampled)
+                outbox = self._publisher.publish(flight.batch, flight.drafts, sampled, flight.scores())
             self.counters.steps += 1
         self._deliver(outbox)
         self._observe(flight, self.counters.accepted_tokens - accepted, milliseconds)

@@ -9,6 +9,7 @@ from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import PagewireError
 
 from pagewire_engine.sampler import Sampled
+from pagewire_engine.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Progress:
 
     num_computed: int
     ahead: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptScores:
+    """How likely the prompt's tokens from `begin` on were; ascending and without gaps, before the first tokens."""
+
+    begin: int
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -57,4 +66,4 @@ class Failed:
     error: PagewireError
 
 
-Event = Started | Progress | FirstTokens | Token | Finished | Failed
+Event = Started | Progress | PromptScores | FirstTokens | Token | Finished | Failed

@@ -13,6 +13,7 @@ from pagewire_core.errors import Internal, PagewireError
 from pagewire_engine.batch import Batch
 from pagewire_engine.model_runner import Launched, Runner
 from pagewire_engine.sampler import Sampled
+from pagewire_engine.scoring import Scores
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +38,12 @@ class Flight:
         """Waits until the step is done; an error if it is lost."""
         launched = self.launched
         return launched if isinstance(launched, PagewireError) else _attempt(launched.tokens)
+
+    def scores(self) -> Scores | None:
+        """Of a step that is done and not lost."""
+        if self.batch.scored is None or isinstance(self.launched, PagewireError):
+            return None
+        return self.launched.scores()
 
     @property
     def num_decode(self) -> int:

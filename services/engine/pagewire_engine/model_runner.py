@@ -8,13 +8,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pagewire_engine.batch import Batch
+from pagewire_engine.batch import Batch, Scored
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.layer_progress import LayerProgress
 from pagewire_engine.models.config import ModelConfig
 from pagewire_engine.models.dense import DenseModel
 from pagewire_engine.parallel.peers import ALONE, Peers
 from pagewire_engine.sampler import Sampled, sample
+from pagewire_engine.scoring import Scores, score_rows
 from pagewire_engine.step_tensors import step_tensors
 
 
@@ -23,6 +24,10 @@ class Launched(Protocol):
 
     def tokens(self) -> list[Sampled]:
         """The tokens chosen for `batch.sample_rows`, in order, once the step is done. Called exactly once."""
+        ...
+
+    def scores(self) -> Scores:
+        """Of the rows in `batch.scored`. Called after `tokens`, if there are such rows."""
         ...
 
 
@@ -70,7 +75,9 @@ class RankRunner(Protocol):
         ...
 
     def compute(self, batch: Batch, sampling: Arrays) -> Tensors | None:
-        """Copies and forward pass. What tokens are chosen from; None unless this is the last stage of the model.
+        """Copies and forward pass. What tokens are chosen from, and scores of `batch.scored` (see score_rows).
+
+        None unless this is the last stage of the model.
 
         `batch` may lack the sequences and `sample_rows`: they stay with who composed it.
         """
@@ -91,9 +98,19 @@ class Done:
     """A step that was complete when it was launched."""
 
     sampled: list[Sampled]
+    scored: Scores | None = None
+
+    @classmethod
+    def with_scores(cls, batch: Batch, sampled: list[Sampled], result: Tensors) -> Done:
+        """result: of `compute`; it has the scores, too."""
+        return cls(sampled, Scores.of(result) if batch.scored else None)
 
     def tokens(self) -> list[Sampled]:
         return self.sampled
+
+    def scores(self) -> Scores:
+        assert self.scored is not None
+        return self.scored
 
 
 class TorchRunner:
@@ -112,7 +129,7 @@ class TorchRunner:
         sampling = self.sampling(batch)
         result = self.compute(batch, sampling)
         assert result is not None
-        return Done(self.choose(batch, sampling, result))
+        return Done.with_scores(batch, self.choose(batch, sampling, result), result)
 
     def sampling(self, batch: Batch) -> Arrays:
         """embeds: int64, the rows that give their hidden state."""
@@ -133,12 +150,19 @@ class TorchRunner:
         if not part.is_last:
             self._peers.send(hidden)
             return None
+        result = self._scores(hidden, batch.scored) if batch.scored else {}
         if not len(batch.sample_from):
-            return {}
+            return result
         rows = torch.from_numpy(batch.sample_from).to(device, torch.int64)
         final = self.model.final(hidden[rows])
         embeds = torch.from_numpy(sampling["embeds"]).to(device)
-        return {"logits": self.model.logits(final), "hidden": final[embeds].float()}
+        return result | {"logits": self.model.logits(final), "hidden": final[embeds].float()}
+
+    def _scores(self, hidden: torch.Tensor, scored: Scored) -> Tensors:
+        """The logits of a piece go through the last norm and the head, which all ranks of the stage have a part of."""
+        rows, ids = (torch.from_numpy(numbers).to(hidden.device).long() for numbers in (scored.rows, scored.ids))
+        final = self.model.final(hidden[rows])
+        return score_rows(final, ids, scored.num_top, self.config.vocab_size, self.model.logits)
 
     @torch.inference_mode()
     def choose(self, batch: Batch, sampling: Arrays, result: Tensors) -> list[Sampled]:

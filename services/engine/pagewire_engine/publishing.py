@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import PagewireError
 
-from pagewire_engine.batch import Batch
+from pagewire_engine.batch import Batch, Scored
 from pagewire_engine.books import Books
-from pagewire_engine.events import Failed, Finished, FirstTokens, Progress, Token
+from pagewire_engine.events import Failed, Finished, FirstTokens, Progress, PromptScores, Token
 from pagewire_engine.outbox import Outbox
 from pagewire_engine.sampler import Sampled
+from pagewire_engine.scoring import Scores
 from pagewire_engine.sequence import Request, Sequence
 
 
@@ -42,9 +43,13 @@ class Publisher:
         self._books, self._counters = books, counters
         self._block_size, self._max_len = books.config.block_size, books.config.max_model_len
 
-    def publish(self, batch: Batch, drafts: Seq[Seq[int]], sampled: list[Sampled]) -> Outbox:
+    def publish(
+        self, batch: Batch, drafts: Seq[Seq[int]], sampled: list[Sampled], scores: Scores | None = None
+    ) -> Outbox:
         """Books what the step computed. drafts: those of the sequences that follow the decoding ones."""
         outbox: Outbox = []
+        if batch.scored and scores:
+            self._publish_scores(batch.scored, scores, outbox)
         n = batch.num_decode
         decoding = batch.scheduled[:n]
         if decoding:
@@ -117,6 +122,16 @@ class Publisher:
             self._append(seq, chosen[0], outbox)
         elif chosen:
             self.fork(seq, chosen, outbox)
+
+    def _publish_scores(self, scored: Scored, scores: Scores, outbox: Outbox) -> None:
+        at = 0
+        for seq, first, count in scored.parts:
+            request = seq.request
+            if not seq.finished:
+                request.num_scored = first + count
+                part = scores.part(at, at + count, request.prompt_logprobs or 0)
+                outbox.append((request, PromptScores(first, part)))
+            at += count
 
     def _publish_prefill(self, seq: Sequence, chosen: list[Sampled], outbox: Outbox) -> None:
         outbox.append((seq.request, Progress(seq.num_computed)))

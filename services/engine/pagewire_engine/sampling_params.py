@@ -73,6 +73,11 @@ class SamplingParams:
         """Whether only `sampler.sample` can choose its tokens."""
         return self.watermark or (self.typical_p < 1 and self.temperature > 0)
 
+    @cached_property
+    def needs_logits(self) -> bool:
+        """Whether the compiled step is to give its rows' logits and choose nothing."""
+        return self.changes_logits or self.needs_sampler or self.logprobs is not None
+
     @property
     def needs_host_tokens(self) -> bool:
         """Whether a step of this request can only be prepared when all its tokens so far are known on the host."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
@@ -81,11 +82,25 @@ class Request:
     emit: Callable[[Event], None]
     prefill_only: bool = False
     matchings: Matchings | None = None  # of the grammar that its output follows
+    prompt_logprobs: int | None = None  # log probabilities of its tokens are wanted, and of so many of the best
+    num_scored: int = 1  # leading tokens of the prompt that need none any more; the first one has none
     sequences: list[Sequence] = field(default_factory=list)  # one, the prompt's, until it is computed; then n
     cancelled: bool = False
     forked: bool = False
     done: bool = False  # Finished was emitted
     arrived: float = field(default_factory=time.monotonic)
+
+    def to_score(self, begin: int, end: int) -> range:
+        """Tokens of the prompt that are to be scored by the rows from `begin` to `end`: those after them."""
+        if self.prompt_logprobs is None:
+            return range(0)
+        return range(max(begin + 1, self.num_scored), min(end + 1, len(self.prompt)))
+
+    @property
+    def num_readable(self) -> int:
+        """Leading tokens whose KV may come from the prefix cache: those whose rows nobody wants the logits of."""
+        whole = self.prompt_logprobs is None or self.num_scored == len(self.prompt)
+        return sys.maxsize if whole else self.num_scored - 1
 
     def sample_row(self, choice: int, tokens: Seq[int]) -> SampleRow:
         """To choose the token of a choice that follows `tokens`, prompt included."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pagewire_core.errors import Internal
 from pagewire_kernels.cpu.cores import Cores
-from pagewire_kernels.cpu.library import STRIP
+from pagewire_kernels.cpu.library import STRIP, Model
 from pagewire_kernels.cpu.library import Batch as BatchStruct
 
 from pagewire_engine.batch import Batch
@@ -18,6 +18,7 @@ from pagewire_engine.cpu.model import CpuModel
 from pagewire_engine.layer_progress import LayerProgress
 from pagewire_engine.model_runner import Arrays, Done, Launched, Tensors
 from pagewire_engine.sampler import NOT_NUMBERS, Sampled, sample, uniform
+from pagewire_engine.scoring import score_rows
 
 _LOGITS, _HIDDEN = 1, 2  # what a row may give instead of a token
 SMALL_STEP = 4 << 20  # weights; steps that go through fewer run on one thread
@@ -46,7 +47,7 @@ class CpuRunner:
         sampling = self.sampling(batch)
         result = self.compute(batch, sampling)
         assert result is not None
-        return Done(self.choose(batch, sampling, result))
+        return Done.with_scores(batch, self.choose(batch, sampling, result), result)
 
     def sampling(self, batch: Batch) -> Arrays:
         """How each row's token is drawn, and whether its logits are wanted instead."""
@@ -60,16 +61,35 @@ class CpuRunner:
         before = None if part.is_first else torch.empty(size, dtype=torch.float32)
         if before is not None:
             self._model.peers.receive(before)
-        after = None if part.is_last else torch.empty(size, dtype=torch.float32)
+        after = torch.empty(size, dtype=torch.float32) if batch.scored or not part.is_last else None
         raw = sampling["raw"]
         hidden = np.empty((len(raw), self.config.hidden_size) if (raw == _HIDDEN).any() else 0, np.float32)
         tokens = self._step(batch, sampling["choices"].view(_CHOICE), raw, hidden, before, after)
-        if after is not None:
+        if not part.is_last:
+            assert after is not None
             self._model.peers.send(after)
             return None
         logits = torch.from_numpy(self._logits[np.flatnonzero(raw == _LOGITS), : self.config.vocab_size])
         result = {"tokens": torch.from_numpy(tokens), "logits": logits}
+        if batch.scored and after is not None:
+            rows, ids = torch.from_numpy(batch.scored.rows).long(), torch.from_numpy(batch.scored.ids)
+            result |= score_rows(after[rows], ids, batch.scored.num_top, self.config.vocab_size, self._head)
         return result | {"hidden": torch.from_numpy(hidden[raw == _HIDDEN])} if hidden.size else result
+
+    def _head(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [R, vocabulary] of rows of the last layer, float32 [R, E]: a step of no layers."""
+        model, num_rows = Model.from_buffer_copy(self.cache.model), len(rows)
+        model.layers, model.embedding = 0, None
+        every, choices = np.arange(num_rows, dtype=np.int32), np.zeros(num_rows, _CHOICE)
+        tokens, logits = np.empty(num_rows, np.int32), np.empty((num_rows, self._vocab), np.float32)
+        raw = np.full(num_rows, _LOGITS, np.uint8)
+        struct = BatchStruct(
+            num_rows=num_rows, num_samples=num_rows, sample_from=_at(every), choices=_at(choices), raw=_at(raw),
+            tokens=_at(tokens), logits=_at(logits), hidden_in=rows.data_ptr(),
+        )  # fmt: skip
+        if self._library.pw_step(self._runner, ctypes.byref(model), ctypes.byref(struct)):
+            self._model.raise_failure()
+        return torch.from_numpy(logits)[:, : self.config.vocab_size]
 
     def _step(
         self,
@@ -129,7 +149,7 @@ def _choices(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         p = row.params
         if p.embeds:
             raw[i] = _HIDDEN
-        elif p.changes_logits or p.logprobs is not None:
+        elif p.needs_logits:
             raw[i] = _LOGITS
         elif p.temperature > 0:
             position = int(batch.positions[batch.sample_from[i]]) + 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pagewire_engine.gpu.transfers import upload
 from pagewire_engine.sampler import Sampled, SampleRow
+from pagewire_engine.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Chosen:
     read: Callable[[], list[Tensor]]
     logprobs: Logprobs | None
     embeds: Sequence[int] = ()
+    read_scores: Callable[[], Scores] | None = None
 
     def tokens(self) -> list[Sampled]:
         """In the order of the batch's `sample_rows`, once the step is done."""
@@ -57,3 +59,7 @@ class Chosen:
         for i, row in enumerate(self.embeds):
             sampled[row] = Sampled(-1, hidden=tensors[-1][i])
         return sampled
+
+    def scores(self) -> Scores:
+        assert self.read_scores is not None
+        return self.read_scores()

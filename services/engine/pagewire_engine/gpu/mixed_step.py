@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from pagewire_kernels import ops
 from torch import Tensor
 
+from pagewire_engine.batch import Scored
 from pagewire_engine.gpu.attention import Attention
 from pagewire_engine.gpu.model import GpuModel
 from pagewire_engine.gpu.sampling_rows import neutral_sampling, plain_sampling
 from pagewire_engine.gpu.tables import DeviceTables
 from pagewire_engine.gpu.transfers import Arrays, upload
 from pagewire_engine.kv_cache import KVCache
+from pagewire_engine.scoring import Tensors, score_rows
 
 
 class MixedStep:
@@ -33,8 +36,9 @@ class MixedStep:
         tables: DeviceTables,
         previous: Tensor | None,
         layer_done: Callable[[int], None],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [R, V], tokens int64 [R] and hidden states [R, E].
+        scored: Scored | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+        """Logits [R, V], tokens int64 [R], hidden states [R, E], and the scores of `scored`.
 
         previous: what negative input ids refer to, if there are any.
         """
@@ -44,7 +48,8 @@ class MixedStep:
         hidden = self.hidden(inputs, num_decode, tables, layer_done)
         final = self.final(hidden, inputs["sample_from"])
         logits = self.logits(final)
-        return logits, self.choose(logits, inputs), final
+        scores = self.scores(hidden, scored) if scored else {}
+        return logits, self.choose(logits, inputs), final, scores
 
     def hidden(
         self,
@@ -70,6 +75,13 @@ class MixedStep:
     def logits(self, final: Tensor) -> Tensor:
         """[R, V]"""
         return self._model.logits(final) if len(final) else final.new_empty(0, self._model.config.vocab_size)
+
+    def scores(self, hidden: Tensor, scored: Scored) -> Tensors:
+        """See score_rows; hidden: of the whole batch."""
+        arrays = {"rows": scored.rows.astype(np.int64), "ids": scored.ids.astype(np.int64)}
+        inputs, vocab_size = upload(arrays, self._device), self._model.config.vocab_size
+        rows = hidden.index_select(0, inputs["rows"])
+        return score_rows(rows, inputs["ids"], scored.num_top, vocab_size, lambda some: self.logits(some).float())
 
     def choose(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Tokens int64 [R]; inputs: the arrays of SamplingRows."""

@@ -55,7 +55,8 @@ class GpuRankRunner:
             self._peers.send(hidden)
             return None
         final = self._mixed.final(hidden, inputs["sample_from"])
-        return {"logits": self._mixed.logits(final), "hidden": final[sampling["embeds"].tolist()].float()}
+        result = self._mixed.scores(hidden, batch.scored) if batch.scored else {}
+        return result | {"logits": self._mixed.logits(final), "hidden": final[sampling["embeds"].tolist()].float()}
 
     @torch.inference_mode()
     def choose(self, batch: Batch, sampling: Arrays, result: Tensors) -> list[Sampled]:

@@ -7,6 +7,7 @@ returns. Nothing in it waits for the device. Steps run in order on one stream, c
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import structlog
 import torch
@@ -26,6 +27,7 @@ from pagewire_engine.gpu.transfers import Arrays, Downloads
 from pagewire_engine.kv_cache import KVCache
 from pagewire_engine.layer_progress import LayerProgress
 from pagewire_engine.model_runner import rows_that_embed
+from pagewire_engine.scoring import Scores
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +65,7 @@ class GpuRunner:
         num_tokens = batch.positions[batch.sample_from] + 1
         sampling = self._sampling.arrays(batch.sample_rows, num_tokens)
         embeds = rows_that_embed(batch).tolist()
-        logits, tokens, hidden = self._run(batch, sampling, with_hidden=bool(embeds))
+        logits, tokens, hidden, scores = self._run(batch, sampling, with_hidden=bool(embeds))
         tokens = tokens.clone()  # the next step overwrites them while they are on their way to the host
         sample_changed(batch.sample_rows, num_tokens, sampling, logits, tokens, batch.allowed)
         logprobs = logprobs_of(batch.sample_rows, logits, tokens)
@@ -71,15 +73,25 @@ class GpuRunner:
         parts = [tokens] if logprobs is None else [tokens, logprobs.chosen, logprobs.ids, logprobs.values]
         if embeds and hidden is not None:
             parts.append(hidden[embeds].float())
-        return Chosen(self._downloads.start(parts), logprobs, embeds)
+        return Chosen(self._downloads.start(parts), logprobs, embeds, self._scores(scores))
 
     def rest(self) -> None:
         pass
 
-    def _run(self, batch: Batch, sampling: Arrays, with_hidden: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _scores(self, scores: dict[str, Tensor]) -> Callable[[], Scores] | None:
+        """Reads them, once they are on the host."""
+        if not scores:
+            return None
+        read = self._downloads.start([*scores.values()])
+        return lambda: Scores.of(dict(zip(scores, read(), strict=True)))
+
+    def _run(
+        self, batch: Batch, sampling: Arrays, with_hidden: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         arrays = row_arrays(batch, self.cache.block_size) | sampling
         previous = self._tokens if (batch.input_ids < 0).any() else None
         if not with_hidden and samples_each_row(batch) and len(batch.seats) <= self._decode.sizes[-1]:
-            return *self._decode(arrays, self._tables, previous), None
+            return *self._decode(arrays, self._tables, previous), None, {}
         layer_done = self._layers.of(batch.number, batch.layer_group)
-        return self._mixed(arrays | chunk_arrays(batch), batch.num_decode, self._tables, previous, layer_done)
+        arrays |= chunk_arrays(batch)
+        return self._mixed(arrays, batch.num_decode, self._tables, previous, layer_done, batch.scored)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pagewire_engine.batch import Batch
+from pagewire_engine.batch import Batch, Scored
 
 _LENGTH = struct.Struct("<I")
 _BATCH = ("input_ids", "positions", "query_start", "seq_lens", "sample_from")
@@ -52,6 +52,9 @@ def batch_arrays(batch: Batch, block_size: int) -> Arrays:
     arrays["num_decode"] = np.array(batch.num_decode)
     arrays["tables"] = batch.tables[batch.seats, :width]
     arrays["copies"] = np.array(batch.copies, np.int64).reshape(-1, 2)
+    if batch.scored is not None:
+        scored = batch.scored
+        arrays |= {"score_rows": scored.rows, "score_ids": scored.ids, "score_top": np.array(scored.num_top)}
     return arrays if batch.allowed is None else arrays | {"allowed": batch.allowed}
 
 
@@ -72,4 +75,9 @@ def to_batch(arrays: Arrays) -> Batch:
         sample_rows=(),
         copies=tuple(map(tuple, arrays["copies"].tolist())),
         allowed=arrays.get("allowed"),
+        scored=_scored(arrays) if "score_rows" in arrays else None,
     )
+
+
+def _scored(arrays: Arrays) -> Scored:
+    return Scored(arrays["score_rows"], arrays["score_ids"], int(arrays["score_top"]))

@@ -39,7 +39,7 @@ class ParallelRunner:
         except Exception:  # the ranks no longer agree on what the next message is
             log.critical("a step was lost between the ranks of this worker", exc_info=True)
             os._exit(EXIT_CODE)
-        return Done(self._own.choose(batch, sampling, result))
+        return Done.with_scores(batch, self._own.choose(batch, sampling, result), result)
 
     def _compute(self, batch: Batch, sampling: messages.Arrays) -> Tensors:
         self._team.send(messages.batch_arrays(batch, self.cache.block_size) | sampling)
