@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from pagewire.v1 import (
     worker_pb2_grpc,
 )
 from pagewire_core.feed import Feed, Feeds
-from pagewire_core.rpc import PROTOCOL, RpcServer
+from pagewire_core.rpc import PROTOCOL, SAMPLING_REVISION, RpcServer
 from tokenizers import decoders, models, pre_tokenizers
 
 DIGEST = bytes(32)
@@ -104,6 +104,22 @@ def token(token_id: int) -> common_pb2.SampledToken:
     return common_pb2.SampledToken(token_id=token_id)
 
 
+def scores_of(
+    request: prefill_pb2.PrefillRequest | decode_pb2.DecodeRequest,
+) -> Iterator[common_pb2.PromptLogprobs]:
+    """If it asks for them, in parts of three: the token is as likely as its id says, and then those after it."""
+    if not request.HasField("prompt_logprobs"):
+        return
+    for begin in range(1, len(request.prompt_ids), 3):
+        part = common_pb2.PromptLogprobs(begin=begin, num_top=request.prompt_logprobs)
+        for token_id in request.prompt_ids[begin : begin + 3]:
+            part.logprobs.append(-token_id)
+            part.ranks.append(token_id + 1)
+            part.top_ids.extend(range(token_id + 1, token_id + 1 + part.num_top))
+            part.top_logprobs.extend(-i for i in range(part.num_top))
+        yield part
+
+
 @dataclass
 class Script:
     """What a worker does. Tokens of every choice are `tokens`; a hook may raise, wait or kill at its stage."""
@@ -121,8 +137,8 @@ class FakeWorker(
 ):
     """A worker that follows a script. The KV 'arrives' when a prefill worker finds the decode worker in `peers`.
 
-    Stages with hooks: reserve, prefill (before first token), first_token (after it), decode_started,
-    decode (before every later token), finished (after the last).
+    Stages with hooks: reserve, prefill (before first token), scores (after each part of the prompt's), first_token
+    (after it), decode_started, decode (before every later token), finished (after the last).
     """
 
     peers: dict[str, FakeWorker]
@@ -134,7 +150,7 @@ class FakeWorker(
         self.worker_id, self.role, self.script, self.peers = worker_id, role, script, peers
         self.instance = f"{worker_id}-1"
         self.digest = DIGEST
-        self.protocol = PROTOCOL
+        self.protocol, self.sampling_revision = PROTOCOL, SAMPLING_REVISION
         self.hashes: list[bytes] = []
         self.arrived: dict[bytes, asyncio.Event] = {}
         self.seen: list[str] = []  # what was asked of it, in order
@@ -193,6 +209,7 @@ class FakeWorker(
             block_size=16,
             total_blocks=64,
             kv_bytes_per_token=1000,
+            sampling_revision=self.sampling_revision,
         )
 
     async def Stats(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[worker_pb2.StatsResponse]:
@@ -224,6 +241,9 @@ class FakeWorker(
                 started=prefill_pb2.PrefillStarted(cached_tokens=self.script.cached_tokens)
             )
             await self._hook("prefill")
+            for part in scores_of(request):
+                yield prefill_pb2.PrefillResponse(prompt_logprobs=part)
+                await self._hook("scores")
             first = [token(self.script.tokens[0])] * request.n
             yield prefill_pb2.PrefillResponse(first_tokens=prefill_pb2.FirstTokens(tokens=first))
             await self._hook("first_token")
@@ -259,6 +279,8 @@ class FakeWorker(
                 async for response in self._out_of_order(feed, request, started):
                     yield response
                 return
+            for part in scores_of(request):
+                yield decode_pb2.DecodeResponse(prompt_logprobs=part)
             yield decode_pb2.DecodeResponse(started=started)
             await self._hook("decode_started")
             num_entries = 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cluster import PAIRS, SMALL, Cluster, running
 from engines import Run, make_engine, run_all
-from tiny_models import ARCHITECTURES, VOCAB, make_model, reference_greedy
+from tiny_models import ARCHITECTURES, VOCAB, make_model, reference_greedy, reference_logprobs
 
 LENGTHS = (1, 7, 16, 33, 64, 130)  # one token ... several chunks of 40
 
@@ -35,6 +35,23 @@ async def check_greedy(cluster: Cluster, asked: list[list[int]]) -> list[dict[st
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs[: len(tokens)], abs=2e-3)
         assert answer["usage"]["prompt_tokens"] == len(prompt)
     return list(answers)
+
+
+async def check_prompt(cluster: Cluster, prompt: list[int]) -> None:
+    """What is told of the prompt's own tokens is the reference's, though all of the prompt is cached."""
+    answer = await cluster.complete(prompt, prompt_logprobs=3, echo=True, logprobs=1)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    expected, [choice] = reference_logprobs(cluster.model, prompt), answer["choices"]
+    own = [float(row[token]) for row, token in zip(expected, prompt[1:], strict=True)]
+    [first, *others], echoed = choice["prompt_logprobs"], choice["logprobs"]["token_logprobs"]
+    assert first is None and len(others) == len(prompt) - 1 and echoed[0] is None
+    told_own = [told[str(token)]["logprob"] for told, token in zip(others, prompt[1:], strict=True)]
+    assert told_own == pytest.approx(own, abs=2e-3) and echoed[1 : len(prompt)] == told_own
+    for row, told, token in zip(expected, others, prompt[1:], strict=True):
+        assert told[str(token)]["rank"] == int((row >= row[token]).sum())
+        assert {int(i) for i, entry in told.items() if entry["rank"] <= 3} == set(row.topk(3).indices.tolist())
+    tokens, logprobs = reference_greedy(cluster.model, prompt, len(echoed) - len(prompt))
+    assert choice["token_ids"] == tokens and echoed[len(prompt) :] == pytest.approx(logprobs, abs=2e-3)
 
 
 async def prove_transfer(cluster: Cluster, num_prompt_tokens: int, bytes_per_token: int) -> None:
@@ -69,6 +86,8 @@ async def test_one_prefill_and_one_decode_worker_equal_the_reference(architectur
         # Whole pages; at most all but the last token, whose logits are always computed.
         assert hits == [(n - 1) // 16 * 16 for n in LENGTHS]
         await prove_transfer(cluster, 2 * sum(LENGTHS), kv_bytes)
+        for prompt in (*asked[:2], asked[-1]):
+            await check_prompt(cluster, prompt)
 
 
 @pytest.mark.parametrize("lane", ["shm", "gloo", "grpc"])
@@ -113,6 +132,22 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 
 
+TGI_SAMPLINGS: list[dict[str, Any]] = [
+    {"seed": 11, "temperature": 1.2},
+    {"seed": 11, "temperature": 1.2, "typical_p": 0.4},
+    {"seed": 11, "temperature": 1.2, "watermark": True},
+    {"seed": 11, "temperature": 1.2, "watermark": True, "typical_p": 0.4, "top_k": 50},
+]
+
+
+async def generate(cluster: Cluster, **parameters: Any) -> tuple[list[int], list[int]]:
+    """POST /generate: ids of the prompt and of the answer."""
+    body = {"inputs": "Once upon a time", "parameters": parameters | {"max_new_tokens": 12, "details": True}}
+    tokens = (await cluster.http.post("/generate", json=body)).json()["details"]["tokens"]
+    prompt = (await cluster.http.post("/tokenize", json={"inputs": "Once upon a time"})).json()
+    return [token["id"] for token in prompt], [token["id"] for token in tokens]
+
+
 async def test_seeded_sampling_equals_our_own_single_process(llama: Path, tmp_path: Path) -> None:
     """Who samples a token, and in which batch, is not part of (seed, choice, position)."""
     asked = prompts(5, 50, 120, seed=4)
@@ -121,7 +156,12 @@ async def test_seeded_sampling_equals_our_own_single_process(llama: Path, tmp_pa
         answers = await asyncio.gather(
             *(cluster.complete(p, n=3, seed=11, ignore_eos=True, **SAMPLINGS[name]) for p, name in cases)
         )
+        generated = [await generate(cluster, **params) for params in TGI_SAMPLINGS]
     engine = make_engine(llama)
+    for params, (prompt, tokens) in zip(TGI_SAMPLINGS, generated, strict=True):
+        run_all(engine, run := Run(prompt, eos_token_ids=frozenset({2}), **params))
+        assert tokens == run.tokens()
+    assert len({tuple(tokens) for _, tokens in generated}) == len(TGI_SAMPLINGS)
     for (prompt, name), answer in zip(cases, answers, strict=True):
         params = dict(SAMPLINGS[name])
         if "logit_bias" in params:

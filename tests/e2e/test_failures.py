@@ -15,7 +15,7 @@ from cluster import Cluster, running
 from pagewire.v1 import worker_pb2, worker_pb2_grpc
 from pagewire_core.rpc import open_channel
 from streams import after, prompt_of, stream
-from tiny_models import reference_greedy
+from tiny_models import reference_greedy, reference_logprobs
 
 SLOW = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=8", "--threads=1")
 
@@ -62,9 +62,15 @@ async def test_killing_a_prefill_worker_fails_no_request(llama: Path, tmp_path: 
     """Whatever it had done of a prompt is done again elsewhere, and the client's stream goes on."""
     async with running(Cluster(llama, tmp_path, prefill=2, decode=2, worker_flags=SLOW)) as cluster:
         asking = [asyncio.create_task(ask(cluster, 250 + i, i)) for i in range(24)]
+        judging = [asyncio.create_task(cluster.complete(prompt_of(150 + i, i), prompt_logprobs=0)) for i in range(4)]
         cluster.processes[await first_busy(cluster, "prefill")].kill()
         for i, (status, tokens) in enumerate(await asyncio.gather(*asking)):
             assert (status, tokens) == (200, reference_greedy(llama, prompt_of(250 + i, i), 24)[0])
+        for i, answer in enumerate(await asyncio.gather(*judging)):
+            prompt, told = prompt_of(150 + i, i), answer["choices"][0]["prompt_logprobs"]
+            expected = [float(row[t]) for row, t in zip(reference_logprobs(llama, prompt), prompt[1:], strict=True)]
+            found = [entry[str(t)]["logprob"] for entry, t in zip(told[1:], prompt[1:], strict=True)]
+            assert told[0] is None and found == pytest.approx(expected, abs=2e-3)
         await cluster.wait_workers(3)
         assert (await cluster.metrics())["pagewire_retries_total{leg=prefill}"] > 0
 
@@ -76,13 +82,23 @@ async def test_without_any_prefill_worker_left_decode_does_it_all(llama: Path, t
         assert (status, tokens) == (200, reference_greedy(llama, prompt_of(60, 1), 24)[0])
 
 
+async def marked_stream(cluster: Cluster) -> list[int]:
+    """Tokens that were drawn with a watermark, and of the typical ones only."""
+    parameters = {"watermark": True, "typical_p": 0.8, "temperature": 1.3, "seed": 4, "max_new_tokens": 150}
+    response = await cluster.http.post("/generate_stream", json={"inputs": "once", "parameters": parameters})
+    events = [json.loads(line.removeprefix("data:")) for line in response.text.splitlines() if line]
+    assert events[-1]["generated_text"] is not None, events[-1]
+    return [event["token"]["id"] for event in events]
+
+
 async def test_streams_outlive_their_decode_worker_byte_for_byte(llama: Path, tmp_path: Path) -> None:
     """Killed in mid-stream, under seeds, penalties, stop strings, log probabilities and several choices."""
     async with running(Cluster(llama, tmp_path, prefill=1, decode=3, worker_flags=SLOW)) as cluster:
-        expected = await asyncio.gather(*(stream(cluster, i) for i in range(15)))
+        expected = await asyncio.gather(*(stream(cluster, i) for i in range(15)), marked_stream(cluster))
         for victim in ("decode-0", "decode-1"):
             kill = after(300, cluster.processes[victim].kill)
-            assert await asyncio.gather(*(stream(cluster, i, kill) for i in range(15))) == expected
+            streams = *(stream(cluster, i, kill) for i in range(15)), marked_stream(cluster)
+            assert await asyncio.gather(*streams) == expected
         metrics = await cluster.metrics()
         assert metrics["pagewire_resumed_requests_total"] > 0
         assert metrics["pagewire_retries_total{leg=decode}"] > 0

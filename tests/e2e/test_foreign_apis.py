@@ -137,7 +137,8 @@ async def test_tgi_seeds_repeat_and_best_of_shows_the_others(cluster: Cluster) -
         ({"inputs": "x", "parameters": {"stop": ["a"] * 5}}, "stop"),
         ({"inputs": "x", "parameters": {"max_new_tokens": 4096}}, "context length"),
         ({"inputs": "x " * 2000}, "context length"),
-        ({"inputs": "x", "parameters": {"typical_p": 0.5}}, "typical_p"),
+        ({"inputs": "x", "parameters": {"typical_p": 1.0}}, "typical_p"),
+        ({"inputs": "x", "parameters": {"adapter_id": "a"}}, "adapter_id"),
     ],
 )
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
@@ -175,6 +176,15 @@ async def test_huggingface_hub_client_works(cluster: Cluster) -> None:
         chat = InferenceClient(base_url=cluster.base_url).chat_completion(MESSAGES, max_tokens=24, temperature=0)
         return text, streamed, str(chat.choices[0].message.content)
 
+    def ask_for_details() -> Any:
+        client = InferenceClient(model=cluster.base_url)
+        more = {"decoder_input_details": True, "top_n_tokens": 1, "watermark": True, "typical_p": 0.9, "seed": 3}
+        return client.text_generation(RAW, max_new_tokens=40, details=True, return_full_text=True, **more)
+
+    detailed = await asyncio.to_thread(ask_for_details)
+    prefill = detailed.details.prefill
+    assert "".join(token.text for token in prefill) == RAW and detailed.generated_text.startswith(RAW)
+    assert prefill[0].logprob is None and all(token.logprob <= 0 for token in prefill[1:])
     text, streamed, chat = await asyncio.to_thread(ask)
     assert text == "3, 4, 5, 6, 7, 8, 9." == "".join(streamed).replace("<|im_end|>", "")
     assert chat == await openai_text(cluster)
@@ -200,6 +210,7 @@ async def test_platform_routes_answer_like_generate(cluster: Cluster) -> None:
     assert (await cluster.http.get("/v2/health/ready")).json()["ready"] is True
     about = (await cluster.http.get("/info")).json()
     assert about["max_total_tokens"] == 512 and about["model_pipeline_tag"] == "text-generation"
+    assert about["max_concurrent_requests"] > 1024 and about["max_batch_total_tokens"] > 512
 
 
 async def test_tokenize_speaks_tgi_and_vllm_by_the_body(cluster: Cluster) -> None:

@@ -130,6 +130,33 @@ async def test_log_probabilities_of_chosen_and_best_tokens_cross_the_hand_off(se
             assert token.logprob == values[0] and token.token == token.top_logprobs[0].token
 
 
+async def test_a_text_is_judged_without_a_word_of_an_answer(served: Served) -> None:
+    """As evaluation harnesses ask: echo, log probabilities and no tokens; whole, and as a stream."""
+    text = "The capital of Japan is Tokyo."
+    ask: dict[str, Any] = {
+        "model": "pagewire-demo",
+        "prompt": [text, text],
+        "echo": True,
+        "logprobs": 2,
+        "max_tokens": 0,
+    }
+    answer = await served.client.completions.create(**ask)
+    first, second = answer.choices
+    told = first.logprobs
+    assert told is not None and told == second.logprobs and first.text == text and first.finish_reason == "length"
+    assert told.tokens is not None and told.token_logprobs is not None and told.text_offset is not None
+    assert all(text[at:].startswith(token) for at, token in zip(told.text_offset, told.tokens, strict=True))
+    assert "".join(told.tokens) == text and told.token_logprobs[0] is None
+    assert all(value is not None and value <= 0 for value in told.token_logprobs[1:])
+    assert answer.usage is not None and answer.usage.completion_tokens == 0
+    chunks = [chunk.choices[0] async for chunk in await served.client.completions.create(**ask, stream=True)]
+    assert [c.logprobs for c in chunks if c.logprobs] == [told] * 2
+    generated = await served.client.completions.create(**(ask | {"max_tokens": 5, "prompt": text, "temperature": 0}))
+    assert generated.choices[0].logprobs is not None and generated.choices[0].logprobs.tokens is not None
+    assert generated.choices[0].logprobs.tokens[: len(told.tokens)] == told.tokens
+    assert len(generated.choices[0].logprobs.tokens) == len(told.tokens) + 5
+
+
 async def test_no_part_of_a_stop_string_gets_out(served: Served) -> None:
     ask: dict[str, Any] = {"model": "pagewire-demo", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 60}
     full = (await served.client.completions.create(**ask)).choices[0].text

@@ -162,7 +162,7 @@ BOTH_WRONG: list[tuple[str, object]] = [
     ("response_format", {"type": "json_schema"}), ("response_format", {"type": "xml"}),
     ("tools", [{"type": "function"}]), ("tool_choice", "required"),
     ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"guided": 1}),
-    ("prompt_logprobs", 0), ("audio", {}), ("modalities", ["text", "audio"]),
+    ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("audio", {}), ("modalities", ["text", "audio"]),
     ("use_beam_search", True), ("suffix", "x"), ("chat_template", "{{ x }}"), ("truncate_prompt_tokens", 5),
 ]  # fmt: skip
 
@@ -220,7 +220,6 @@ def test_a_wrong_chat_names_the_place(fields: dict[str, object], param: str) -> 
         ({"min_tokens": 17}, "min_tokens"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"best_of": 2}, "best_of"),
     ],
 )

@@ -46,8 +46,9 @@ async def merge(streams: Sequence[Events]) -> AsyncGenerator[tuple[int, Event]]:
 class Generation:
     """Life: `open` (until every prompt is accepted), `deltas` to the end, then `summaries`; `close` at any time.
 
-    accepted and summaries are in the order of the prompts. The index of a choice is prompt * n + choice. charge is
-    told once, at the end, how many tokens of prompts and answers there were.
+    accepted, summaries and prompt_tokens (where they were asked for, there before the first delta) are in the order of
+    the prompts. The index of a choice is prompt * n + choice. charge is told once, at the end, how many tokens of
+    prompts and answers there were.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Generation:
     ) -> None:
         self.accepted = [inference_pb2.Accepted()] * len(streams)
         self.summaries = [inference_pb2.Summary()] * len(streams)
+        self.prompt_tokens: list[list[inference_pb2.TokenText]] = [[] for _ in streams]
         self._n = n
         self._events = merge(streams)
         self._early: list[tuple[int, inference_pb2.Delta]] = []  # came while another prompt was not yet accepted
@@ -97,6 +99,8 @@ class Generation:
         kind = event.WhichOneof("event")
         if kind == "error":
             raise from_proto(event.error)
+        if kind == "prompt_tokens":
+            self.prompt_tokens[prompt].extend(event.prompt_tokens.tokens)
         if kind == "summary":
             self.summaries[prompt] = event.summary
             self._ended += 1

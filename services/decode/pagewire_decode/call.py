@@ -10,12 +10,12 @@ import structlog
 from pagewire.v1 import common_pb2, decode_pb2
 from pagewire_core.errors import PagewireError
 from pagewire_core.feed import Feed
-from pagewire_engine.events import Event, Failed, Finished, Started, Token
+from pagewire_engine.events import Event, Failed, Finished, PromptScores, Started, Token
 from pagewire_engine.metrics import StageMetrics
 from pagewire_engine.sampler import Sampled
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request
-from pagewire_engine.wire import to_proto
+from pagewire_engine.wire import scores_to_proto, to_proto
 
 log = structlog.get_logger(__name__)
 
@@ -32,12 +32,15 @@ class Call:
         self.request = request
         self.work = Request(request.request_id, list(request.prompt_ids), request.cache_root, params,
                             max(request.n, 1), self.take)  # fmt: skip
+        if request.local_prefill and request.HasField("prompt_logprobs") and not request.prior:
+            self.work.prompt_logprobs = request.prompt_logprobs
         self.known = decode_pb2.DecodeStarted()  # what it will say beside the first tokens
         self.cached_tokens = 0
         self.started_at: float | None = None
         self._feed = feed
         self._num_entries = 0
         self._first: list[Sampled] = []
+        self._scores: list[PromptScores] = []
         self._num_first = 0 if request.prior else self.work.n
         self._first_at = 0.0
         self._tokens = decode_pb2.DecodeTokens()  # not yet sent
@@ -61,6 +64,9 @@ class Call:
             case Started(cached_tokens):
                 self.cached_tokens, self.started_at = cached_tokens, time.monotonic()
                 return
+            case PromptScores():
+                self._scores.append(event)
+                return
             case Finished():
                 self._finished = event
             case Failed(error):
@@ -78,6 +84,8 @@ class Call:
             finished = self._finished is not None
             if not started and len(self._first) == self._num_first:
                 started = True
+                for scores in self._scores:
+                    yield decode_pb2.DecodeResponse(prompt_logprobs=scores_to_proto(scores))
                 yield decode_pb2.DecodeResponse(started=self._started())
             if started and self._tokens.choices:
                 tokens, self._tokens = self._tokens, decode_pb2.DecodeTokens()

@@ -14,12 +14,12 @@ from pagewire_core import faults
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
-from pagewire_engine.events import Event, Failed, FirstTokens, Progress, Started
+from pagewire_engine.events import Event, Failed, FirstTokens, Progress, PromptScores, Started
 from pagewire_engine.metrics import StageMetrics
 from pagewire_engine.prefix_fetch import Fetch, fetch_nothing
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request
-from pagewire_engine.wire import to_proto
+from pagewire_engine.wire import scores_to_proto, to_proto
 from pagewire_transfer.loss import transferring
 from pagewire_transfer.sender import KvSender, Outgoing, SendStats
 
@@ -79,6 +79,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             events.put_nowait,
             prefill_only=True,
             matchings=matchings,
+            prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         )
         self._engine.submit(work)
         self._running.add(events)
@@ -91,8 +92,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             yield prefill_pb2.PrefillResponse(started=told)
             # Pages are bound on the decode side only now that the prompt is being computed.
             opening = asyncio.create_task(self._open(request))
-            first = await self._until_first_tokens(events, opening, Progress(started.cached_tokens))
+            scores: list[PromptScores] = []
+            first = await self._until_first_tokens(events, opening, Progress(started.cached_tokens), scores)
             first_at = time.monotonic()
+            for part in scores:
+                yield prefill_pb2.PrefillResponse(prompt_logprobs=scores_to_proto(part))
             faults.point("first-token")
             tokens = [to_proto(sampled) for sampled in first.tokens]
             yield prefill_pb2.PrefillResponse(first_tokens=prefill_pb2.FirstTokens(tokens=tokens))
@@ -143,9 +147,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         return await self._sender.open(request.transfer_id, request.decode_address, request.decode_instance, tokens)
 
     async def _until_first_tokens(
-        self, events: asyncio.Queue[Event], opening: asyncio.Task[Outgoing], progress: Progress
+        self,
+        events: asyncio.Queue[Event],
+        opening: asyncio.Task[Outgoing],
+        progress: Progress,
+        scores: list[PromptScores],
     ) -> FirstTokens:
-        """Passes progress on to the transfer as it happens; raises what the transfer raises."""
+        """Passes progress on to the transfer as it happens; raises what the transfer raises. Fills `scores`."""
         getting: asyncio.Task[Event] | None = None
         try:
             while True:
@@ -162,6 +170,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                     raise event.error
                 if isinstance(event, FirstTokens):
                     return event
+                if isinstance(event, PromptScores):
+                    scores.append(event)
+                    continue
                 assert isinstance(event, Progress)
                 progress = event
         finally:

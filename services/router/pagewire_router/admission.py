@@ -15,7 +15,7 @@ from pagewire_core.errors import DeadlineExceeded, Overloaded, PagewireError, Un
 
 from pagewire_router.drain_rate import DrainRate
 from pagewire_router.fair_queue import FairQueue, Waiting
-from pagewire_router.room import Room
+from pagewire_router.room import UNBOUNDED, Room
 
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _FIRST_GUESS_S = 2.0  # how long a full queue takes to move before anything was seen to leave it
@@ -110,6 +110,12 @@ class Admission:
     @property
     def num_queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def max_requests(self) -> int:
+        """That run and wait, if each has one choice and little of a prompt."""
+        running = self._room().sequences
+        return self._limits.max_requests + (running if running < UNBOUNDED else 0)
 
     @property
     def queued_tokens(self) -> int:

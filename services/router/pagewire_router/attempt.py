@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Literal, Self
@@ -35,6 +36,7 @@ from pagewire_router.workers import Worker
 Leg = Literal["reserve", "prefill", "decode"]
 TimeUp = Literal["request", "kv", "account"]  # of what the time is up
 Event = prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse | decode_pb2.FeedEntry
+Arrival = tuple[Leg, Event | PagewireError | None] | TimeUp | Exception
 Take = Callable[[decode_pb2.FeedEntry], bool]
 
 _NO_TOKENS = decode_pb2.FeedEntry()
@@ -80,9 +82,7 @@ class Attempt:
         self._take = take
         self._prior = prior
         self._metadata = request_metadata(request.request_id)
-        self._arrived: Mailbox[tuple[Leg, Event | PagewireError | None] | TimeUp | Exception] = Mailbox(
-            MAX_UNREAD, self._overflow
-        )
+        self._arrived: Mailbox[Arrival] = Mailbox(MAX_UNREAD, self._overflow)
         self._held = contextlib.ExitStack()  # bookings and the place on the feed
         self._feed: FeedCall | None = None
         self._calls: dict[Leg, grpc.aio.UnaryStreamCall] = {}
@@ -91,6 +91,9 @@ class Attempt:
         self._asked = False  # the decode worker may know of this transfer
         self._started = False  # it holds all of the prompt's KV
         self._finished = False
+        # What the decode worker says waits for what the prefill worker says of the prompt: that comes before any token.
+        self._waits_for_prompt = request.prompt_logprobs is not None and placed.prefill is not None
+        self._early: deque[Arrival] = deque()
         self._timers: dict[TimeUp, asyncio.TimerHandle] = {}
         self.transfer_id = secrets.token_bytes(16)
 
@@ -144,7 +147,7 @@ class Attempt:
         self._limit("request", self._deadline)
         legs = set(self._calls)
         while legs:
-            arrived = await self._arrived.get()
+            arrived = await self._next()
             if isinstance(arrived, str):
                 self._judge_time(arrived)
                 if self._finished:
@@ -159,6 +162,18 @@ class Attempt:
             else:
                 self._note(leg, event)
                 yield event
+
+    async def _next(self) -> Arrival:
+        """What arrived, in order; of the decode leg only what may be told now, or its failure."""
+        if self._early and not self._waits_for_prompt:
+            return self._early.popleft()
+        while True:
+            arrived = await self._arrived.get()
+            if not (self._waits_for_prompt and isinstance(arrived, tuple) and arrived[0] == "decode"):
+                return arrived
+            if isinstance(arrived[1], PagewireError):
+                return arrived
+            self._early.append(arrived)
 
     async def stop_choices(self, choices: Sequence[int]) -> None:
         """Tells the decode worker that some choices have ended. A lost worker shows on its stream."""
@@ -187,6 +202,7 @@ class Attempt:
             feed_id=self._feed.feed_id if self._feed else b"",
             feed_call=self._feed.number if self._feed else 0,
             prior=self._prior,
+            prompt_logprobs=self._request.prompt_logprobs if self.placed.prefill is None else None,
             holder=self._holder() if self.placed.prefill is None else None,
         )
         return self.placed.decode.decode.Decode(message, metadata=self._metadata)
@@ -204,6 +220,7 @@ class Attempt:
             decode_instance=reservation.instance,
             decode_local_tokens=reservation.local_tokens,
             holder=self._holder(),
+            prompt_logprobs=self._request.prompt_logprobs,
         )
         return self.placed.prefill.prefill.Prefill(message, metadata=self._metadata)
 
@@ -264,6 +281,7 @@ class Attempt:
                 self._finished = True
                 self._limit("account", asyncio.get_running_loop().time() + _KV_SENT_TIMEOUT_S)
         elif kind == "first_tokens":
+            self._waits_for_prompt = False
             self._await_kv()
 
     def _limit(self, what: TimeUp, when: float) -> None:

@@ -78,6 +78,9 @@ class Choice:
             self._finish(delta, finish_reason)
             if stop_token_id is not None:
                 delta.stop_token_id = stop_token_id
+        if self._request.prompt_only:
+            length = common_pb2.FINISH_REASON_LENGTH
+            return inference_pb2.Delta(choice=self.index, finish_reason=length) if delta.finish_reason else None
         delta.text = "".join(text)
         return delta if delta.tokens or delta.text or delta.finish_reason else None
 

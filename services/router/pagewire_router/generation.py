@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
@@ -35,6 +35,7 @@ from pagewire_router.choice import Choice
 from pagewire_router.lessons import learn, learn_end, learn_failure
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.placement import Placed, Placement
+from pagewire_router.prompt_scores import PromptScores
 from pagewire_router.request import ValidRequest
 from pagewire_router.workers import Worker, WorkerTable
 
@@ -77,10 +78,11 @@ class Generation:
         self._account = account
         self._deadline = deadline
         self._choices = [Choice(i, request, services.tokenizer) for i in range(request.n)]
-        self._deltas: list[inference_pb2.Delta] = []  # not yet yielded
+        self._scores = PromptScores(request.prompt_ids)
+        self._unsent: list[inference_pb2.GenerateResponse] = []
         self._has_stop_strings = bool(request.sampling.stop)
         self._may_send_at_once = send is not None
-        self._send = send or self._deltas.append
+        self._send = send or self._respond
         self._accepted = False
         self._told_stopped: set[int] = set()  # choices that the attempt's decode worker was told to end
         self._avoid: set[str] = set()  # workers that failed this request
@@ -92,7 +94,7 @@ class Generation:
 
     @property
     def completion_tokens(self) -> int:
-        return sum(len(c.ids) for c in self._choices)
+        return 0 if self._request.prompt_only else sum(len(c.ids) for c in self._choices)
 
     async def responses(self) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
@@ -107,7 +109,7 @@ class Generation:
             self.outcome = common_pb2.ErrorCode.Name(error.code).removeprefix("ERROR_CODE_").lower()
             if not self._accepted:
                 raise
-            for response in self._unsent():
+            for response in self._take_unsent():
                 yield response
             yield inference_pb2.GenerateResponse(error=error.to_proto())
 
@@ -175,6 +177,7 @@ class Generation:
         self._account.begin_attempt(attempt.placed, resumed=self._past_first_token)
         self._services.metrics.routes.labels(attempt.placed.decision).inc()
         self._told_stopped.clear()
+        self._scores.rewind()
         for choice in self._choices:
             choice.rewind()
         async with contextlib.aclosing(attempt.events()) as events:
@@ -182,18 +185,23 @@ class Generation:
                 if not self._accepted:
                     self._accepted = True
                     yield self._opening()
-                    self._echo()
+                    if self._request.prompt_logprobs is None:
+                        self._echo()
+                if self._request.prompt_logprobs is not None and _tells_first_tokens(event):
+                    for response in self._prompt_tokens(attempt.placed):
+                        yield response
                 self._note(event, attempt.placed)
-                for response in self._unsent():
+                for response in self._take_unsent():
                     yield response
                 if await self._stop_ended(attempt, event):
                     return
 
-    def _unsent(self) -> list[inference_pb2.GenerateResponse]:
-        """Deltas that are to be responses."""
-        responses = [inference_pb2.GenerateResponse(delta=delta) for delta in self._deltas]
-        self._deltas.clear()
-        return responses
+    def _respond(self, delta: inference_pb2.Delta) -> None:
+        self._unsent.append(inference_pb2.GenerateResponse(delta=delta))
+
+    def _take_unsent(self) -> list[inference_pb2.GenerateResponse]:
+        unsent, self._unsent = self._unsent, []
+        return unsent
 
     def _opening(self) -> inference_pb2.GenerateResponse:
         request = self._request
@@ -219,6 +227,8 @@ class Generation:
         learn(self._services.placement, placed, event)
         account = self._account
         kind = event.WhichOneof("event")
+        if kind == "prompt_logprobs":
+            self._scores.take(event.prompt_logprobs)
         if isinstance(event, prefill_pb2.PrefillResponse):
             if kind == "started":
                 account.note_prefill(event.started)
@@ -236,6 +246,16 @@ class Generation:
         elif kind == "finished":
             account.finished.CopyFrom(event.finished)
             self._check_all_finished(placed)
+
+    def _prompt_tokens(self, placed: Placed[Worker]) -> Iterator[inference_pb2.GenerateResponse]:
+        """Once: whoever takes over needs not tell them again, and may read the prompt from its cache."""
+        if not self._scores.complete:
+            lacking = Unavailable("the prompt's log probabilities are not there")
+            raise LegFailed("prefill", (placed.prefill or placed.decode).worker_id, lacking)
+        yield from self._scores.responses(self._services.tokenizer)
+        self._scores.rewind()
+        self._request = replace(self._request, prompt_logprobs=None)
+        self._echo()
 
     def _resume(self) -> None:
         for choice in self._choices:
@@ -313,3 +333,10 @@ def _told(failure: LegFailed) -> PagewireError:
     """What a client is told of a failed leg: cancelling and so on were the worker's, not the client's."""
     what = {"prefill": "prefill worker", "decode": "decode worker", "reserve": "decode worker"}[failure.leg]
     return Unavailable(f"the {what} was lost: {failure.error.message}", retry_after_s=1.0)
+
+
+def _tells_first_tokens(event: Event) -> bool:
+    """All that was asked of the prompt must be there then."""
+    if isinstance(event, prefill_pb2.PrefillResponse):
+        return event.HasField("first_tokens")
+    return isinstance(event, decode_pb2.DecodeResponse) and event.HasField("started")

@@ -127,7 +127,13 @@ class Placement(Generic[W]):
 
     def view(self, request: ValidRequest) -> View:
         constrained = request.sampling.HasField("constraint")
-        live = [w for w in self._workers.live if not w.suspect and (w.info.constraints or not constrained)]
+        live = [
+            w
+            for w in self._workers.live
+            if not w.suspect
+            and (w.info.constraints or not constrained)
+            and w.info.sampling_revision >= request.sampling_revision
+        ]
         salts = {"tenant_salt": request.tenant.encode(), "cache_salt": request.cache_salt}
         roots = {fingerprint: chain_root(fingerprint, **salts) for fingerprint in {w.fingerprint for w in live}}
         hashes = {fingerprint: block_hashes(root, request.prompt_ids) for fingerprint, root in roots.items()}
@@ -135,6 +141,9 @@ class Placement(Generic[W]):
         loads: dict[str, Load] = {}
         held: dict[str, int] = {}
         for w in live:
+            if request.prompt_logprobs is not None:  # what is cached is computed all the same
+                loads[w.worker_id] = w.load(0)
+                continue
             chain, known = hashes[w.fingerprint], indexed[w.fingerprint]
             loads[w.worker_id] = w.load(w.hits(chain, known.get(w.worker_id, 0)))
             held[w.worker_id] = known.get(w.worker_id, 0) * HASH_BLOCK

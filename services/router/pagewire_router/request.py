@@ -13,7 +13,7 @@ from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import ContextLength, InvalidRequest, ModelNotFound
 
 from pagewire_router.model import ServedModel
-from pagewire_router.sampling_limits import check_sampling
+from pagewire_router.sampling_limits import MAX_LOGPROBS, check_sampling
 
 MAX_CHOICES = 128
 _TAIL = 64  # characters of the prompt: enough to see whether thoughts are open at its end
@@ -37,6 +37,15 @@ class ValidRequest:
     prompt_tail: str = ""  # of its text, if it came as text
     tenant: str = ""
     priority: int = 0
+    prompt_logprobs: int | None = None  # as in GenerateRequest
+    prompt_only: bool = False  # the one token that is made is shown to nobody
+
+    @property
+    def sampling_revision(self) -> int:
+        """The least that a worker must know; see InfoResponse."""
+        sampling = self.sampling
+        asks = self.prompt_logprobs is not None or sampling.watermark or sampling.HasField("typical_p")
+        return 1 if asks else 0
 
     @property
     def skip_special_tokens(self) -> bool:
@@ -73,6 +82,10 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
         raise InvalidRequest(f"n must be at most {MAX_CHOICES}, not {n}", param="n")
     if request.HasField("sampling"):
         check_sampling(request.sampling, model.vocab_size)
+    if request.prompt_logprobs > MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"prompt_logprobs must be at most {MAX_LOGPROBS}, not {request.prompt_logprobs}", param="prompt_logprobs"
+        )
     for name, longest in MAX_LENGTHS.items():
         if len(getattr(request, name)) > longest:
             raise InvalidRequest(f"{name} must have at most {longest} characters", param=name)
@@ -89,6 +102,9 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
     sampling.max_tokens = _max_tokens(request, len(prompt_ids), max_model_len)
+    if request.prompt_only:
+        sampling.max_tokens, sampling.min_tokens = 1, 0
+        del sampling.stop[:]
     if sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequest(
             f"min_tokens ({sampling.min_tokens}) must not be above max_tokens ({sampling.max_tokens})",
@@ -111,6 +127,8 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
         prompt_tail=(text or "")[-_TAIL:],
         tenant=request.tenant,
         priority=request.priority,
+        prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
+        prompt_only=request.prompt_only,
     )
 
 

@@ -17,11 +17,12 @@ _RANGES: dict[str, tuple[float, float, bool, str]] = {
     "temperature": (0.0, math.inf, True, "0 or more"),
     "top_p": (0.0, 1.0, False, "in (0, 1]"),
     "min_p": (0.0, 1.0, True, "in [0, 1]"),
+    "typical_p": (0.0, 1.0, False, "in (0, 1]"),
     "repetition_penalty": (0.0, math.inf, False, "above 0"),
     "presence_penalty": (-2.0, 2.0, True, "in [-2, 2]"),
     "frequency_penalty": (-2.0, 2.0, True, "in [-2, 2]"),
 }
-_ABSENT_IS_DEFAULT = frozenset({"temperature", "top_p", "repetition_penalty"})
+_ABSENT_IS_DEFAULT = frozenset({"temperature", "top_p", "typical_p", "repetition_penalty"})
 
 
 def check_sampling(sampling: common_pb2.SamplingParams, vocab_size: int) -> None:

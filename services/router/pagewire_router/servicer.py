@@ -94,7 +94,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, valid: ValidRequest, deadline: float
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """The responses, which say how many entries of the client's feed belong to them."""
-        feed = self._router.feeds.get(request.feed_id)
+        # What is told of a prompt is too much to hold up what others get by the feed.
+        feed = self._router.feeds.get(request.feed_id) if valid.prompt_logprobs is None else None
         num_entries = 0
 
         def send(delta: inference_pb2.Delta) -> None:
@@ -142,10 +143,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.ListModelsResponse:
-        model, ready = self._router.model, self._router.services.workers.usable
+        workers = self._router.services.workers
+        model, ready = self._router.model, workers.usable
         response = inference_pb2.ListModelsResponse(models=[model.description] * len(model.names))
         for name, one in zip(model.names, response.models, strict=True):
             one.name, one.ready, one.max_model_len = name, ready, self._router.max_model_len
+            one.max_concurrent_requests = self._router.admission.max_requests
+            one.kv_tokens = sum(w.stats.total_blocks * w.info.block_size for w in workers.live if w.can_decode)
         return response
 
     async def Embed(

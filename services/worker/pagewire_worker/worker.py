@@ -249,6 +249,7 @@ class Worker:
             kv_bytes_per_token=self._loaded.runner.cache.bytes_per_token,
             lanes=self._lanes,
             constraints=self._loaded.constraints is not None,
+            sampling_revision=rpc.SAMPLING_REVISION,
         )
 
     def _stats(self) -> worker_pb2.StatsResponse:

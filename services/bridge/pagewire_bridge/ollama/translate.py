@@ -31,6 +31,7 @@ def to_sampling(options: Options, logprobs: int | None) -> common_pb2.SamplingPa
         temperature=_TEMPERATURE if options.temperature is None else options.temperature,
         top_p=_TOP_P if options.top_p is None else options.top_p,
         top_k=_TOP_K if options.top_k is None else options.top_k,
+        typical_p=options.typical_p if 0 < (options.typical_p or 1.0) < 1 else None,
         min_p=options.min_p or 0.0,
         repetition_penalty=options.repeat_penalty,
         presence_penalty=options.presence_penalty or 0.0,
@@ -83,8 +84,6 @@ def as_chat(body: GenerateBody | ChatBody, answers: AnswerFormat) -> OpenAIChat:
 
 def _complete(request: inference_pb2.GenerateRequest, body: GenerateBody | ChatBody) -> inference_pb2.GenerateRequest:
     """With Ollama's sampling, and with the tokens that a context is made of."""
-    if (body.asked.typical_p or 1.0) < 1.0:
-        raise InvalidRequest("options.typical_p is not supported yet", "options.typical_p")
     shows_marks = request.sampling.HasField("skip_special_tokens") and not request.sampling.skip_special_tokens
     request.sampling.CopyFrom(to_sampling(body.asked, (body.top_logprobs or 0) if body.logprobs else None))
     if shows_marks:

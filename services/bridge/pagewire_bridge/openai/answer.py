@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from pagewire_bridge import sse
 from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.errors import from_error
+from pagewire_bridge.openai.prompts import Echo, listed
 from pagewire_bridge.openai.shapes import Choice, Shape
 from pagewire_bridge.served_by import account
 from pagewire_bridge.tools.calls import Piece, Text, Thought, joined
@@ -34,7 +36,8 @@ class Answer:
     head: id, created, model, system_fingerprint. stop_token_ids: the client's own, which it may see
     again as a stop_reason; the model's end-of-sequence ids are not shown. prompt_token_ids: per prompt,
     None unless the client wants token ids beside the text. parsers: of each choice, if there is more in it than
-    content. named_tool: the one call is what was asked for, and no reason to stop.
+    content. named_tool: the one call is what was asked for, and no reason to stop. echo: of prompts whose tokens come
+    before the choices'. prompt_logprobs: how many of the best are listed in the place of each of a prompt's tokens.
     """
 
     shape: Shape
@@ -46,6 +49,8 @@ class Answer:
     parsers: Sequence[AnswerParser] = ()
     named_tool: bool = False
     include_reasoning: bool = True
+    echo: Echo | None = None
+    prompt_logprobs: int | None = None
 
     def stop_reason(self, delta: Delta) -> str | int | None:
         if delta.HasField("stop_string"):
@@ -54,8 +59,7 @@ class Answer:
 
     def choices(self, index: int, delta: Delta, opened: set[int]) -> Iterator[Choice]:
         """The chunks' choices that a delta gives; none if it has neither news for the client nor an end."""
-        pieces = self.pieces(index, delta)
-        tokens = delta.tokens if self.logprobs else None
+        pieces, tokens = self.pieces(index, delta), self.tokens(index, delta)
         ids = [token.token_id for token in delta.tokens] if self.prompt_token_ids is not None else []
         finish_reason = FINISH_REASONS.get(delta.finish_reason)
         if not (pieces or tokens or ids or finish_reason):
@@ -70,6 +74,12 @@ class Answer:
                 yield self.shape.delta(index, piece, None)
         if finish_reason:
             yield self.shape.ending(index, self.finish_reason(index, finish_reason), self.stop_reason(delta))
+
+    def tokens(self, index: int, delta: Delta) -> Sequence[TokenText] | None:
+        """Those whose log probabilities the client is told with a delta; None: it did not ask."""
+        if not self.logprobs:
+            return None
+        return [*self.echo.before(index, delta.text), *delta.tokens] if self.echo else delta.tokens
 
     def pieces(self, index: int, delta: Delta) -> list[Piece]:
         """What a delta says."""
@@ -140,7 +150,7 @@ async def whole(answer: Answer, generation: Generation) -> dict[str, Any]:
     async for index, delta in generation.deltas():
         choice = collected[index]
         choice.pieces += answer.pieces(index, delta)
-        choice.tokens.extend(delta.tokens if answer.logprobs else ())
+        choice.tokens.extend(answer.tokens(index, delta) or ())
         choice.token_ids.extend(token.token_id for token in delta.tokens)
         if delta.finish_reason in FINISH_REASONS:
             choice.finish_reason = answer.finish_reason(index, FINISH_REASONS[delta.finish_reason])
@@ -154,9 +164,14 @@ async def whole(answer: Answer, generation: Generation) -> dict[str, Any]:
         for i, (shaped, c) in enumerate(zip(choices, collected, strict=True)):
             shaped["token_ids"] = c.token_ids
             shaped["prompt_token_ids"] = answer.prompt_token_ids[i // per_prompt]
-    return {
+    response = {
         **answer.head,
         "object": answer.shape.object,
         "choices": choices,
         "usage": answer.usage(generation.summaries),
     }
+    if answer.prompt_logprobs is not None:
+        # Of long prompts these are a million entries: other answers go on meanwhile.
+        listing = (asyncio.to_thread(listed, tokens, answer.prompt_logprobs) for tokens in generation.prompt_tokens)
+        answer.shape.with_prompts(response, [await one for one in listing])
+    return response

@@ -17,6 +17,7 @@ from pagewire_bridge.client import client_of
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.answer import Answer, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
+from pagewire_bridge.openai.prompts import Echo
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
 from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Shape
 from pagewire_bridge.openai.tool_use import parser_of
@@ -105,6 +106,12 @@ def _reading(request: Request, body: GenerationBody, generation: Generation) -> 
     return {"parsers": parsers, "named_tool": named, "include_reasoning": body.include_reasoning is not False}
 
 
+def _echo(body: GenerationBody, shape: Shape, generation: Generation) -> Echo | None:
+    if not (isinstance(body, CompletionBody) and isinstance(shape, CompletionShape)) or body.echoed_logprobs is None:
+        return None
+    return Echo(shape, generation.prompt_tokens, body.n or 1, body.echoed_logprobs)
+
+
 async def _generate(request: Request, body: GenerationBody, asked: list[GenerateRequest], shape: Shape) -> Response:
     n = body.n or 1
     generation = begin(request, asked, n)
@@ -119,6 +126,8 @@ async def _generate(request: Request, body: GenerationBody, asked: list[Generate
             logprobs=asked[0].sampling.HasField("logprobs"),
             stop_token_ids=frozenset(body.stop_token_ids or ()),
             prompt_token_ids=[list(one.prompt_token_ids) for one in accepted] if body.return_token_ids else None,
+            prompt_logprobs=body.prompt_logprobs,
+            echo=_echo(body, shape, generation),
             **_reading(request, body, generation),
         )
 

@@ -27,6 +27,7 @@ from pagewire_bridge.openai.tools import MAX_TOOLS, CalledTool, ToolChoice, Tool
 MAX_STOP_STRINGS = 64
 MAX_PROMPTS = 256  # each is a call of its own to the router
 MAX_COMPLETION_LOGPROBS = 5
+MAX_PROMPT_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
 
 _UINT32_MAX = 2**32 - 1
@@ -160,6 +161,7 @@ class GenerationBody(SamplingBody):
     request_id: Annotated[_RequestId | None, AfterValidator(_request_id)] = None
     return_token_ids: bool | None = None
     echo: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
 
     def length_limit(self) -> int | None:
@@ -172,6 +174,8 @@ class GenerationBody(SamplingBody):
             raise InvalidRequest("`stream_options` is only allowed with `stream: true`.", "stream_options")
         if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
             raise InvalidRequest("`response_format` and `structured_outputs` exclude each other.", "response_format")
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest("`prompt_logprobs` are not available with `stream: true`.", "prompt_logprobs")
         limit = self.length_limit()
         if limit is not None and (self.min_tokens or 0) > limit:
             raise InvalidRequest("`min_tokens` must not be greater than the limit of tokens.", "min_tokens")
@@ -227,8 +231,14 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Annotated[list[str | list[int]], PlainValidator(prompts, json_schema_input_type=Prompts)]
+    max_tokens: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     best_of: int | None = None
+
+    @property
+    def echoed_logprobs(self) -> int | None:
+        """How many of the best come with each of the prompt's tokens before a choice; None: no such tokens do."""
+        return self.logprobs if self.echo else None
 
     def length_limit(self) -> int:
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
@@ -237,6 +247,6 @@ class CompletionBody(GenerationBody):
     def _consistent_completion(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest("`best_of` other than `n` is not supported yet.", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("`echo` together with `logprobs` is not supported yet.", "echo")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("`max_tokens` must be at least 1, but with `echo: true`.", "max_tokens")
         return self

@@ -23,6 +23,9 @@ class Shape(Protocol):
     object: str
     chunk_object: str
 
+    def with_prompts(self, response: dict[str, Any], told: Sequence[Any]) -> None:
+        """Puts what is told of each prompt into a response that is not streamed."""
+
     def opening(self, index: int) -> list[Choice]:
         """Chunks before the first text of a choice."""
 
@@ -43,16 +46,16 @@ class Shape(Protocol):
         """The choice of a response that is not streamed."""
 
 
-def _text(token: TokenText) -> str:
+def text_of(token: TokenText) -> str:
     return token.bytes.decode("utf-8", "replace")
 
 
-def _logprob(token: TokenText) -> float:
+def logprob_of(token: TokenText) -> float:
     return max(token.logprob, _LEAST_LOGPROB)
 
 
 def _chat_token(token: TokenText) -> dict[str, Any]:
-    return {"token": _text(token), "logprob": _logprob(token), "bytes": list(token.bytes)}
+    return {"token": text_of(token), "logprob": logprob_of(token), "bytes": list(token.bytes)}
 
 
 def chat_logprobs(tokens: Tokens | None) -> dict[str, Any] | None:
@@ -70,6 +73,9 @@ class ChatShape:
 
     def __init__(self, echo: str = "") -> None:
         self._echo = echo
+
+    def with_prompts(self, response: dict[str, Any], told: Sequence[Any]) -> None:
+        [response["prompt_logprobs"]] = told
 
     def opening(self, index: int) -> list[Choice]:
         choices = [_chat_chunk(index, {"role": "assistant", "content": ""})]
@@ -138,16 +144,19 @@ def _chat_chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | No
 
 
 class TextOffsets:
-    """Where tokens begin in the text of a choice, in characters, though a character may span tokens."""
+    """Where tokens begin in the text of a choice, in characters, though a character may span tokens.
 
-    def __init__(self) -> None:
+    unseen: leading characters of the tokens that the text lacks, such as those of a beginning of sequence.
+    """
+
+    def __init__(self, unseen: int = 0) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._length = 0
+        self._length = -unseen
 
     def extend(self, tokens: Tokens) -> list[int]:
         offsets = []
         for token in tokens:
-            offsets.append(self._length)
+            offsets.append(max(self._length, 0))
             self._length += len(self._decoder.decode(token.bytes))
         return offsets
 
@@ -157,7 +166,7 @@ def _top_by_text(token: TokenText) -> dict[str, float]:
     candidates: Iterable[TokenText] = (*token.top, token)
     top: dict[str, float] = {}
     for candidate in candidates:
-        top.setdefault(_text(candidate), _logprob(candidate))
+        top.setdefault(text_of(candidate), logprob_of(candidate))
     return top
 
 
@@ -168,6 +177,16 @@ class CompletionShape:
 
     def __init__(self) -> None:
         self._offsets: dict[int, TextOffsets] = {}
+
+    def with_prompts(self, response: dict[str, Any], told: Sequence[Any]) -> None:
+        choices = response["choices"]
+        for i, choice in enumerate(choices):
+            choice["prompt_logprobs"] = told[i * len(told) // len(choices)]
+
+    def begin(self, index: int, prompt: Tokens, text: str) -> None:
+        """A choice begins with its prompt, whose text this is."""
+        whole = b"".join(token.bytes for token in prompt).decode("utf-8", "replace")
+        self._offsets[index] = TextOffsets(max(len(whole) - len(text), 0))
 
     def opening(self, index: int) -> list[Choice]:
         return []
@@ -196,8 +215,8 @@ class CompletionShape:
         if tokens is None:
             return None
         return {
-            "tokens": [_text(token) for token in tokens],
-            "token_logprobs": [_logprob(token) for token in tokens],
-            "top_logprobs": [_top_by_text(token) for token in tokens],
+            "tokens": [text_of(token) for token in tokens],
+            "token_logprobs": [logprob_of(token) if token.HasField("logprob") else None for token in tokens],
+            "top_logprobs": [_top_by_text(token) if token.HasField("logprob") else None for token in tokens],
             "text_offset": self._offsets.setdefault(index, TextOffsets()).extend(tokens),
         }

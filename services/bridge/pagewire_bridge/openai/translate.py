@@ -105,6 +105,7 @@ def to_chat_request(
         structured_output=use.output(to_structured_output(body)),
         reasoning=reasoning,
         priority=to_priority(body),
+        prompt_logprobs=body.prompt_logprobs,
     )
 
 
@@ -120,6 +121,7 @@ def _reasoning(body: ChatBody, answers: AnswerFormat) -> inference_pb2.Reasoning
 def to_completion_requests(body: CompletionBody, request_id: str) -> list[inference_pb2.GenerateRequest]:
     """One request per prompt; where there are several, their ids end in -0, -1 and so on."""
     several = len(body.prompt) > 1
+    asked = [number for number in (body.prompt_logprobs, body.echoed_logprobs) if number is not None]
     return [
         inference_pb2.GenerateRequest(
             request_id=f"{request_id}-{i}" if several else request_id,
@@ -136,6 +138,8 @@ def to_completion_requests(body: CompletionBody, request_id: str) -> list[infere
             return_prompt_token_ids=bool(body.return_token_ids),
             structured_output=to_structured_output(body),
             priority=to_priority(body),
+            prompt_logprobs=max(asked) if asked else None,
+            prompt_only=body.max_tokens == 0,
         )
         for i, prompt in enumerate(body.prompt)
     ]

@@ -25,7 +25,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
     "truncate_prompt_tokens": (),

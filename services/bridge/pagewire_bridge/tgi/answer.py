@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class _Output:
     tokens: list[dict[str, Any]] = field(default_factory=list)
     top_tokens: list[list[dict[str, Any]]] = field(default_factory=list)
     finish_reason: str = ""
+    prompt: Sequence[TokenText] = ()  # where the client asked for it
 
     def __post_init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -67,16 +68,18 @@ class _Output:
 
     def details(self) -> dict[str, Any]:
         tops = {"top_tokens": self.top_tokens} if self.asked.with_top_tokens else {}
-        return {**self.ending(), "prefill": [], "tokens": self.tokens, **tops}
+        prefill = [_token(token) for token in self.prompt]
+        return {**self.ending(), "prefill": prefill, "tokens": self.tokens, **tops}
 
 
 def _token(token: TokenText) -> dict[str, Any]:
-    return {"id": token.token_id, "text": token.bytes.decode("utf-8", "replace"), "logprob": token.logprob}
+    logprob = token.logprob if token.HasField("logprob") else None  # the prompt's first token has none
+    return {"id": token.token_id, "text": token.bytes.decode("utf-8", "replace"), "logprob": logprob}
 
 
 async def whole(asked: Asked, generation: Generation, num_choices: int) -> dict[str, Any]:
     """Of several choices the one with the highest mean log probability is the answer. Raises PagewireError."""
-    outputs = [_Output(asked) for _ in range(num_choices)]
+    outputs = [_Output(asked, prompt=generation.prompt_tokens[0]) for _ in range(num_choices)]
     async for index, delta in generation.deltas():
         outputs[index].take(delta)
     best = max(outputs, key=lambda output: output.mean_logprob) if num_choices > 1 else outputs[0]

@@ -71,10 +71,12 @@ async def info(request: Request) -> Response:
             "model_sha": model.digest.hex(),
             "model_dtype": model.dtype,
             "model_pipeline_tag": "text-generation",
+            "max_concurrent_requests": model.max_concurrent_requests,
             "max_best_of": MAX_BEST_OF,
             "max_stop_sequences": MAX_STOP_SEQUENCES,
             "max_input_tokens": model.max_model_len - 1,
             "max_total_tokens": model.max_model_len,
+            "max_batch_total_tokens": model.kv_tokens,
             "validation_workers": 1,
             "max_client_batch_size": MAX_CLIENT_BATCH_SIZE,
             "router": "pagewire",
@@ -142,6 +144,8 @@ async def _answer(request: Request, body: GenerateBody, *, streams: bool, in_lis
     parameters, began = body.asked, time.perf_counter()
     if streams and (parameters.best_of or 1) > 1:
         raise InvalidRequest("`best_of` must be 1 where the answer is streamed", "best_of")
+    if streams and parameters.decoder_input_details:
+        raise InvalidRequest("`decoder_input_details` is not supported when streaming tokens", "decoder_input_details")
     asked = to_request(body, request.state.request_id, with_tokens=streams)
     generation = begin(request, [asked], asked.n)
     about = _about(body, asked)

@@ -75,6 +75,7 @@ class Parameters(_Body):
     def samples(self) -> bool:
         """TGI draws at random also where a parameter that only drawing heeds is there."""
         warped = (self.temperature or 1.0) != 1.0 or self.top_k is not None or self.top_p is not None
+        warped = warped or self.typical_p is not None
         return bool(self.do_sample) or warped
 
     @model_validator(mode="after")

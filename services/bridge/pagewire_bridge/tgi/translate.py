@@ -22,9 +22,12 @@ def to_request(body: GenerateBody, request_id: str, with_tokens: bool) -> infere
         n=asked.best_of or 1,
         truncate_prompt_tokens=asked.truncate or 0,
         structured_output=asked.grammar.to_proto() if asked.grammar else None,
+        prompt_logprobs=0 if asked.details and asked.decoder_input_details else None,
         sampling=common_pb2.SamplingParams(
             temperature=(asked.temperature or 1.0) if asked.samples else 0.0,
             top_p=asked.top_p,
+            typical_p=asked.typical_p,
+            watermark=bool(asked.watermark),
             top_k=asked.top_k or 0,
             repetition_penalty=asked.repetition_penalty,
             frequency_penalty=asked.frequency_penalty or 0.0,
@@ -38,6 +41,5 @@ def to_request(body: GenerateBody, request_id: str, with_tokens: bool) -> infere
 
 
 def _refuse_unsupported(asked: Parameters) -> None:
-    for name in ("typical_p", "adapter_id", "decoder_input_details", "watermark"):
-        if getattr(asked, name):
-            raise InvalidRequest(f"`{name}` is not supported yet", name)
+    if asked.adapter_id:
+        raise InvalidRequest("`adapter_id` is not supported yet", "adapter_id")
