@@ -217,7 +217,8 @@ async def test_a_prompt_is_computed_on_the_idle_decode_workers_core_too(served: 
 async def test_the_example_client_speaks_the_native_api(served: Served) -> None:
     example = Path(__file__).parents[2] / "examples/grpc_client.py"
     done = subprocess.run(
-        [sys.executable, str(example), "--router", served.state["router"], "What is the capital of Japan?"],
+        [sys.executable, str(example), "--temperature=0", "--router", served.state["router"],
+         "What is the capital of Japan?"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert "Tokyo" in done.stdout, done

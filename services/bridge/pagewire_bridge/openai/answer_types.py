@@ -95,10 +95,22 @@ class _Head(TypedDict):
     service_tier: NotRequired[str]
 
 
+class PromptLogprob(TypedDict):
+    """rank: how many tokens are at least as likely, itself included."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id; null for the first token
+
+
 class ChatAnswer(_Head):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class FunctionPiece(TypedDict):
@@ -147,9 +159,11 @@ class ChatChunk(_Chunk):
 
 
 class CompletionLogprobs(TypedDict):
+    """With `echo`, the prompt's tokens come first; null for its first one."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -161,6 +175,7 @@ class CompletionChoice(TypedDict):
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class CompletionAnswer(_Head):

@@ -18,11 +18,19 @@ class Token(TypedDict):
     special: bool
 
 
+class PromptToken(TypedDict):
+    """logprob: null for the first token."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
 class Details(TypedDict):
     finish_reason: FinishReason
     generated_tokens: int
     seed: int | None
-    prefill: list[Token]
+    prefill: list[PromptToken]
     tokens: list[Token]
     top_tokens: NotRequired[list[list[Token]]]
 
@@ -69,10 +77,12 @@ class Info(TypedDict):
     model_sha: str
     model_dtype: str
     model_pipeline_tag: str
+    max_concurrent_requests: int
     max_best_of: int
     max_stop_sequences: int
     max_input_tokens: int
     max_total_tokens: int
+    max_batch_total_tokens: int
     validation_workers: int
     max_client_batch_size: int
     router: str
