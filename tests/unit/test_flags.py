@@ -192,3 +192,8 @@ def test_a_list_of_cores_that_is_none_is_refused(text: str, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         _parser().parse_args([f"--cpus={text}"])
     assert "write 0,2-3" in capsys.readouterr().err
+
+
+def test_what_kubernetes_says_of_a_service_is_no_port() -> None:
+    add_flags(parser := Parser(), ("port",), {"PAGEWIRE_PORT": "tcp://10.0.0.1:80"})
+    assert parser.parse_args([]).port == FLAGS["port"].default

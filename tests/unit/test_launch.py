@@ -60,6 +60,11 @@ def test_without_anything_the_demo_model_is_served_on_ollamas_port() -> None:
     assert (args.served_model_name, args.ollama_port, args.port) == ("pagewire-demo", 11434, 8000)
 
 
+def test_a_kubernetes_service_called_pagewire_does_no_harm() -> None:
+    assert served([], {"PAGEWIRE_PORT": "tcp://10.0.0.1:80"}).port == 8000
+    assert served([], {"PAGEWIRE_PORT": "9000"}).port == 9000
+
+
 def test_our_own_flags_go_along_with_those_of_tgi() -> None:
     args = served(["--model-id", "org/model", "--prefill", "2", "--decode=3", "--max-batch-size", "7"])
     assert (args.prefill, args.decode, args.max_num_seqs) == (2, 3, 7)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pagewire_core.errors import StartupError
+from pagewire_core.flags import is_service_link
 
 from pagewire_cli import main as command
 from pagewire_cli import tgi_flags
@@ -30,8 +31,9 @@ def arguments_of(given: Sequence[str], environ: Mapping[str, str]) -> tuple[list
     if tgi_flags.is_meant(given, environ):
         port = _TGI_PORT
         given, ignored = tgi_flags.translated(given, environ)
-    port_in_environment = environ.get("PAGEWIRE_PORT", port)
-    ports = [f"--port={port_in_environment}", f"--ollama-port={environ.get('PAGEWIRE_OLLAMA_PORT', _OLLAMA_PORT)}"]
+    said = environ.get("PAGEWIRE_PORT", "")
+    ports = (f"--port={port if not said or is_service_link(said) else said}",
+             f"--ollama-port={environ.get('PAGEWIRE_OLLAMA_PORT', _OLLAMA_PORT)}")  # fmt: skip
     return ["serve", *ports, "--host=0.0.0.0", *given], ignored
 
 

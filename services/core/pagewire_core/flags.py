@@ -258,7 +258,7 @@ def _default(parser: argparse.ArgumentParser, name: str, environ: Mapping[str, s
     """The environment's value, checked where argparse would take a default unchecked; else the flag's default."""
     flag, variable = FLAGS[name], f"PAGEWIRE_{name.upper().replace('-', '_')}"
     text = environ.get(variable)
-    if text is None:
+    if text is None or is_service_link(text):
         return flag.default
     if flag.type is None:
         if text.lower() not in _SWITCH:
@@ -267,6 +267,11 @@ def _default(parser: argparse.ArgumentParser, name: str, environ: Mapping[str, s
     if flag.choices and text not in flag.choices:
         parser.error(f"{variable} is {text!r}; choose from {', '.join(flag.choices)}")
     return text
+
+
+def is_service_link(text: str) -> bool:
+    """Kubernetes sets PAGEWIRE_PORT to tcp://10.0.0.1:80 in every pod beside a service that is called pagewire."""
+    return text.startswith(("tcp://", "udp://"))
 
 
 def to_command_line(values: argparse.Namespace, names: Sequence[str]) -> list[str]:
