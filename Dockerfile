@@ -52,8 +52,9 @@ RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels \
 FROM build AS torch-cpu
 COPY deploy/images/worker.lock deploy/images/cuda.lock ./
 RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels python3 -m venv /opt/venv \
-    && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --require-hashes -r worker.lock \
-    && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --no-deps \
+    && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --require-hashes -r worker.lock
+RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels \
+    /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --no-deps \
        "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' cuda.lock)" \
     && { /opt/venv/bin/python -c 'import torch' \
        || { echo 'no CPU build of torch: give --build-arg PIP_EXTRA_INDEX_URL=...' >&2; exit 1; }; }

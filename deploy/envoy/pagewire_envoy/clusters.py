@@ -29,6 +29,18 @@ RETRY: Tree = {
     "host_selection_retry_max_attempts": 5,
 }
 
+_DNS = "envoy.extensions.clusters.dns.v3.DnsCluster"
+# Of each name, looked up again and again: a host for each of its addresses.
+_EVERY_ADDRESS: Tree = {
+    "name": "envoy.clusters.dns",
+    "typed_config": {
+        "@type": f"type.googleapis.com/{_DNS}",
+        "dns_refresh_rate": "2s",
+        "dns_lookup_family": "V4_PREFERRED",
+        "all_addresses_in_single_endpoint": False,
+    },
+}
+
 
 def clusters(edge: Edge) -> list[Tree]:
     found = [_bridges(edge)]
@@ -59,10 +71,7 @@ def _routers(edge: Edge) -> Tree:
 def _cluster(edge: Edge, name: str, addresses: Sequence[Address], check: Tree, options: Tree, alpn: str) -> Tree:
     tree: Tree = {
         "name": name,
-        "type": "STRICT_DNS",
-        "dns_lookup_family": "V4_PREFERRED",
-        "dns_refresh_rate": "2s",
-        "respect_dns_ttl": False,
+        "cluster_type": _EVERY_ADDRESS,
         "connect_timeout": "2s",
         "per_connection_buffer_limit_bytes": 128 << 10,  # a client that reads nothing holds up the bridge, not us
         "lb_policy": "LEAST_REQUEST",
