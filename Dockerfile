@@ -58,14 +58,14 @@ RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels \
        "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' cuda.lock)" \
     && { /opt/venv/bin/python -c 'import torch' \
        || { echo 'no CPU build of torch: give --build-arg PIP_EXTRA_INDEX_URL=...' >&2; exit 1; }; }
-RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
+RUN /opt/venv/bin/python -m compileall -q -x /torch/testing/ --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM build AS torch-cuda
 COPY deploy/images/worker.lock deploy/images/cuda.lock ./
 RUN --mount=type=bind,source=deploy/images/wheels,target=/wheels python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install ${PIP_ARGS} --no-compile --find-links /wheels --require-hashes \
        -r worker.lock -r cuda.lock
-RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
+RUN /opt/venv/bin/python -m compileall -q -x /torch/testing/ --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM build AS kernels
 COPY kernels .
@@ -76,7 +76,7 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     --mount=type=bind,from=kernels,source=/src/pagewire_kernels/cpu/built,target=/built \
     /opt/venv/bin/pip install --no-compile --no-deps /dist/*.whl \
     && cp -r /built "$(/opt/venv/bin/python -c 'import pagewire_kernels.cpu as cpu; print(cpu.__path__[0])')/built" \
-    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
+    && /opt/venv/bin/python -m compileall -q -x /torch/testing/ --invalidation-mode unchecked-hash /opt/venv/lib
 
 # ------------------------------------------------------------------------------------------ what runs
 FROM ${BASE_IMAGE} AS runtime
