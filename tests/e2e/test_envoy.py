@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
-from cluster import PAIRS, SMALL, Cluster, Process, running
+from cluster import PAIRS, Cluster, Process, running
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
 from processes import free_port, script
@@ -31,7 +31,8 @@ from edge import Edge, running_edge
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-SLOW = (*SMALL, "--max-num-batched-tokens=8")
+SLOW = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=8", "--threads=1")
+LONG = 440  # tokens: a stream that is there for a while
 
 
 @dataclass
@@ -118,7 +119,7 @@ async def test_the_openai_client_gets_the_reference_tokens_streamed_or_not(front
 async def test_tokens_pass_as_they_are_made_and_a_client_that_leaves_ends_its_request(front: Front) -> None:
     async with (
         front.client() as http,
-        http.stream("POST", "/v1/completions", json=body(2, stream=True, max_tokens=180)) as answer,
+        http.stream("POST", "/v1/completions", json=body(2, stream=True, max_tokens=LONG)) as answer,
     ):
         await anext(answer.aiter_lines())
         assert await num_running(front) == 1  # the first token is here, and the last is far
@@ -198,31 +199,31 @@ async def test_a_killed_bridge_is_left_out_and_costs_only_what_it_was_doing(fron
     """New requests go to the other bridge at once; what was on its way is never asked for twice."""
     cluster, victim = front.cluster, front.bridges[0]
 
-    async def stream(http: httpx.AsyncClient, seed: int) -> tuple[str, str]:
-        """Who served it, as far as its log tells later: its id, and what came."""
-        request_id, text = f"lost-{seed}", ""
+    flowing = [asyncio.Event() for _ in range(6)]
+
+    async def stream(http: httpx.AsyncClient, i: int) -> str:
+        """What came of it."""
+        text = ""
         try:
-            async with http.stream("POST", "/v1/completions", json=body(seed, stream=True, max_tokens=180),
-                                   headers={"x-request-id": request_id}) as answer:  # fmt: skip
+            async with http.stream(
+                "POST", "/v1/completions", json=body(10 + i, stream=True, max_tokens=LONG)
+            ) as answer:
                 async for part in answer.aiter_text():
                     text += part
+                    flowing[i].set()
         except httpx.TransportError:
             pass
-        return request_id, text
+        return text
 
     before = (await cluster.metrics())["pagewire_prompt_tokens_total"]
     async with front.client() as http:
-        streams = [asyncio.create_task(stream(http, 10 + i)) for i in range(6)]
-
-        async def all_run() -> bool:
-            return await num_running(front) == 6
-
-        await cluster.until(all_run, "the streams do not run")
+        streams = [asyncio.create_task(stream(http, i)) for i in range(6)]
+        await asyncio.gather(*(event.wait() for event in flowing))
         victim.kill()
         new = await asyncio.gather(*(http.post("/v1/completions", json=body(30 + i, max_tokens=2)) for i in range(20)))
         assert [answer.status_code for answer in new] == [200] * 20
-        told = dict(await asyncio.gather(*streams))
-    cut = [text for text in told.values() if "[DONE]" not in text]
+        told = await asyncio.gather(*streams)
+    cut = [text for text in told if "[DONE]" not in text]
     assert 0 < len(cut) < 6, "both bridges had some"
 
     async def left_out() -> bool:
@@ -251,7 +252,7 @@ def served_certificate(port: int, ca: Path) -> bytes:
 async def test_certificates_are_replaced_on_both_sides_while_a_stream_runs(front: Front) -> None:
     async with front.client() as http:
         first = await asyncio.to_thread(served_certificate, front.edge.http, front.tls / "ca.crt")
-        async with http.stream("POST", "/v1/completions", json=body(50, stream=True, max_tokens=150)) as answer:
+        async with http.stream("POST", "/v1/completions", json=body(50, stream=True, max_tokens=LONG)) as answer:
             lines = answer.aiter_lines()
             await anext(lines)
             certificates.made(front.tls)
