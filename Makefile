@@ -2,6 +2,7 @@
 #
 #   make serve MODEL=path-or-hub-id PORT=8000 HOST=127.0.0.1 PREFILL=1 DECODE=1 ARGS='--max-num-seqs 64'
 #   make test ARGS='-k router'      make test-faults      make chaos      make soak MINUTES=20
+#   make test-api EXAMPLES=50      make test-clients
 #   make check      make bench BASE_URL=http://127.0.0.1:8000
 #
 # PYTHON names the interpreter that .venv is made of (3.11 or newer). Where there is no GPU, PIP_EXTRA_INDEX_URL
@@ -21,13 +22,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 TESTING := $(VENV)/.installed-test
+CLIENTS := $(VENV)-clients/.installed
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
 SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:deploy/envoy:benchmarks
 
 IMAGES := router bridge edge worker pagewire
 
-.PHONY: images locks manifests test-compose test-deploy serve test test-faults test-kernels chaos soak setup protos fuzz lint check fuzz-schemas bench clean
+.PHONY: images locks manifests test-compose test-deploy serve test test-faults test-kernels test-api test-clients chaos soak setup protos fuzz lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
 
 serve: $(RUNTIME)
@@ -45,6 +47,14 @@ test-faults: $(TESTING)
 test-kernels: $(TESTING)
 	PAGEWIRE_ALL_KERNEL_CASES=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
+# Whatever the OpenAPI document allows, and what it does not, EXAMPLES for each operation: no 5xx, no hang, no leak.
+test-api: $(TESTING)
+	$(BIN)/python tests/fuzz_api.py --examples $(or $(EXAMPLES),50) $(ARGS)
+
+# Clients with dependencies of their own, in an environment of their own.
+test-clients: $(TESTING) $(CLIENTS)
+	$(BIN)/python tests/other_clients.py $(VENV)-clients/bin/python $(ARGS)
+
 # At least FAULTS random faults under load; SEED makes a run again.
 chaos: $(TESTING)
 	$(BIN)/python tests/chaos.py $(ARGS)
@@ -60,9 +70,8 @@ protos: $(TESTING)
 		protos/pagewire/v1/*.proto
 
 # Other examples of the fuzz tests every time, and as many as are asked for.
-EXAMPLES ?= 3000
 fuzz: $(TESTING)
-	PAGEWIRE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/test_fuzz.py --timeout 3600 $(ARGS)
+	PAGEWIRE_FUZZ_EXAMPLES=$(or $(EXAMPLES),3000) $(BIN)/python -m pytest tests/unit/test_fuzz.py --timeout 3600 $(ARGS)
 
 lint: $(TESTING)
 	$(BIN)/ruff check .
@@ -115,7 +124,7 @@ locks: $(TESTING)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python deploy/images/lock.py
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-clients tests/node/node_modules dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that a CPU wheel that is already there, or on the extra index, is kept.
@@ -126,6 +135,13 @@ $(RUNTIME): pyproject.toml
 	$(BIN)/python -m pagewire_kernels.cpu.build
 	@touch $@
 
-$(TESTING): $(RUNTIME)
+$(TESTING): $(RUNTIME) tests/node/package-lock.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@if command -v npm >/dev/null; then npm ci --prefix tests/node --silent --no-audit --no-fund; \
+		else echo 'There is no npm: the clients for Node are not tested.'; fi
+	@touch $@
+
+$(CLIENTS): tests/clients/requirements.txt
+	@test -x $(VENV)-clients/bin/python || sh .ci/make_venv $(VENV)-clients $(PYTHON)
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
 	@touch $@

@@ -27,19 +27,20 @@ ROUTER_FLAGS = ("--served-model-name=demo",)
 BRIDGE_FLAGS = ("--tool-call-parser=json", "--enable-auto-tool-choice")
 # Nobody waits longer for an answer of at most 128 tokens, however busy the machine is.
 HANG_S = 60
+PHASES = "examples,coverage,fuzzing"  # those of the document, the limits in it, and at random
 CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
     "response_schema_conformance", "negative_data_rejection", "unsupported_method", "allow_header_conformance",
 )  # fmt: skip
 
 
-async def fuzz(cluster: Cluster, examples: int, options: Sequence[str] = ()) -> dict[str, Any]:
-    """examples: for each operation, besides those of the document and of the limits in it. Returns the report."""
+async def fuzz(cluster: Cluster, examples: int, options: Sequence[str]) -> dict[str, Any]:
+    """examples: for each operation, besides those of the other phases. Returns schemathesis' report."""
     report = cluster.directory / "schemathesis.json"
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{cluster.base_url}/openapi.json",
         f"--max-examples={examples}", f"--checks={','.join(CHECKS)}", f"--request-timeout={HANG_S}",
-        "--phases=examples,coverage,fuzzing", "--continue-on-failure", "--no-color", "--warnings=off",
+        f"--phases={PHASES}", "--continue-on-failure", "--no-color", "--warnings=off",
         "--suppress-health-check=all", "--generation-database=none", "--report=json", f"--report-json-path={report}",
         *options,
     ]  # fmt: skip

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import shutil
+from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -433,3 +436,21 @@ async def test_anthropic_errors_have_its_shape(cluster: Cluster) -> None:
         response = await cluster.http.post("/v1/messages", json=body)
         assert response.status_code == 400
         assert response.json()["type"] == "error" and response.json()["error"]["type"] == "invalid_request_error"
+
+
+# ---------------------------------------------------------------- Node
+
+NODE = Path(__file__).parents[1] / "node"
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no Node: install Node.js 20 or newer with npm")
+@pytest.mark.skipif(not (NODE / "node_modules").exists(), reason="no clients for Node: npm ci --prefix tests/node")
+@pytest.mark.parametrize("client", ["openai", "ollama"])
+async def test_clients_for_node(cluster: Cluster, client: str) -> None:
+    """What is tested is in tests/node, in the clients' own language."""
+    environment = os.environ | {"BASE_URL": cluster.base_url}
+    process = await asyncio.create_subprocess_exec(
+        "node", "--test", f"{client}.test.mjs", cwd=NODE, env=environment, stdout=PIPE, stderr=STDOUT
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
