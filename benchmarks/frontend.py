@@ -16,7 +16,9 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +47,7 @@ FIGURES = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what runs is ended, too
     runs: list[dict[str, Any]] = []
     for number in range(args.rounds):
         for name in args.frontends or installed(args.peers):
