@@ -8,6 +8,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("kernels", ["kernels", "step_kernels", "linear_kernels", "sampling_kernels"])
-def test_kernels_match_the_reference_under_the_interpreter(kernels: str) -> None:
-    run_pytest(f"{kernels}_vs_reference.py", interpret="1")
+# The longest first; "1": under the interpreter.
+RUNS = {
+    "sampling_kernels_vs_reference.py": "1",
+    "kernels_vs_reference.py": "1",
+    "step_kernels_vs_reference.py": "1",
+    "linear_kernels_vs_reference.py": "1",
+    "kernels_compile.py": None,
+}
 
 
-def test_kernels_compile_ahead_of_time() -> None:
-    run_pytest("kernels_compile.py", interpret=None)
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future[None]]]:
+    """All of them, two at a time: they compute on one core each."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {file: pool.submit(run_pytest, file, interpret) for file, interpret in RUNS.items()}
+
+
+@pytest.mark.parametrize("kernels", ["sampling_kernels", "kernels", "step_kernels", "linear_kernels"])
+def test_kernels_match_the_reference_under_the_interpreter(kernels: str, runs: dict[str, Future[None]]) -> None:
+    runs[f"{kernels}_vs_reference.py"].result()
+
+
+def test_kernels_compile_ahead_of_time(runs: dict[str, Future[None]]) -> None:
+    runs["kernels_compile.py"].result()
 
 
 def test_forcing_triton_on_cpu_tensors_needs_the_interpreter() -> None:

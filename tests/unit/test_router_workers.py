@@ -226,7 +226,9 @@ async def test_every_metric_keeps_its_name(byte_tokenizer: Tokenizer) -> None:
             "pagewire_expected_hit_tokens", "pagewire_false_hit_tokens", "pagewire_unexpected_hit_tokens",
             "pagewire_index_blocks", "pagewire_predicted_seconds", "pagewire_prediction_error_seconds",
             "pagewire_circuits_opened", "pagewire_circuits_open",
-            "pagewire_redis_connected",
+            "pagewire_redis_connected", "pagewire_inference_seconds", "pagewire_mean_time_per_token_seconds",
+            "pagewire_request_prompt_tokens", "pagewire_request_generation_tokens", "pagewire_request_max_tokens",
+            "pagewire_request_choices", "pagewire_finished_choices",
         }  # fmt: skip
 
 
