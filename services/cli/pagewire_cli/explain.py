@@ -15,6 +15,8 @@ from pagewire_core.flags import TLS_FLAGS, add_flags, positive
 from pagewire_core.rpc import open_channel
 from pagewire_core.tls import ROUTER, tls_files
 
+from pagewire_cli.table import table
+
 _TIMEOUT_S = 10.0
 
 
@@ -65,7 +67,7 @@ def report(answer: inference_pb2.ExplainResponse) -> Iterable[str]:
     else:
         yield from _candidates(answer.candidates)
     yield ""
-    yield from _table(
+    yield from table(
         ["worker", "role", "hit", "waiting", "queue ms", "sequences", "KV tokens", "free tokens"],
         [
             [
@@ -77,7 +79,7 @@ def report(answer: inference_pb2.ExplainResponse) -> Iterable[str]:
     )  # fmt: skip
     if answer.circuits:
         yield ""
-        yield from _table(
+        yield from table(
             ["circuit", "workers", "cause", "state", "failures", "retry in s"],
             [
                 [c.leg, " > ".join(c.workers), c.cause, c.state, c.failures, f"{c.retry_after_s:.1f}"]
@@ -94,15 +96,8 @@ def _candidates(candidates: Sequence[inference_pb2.RouteCandidate]) -> Iterable[
         terms = {term.name: f"{term.value:.1f}" for term in c.terms}
         head = ["*" if c.may_be_chosen else "", c.prefill_worker or "-", c.decode_worker, f"{c.cost:.1f}"]
         rows.append([*head, *(terms.get(name, "") for name in names), f"{c.predicted_ttft_ms:.1f}"])
-    yield from _table(["", "prefill", "decode", "cost", *names, "TTFT ms"], rows)
+    yield from table(["", "prefill", "decode", "cost", *names, "TTFT ms"], rows)
 
 
 def _role(role: int) -> str:
     return common_pb2.WorkerRole.Name(role).removeprefix("WORKER_ROLE_").lower()  # type: ignore[arg-type]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterable[str]:
-    cells = [list(head), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import Parser
 
-from pagewire_cli import certs, drain, envoy_config, explain, key, role, serve, version
+from pagewire_cli import certs, drain, envoy_config, explain, key, role, serve, status, version
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     drain.add_subcommand(subcommands)
     role.add_subcommand(subcommands)
     explain.add_subcommand(subcommands)
+    status.add_subcommand(subcommands)
     certs.add_subcommand(subcommands)
     key.add_subcommand(subcommands)
     envoy_config.add_subcommand(subcommands)
