@@ -22,6 +22,7 @@ from pagewire_engine.batch import Batch
 from pagewire_engine.block_manager import BlockManager
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.engine import Engine
+from pagewire_engine.model_runner import Done
 from pagewire_engine.sampler import Sampled
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request
@@ -34,14 +35,6 @@ POOL = 100_000  # blocks
 RUNNING = (1, 8, 32, 128, 512)
 MAX_LEN = 131_072
 _STEPS = 4 * BLOCK
-
-
-class _Answer:
-    def __init__(self, sampled: list[Sampled]) -> None:
-        self._sampled = sampled
-
-    def tokens(self) -> list[Sampled]:
-        return self._sampled
 
 
 class NullRunner:
@@ -64,8 +57,8 @@ class NullRunner:
     def freed(self, blocks: Sequence[int]) -> None:
         pass
 
-    def launch(self, batch: Batch) -> _Answer:
-        return _Answer([self._sampled] * len(batch.sample_rows))
+    def launch(self, batch: Batch) -> Done:
+        return Done([self._sampled] * len(batch.sample_rows))
 
 
 def microseconds(work: Callable[[], object], times: int) -> float:
