@@ -90,6 +90,7 @@ class Chaos:
         self._may_ask = asyncio.Event()
         self._num_asking = 0
         self._front_struck: list[tuple[float, float]] = []  # from when to when the way to the router was not whole
+        self._errors: list[tuple[float, float, str]] = []  # not judged yet: begin, end and what it was
         self._log = (cluster.directory / "chaos.log").open("a")
 
     def say(self, line: str) -> None:
@@ -132,12 +133,19 @@ class Chaos:
             self.score.wrong.append(what)
             self.say(f"WRONG {what}\n  heard {heard.told}\n  not   {reference}")
         elif heard.error:
-            allowed = any(began <= end and time.monotonic() >= start for start, end in self._front_struck)
-            if allowed and not heard.error.startswith("HANG"):
+            self._errors.append((began, time.monotonic(), what))
+            self.say(f"error {what}")
+
+    def judge_errors(self) -> None:
+        """Once it is known when a router or bridge was struck: clients may see it sooner than this program does."""
+        for began, ended, what in self._errors:
+            allowed = any(began <= end and ended >= start for start, end in self._front_struck)
+            if allowed and "HANG" not in what:
                 self.score.clean_errors += 1
             else:
                 self.score.forbidden_errors.append(what)
-            self.say(f"{'error' if allowed else 'ERROR'} {what}")
+                self.say(f"ERROR {what}")
+        self._errors.clear()
 
     # ---------------------------------------------------------------- faults
 
@@ -247,6 +255,7 @@ class Chaos:
         except AssertionError as error:
             self.score.leaks.append(str(error).splitlines()[0])
             self.say(f"LEAK {error}")
+        self.judge_errors()
         print(f"{self.score}", flush=True)
         self._may_ask.set()
 
@@ -276,6 +285,7 @@ async def main(args: argparse.Namespace) -> int:
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
+            chaos.judge_errors()
             await cluster.stop()
         finally:
             cluster.kill_all()

@@ -298,15 +298,24 @@ async def test_what_is_told_of_the_prompt_is_what_its_own_attempt_did(byte_token
         assert (answer.summary.cached_tokens, answer.summary.computed_tokens) == (0, 8)
 
 
+async def test_the_last_attempt_is_a_decode_workers_alone(byte_tokenizer: Tokenizer) -> None:
+    """The network between the pools may be cut: then every pair fails, and no decode worker by itself."""
+    async with scene(byte_tokenizer, "p1 p2 p3 d1 d2", routing_policy="round_robin") as s:
+        for name in ("p1", "p2", "p3"):
+            s.workers[name].script.hooks["first_token"] = fail
+        answer = await s.ask("hello", sampling={"max_tokens": 3})
+        assert answer.summary is not None and answer.summary.attempts == 3
+        assert answer.summary.prefill_worker == "" and answer.summary.decode_worker
+
+
 async def test_three_lost_attempts_are_enough(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
-        s.workers["d1"].script.hooks["reserve"] = fail
-        with pytest.raises(grpc.RpcError) as caught:
-            await s.ask()
-        error = from_rpc(caught.value)
-        assert isinstance(error, Unavailable)
-        assert error.retry_after_s > 0
-        assert s.workers["d1"].seen == ["reserve"] * 3
+        s.workers["d1"].script.hooks |= {"reserve": fail, "decode_started": fail}
+        answer = await s.ask()
+        assert answer.summary is None and answer.error is not None
+        assert answer.error.code == Unavailable.code and answer.error.retry_after_s > 0
+        # Alone it gave a token before it was lost, so that the count began anew.
+        assert s.workers["d1"].seen == ["reserve", "reserve", "decode_started", "reserve", "decode_started"]
         assert total("pagewire_requests_total", s, outcome="unavailable") == 1
 
 
