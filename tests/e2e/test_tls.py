@@ -14,7 +14,7 @@ import grpc
 import psutil
 import pytest
 import pytest_asyncio
-from cluster import SMALL, Cluster, running
+from cluster import PAIRS, SMALL, Cluster, running
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from pagewire_core.rpc import open_channel
 from streams import prompt_of
@@ -39,7 +39,7 @@ async def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     tls = certificates.made(tmp_path_factory.mktemp("ours") / "tls")
     directory = tmp_path_factory.mktemp("tls-cluster")
     flags = (*SMALL, "--lanes=tcp")  # auto would be shm here
-    async with running(Cluster(llama, directory, prefill=1, decode=1, worker_flags=flags, tls=tls)) as it:
+    async with running(Cluster(llama, directory, worker_flags=flags, router_flags=PAIRS, tls=tls)) as it:
         yield it
 
 
