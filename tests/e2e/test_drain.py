@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,21 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     flags = (*SLOW, "--graceful-termination-timeout=0")
-    async with running(Cluster(llama, tmp_path_factory.mktemp("drain"), prefill=2, decode=2, worker_flags=flags)) as it:
+    directory = tmp_path_factory.mktemp("drain")
+    async with running(Cluster(llama, directory, prefill=2, decode=2, worker_flags=flags, with_faults=True)) as it:
         yield it
+
+
+@contextmanager
+def slow_steps(cluster: Cluster) -> Iterator[None]:
+    """So that streams are still under way when something is done to their worker, however late that is."""
+    assert cluster.faults is not None
+    fault = cluster.faults / "step:decode:delay"
+    fault.write_text("times=1000000 seconds=0.01")
+    try:
+        yield
+    finally:
+        fault.unlink()
 
 
 async def drain(worker: Process, timeout_s: float) -> list[int]:
@@ -65,10 +79,11 @@ async def all_streams(cluster: Cluster, then: asyncio.Event, lines: int = STREAM
 async def test_a_worker_that_is_drained_hands_over_what_runs_on_it(cluster: Cluster, role: str, lines: int) -> None:
     expected = await all_streams(cluster, asyncio.Event())
     before, flowing = await handed_over(cluster), asyncio.Event()
-    asking = asyncio.create_task(all_streams(cluster, flowing, lines))
-    await flowing.wait()
-    worker = await busiest(cluster) if role == "decode" else cluster.processes["prefill-0"]
-    assert (await drain(worker, 0))[-1] == 0
+    with slow_steps(cluster):
+        asking = asyncio.create_task(all_streams(cluster, flowing, lines))
+        await flowing.wait()
+        worker = await busiest(cluster) if role == "decode" else cluster.processes["prefill-0"]
+        assert (await drain(worker, 0))[-1] == 0
     assert await asking == expected
     if role == "decode":
         assert await handed_over(cluster) > before
@@ -85,12 +100,14 @@ async def test_a_worker_that_is_drained_hands_over_what_runs_on_it(cluster: Clus
 
 async def test_a_worker_that_is_told_to_stop_hands_over_what_runs_on_it(cluster: Cluster) -> None:
     expected = await all_streams(cluster, asyncio.Event())
-    flowing = asyncio.Event()
-    asking = asyncio.create_task(all_streams(cluster, flowing))
-    await flowing.wait()
-    worker = await busiest(cluster)
-    assert await asyncio.to_thread(worker.stop) == 0
-    assert await asking == expected  # also where some had ended before the signal came
+    before, flowing = await handed_over(cluster), asyncio.Event()
+    with slow_steps(cluster):
+        asking = asyncio.create_task(all_streams(cluster, flowing))
+        await flowing.wait()
+        worker = await busiest(cluster)
+        assert await asyncio.to_thread(worker.stop) == 0
+    assert await asking == expected
+    assert await handed_over(cluster) > before
 
 
 async def test_with_time_enough_everything_ends_where_it_runs(cluster: Cluster) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
-import pytest_asyncio
 from pagewire.v1.inference_pb2 import Accepted, Delta, GenerateRequest, GenerateResponse, TokenText
 from pagewire_core.errors import InvalidRequest, Unavailable
 from scripted_router import (
@@ -17,7 +14,6 @@ from scripted_router import (
     delta,
     events_of,
     eventually,
-    running_bridge,
     says,
     summary,
     token,
@@ -32,18 +28,6 @@ USAGE = {
     "total_tokens": 10,
     "prompt_tokens_details": {"cached_tokens": 4},
 }
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running() -> AsyncIterator[Bridge]:
-    async with running_bridge() as bridge:
-        yield bridge
-
-
-@pytest.fixture
-def bridge(running: Bridge) -> Bridge:
-    running.router.reset()
-    return running
 
 
 async def test_a_chat_is_answered_in_openais_shape(bridge: Bridge) -> None:

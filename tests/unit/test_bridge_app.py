@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
-import pytest_asyncio
-from scripted_router import Bridge, running_bridge
+from scripted_router import Bridge
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running() -> AsyncIterator[Bridge]:
-    async with running_bridge() as bridge:
-        yield bridge
-
-
-@pytest.fixture
-def bridge(running: Bridge) -> Bridge:
-    running.router.reset()
-    return running
 
 
 async def test_every_parameter_may_be_null(bridge: Bridge) -> None:

@@ -38,12 +38,6 @@ async def running() -> AsyncIterator[Bridge]:
         yield bridge
 
 
-@pytest.fixture
-def bridge(running: Bridge) -> Bridge:
-    running.router.reset()
-    return running
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("error", "status", "kind", "param", "code", "retry_after"),

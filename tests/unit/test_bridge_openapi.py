@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
-import pytest_asyncio
 from openapi_spec_validator import validate
 from pagewire_bridge.app import ROUTES, create_app
 from pagewire_bridge.client import RouterClient
@@ -17,7 +15,7 @@ from pagewire_bridge.keys import load_keys
 from pagewire_bridge.openapi.document import described, document
 from pagewire_core.errors import Unavailable
 from pydantic import BaseModel
-from scripted_router import Bridge, refuses, running_bridge
+from scripted_router import Bridge, refuses
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -28,18 +26,6 @@ _PATH_VALUES = {"model": "demo", "version": "1"}
 @functools.cache
 def made(with_keys: bool = False) -> Document:
     return document(ROUTES, with_keys)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running() -> AsyncIterator[Bridge]:
-    async with running_bridge() as bridge:
-        yield bridge
-
-
-@pytest.fixture
-def bridge(running: Bridge) -> Bridge:
-    running.router.reset()
-    return running
 
 
 async def test_every_route_is_described_and_nothing_else_is() -> None:

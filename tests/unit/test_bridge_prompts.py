@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from pagewire.v1.inference_pb2 import GenerateRequest, GenerateResponse, PromptTokens, TokenText
-from scripted_router import LENGTH, STOP, Bridge, Events, accepted, delta, events_of, running_bridge, summary, token
+from scripted_router import LENGTH, STOP, Bridge, Events, accepted, delta, events_of, summary, token
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running() -> AsyncIterator[Bridge]:
-    async with running_bridge() as bridge:
-        yield bridge
-
-
 @pytest.fixture
-def bridge(running: Bridge) -> Bridge:
-    running.router.reset()
-    running.router.script = tells
-    return running
+def bridge(bridge: Bridge) -> Bridge:
+    bridge.router.script = tells
+    return bridge
 
 
 def ranked(data: bytes, logprob: float, rank: int, *top: TokenText, token_id: int) -> TokenText:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -26,7 +25,7 @@ from pagewire_bridge.openai.responses.store import Record, ResponseStore
 from pagewire_bridge.reasoning import REASONING_FORMATS
 from pagewire_bridge.tools.families import TOOL_FORMATS
 from pagewire_core.errors import ContextLength, InvalidRequest, Unavailable
-from processes import free_port, redis_binary
+from processes import free_port
 from response_events import TEXT, WEATHER, Fields, in_parts, read_back
 from scripted_router import (
     HELLO,
@@ -59,12 +58,6 @@ USAGE = {
 async def running() -> AsyncIterator[Bridge]:
     async with running_bridge(answers=ANSWERS) as bridge:
         yield bridge
-
-
-@pytest.fixture
-def bridge(running: Bridge) -> Bridge:
-    running.router.reset()
-    return running
 
 
 async def ask(bridge: Bridge, **fields: Any) -> httpx.Response:
@@ -306,15 +299,6 @@ async def test_a_bridge_without_redis_keeps_what_it_has_room_for() -> None:
     await shelf.put("c", b"1", 60)
     await shelf.put("d", b"1234", 60)
     assert await shelf.get("a")
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    port = free_port()
-    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with subprocess.Popen([redis_binary(), *arguments], stdout=subprocess.DEVNULL) as server:
-        yield f"redis://127.0.0.1:{port}/0"
-        server.terminate()
 
 
 @pytest_asyncio.fixture(params=["local", "redis"], loop_scope="module")
