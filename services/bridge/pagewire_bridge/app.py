@@ -35,7 +35,6 @@ from pagewire_bridge.openai.responses.routes import ROUTES as RESPONSES_ROUTES
 from pagewire_bridge.openai.responses.shelf import open_shelf
 from pagewire_bridge.openai.responses.store import ResponseStore
 from pagewire_bridge.openai.routes import ROUTES as OPENAI_ROUTES
-from pagewire_bridge.openapi.document import document
 from pagewire_bridge.openapi.routes import ROUTES as OPENAPI_ROUTES
 from pagewire_bridge.rate_limit import RateLimiter
 from pagewire_bridge.server import ROUTES as SERVER_ROUTES
@@ -100,6 +99,12 @@ ROUTES = (
 )
 
 
+def _document(with_keys: bool) -> bytes:
+    from pagewire_bridge.openapi.document import document  # a tenth of a second that no start need take
+
+    return orjson.dumps(document(ROUTES, with_keys))
+
+
 def create_app(
     open_client: Callable[[], RouterClient],
     on_ready: Callable[[], None] = lambda: None,
@@ -117,7 +122,7 @@ def create_app(
     response_ttl_s: for how long. allowed_origins: whose web pages may call it.
     """
     bridge_metrics, limiter = BridgeMetrics(), RateLimiter(redis_url)
-    made = functools.cache(lambda: orjson.dumps(document(ROUTES, with_keys=bool(keys))))
+    made = functools.cache(lambda: _document(with_keys=bool(keys)))
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[State]:

@@ -64,8 +64,9 @@ def _claim(name: str) -> dict[str, str] | None:
         fault = name, file.stat().st_mtime_ns
         _passes[fault] += 1
         due = _passes[fault] - int(options.get("after", 0))
-        if due >= int(options.get("times", 1)):
+        if due == int(options.get("times", 1)):
             file.unlink()
+            del _passes[fault]
     except FileNotFoundError:  # another thread or process did it
         return None
     return options if due > 0 else None

@@ -138,7 +138,7 @@ class Generation:
         if self._failures > 1:  # the first retry is at once, a second gives what is broken a moment
             await asyncio.sleep(_MAX_BACKOFF_S)
         while True:
-            placed = self._services.placement.place(self._request, self._avoid, self._refused | self._not_last())
+            placed = self._services.placement.place(self._request, self._avoid, self._refused | self._not_for_last())
             if placed is not None:
                 return placed
             if clock() >= self._deadline:
@@ -152,8 +152,8 @@ class Generation:
             else:
                 await self._services.workers.wait_changed(min(0.5, self._deadline - clock()))
 
-    def _not_last(self) -> set[str]:
-        """Workers that the last attempt does without."""
+    def _not_for_last(self) -> set[str]:
+        """Workers that the last attempt does without; before it, none."""
         if self._failures < MAX_ATTEMPTS - 1:
             return set()
         return {w.worker_id for w in self._services.workers.live if not w.can_decode}

@@ -7,11 +7,9 @@ from typing import Any, Protocol
 
 from pagewire.v1.inference_pb2 import TokenText
 
-from pagewire_bridge.openai.responses.items import PREFIXES
+from pagewire_bridge.openai.responses.items import PREFIXES, Fields
 from pagewire_bridge.openai.shapes import chat_logprobs
 from pagewire_bridge.tools.calls import Arguments, Call, Piece, Thought
-
-Fields = dict[str, Any]
 
 
 class OutputItem(Protocol):
