@@ -134,7 +134,8 @@ async def started(plan: Plan, directory: Path) -> AsyncIterator[tuple[str, list[
 async def _answers(client: httpx.AsyncClient, url: str) -> bool:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "stream": True}
     try:
-        return (await client.post(f"{url}/v1/chat/completions", json=body, timeout=10)).status_code == 200
+        answer = await client.post(f"{url}/v1/chat/completions", json=body, timeout=10)
+        return answer.status_code == 200 and '"error"' not in answer.text  # a stream may fail after its 200
     except httpx.HTTPError:
         return False
 

@@ -97,23 +97,28 @@ class PacedWorker(
     async def Decode(
         self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
-        try:
-            await self._kv(request.transfer_id).wait()
-        finally:
-            self._arrived.pop(request.transfer_id, None)
-        received = len(request.prompt_ids)
-        first = [self._token(0)] * request.n
-        yield decode_pb2.DecodeResponse(
-            started=decode_pb2.DecodeStarted(first_tokens=first, received_tokens=received, lane="none")
-        )
-        feed, num_entries = self._feeds.get(request.feed_id), 0
-        for position in range(1, request.sampling.max_tokens):
-            await self._ticker.tick()
-            last = position == request.sampling.max_tokens - 1
+        num_prompt = len(request.prompt_ids)
+        started = decode_pb2.DecodeStarted(first_tokens=[self._token(0)] * request.n, lane="none")
+        if request.local_prefill:
+            await asyncio.sleep(self._pace.ttft_s)
+            started.computed_tokens = num_prompt
+        else:
+            try:
+                await self._kv(request.transfer_id).wait()
+            finally:
+                self._arrived.pop(request.transfer_id, None)
+            started.received_tokens = num_prompt
+        yield decode_pb2.DecodeResponse(started=started)
+        feed, num_entries, end = self._feeds.get(request.feed_id), 0, request.sampling.max_tokens
+        for position in range(1, max(end, 2)):
+            if position < end:
+                await self._ticker.tick()
+            last = position >= end - 1
             reason = common_pb2.FINISH_REASON_LENGTH if last else common_pb2.FINISH_REASON_UNSPECIFIED
+            tokens = [self._token(position)] if position < end else []  # the only token is the prefill worker's
             step = decode_pb2.DecodeTokens()
             for choice in range(request.n):
-                step.choices.add(choice=choice, tokens=[self._token(position)], finish_reason=reason)
+                step.choices.add(choice=choice, tokens=tokens, finish_reason=reason)
             if feed:
                 entry, new = feed.entry(request.feed_call)
                 entry.choices.extend(step.choices)
@@ -121,6 +126,9 @@ class PacedWorker(
             else:
                 yield decode_pb2.DecodeResponse(tokens=step)
         yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished(feed_entries=num_entries))
+
+    async def Stop(self, request: decode_pb2.StopRequest, context: grpc.aio.ServicerContext) -> decode_pb2.StopResponse:
+        return decode_pb2.StopResponse()  # the call itself is cancelled as well, and nothing else is held
 
     async def Feed(
         self, request: decode_pb2.FeedRequest, context: grpc.aio.ServicerContext
