@@ -7,13 +7,15 @@
 pagewire's workers speak its own contract; behind the others is an OpenAI server of the same pace, which is also
 measured alone ("nothing"). In every round each front end has its turn. Told are the time to first token beyond the
 pace's own, tokens for each second of CPU that the front end's processes take, and the memory that they take for a
-stream which waits for its next token. What is not in --peers is left out.
+stream which waits for its next token. Short answers show what a request costs, long ones what a token costs. What is
+not in --peers is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -34,7 +36,6 @@ from rich.table import Table
 
 PACE = Pace(ttft_s=0.05, itl_s=0.1)
 HALTED = Pace(ttft_s=0.05, itl_s=600.0)  # nothing comes after a first token
-NUM_TOKENS = 16
 FIGURES = {
     "added_ttft_p50_ms": "added TTFT p50 (ms)",
     "added_ttft_p99_ms": "p99 (ms)",
@@ -63,14 +64,14 @@ async def measure(name: str, args: argparse.Namespace, number: int) -> list[dict
     with tempfile.TemporaryDirectory() as scratch:
         directory, make = Path(scratch), FRONTENDS[name]
         async with started(make(PACE, args.peers, directory), directory) as (url, processes):
-            await run(url, Load(4, NUM_TOKENS, 3.0), PACE)  # warm
-            for streams in args.streams:
+            await run(url, Load(4, 16, 3.0), PACE)  # warm
+            for streams, tokens in itertools.product(args.streams, args.tokens):
                 begin, at = _cpu_s(processes), asyncio.get_running_loop().time()
-                measured = await run(url, Load(streams, NUM_TOKENS, args.seconds), PACE)
+                measured = await run(url, Load(streams, tokens, args.seconds), PACE)
                 cpu_s, wall_s = _cpu_s(processes) - begin, asyncio.get_running_loop().time() - at
                 added_ms = sorted((ttft_s - PACE.ttft_s) * 1e3 for ttft_s in measured.ttft_s)
                 runs.append({
-                    "frontend": name, "round": number, "streams": streams, "answers": len(added_ms),
+                    "frontend": name, "round": number, "streams": streams, "tokens": tokens, "answers": len(added_ms),
                     "errors": len(measured.errors), "example_error": (measured.errors or [""])[0],
                     "added_ttft_p50_ms": _quantile(added_ms, 0.5), "added_ttft_p99_ms": _quantile(added_ms, 0.99),
                     "tokens_per_cpu_s": measured.num_tokens / cpu_s if cpu_s else None, "cores": cpu_s / wall_s,
@@ -103,24 +104,24 @@ def _quantile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def result(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """Runs, and medians over the rounds by front end and number of streams."""
+    """Runs, and medians over the rounds by front end and load: "streams x tokens of each"."""
     medians: dict[str, dict[str, dict[str, float]]] = {}
     for name in dict.fromkeys(one["frontend"] for one in runs):
-        for streams in args.streams:
-            some = [one for one in runs if (one["frontend"], one["streams"]) == (name, streams)]
+        for load in itertools.product(args.streams, args.tokens):
+            some = [one for one in runs if (one["frontend"], one["streams"], one["tokens"]) == (name, *load)]
             values = {key: [one[key] for one in some if one[key] is not None] for key in FIGURES}
             found = {key: statistics.median(of) for key, of in values.items() if of}
-            medians.setdefault(name, {})[str(streams)] = found
-    pace = {"ttft_ms": PACE.ttft_s * 1e3, "itl_ms": PACE.itl_s * 1e3, "tokens": NUM_TOKENS}
+            medians.setdefault(name, {})["{} x {}".format(*load)] = found
+    pace = {"ttft_ms": PACE.ttft_s * 1e3, "itl_ms": PACE.itl_s * 1e3}
     machine = {"cores": os.cpu_count(), "load_average": os.getloadavg()}
     return {"pace": pace, "seconds": args.seconds, "machine": machine, "medians": medians, "runs": list(runs)}
 
 
 def table(medians: dict[str, dict[str, dict[str, float]]]) -> Table:
-    shown = Table("front end", "streams", *FIGURES.values())
-    for name, by_streams in medians.items():
-        for streams, found in by_streams.items():
-            shown.add_row(name, streams, *(f"{found[key]:.4g}" if key in found else "-" for key in FIGURES))
+    shown = Table("front end", "streams x tokens", *FIGURES.values())
+    for name, by_load in medians.items():
+        for load, found in by_load.items():
+            shown.add_row(name, load, *(f"{found[key]:.4g}" if key in found else "-" for key in FIGURES))
     return shown
 
 
@@ -131,7 +132,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--frontends", nargs="+", choices=list(FRONTENDS), help="default: all that are there")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 32, 128, 512])
-    parser.add_argument("--seconds", type=float, default=20.0, help="for which a number of streams is measured")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128], help="of each answer")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for which new answers of a load are begun")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)

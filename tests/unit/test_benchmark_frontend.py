@@ -32,13 +32,13 @@ def test_gateways_that_are_not_installed_are_left_out(tmp_path: Path) -> None:
     assert installed(tmp_path) == ["pagewire", "nothing", "sglang"]
 
 
-def test_medians_are_over_the_rounds_of_one_front_end_and_one_number_of_streams() -> None:
-    figures = dict.fromkeys(frontend.FIGURES, 1.0)
+def test_medians_are_over_the_rounds_of_one_front_end_and_one_load() -> None:
+    figures = dict.fromkeys(frontend.FIGURES, 1.0) | {"streams": 4, "tokens": 16}
     runs = [
-        {"frontend": "pagewire", "streams": 4, "round": i, **figures, "tokens_per_cpu_s": rate}
+        {"frontend": "pagewire", "round": i, **figures, "tokens_per_cpu_s": rate}
         for i, rate in enumerate((3.0, 9.0, 4.0))
-    ] + [{"frontend": "nothing", "streams": 4, "round": 0, **figures, "tokens_per_cpu_s": None}]  # fmt: skip
-    medians = frontend.result(runs, argparse.Namespace(streams=[4], seconds=1.0))["medians"]
-    assert medians["pagewire"]["4"]["tokens_per_cpu_s"] == 4.0
-    assert "tokens_per_cpu_s" not in medians["nothing"]["4"]
+    ] + [{"frontend": "nothing", "round": 0, **figures, "tokens_per_cpu_s": None}]
+    medians = frontend.result(runs, argparse.Namespace(streams=[4], tokens=[16], seconds=1.0))["medians"]
+    assert medians["pagewire"]["4 x 16"]["tokens_per_cpu_s"] == 4.0
+    assert "tokens_per_cpu_s" not in medians["nothing"]["4 x 16"]
     assert frontend.table(medians).row_count == 2
