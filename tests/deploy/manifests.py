@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 from pagewire_cli import envoy_config
-from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS, Parser, add_flags
+from pagewire_core.command_line import Parser, add_flags
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS
 
 Tree = dict[str, Any]
 _FLAGS_OF = {"router": ROUTER_FLAGS, "bridge": BRIDGE_FLAGS, "worker": WORKER_FLAGS}
@@ -104,9 +105,9 @@ def _end_breaches(container: Tree, grace_s: int) -> Iterable[str]:
 def parsed(container: Tree) -> argparse.Namespace:
     """The container's flags and variables as its program reads them; SystemExit for one that does not exist."""
     environ = {v["name"]: v.get("value", "") for v in container.get("env", []) if "value" in v}
-    parser = Parser(prog=container["name"])
+    parser = Parser(prog=container["name"], environ=environ)
     if container["name"] == "envoy":
         envoy_config.add_subcommand(parser.add_subparsers())
         return parser.parse_args(["envoy-config", "/tmp/envoy", *container["args"]])
-    add_flags(parser, _FLAGS_OF[container["name"]], environ)
+    add_flags(parser, _FLAGS_OF[container["name"]])
     return parser.parse_args(container["args"])

@@ -41,7 +41,9 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     directory = tmp_path_factory.mktemp("serve")
     state, output = directory / "state.json", directory / "output.txt"
     env = {k: v for k, v in os.environ.items() if not k.startswith("PAGEWIRE_")} | {"XDG_STATE_HOME": str(directory)}
-    command = [*script("pagewire"), "serve", f"--port={free_port()}", f"--state-file={state}"]
+    config = directory / "pagewire.yaml"
+    config.write_text(f"state_file: {state}\nport: 1\n")  # the command line has another port, and wins
+    command = [*script("pagewire"), "serve", f"--config={config}", f"--port={free_port()}"]
     with output.open("w") as out:
         popen = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=env)
     try:

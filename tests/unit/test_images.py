@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS, Parser, add_flags
+from pagewire_core.command_line import Parser, add_flags
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS
 from pagewire_kernels.cpu import build
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +71,7 @@ def test_compose_gives_programs_flags_that_they_know_and_mounts_what_is_there() 
             assert not source.startswith(".") or (ROOT / source).exists(), source
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
         if name in flags_of:
-            add_flags(parser := Parser(prog=name), flags_of[name], {})
+            add_flags(parser := Parser(prog=name, environ={}), flags_of[name])
             parser.parse_args(service.get("command", []))
             known = {f"PAGEWIRE_{flag.upper().replace('-', '_')}" for flag in flags_of[name]}
             assert {v for v in service["environment"] if v.startswith("PAGEWIRE_")} <= known

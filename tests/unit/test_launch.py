@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 from pagewire_cli import launch, serve
+from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import Parser
 
 
 def served(arguments: list[str], environ: dict[str, str] | None = None) -> argparse.Namespace:
     """What `pagewire serve` makes of it."""
-    ours, _ = launch.arguments_of(arguments, environ or {})
+    command = launch.command_of(arguments, environ or {})
     parser = Parser(prog="pagewire")
-    serve.add_subcommand(parser.add_subparsers(), {})
-    return serve.settle(parser.parse_args(ours))
+    serve.add_subcommand(parser.add_subparsers(), environ or {}, command.defaults)
+    return serve.settle(parser.parse_args(command.arguments))
 
 
 def test_the_command_of_vllm() -> None:
@@ -71,11 +71,11 @@ def test_our_own_flags_go_along_with_those_of_tgi() -> None:
 
 
 def test_what_has_no_effect_is_told_and_what_is_not_supported_refused() -> None:
-    _, ignored = launch.arguments_of("--model-id m --max-waiting-tokens 20 --disable-custom-kernels".split(), {})
-    assert ignored == ["--disable-custom-kernels", "--max-waiting-tokens"]
+    command = launch.command_of("--model-id m --max-waiting-tokens 20 --disable-custom-kernels".split(), {})
+    assert command.ignored == ["--disable-custom-kernels", "--max-waiting-tokens"]
     for flags in (["--quantize", "awq"], ["--trust-remote-code"], ["--lora-adapters", "a"]):
         with pytest.raises(StartupError, match="is not supported"):
-            launch.arguments_of(["--model-id", "m", *flags], {})
+            launch.command_of(["--model-id", "m", *flags], {})
 
 
 def test_a_volume_that_cannot_be_written_is_told_before_hours_of_download(

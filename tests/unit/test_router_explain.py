@@ -14,6 +14,7 @@ from pagewire_cli.explain import add_subcommand, explain
 from pagewire_cli.main import main
 from pagewire_core.block_events import STORED
 from pagewire_core.block_hash import block_hashes, chain_root
+from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError, TransferLost, Unavailable
 from pagewire_core.tokenizer import Tokenizer
 from router_scene import Scene, request, scene, until
@@ -138,7 +139,7 @@ async def test_a_lost_transfer_blocks_the_pair_and_neither_worker(byte_tokenizer
 
 
 def arguments(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = Parser(environ={})
     add_subcommand(parser.add_subparsers())
     return parser.parse_args(["explain", "hello", *words])
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from pagewire_cli import console, main, plan, serve
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
+from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, Parser, add_flags
+from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS
 
 _FLAGS_OF = {"router": ROUTER_FLAGS, "bridge": BRIDGE_FLAGS}
 
@@ -29,9 +30,8 @@ def _plan(tmp_path: Path, *arguments: str, environ: dict[str, str] | None = None
 
 def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
     """A service's command line as the service itself would read it."""
-    parser = Parser(prog=spec.name)
-    environ = {key: value for key, value in spec.environment.items() if key.startswith("PAGEWIRE_")}
-    add_flags(parser, _FLAGS_OF.get(spec.role, WORKER_FLAGS), environ)
+    parser = Parser(prog=spec.name, environ=spec.environment)
+    add_flags(parser, _FLAGS_OF.get(spec.role, WORKER_FLAGS))
     return parser.parse_args([a for a in spec.command if a.startswith("--")])
 
 
@@ -45,7 +45,7 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
         (["-tp", "0"], "argument --tensor-parallel-size/-tp/--num-shard: must be positive"),
         (["--max_model_len=3"], "unknown flag --max_model_len; did you mean --max-model-len?"),
         (["--frobnicate"], "unknown flag --frobnicate"),
-        (["a", "b"], "unexpected argument 'b'; there is one MODEL"),
+        (["a", "b"], "unexpected argument 'b'"),
         (["a", "--model", "b"], "MODEL is a but --model is b; give one of them"),
         (["--decode", "0"], "no worker can decode"),
         (["--prefill", "-1"], "argument --prefill: must not be negative"),

@@ -9,6 +9,7 @@ import json
 import pytest
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_cli.status import add_subcommand, report, samples, status
+from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError
 from pagewire_core.tokenizer import Tokenizer
 from router_scene import scene
@@ -32,7 +33,7 @@ pagewire_queued_prompt_tokens{instance="router"} 900
 
 
 def arguments(*given: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = Parser(environ={})
     add_subcommand(parser.add_subparsers())
     return parser.parse_args(["status", *given])
 

@@ -9,8 +9,9 @@ import socket
 
 import structlog
 import uvicorn
+from pagewire_core.command_line import run_main
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, run_main
+from pagewire_core.flags import BRIDGE_FLAGS
 from pagewire_core.rpc import warn_of_plain_text
 from pagewire_core.startup import freeze_heap
 from pagewire_core.telemetry import configure_logging

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pagewire_core.command_line import add_flags
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import SSL_FLAGS, TLS_FLAGS, add_flags, port
+from pagewire_core.flags import SSL_FLAGS, TLS_FLAGS, port
 
 if TYPE_CHECKING:
     from pagewire_envoy.edge import Edge
@@ -22,7 +23,7 @@ _CLIENT_CERTIFICATES: tuple[Literal["ignored", "checked", "required"], ...] = (
 def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
     parser = subcommands.add_parser(
         "envoy-config",
-        help="write the configuration of an Envoy in front of bridges and routers",
+        help="write the configuration of an Envoy",
         description="Writes envoy.yaml, and a file for each certificate that Envoy is to watch. The --ssl-* flags are "
         "what clients meet; --tls-* is who Envoy is to bridges (which then speak HTTPS with their own role's "
         "certificate) and routers: the certificate of the role `client`.",

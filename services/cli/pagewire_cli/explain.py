@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 from google.protobuf import json_format
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from pagewire_core.command_line import add_flags
 from pagewire_core.errors import StartupError, from_rpc
-from pagewire_core.flags import TLS_FLAGS, add_flags, positive
+from pagewire_core.flags import TLS_FLAGS, positive
 from pagewire_core.rpc import open_channel
 from pagewire_core.tls import ROUTER, tls_files
 
@@ -27,7 +28,7 @@ def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
         description="Asks the router which workers it would choose for a prompt now, with every term of every cost.",
     )
     parser.add_argument("prompt", help="what to place")
-    parser.add_argument("--router", required=True, metavar="HOST:PORT", help="of the router (gRPC)")
+    parser.settable(parser.add_argument("--router", required=True, metavar="HOST:PORT", help="of the router (gRPC)"))
     parser.add_argument("--max-tokens", type=positive, default=0, metavar="N", help="tokens to generate at most")
     parser.add_argument("--session", default="", metavar="ID", help="of the requests that it belongs to")
     parser.add_argument("--json", action="store_true", help="print everything, as JSON")

@@ -9,21 +9,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import is_service_link
 
-from pagewire_cli import main as command
 from pagewire_cli import tgi_flags
+from pagewire_cli.main import main as main_of_pagewire
 
 _OLLAMA_PORT, _TGI_PORT, _VLLM_PORT = 11434, 80, 8000
 # Where those images keep models, if somebody has mounted a volume there.
 _CACHES = (Path("/data"), Path("/root/.cache/huggingface"))
 
 
-def arguments_of(given: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Arguments of `pagewire`, and TGI's flags that have no effect. Raises StartupError."""
+@dataclass(frozen=True)
+class Command:
+    """Arguments of `pagewire`, defaults of flags of its `serve`, and TGI's flags that have no effect."""
+
+    arguments: list[str]
+    defaults: dict[str, object]
+    ignored: list[str]
+
+
+def command_of(given: Sequence[str], environ: Mapping[str, str]) -> Command:
+    """What is meant by the arguments of an image. Raises StartupError."""
     ignored: list[str] = []
     port, given = _VLLM_PORT, list(given)
     if given[:1] == ["serve"]:
@@ -31,10 +40,7 @@ def arguments_of(given: Sequence[str], environ: Mapping[str, str]) -> tuple[list
     if tgi_flags.is_meant(given, environ):
         port = _TGI_PORT
         given, ignored = tgi_flags.translated(given, environ)
-    said = environ.get("PAGEWIRE_PORT", "")
-    ports = (f"--port={port if not said or is_service_link(said) else said}",
-             f"--ollama-port={environ.get('PAGEWIRE_OLLAMA_PORT', _OLLAMA_PORT)}")  # fmt: skip
-    return ["serve", *ports, "--host=0.0.0.0", *given], ignored
+    return Command(["serve", *given], {"host": "0.0.0.0", "port": port, "ollama_port": _OLLAMA_PORT}, ignored)
 
 
 def cache_of(caches: Sequence[Path]) -> Path | None:
@@ -49,16 +55,16 @@ def cache_of(caches: Sequence[Path]) -> Path | None:
 
 def main() -> None:
     try:
-        arguments, ignored = arguments_of(sys.argv[1:], os.environ)
+        command = command_of(sys.argv[1:], os.environ)
         cache = cache_of(_CACHES)
     except StartupError as error:
         sys.stderr.write(f"pagewire-launch: {error}\n")
         raise SystemExit(1) from None
     if cache:
         os.environ["HF_HOME"] = str(cache)
-    if ignored:
-        print(f"without effect here: {', '.join(ignored)}", flush=True)
-    command.main(arguments)
+    if command.ignored:
+        print(f"without effect here: {', '.join(command.ignored)}", flush=True)
+    main_of_pagewire(command.arguments, command.defaults)
 
 
 if __name__ == "__main__":

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import Parser
 
 from pagewire_cli import certs, drain, envoy_config, explain, key, role, serve, status, version
 
+_EXAMPLES = """\
+`pagewire COMMAND --help` tells more. To begin with:
+  pagewire serve                             the demo model on http://127.0.0.1:8000
+  pagewire status --router HOST:PORT         what runs; `serve` prints the router's address"""
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a subcommand. Exit code 1: it could not start (one sentence says why); 2: a wrong command line."""
-    parser = Parser(prog="pagewire", description="Disaggregated LLM serving: paged KV over the wire.")
+
+def main(argv: Sequence[str] | None = None, serve_defaults: Mapping[str, object] = serve.DEFAULTS) -> None:
+    """`serve_defaults`: of flags of `serve`, where they are not the usual ones.
+
+    Runs a subcommand. Exit code 1: it could not start (one sentence says why); 2: a wrong command line."""
+    parser = Parser(
+        prog="pagewire",
+        usage="pagewire COMMAND [flags]",
+        description="Disaggregated LLM serving: paged KV over the wire.",
+        epilog=_EXAMPLES,
+    )
     parser.add_argument("--version", action="version", version=version.installed_version())
-    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve.add_subcommand(subcommands)
-    drain.add_subcommand(subcommands)
-    role.add_subcommand(subcommands)
-    explain.add_subcommand(subcommands)
-    status.add_subcommand(subcommands)
-    certs.add_subcommand(subcommands)
-    key.add_subcommand(subcommands)
-    envoy_config.add_subcommand(subcommands)
-    version.add_subcommand(subcommands)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        args.parser.error(serve.explain_unknown(unknown[0]))
+    subcommands = parser.add_subparsers(required=True, title="commands", prog="pagewire", metavar="COMMAND")
+    serve.add_subcommand(subcommands, defaults=serve_defaults)
+    for command in (status, explain, drain, role, certs, key, envoy_config, version):
+        command.add_subcommand(subcommands)
+    args = parser.parse_args(argv)
     try:
         args.run(args)
     except StartupError as error:

@@ -7,13 +7,15 @@ import functools
 import os
 import ssl
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pagewire_core.command_line import to_command_line
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, available_cpus, to_command_line
+from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, available_cpus
+from pagewire_core.settings import CONFIG_VARIABLE, variable_of
 from pagewire_core.tls import OPERATOR, TlsFiles
 
 from pagewire_cli import ports, readiness, redis_server
@@ -70,7 +72,7 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     redis_address, redis_url = _redis(tls_directory, redis_port)
     redis_url = args.redis_url or redis_url
     shared = {**vars(args), "redis_url": redis_url, "host": _LOOPBACK, "tls": tls_directory, **_share(args, len(names))}
-    environment = _environment(environ, shared)
+    environment = _environment(environ, shared, args.parser.names)
 
     core_file = _core_file(args, len(names))
     services: list[ServiceSpec] = []
@@ -177,9 +179,9 @@ def _own_cpus(args: argparse.Namespace, index: int, threads: int, num_workers: i
     return ()
 
 
-def _environment(environ: Mapping[str, str], values: Mapping[str, object]) -> dict[str, str]:
+def _environment(environ: Mapping[str, str], values: Mapping[str, object], names: Iterable[str]) -> dict[str, str]:
     """The children's environment. Their settings come by flag: PAGEWIRE_PORT is ours and not each child's."""
-    settings = {f"PAGEWIRE_{name.upper().replace('-', '_')}" for name in FLAGS}
+    settings = {CONFIG_VARIABLE, *map(variable_of, (*FLAGS, *names))}
     inherited = {key: value for key, value in environ.items() if key not in settings}
     return {
         **inherited,

@@ -8,8 +8,9 @@ from typing import Any
 
 import grpc
 from pagewire.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from pagewire_core.command_line import add_flags
 from pagewire_core.errors import StartupError, from_rpc
-from pagewire_core.flags import FLAGS, TLS_FLAGS, add_flags, not_negative
+from pagewire_core.flags import FLAGS, TLS_FLAGS, not_negative
 from pagewire_core.rpc import open_channel
 from pagewire_core.tls import WORKER, TlsFiles, tls_files
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import difflib
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pagewire_core.command_line import PRECEDENCE, add_flags
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, add_flags
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS
 
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
 
@@ -21,8 +21,13 @@ _OWN = frozenset({"role", "worker-id", "router", "cpu-lending", *TLS_FLAGS})
 SERVE_FLAGS: tuple[str, ...] = tuple(
     name for name in dict.fromkeys((*ROUTER_FLAGS, *WORKER_FLAGS, *BRIDGE_FLAGS)) if name not in _OWN
 )
-_SERVE_ONLY = ("prefill", "decode", "both", "tls", "verbose", "state-file", "help")
-_DEFAULT_PORT = "8000"
+DEFAULTS = {"port": 8000}
+_EXAMPLES = """\
+examples:
+  pagewire serve                                    the demo model, one prefill and one decode worker
+  pagewire serve Qwen/Qwen3-0.6B --prefill 2        a model of the Hugging Face Hub
+  pagewire serve --both 1 --port 9000               one worker that does everything
+  pagewire serve --config production.yaml"""
 
 
 def _count(text: str) -> int:
@@ -32,34 +37,35 @@ def _count(text: str) -> int:
     return value
 
 
-def add_subcommand(subcommands: argparse._SubParsersAction[Any], environ: Mapping[str, str] = os.environ) -> None:
+def add_subcommand(
+    subcommands: argparse._SubParsersAction[Any],
+    environ: Mapping[str, str] = os.environ,
+    defaults: Mapping[str, object] = DEFAULTS,
+) -> None:
     """Adds `serve` with the flags of all services; --host and --port are those of the HTTP server."""
     parser = subcommands.add_parser(
-        "serve", help="serve a model on this machine", description="Starts Redis, workers, router and HTTP server."
+        "serve",
+        help="serve a model on this machine",
+        usage="pagewire serve [MODEL] [flags]",
+        description="Starts Redis, workers, a router and the HTTP server, and keeps them running until Ctrl-C.",
+        epilog=f"{PRECEDENCE}\n\n{_EXAMPLES}",
+        environ=environ,
+        not_implemented=NOT_IMPLEMENTED,
     )
     parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="same as --model; default: the demo model")
-    parser.add_argument("--prefill", type=_count, metavar="N", help="prefill workers; default 1, or 0 with --both")
-    parser.add_argument("--decode", type=_count, metavar="N", help="decode workers; default 1, or 0 with --both")
-    parser.add_argument("--both", type=_count, metavar="N", help="workers that do both; default 0")
-    parser.add_argument(
-        "--tls", action="store_true", help="mutual TLS between the services, with certificates of its own"
-    )
-    parser.add_argument("--verbose", action="store_true", help="show the services' logs; --log-level debug does too")
-    parser.add_argument("--state-file", type=Path, metavar="PATH", help="a JSON file that lists the ready services")
-    add_flags(parser, SERVE_FLAGS, {"PAGEWIRE_PORT": _DEFAULT_PORT, **environ})
-    parser.set_defaults(parser=parser, run=_run)
-
-
-def explain_unknown(argument: str) -> str:
-    """The sentence for an argument that no flag took."""
-    flag = argument.partition("=")[0]
-    if not flag.startswith("-"):
-        return f"unexpected argument {argument!r}; there is one MODEL"
-    name = flag.lstrip("-").replace("_", "-")
-    if name.removeprefix("no-") in NOT_IMPLEMENTED:
-        return f"{flag} is not implemented yet"
-    near = difflib.get_close_matches(name, (*SERVE_FLAGS, *_SERVE_ONLY), n=1)
-    return f"unknown flag {flag}" + (f"; did you mean --{near[0]}?" if near else "")
+    parser.add_config()
+    group = parser.add_argument_group("the deployment")
+    for action in (
+        group.add_argument("--prefill", type=_count, metavar="N", help="prefill workers; default 1, or 0 with --both"),
+        group.add_argument("--decode", type=_count, metavar="N", help="decode workers; default 1, or 0 with --both"),
+        group.add_argument("--both", type=_count, metavar="N", help="workers that do both; default 0"),
+        group.add_argument("--tls", action="store_true", help="mutual TLS between the services, with own certificates"),
+        group.add_argument("--verbose", action="store_true", help="show the services' logs, as --log-level debug does"),
+        group.add_argument("--state-file", type=Path, metavar="PATH", help="a JSON file that lists the ready services"),
+    ):
+        parser.settable(action)
+    add_flags(parser, SERVE_FLAGS)
+    parser.set_defaults(parser=parser, run=_run, **defaults)
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
@@ -67,7 +73,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
 
     Ends with exit code 2 where they contradict each other.
     """
-    if args.model_tag is not None and args.model is not None and args.model_tag != args.model:
+    elsewhere = args.parser.get_default("model")  # what environment or file say yields to MODEL
+    if args.model_tag is not None and args.model not in (None, elsewhere, args.model_tag):
         args.parser.error(f"MODEL is {args.model_tag} but --model is {args.model}; give one of them")
     model = args.model_tag or args.model
     if model is None:

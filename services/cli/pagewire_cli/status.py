@@ -12,8 +12,9 @@ from typing import Any
 import grpc
 from google.protobuf import json_format
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from pagewire_core.command_line import add_flags
 from pagewire_core.errors import StartupError, from_rpc
-from pagewire_core.flags import TLS_FLAGS, add_flags, positive
+from pagewire_core.flags import TLS_FLAGS, positive
 from pagewire_core.rpc import open_channel
 from pagewire_core.tls import ROUTER, tls_files
 from prometheus_client.parser import text_string_to_metric_families
@@ -34,7 +35,7 @@ def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
         help="show workers, their load and the index",
         description="Shows the workers that a router knows: role, load, KV in use and lanes; its queue and its index.",
     )
-    parser.add_argument("--router", required=True, metavar="HOST:PORT", help="of the router (gRPC)")
+    parser.settable(parser.add_argument("--router", required=True, metavar="HOST:PORT", help="of the router (gRPC)"))
     parser.add_argument(
         "--watch", type=positive, nargs="?", const=2, metavar="S", help="show it again every S seconds (2)"
     )

@@ -21,6 +21,6 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "api-server-count", "response-role", "chat-template-content-format", "enable-prompt-tokens-details",
     "enable-request-id-headers", "enable-server-load-tracking", "enable-log-requests", "max-log-len",
     "uvicorn-log-level", "disable-fastapi-docs",
-    # Transfer, events, tracing, configuration files.
-    "kv-transfer-config", "kv-events-config", "otlp-traces-endpoint", "collect-detailed-traces", "config",
+    # Transfer, events, tracing.
+    "kv-transfer-config", "kv-events-config", "otlp-traces-endpoint", "collect-detailed-traces",
 })  # fmt: skip

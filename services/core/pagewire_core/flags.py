@@ -1,8 +1,6 @@
 """Every command-line flag, once: name, type, default and help. Spelled as vLLM spells them.
 
-A process adds the flags it takes with `add_flags(parser, names)`; the supervisor takes their union and
-passes each process its own. An environment variable PAGEWIRE_<NAME> gives a default; the command line
-wins. Unknown flags are errors, and no flag is accepted that does nothing.
+`command_line.py` makes parsers of them; `settings.py` reads them from the environment and from files.
 """
 
 from __future__ import annotations
@@ -10,10 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from pagewire_core.telemetry import LOG_FORMATS, LOG_LEVELS
 
@@ -218,90 +215,29 @@ BRIDGE_FLAGS = (
     "log-format", "log-level",
 )  # fmt: skip
 
-
-_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default unless there is none; what its absence means is in the help itself."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without prefix matching, with one-sentence errors and exit code 2."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
-        raise SystemExit(2)
-
-
-def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
-    """Adds the named flags; a default comes from PAGEWIRE_<NAME> if that is set."""
-    for name in names:
-        flag = FLAGS[name]
-        default = _default(parser, name, environ)
-        if flag.type is None:
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=flag.help)
-            continue
-        parser.add_argument(
-            f"--{name}", *flag.aliases, type=flag.type, default=default, help=flag.help,
-            choices=[flag.type(c) for c in flag.choices] if flag.choices else None,
-        )  # fmt: skip
-
-
-def _default(parser: argparse.ArgumentParser, name: str, environ: Mapping[str, str]) -> Any:
-    """The environment's value, checked where argparse would take a default unchecked; else the flag's default."""
-    flag, variable = FLAGS[name], f"PAGEWIRE_{name.upper().replace('-', '_')}"
-    text = environ.get(variable)
-    if text is None or is_service_link(text):
-        return flag.default
-    if flag.type is None:
-        if text.lower() not in _SWITCH:
-            parser.error(f"{variable} is {text!r}; write one of {', '.join(_SWITCH)}")
-        return _SWITCH[text.lower()]
-    if flag.choices and text not in flag.choices:
-        parser.error(f"{variable} is {text!r}; choose from {', '.join(flag.choices)}")
-    return text
-
-
-def is_service_link(text: str) -> bool:
-    """Kubernetes sets PAGEWIRE_PORT to tcp://10.0.0.1:80 in every pod beside a service that is called pagewire."""
-    return text.startswith(("tcp://", "udp://"))
-
-
-def to_command_line(values: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """The named flags of `values` as arguments for another process; unset ones are left out."""
-    line: list[str] = []
-    for name in names:
-        value = getattr(values, name.replace("-", "_"))
-        if isinstance(value, bool):
-            line.append(f"--{name}" if value else f"--no-{name}")
-        elif name == "allowed-origins":
-            line += [f"--{name}={json.dumps(value)}"] if value else []
-        elif isinstance(value, tuple):
-            line += [f"--{name}={','.join(map(str, value))}"] if value else []
-        elif value is not None:
-            line.append(f"--{name}={value}")
-    return line
-
-
-def run_main(prog: str, main: Callable[[argparse.Namespace], None], names: Sequence[str], description: str) -> None:
-    """Entry point of a service: parse, run, and end a StartupError with its sentence and exit code 1."""
-    from pagewire_core.errors import StartupError
-
-    # gRPC's own log says nothing that ours does not say better.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    # What we start is another program at once: gRPC's handlers of a fork are not for it, and run beside its threads.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
-    parser = Parser(prog=prog, description=description)
-    add_flags(parser, names)
-    try:
-        main(parser.parse_args())
-    except StartupError as error:
-        sys.stderr.write(f"{prog}: {error}\n")
-        raise SystemExit(1) from None
+# As --help shows them.
+FLAG_GROUPS: dict[str, tuple[str, ...]] = {
+    "the model": (
+        "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "max-model-len",
+        "max-input-tokens", "dtype", "quantization",
+    ),
+    "memory and steps": (
+        "device", "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "block-size",
+        "enable-prefix-caching", "max-num-seqs", "max-num-batched-tokens", "max-prefill-delay-ms",
+        "enable-chunked-prefill", "enforce-eager",
+    ),
+    "processes and cores": (
+        "tensor-parallel-size", "pipeline-parallel-size", "threads", "cpus", "cpu-lending",
+    ),
+    "speculation": ("speculative-config", "speculate"),
+    "tools and thoughts": ("tool-call-parser", "enable-auto-tool-choice", "reasoning-parser"),
+    "HTTP": (
+        "ollama-port", "api-key", "api-keys-file", "allowed-origins", "response-store-ttl", "ssl-keyfile",
+        "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs",
+    ),
+    "routing and queue": ("routing-policy", "max-queued-requests", "max-queued-tokens", "workers"),
+    "the service": ("role", "worker-id", "host", "port", "router", "redis-url", "lanes"),
+    "TLS between services": TLS_FLAGS,
+    "time": ("request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout"),
+    "logs": ("log-format", "log-level"),
+}  # fmt: skip

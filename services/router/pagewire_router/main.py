@@ -14,9 +14,10 @@ import structlog
 import uvloop
 from pagewire.v1 import inference_pb2, inference_pb2_grpc
 from pagewire_core import faults
+from pagewire_core.command_line import run_main
 from pagewire_core.errors import StartupError
 from pagewire_core.feed import Feeds
-from pagewire_core.flags import ROUTER_FLAGS, run_main
+from pagewire_core.flags import ROUTER_FLAGS
 from pagewire_core.prefix_index import IndexFollower, PrefixIndex
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import RpcServer

@@ -10,8 +10,9 @@ import uuid
 import torch
 import uvloop
 from pagewire_core import faults
+from pagewire_core.command_line import run_main
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import WORKER_FLAGS, run_main
+from pagewire_core.flags import WORKER_FLAGS
 from pagewire_core.model_dir import resolve_model
 from pagewire_core.startup import Timeline
 from pagewire_core.telemetry import configure_logging
