@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from cluster import PAIRS, Cluster, running
 from pagewire_cli.serve import demo_model
-from playwright.async_api import Page, async_playwright, expect
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ("--kv-cache-memory-bytes=16M", "--max-model-len=512", "--threads=1")
@@ -39,21 +39,23 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
         yield started
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def page(cluster: Cluster) -> AsyncIterator[Page]:
-    """Errors of the page, and requests to anywhere else, fail the test."""
-    complaints: list[str] = []
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET])
-        shown = await browser.new_page(base_url=cluster.base_url, viewport={"width": 900, "height": 640})
-        shown.on("pageerror", lambda error: complaints.append(str(error)))
-        shown.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        shown.on(
-            "request", lambda r: None if r.url.startswith(("data:", cluster.base_url)) else complaints.append(r.url)
-        )
-        await shown.goto("/")
-        yield shown
-        await browser.close()
+        yield await playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET])
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def page(cluster: Cluster, browser: Browser) -> AsyncIterator[Page]:
+    """Shares nothing with another test's. Errors of the page, and requests to anywhere else, fail the test."""
+    complaints: list[str] = []
+    shown = await browser.new_page(base_url=cluster.base_url, viewport={"width": 900, "height": 640})
+    shown.on("pageerror", lambda error: complaints.append(str(error)))
+    shown.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    shown.on("request", lambda r: None if r.url.startswith(("data:", cluster.base_url)) else complaints.append(r.url))
+    await shown.goto("/")
+    yield shown
+    await shown.close()
     assert not complaints
 
 
