@@ -61,7 +61,7 @@ async def first_busy(cluster: Cluster, role: str) -> str:
 async def test_killing_a_prefill_worker_fails_no_request(llama: Path, tmp_path: Path) -> None:
     """Whatever it had done of a prompt is done again elsewhere, and the client's stream goes on."""
     async with running(Cluster(llama, tmp_path, prefill=2, decode=2, worker_flags=SLOW)) as cluster:
-        asking = [asyncio.create_task(ask(cluster, 250 + i, i)) for i in range(24)]
+        asking = [asyncio.create_task(ask(cluster, 250 + i, i)) for i in range(12)]
         judging = [asyncio.create_task(cluster.complete(prompt_of(150 + i, i), prompt_logprobs=0)) for i in range(4)]
         cluster.processes[await first_busy(cluster, "prefill")].kill()
         for i, (status, tokens) in enumerate(await asyncio.gather(*asking)):
