@@ -190,3 +190,13 @@ def test_a_list_of_cores_that_is_none_is_refused(text: str, capsys: pytest.Captu
 def test_what_kubernetes_says_of_a_service_is_no_port() -> None:
     add_flags(parser := Parser(environ={"PAGEWIRE_PORT": "tcp://10.0.0.1:80"}), ("port",))
     assert parser.parse_args([]).port == FLAGS["port"].default
+
+
+def test_the_beginning_of_a_short_flag_is_not_the_flag() -> None:
+    """`-p 8080` asked for 8080 pipeline stages."""
+    parser = Parser(prog="pagewire-worker")
+    add_flags(parser, WORKER_FLAGS)
+    assert parser.parse_args(["-pp", "2"]).pipeline_parallel_size == 2
+    for beginning in (["-p", "2"], ["-t=2"], ["-p2"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(beginning)

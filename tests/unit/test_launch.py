@@ -39,6 +39,12 @@ def test_the_command_of_tgi() -> None:
     assert (args.log_format, args.allowed_origins) == ("json", ("https://a.example",))
 
 
+def test_flags_of_tgi_that_we_would_read_otherwise() -> None:
+    """-p was taken for the beginning of -pp, and 8080 stages were asked for."""
+    args = served("--model-id org/model -p 8080 -e --kv-cache-dtype fp8_e4m3fn".split())
+    assert (args.port, args.pipeline_parallel_size, args.kv_cache_dtype) == (8080, 1, "fp8_e4m3")
+
+
 def test_the_environment_of_tgi_yields_to_its_flags() -> None:
     environ = {
         "MODEL_ID": "org/model", "NUM_SHARD": "2", "MAX_INPUT_LENGTH": "1000", "MAX_TOTAL_TOKENS": "2048",

@@ -32,6 +32,8 @@ _QUANTIZE = {
     "bitsandbytes": "int8", "eetq": "int8", "bitsandbytes-nf4": "int4", "bitsandbytes-fp4": "int4", "fp8": "fp8",
     "int8": "int8", "int4": "int4",
 }  # fmt: skip
+_KV_CACHE_DTYPES = {"fp8_e4m3fn": "fp8_e4m3"}
+_SHORT = {"-p": "port", "-e": "env"}
 _SWITCHES = frozenset({
     "json-output", "disable-custom-kernels", "disable-grammar-support", "enable-prefill-logprobs",
     "trust-remote-code", "env", "watermark",
@@ -82,8 +84,8 @@ def _read(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     left: Iterator[str] = iter(arguments)
     for argument in left:
         flag, has_value, value = argument.partition("=")
-        name = flag.removeprefix("--")
-        if not flag.startswith("--") or name not in _KNOWN:
+        name = _SHORT.get(flag, flag.removeprefix("--"))
+        if not (flag.startswith("--") or flag in _SHORT) or name not in _KNOWN:
             rest.append(argument)
             continue
         if not has_value:
@@ -103,6 +105,8 @@ def _ours(name: str, values: Sequence[str]) -> list[str]:
     if name == "cors-allow-origin":
         origins = [origin for v in values for origin in v.split(",") if origin]
         return [f"--allowed-origins={json.dumps(origins)}"]
+    if name == "kv-cache-dtype":
+        return [f"--kv-cache-dtype={_KV_CACHE_DTYPES.get(value, value)}"]
     if name == "json-output":
         return ["--log-format=json"]
     return [f"--{_RENAMED[name]}={value}"] if name in _RENAMED else []

@@ -75,6 +75,10 @@ class Parser(argparse.ArgumentParser):
             parser.error(parser._unknown_argument(unknown[0]))
         return parsed
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """argparse takes -t for -tp even where nothing may be abbreviated."""
+        return []
+
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
         raise SystemExit(2)
