@@ -4,7 +4,11 @@ says; what they answer beyond it is a lie by omission.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import re
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,13 @@ import pytest
 import pytest_asyncio
 from cluster import Cluster, running
 from jsonschema import Draft202012Validator
+from pagewire_bridge.app import ROUTES
 from pagewire_cli.serve import demo_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 FLAGS = ("--kv-cache-memory-bytes=16M", "--max-model-len=512", "--threads=1")
+REFERENCE = Path(__file__).parents[2] / "docs" / "api.md"
 RESPONSE_ID = "resp_" + "0" * 32  # stands for one that is there
 Document = dict[str, Any]
 
@@ -113,6 +119,36 @@ async def test_every_example_is_answered_as_the_document_says(cluster: Cluster, 
             conforms(document, operation, response)
             media_types.add(response.headers.get("content-type", "").partition(";")[0])
     assert {"application/json", "text/event-stream", "application/x-ndjson", "text/plain", ""} <= media_types
+    await cluster.settle()
+
+
+async def test_every_command_of_the_reference_runs(cluster: Cluster) -> None:
+    """docs/api.md in a shell: every route is asked as it is shown there, and answers 200."""
+    if shutil.which("bash") is None or shutil.which("curl") is None:
+        pytest.skip("there is no bash or no curl")
+    blocks = re.findall(r"^```\n(.*?)^```", REFERENCE.read_text(), re.DOTALL | re.MULTILINE)
+    told = "%{stderr}%{http_code} %{method} %{url_effective}\\n"
+    script = "\n".join(
+        [f'curl() {{ command curl -sS -w "{told}" "$@"; }}', *(block for block in blocks if block.startswith("curl"))]
+    )
+    environment = {**os.environ, "URL": str(cluster.http.base_url).rstrip("/"), "ADMIN_KEY": "none"}
+    bash = await asyncio.create_subprocess_exec(
+        "bash", "-euc", script.replace("pagewire-demo", "demo"), env=environment,
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, said = await bash.communicate()
+    assert bash.returncode == 0, said.decode()
+    asked = [line.split(" ", 2) for line in said.decode().splitlines()]
+    for status, method, url in asked:
+        assert status == ("403" if url.endswith("/reset_prefix_cache") else "200"), f"{method} {url}: {status}"
+    paths = {(method, url.removeprefix(environment["URL"]).split("?")[0]) for _, method, url in asked}
+    unasked = [
+        (method, route.path)
+        for route in ROUTES
+        for method in (route.methods or set()) - {"HEAD"}
+        if not any(method == m and route.path_regex.fullmatch(path) for m, path in paths)
+    ]
+    assert not unasked
     await cluster.settle()
 
 

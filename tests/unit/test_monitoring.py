@@ -56,6 +56,16 @@ def asked(expression: str) -> set[str]:
     return set(re.findall(r"\b(?:pagewire[a-z_0-9:]*|envoy_[a-z_0-9]+(?=[{]))", plain))
 
 
+def test_documents_name_numbers_that_exist() -> None:
+    known, modules = known_names(), {path.name for path in ROOT.glob("services/*/pagewire_*")}
+    known |= {re.sub("_(total|bucket)$", "", name) for name in known}
+    lost = []
+    for document in set((ROOT / "docs").glob("*.md")) - set((ROOT / "docs").glob("migrating-from-*.md")):
+        spans = re.findall(r"`(pagewire_[a-z_]+)(?:[{][^`]*[}])?`", document.read_text())
+        lost += [f"{document.name}: {name}" for name in spans if name not in known | modules]
+    assert not lost
+
+
 def test_rules_ask_for_numbers_that_exist() -> None:
     wanted = {name for group in RULES for rule in group["rules"] for name in asked(rule["expr"])}
     assert len(wanted) > 20 and wanted <= known_names()
