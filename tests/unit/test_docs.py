@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from pagewire.v1 import decode_pb2, inference_pb2, kv_channel_pb2, prefill_pb2, worker_pb2
@@ -227,3 +229,39 @@ def test_metrics_of_others_are_made_as_their_users_are_told() -> None:
     for document, made in (("migrating-from-vllm.md", vllm), ("migrating-from-tgi.md", tgi)):
         told = {code_spans(cells[0])[0]: tuple(code_spans(cells[1])) for cells in rows(text_of(document), "metric")}
         assert told == made
+
+
+def told(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
+
+
+def figure(one: Any, *path: str) -> Any:
+    return functools.reduce(lambda inner, key: inner[key], path, one)
+
+
+def test_figures_of_roles_are_those_of_the_results() -> None:
+    """docs/when-to-disaggregate.md: the median of the rounds, with the least and the greatest."""
+    results = json.loads((ROOT / "benchmarks/results/roles.json").read_text())
+    figures = {
+        "first token, p50": ("ttft_ms", "p50"), "between tokens, p50": ("itl_ms", "p50"),
+        "between tokens, p99": ("itl_ms", "p99"), "tokens a second": ("output_tokens_per_s",),
+    }  # fmt: skip
+    loads = ("chat, 8 in flight", "long prompts, 4 in flight")
+    sides = [results[load][side] for load in loads for side in ("1P1D", "2 x both")]
+    for name, *cells in rows(text_of("when-to-disaggregate.md"), "", "chat, 8 in flight: 1 + 1"):
+        path = figures.pop(name)
+        for rounds, cell in zip(sides, cells, strict=True):
+            least, median, greatest = map(told, sorted(figure(one["results"], *path) for one in rounds))
+            assert cell.strip("*") == f"{median} ({least}-{greatest})", name
+    assert not figures
+
+
+def test_figures_of_one_worker_are_those_of_the_results() -> None:
+    """docs/when-to-disaggregate.md: both rounds."""
+    rounds = json.loads((ROOT / "benchmarks/results/compare-smol135.json").read_text())["results"]["bf16"]["rounds"]
+    table = list(rows(text_of("when-to-disaggregate.md"), "load", "tokens a second: `both`"))
+    for load, *cells in table[:-1]:
+        paths = [path for path in (("output_tokens_per_s",), ("itl_ms", "p50"), ("itl_ms", "p99")) for _ in "12"]
+        for path, side, cell in zip(paths, ("pagewire both", "pagewire 1P1D") * 3, cells, strict=True):
+            assert cell.strip("*") == ", ".join(told(figure(one, *path)) for one in rounds[side][load]), load
+    assert len(table) == 6
