@@ -212,3 +212,20 @@ def test_a_grammar_that_fails_ends_its_request_and_no_other(llama: Path, constra
 def test_a_matcher_refuses_what_its_vocabulary_does_not_have(constraints: Constraints) -> None:
     with pytest.raises(InvalidRequest, match="cannot be followed"):
         constraints.make_now(pb.Constraint(answer='start: nothing "a"'))
+
+
+def test_what_is_compiled_for_one_tenant_is_compiled_again_for_another(llama: Path) -> None:
+    """They have other cache roots. The time that a known grammar saves would tell who uses which."""
+
+    class Counting(Vocabulary):
+        compiled = 0
+
+        def compile(self, grammar: str) -> LLMatcher:
+            self.compiled += 1
+            return super().compile(grammar)
+
+    vocabulary = Counting(llama, VOCAB, [EOS])
+    constraints = Constraints(vocabulary)
+    for root, expected in ((b"a", 1), (b"a", 1), (b"b", 2), (b"a", 2)):
+        constraints.make_now(pb.Constraint(answer=ABC), root=root)
+        assert vocabulary.compiled == expected

@@ -178,6 +178,19 @@ async def test_equal_grammars_are_compiled_once_and_too_many_wait_not_at_all(pat
     await grammars.close()
 
 
+async def test_a_grammar_that_is_known_to_one_tenant_is_new_for_another(path: Path) -> None:
+    """Compiling takes its time, which would tell whether others use the same schema."""
+    grammars, wanted = Grammars(path, 258, (EOS,)), output(regex="secret+")
+    found = [await grammars.constraint(wanted, None, tenant) for tenant in ("a", "a", "b")]
+    assert len(grammars._known) == 2 and found[0].answer == found[2].answer
+    together = [grammars.constraint(output(regex="b+"), None, tenant) for tenant in "aabb"]
+    working = asyncio.gather(*together)
+    await asyncio.sleep(0)
+    assert len(grammars._running) == 2
+    await working
+    await grammars.close()
+
+
 async def test_only_workers_that_can_follow_a_grammar_get_it(path: Path) -> None:
     """Those of an older version would ignore it without a word."""
     async with scene(Tokenizer(path), "p1 d1 p2 d2") as s:

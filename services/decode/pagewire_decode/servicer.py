@@ -100,7 +100,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 held.enter_context(feed.used())
             fetching = self._fetch(request.prompt_ids, request.cache_root, request.holder)
             call.known.fetched.CopyFrom(await held.enter_async_context(fetching))
-            call.work.matchings = await matchings_of(self._constraints, request.sampling, call.prior)
+            asked, root = request.sampling, request.cache_root
+            call.work.matchings = await matchings_of(self._constraints, asked, root, call.prior)
             await self._start(call)
             self._calls[request.transfer_id] = call
             try:

@@ -43,35 +43,40 @@ class Constraints:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._compile = lru_cache(_KEPT_GRAMMARS)(vocabulary.compile)
+        self._compile = lru_cache(_KEPT_GRAMMARS)(lambda root, grammar: vocabulary.compile(grammar))
 
-    async def make(self, wanted: pb.Constraint, prior: Seq[Seq[int] | None] = ()) -> Matchings:
-        """A request's matchings, after the output that its choices already have. Raises InvalidRequest."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.make_now, wanted, prior)
+    async def make(self, wanted: pb.Constraint, prior: Seq[Seq[int] | None] = (), root: bytes = b"") -> Matchings:
+        """A request's matchings, after the output that its choices already have. Raises InvalidRequest.
 
-    def make_now(self, wanted: pb.Constraint, prior: Seq[Seq[int] | None] = ()) -> Matchings:
+        root: the request's cache root. What is compiled is kept for requests of the same one, as KV is: the time that
+        it saves would tell one tenant the schemas of another.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.make_now, wanted, prior, root)
+
+    def make_now(self, wanted: pb.Constraint, prior: Seq[Seq[int] | None] = (), root: bytes = b"") -> Matchings:
         """As `make`, in the calling thread."""
+        answer, reasoning, end = (
+            self._compile(root, grammar) if grammar else None
+            for grammar in (wanted.answer, wanted.reasoning, wanted.reasoning_end)
+        )
         matchings = Matchings(Constraint(
-            self._compiled(wanted.answer), self._compiled(wanted.reasoning), self._compiled(wanted.reasoning_end),
+            answer, reasoning, end,
             wanted.reasoning_tokens if wanted.HasField("reasoning_tokens") else None, self.vocabulary.num_words,
         ))  # fmt: skip
         for choice, output in enumerate(prior):
             matchings.of(choice).extend(output or ())
         return matchings
 
-    def _compiled(self, grammar: str) -> LLMatcher | None:
-        return self._compile(grammar) if grammar else None
-
 
 async def matchings_of(
-    constraints: Constraints | None, sampling: pb.SamplingParams, prior: Seq[Seq[int] | None] = ()
+    constraints: Constraints | None, sampling: pb.SamplingParams, root: bytes, prior: Seq[Seq[int] | None] = ()
 ) -> Matchings | None:
     """For a request with these parameters: None if its output is free. Raises InvalidRequest."""
     if not sampling.HasField("constraint"):
         return None
     if constraints is None:
         raise InvalidRequest("this model has no tokenizer that structured output could be made with")
-    return await constraints.make(sampling.constraint, prior)
+    return await constraints.make(sampling.constraint, prior, root)
 
 
 class Matchings:

@@ -68,7 +68,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.PrefillRequest, fetched: common_pb2.Fetched
     ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
         faults.point("queue")
-        matchings = await matchings_of(self._constraints, request.sampling)
+        matchings = await matchings_of(self._constraints, request.sampling, request.cache_root)
         events: asyncio.Queue[Event] = asyncio.Queue()
         work = Request(
             request.request_id,

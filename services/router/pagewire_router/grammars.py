@@ -42,7 +42,7 @@ async def constrain(valid: ValidRequest, request: inference_pb2.GenerateRequest,
         return
     if not sampling.eos_token_ids:
         raise InvalidRequest("this model has no end-of-sequence token to end structured output", "structured_outputs")
-    sampling.constraint.CopyFrom(await grammars.constraint(wanted, reasoning))
+    sampling.constraint.CopyFrom(await grammars.constraint(wanted, reasoning, request.tenant))
     if wanted is not None:
         sampling.ignore_eos = False  # a complete text has nothing else
 
@@ -76,12 +76,17 @@ class Grammars:
         self._running: dict[bytes, asyncio.Task[Outcome]] = {}
 
     async def constraint(
-        self, wanted: inference_pb2.StructuredOutput | None, reasoning: inference_pb2.Reasoning | None
+        self,
+        wanted: inference_pb2.StructuredOutput | None,
+        reasoning: inference_pb2.Reasoning | None,
+        tenant: str = "",
     ) -> common_pb2.Constraint:
-        """For SamplingParams. Raises InvalidRequest, Overloaded."""
-        job = inference_pb2.GenerateRequest(structured_output=wanted, reasoning=reasoning).SerializeToString(
-            deterministic=True
-        )
+        """For SamplingParams. Raises InvalidRequest, Overloaded.
+
+        What one tenant has had compiled saves another nothing: the time would tell him the other's schemas.
+        """
+        asked = inference_pb2.GenerateRequest(structured_output=wanted, reasoning=reasoning, tenant=tenant)
+        job = asked.SerializeToString(deterministic=True)
         if len(job) > MAX_BYTES:
             raise InvalidRequest(f"a grammar may have {MAX_BYTES >> 10} KiB at most", "structured_outputs")
         outcome = self._known.get(job)
