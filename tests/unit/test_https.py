@@ -52,6 +52,15 @@ def client(directory: Path, shown: str | None = None) -> httpx.AsyncClient:
     return httpx.AsyncClient(verify=context, trust_env=False)
 
 
+async def test_a_bridge_that_stops_does_not_wait_for_idle_clients(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They read nothing between two requests, nor the goodbye of TLS: a stop took all of its ten seconds."""
+    async with client(directory) as http, running(edge(directory)) as address:
+        assert (await http.get(f"https://{address}/version")).status_code == 200
+    assert "graceful shutdown exceeded" not in caplog.text
+
+
 async def test_a_client_that_knows_the_authority_is_answered_and_plain_text_is_not(directory: Path) -> None:
     async with running(edge(directory)) as address, client(directory) as http:
         response = await http.post(f"https://{address}/v1/completions", json={"prompt": "hi"})

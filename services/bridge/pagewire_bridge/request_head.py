@@ -13,7 +13,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
 MAX_URL_BYTES = 16 << 10
 HEAD_S = 30.0  # for a whole head to arrive
-_LINGER_S = 1.0  # for a refusal to be read by a client that still sends
+_LINGER_S = 1.0  # for a refusal to be read by a client that still sends, or a goodbye by an idle one
 
 
 class _Refused(Exception):
@@ -37,6 +37,12 @@ class BoundedHead(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_timer()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The server stops. An idle client would be waited for: with TLS a close is over when it has answered it."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(_LINGER_S, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
