@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -35,9 +36,9 @@ SMALL = ("--kv-cache-memory-bytes=4M", "--max-model-len=256", "--max-num-batched
 
 @dataclass
 class Cluster:
-    """prefill, decode and both: how many workers of each role. tls: certificates of every role, for mutual TLS.
+    """prefill, decode and both: how many workers of each role. role_flags: of one's workers, besides worker_flags.
 
-    role_flags: of the workers of a role, besides worker_flags.
+    tls: certificates of every role, for mutual TLS; Redis is then on a socket of this user. https: also to clients.
     """
 
     model: Path
@@ -50,6 +51,7 @@ class Cluster:
     router_flags: Sequence[str] = ()
     bridge_flags: Sequence[str] = ()
     tls: Path | None = None
+    https: bool = False
     with_faults: bool = False
     network: Network | None = None  # where the workers live, if not beside everybody else
     processes: dict[str, Process] = field(default_factory=dict)
@@ -61,26 +63,33 @@ class Cluster:
     async def start(self) -> None:
         self._names_before = leaks.names_in_shared_memory()
         bridge_port = free_port()
-        self.base_url = f"http://127.0.0.1:{bridge_port}"
-        self.http = httpx.AsyncClient(base_url=self.base_url, timeout=60, trust_env=False)
-        redis_port = free_port()
-        outside = self.network.outside if self.network else "127.0.0.1"
-        self.redis_url = f"redis://{outside}:{redis_port}/0"
-        arguments = f"--port {redis_port} --bind {outside} --protected-mode no --save '' --appendonly no".split()
-        arguments[arguments.index("''")] = ""
-        self._add("redis", [redis_binary(), *arguments], redis_port)
+        self.base_url = f"http{'s' if self.https else ''}://127.0.0.1:{bridge_port}"
+        self.http = self.client()
+        self._start_redis()
         for role in ("prefill", "decode", "both"):
             for _ in range(getattr(self, role)):
                 self.add_worker(role, wait=False, flags=self.role_flags.get(role, ()))
-        router_port = free_port()
-        self._add("router", [*script("pagewire-router"), f"--model={self.model}", f"--port={router_port}",
-                             f"--redis-url={self.redis_url}", *self._tls("router"), *self.router_flags],
-                  router_port)  # fmt: skip
+        self.add_router("router")
         self.add_bridge("bridge", bridge_port)
         await asyncio.gather(*(self.wait_serving(p) for p in self.processes.values() if p.name.partition("-")[0] in (
             "prefill", "decode", "both", "router")))  # fmt: skip
         await self.until(self.healthy, "the bridge is not healthy")
         await self.wait_workers(self.prefill + self.decode + self.both)
+
+    def client(self) -> httpx.AsyncClient:
+        """Of the first bridge; the caller closes it."""
+        verify = ssl.create_default_context(cafile=str(self.tls / "ca.crt")) if self.tls and self.https else True
+        return httpx.AsyncClient(base_url=self.base_url, verify=verify, timeout=60, trust_env=False)
+
+    def _start_redis(self) -> None:
+        port, outside = free_port(), self.network.outside if self.network else "127.0.0.1"
+        where = ["--port", str(port), "--bind", outside, "--protected-mode", "no"]
+        self.redis_url = f"redis://{outside}:{port}/0"
+        if self.tls:
+            socket = self.directory / "redis.sock"
+            where = ["--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"]
+            self.redis_url = f"unix://{socket}?db=0"
+        self._add("redis", [redis_binary(), *where, "--save", "", "--appendonly", "no"], port)
 
     def _add(self, name: str, command: list[str], port: int, host: str = "127.0.0.1") -> Process:
         process = Process(name, command, f"{host}:{port}", self.directory / f"{name}.log", self.faults)
@@ -98,20 +107,30 @@ class Cluster:
                    *flags]  # fmt: skip
         return self._add(name, command, port, host)
 
+    def add_router(self, name: str) -> Process:
+        """Not waited for."""
+        port = free_port()
+        command = [*script("pagewire-router"), f"--model={self.model}", f"--port={port}",
+                   f"--redis-url={self.redis_url}", *self._tls("router"), *self.router_flags]  # fmt: skip
+        return self._add(name, command, port)
+
     def add_bridge(self, name: str, port: int) -> Process:
         """Not waited for."""
         router = self.processes["router"].address
         command = [*script("pagewire-bridge"), f"--router={router}", f"--port={port}", f"--redis-url={self.redis_url}",
-                   *self._tls("bridge"), *self.bridge_flags]  # fmt: skip
+                   *self._tls("bridge"), *self._edge(), *self.bridge_flags]  # fmt: skip
         return self._add(name, command, port)
 
     def _tls(self, role: str) -> list[str]:
         return certificates.flags(self.tls, role) if self.tls else []
 
+    def _edge(self) -> list[str]:
+        return [f"--ssl-certfile={self.tls}/edge.crt", f"--ssl-keyfile={self.tls}/edge.key"] if self.https else []
+
     def channel(self, process: Process) -> grpc.aio.Channel:
         """As an operator."""
         tls = certificates.of(self.tls, "operator") if self.tls else None
-        return open_channel(process.address, tls, "router" if process.name == "router" else "worker")
+        return open_channel(process.address, tls, "router" if process.role == "router" else "worker")
 
     @property
     def faults(self) -> Path | None:
@@ -122,12 +141,11 @@ class Cluster:
         return directory if self.with_faults else None
 
     async def stop(self) -> None:
-        for name in sorted(self.processes, key=lambda n: ("bridge", "router").index(n) if n in ("bridge", "router")
-                           else 3 if n == "redis" else 2):  # fmt: skip
-            process = self.processes[name]
+        order = {"bridge": 0, "router": 1, "redis": 3}
+        for process in sorted(self.processes.values(), key=lambda process: order.get(process.role, 2)):
             if process.alive:
                 code = process.stop()
-                assert code == 0, f"{name} ended with {code}: {process.log.read_text()[-2000:]}"
+                assert code == 0, f"{process.name} ended with {code}: {process.log.read_text()[-2000:]}"
 
     def kill_all(self) -> None:
         for process in self.processes.values():
@@ -175,7 +193,7 @@ class Cluster:
                     reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
                 except grpc.RpcError:
                     return False
-            return reply.status == health_pb2.HealthCheckResponse.SERVING or process.name == "router"
+            return reply.status == health_pb2.HealthCheckResponse.SERVING or process.role == "router"
 
         await self.until(serving, f"{process.name} is not serving")
 

