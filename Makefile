@@ -2,7 +2,7 @@
 #
 #   make serve MODEL=path-or-hub-id PORT=8000 HOST=127.0.0.1 PREFILL=1 DECODE=1 ARGS='--max-num-seqs 64'
 #   make test ARGS='-k router'      make test-faults      make chaos      make soak MINUTES=20
-#   make test-api EXAMPLES=50      make test-clients
+#   make test-api EXAMPLES=50      make test-clients      make test-security      make test-rolling ROUNDS=2
 #   make check      make bench BASE_URL=http://127.0.0.1:8000
 #
 # PYTHON names the interpreter that .venv is made of (3.11 or newer). Where there is no GPU, PIP_EXTRA_INDEX_URL
@@ -27,9 +27,13 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
 SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:deploy/envoy:benchmarks
 
+SECURITY := $(addprefix tests/,e2e/test_security.py e2e/test_tls.py $(addprefix unit/,test_tls.py test_https.py \
+	test_bridge_keys.py test_request_head.py test_slow_clients.py test_fuzz.py test_tcp_lane.py \
+	test_transfer_protocol.py test_transfer_refusals.py))
+
 IMAGES := router bridge edge worker pagewire
 
-.PHONY: images locks manifests test-compose test-deploy serve test test-faults test-kernels test-api test-clients chaos soak setup protos fuzz lint check fuzz-schemas bench clean
+.PHONY: images locks manifests test-compose test-deploy serve test test-faults test-kernels test-api test-clients test-security test-rolling chaos soak setup protos fuzz lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
 
 serve: $(RUNTIME)
@@ -50,6 +54,15 @@ test-kernels: $(TESTING)
 # Whatever the OpenAPI document allows, and what it does not, EXAMPLES for each operation: no 5xx, no hang, no leak.
 test-api: $(TESTING)
 	$(BIN)/python tests/fuzz_api.py --examples $(or $(EXAMPLES),50) $(ARGS)
+
+# Who may do what, and what strangers get: every route, call and port, other tenants, bent input; then what time tells.
+test-security: $(TESTING)
+	$(BIN)/python -m pytest $(SECURITY) $(ARGS)
+	$(BIN)/python tests/timing_probe.py
+
+# Every bridge, router and worker is restarted ROUNDS times behind Envoy, under load: no request is lost.
+test-rolling: $(TESTING)
+	$(BIN)/python tests/rolling.py --rounds $(or $(ROUNDS),2) $(ARGS)
 
 # Clients with dependencies of their own, in an environment of their own.
 test-clients: $(TESTING) $(CLIENTS)

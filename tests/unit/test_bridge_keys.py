@@ -49,29 +49,12 @@ def bearer(secret: str) -> dict[str, str]:
     return {"authorization": f"Bearer {secret}"}
 
 
-ROUTES = [
-    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/metrics"),
-    ("GET", "/version"), ("GET", "/load"), ("POST", "/generate"), ("POST", "/generate_stream"), ("POST", "/"),
-    ("GET", "/info"), ("POST", "/tokenize"), ("POST", "/invocations"), ("POST", "/vertex"),
-    ("POST", "/v2/models/m/infer"), ("POST", "/api/chat"), ("POST", "/api/generate"), ("GET", "/api/tags"),
-    ("GET", "/api/version"), ("POST", "/v1/messages"), ("GET", "/nowhere"), ("POST", "/v1/responses"),
-    ("GET", "/v1/responses/resp_1"), ("DELETE", "/v1/responses/resp_1"),
-]  # fmt: skip
-
-
-async def test_every_route_but_liveness_asks_for_a_key_in_the_shape_of_its_api() -> None:
+async def test_a_refusal_has_the_shape_of_the_api_and_reaches_no_router() -> None:
+    """tests/e2e/test_security.py asks every route, with every kind of wrong key."""
     async with bridge(KeyRing([ALICE])) as (http, router):
-        for method, path in ROUTES:
-            for headers in (
-                {},
-                bearer("wrong"),
-                {"authorization": "Bearer"},
-                {"authorization": "alice-secret"},
-                {"x-api-key": "x"},
-            ):
-                response = await http.request(method, path, headers=headers, json=CHAT if method == "POST" else None)
-                assert response.status_code == 401, path
-                assert response.headers["www-authenticate"] == "Bearer" and "error" in response.json()
+        for path in ("/v1/chat/completions", "/generate", "/api/chat", "/v1/messages", "/nowhere"):
+            response = await http.post(path, headers=bearer("wrong"), json=CHAT)
+            assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
         assert (await http.post("/v1/chat/completions", json=CHAT)).json()["error"]["code"] == "invalid_api_key"
         assert (await http.post("/v1/messages")).json()["error"]["type"] == "authentication_error"
         for path in ("/health", "/ping", "/", "/v2/health/live"):

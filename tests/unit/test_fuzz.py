@@ -118,9 +118,9 @@ async def test_a_redis_that_others_write_to_hurts_no_router(redis_server: RedisS
 # ---------------------------------------------------------------- the KV channel
 
 
-def _message(rng: random.Random, instance: str) -> bytes:
-    """A message as a peer sends it, or one that was bent on its way."""
-    tid = rng.choice((b"t" * 16, b"u" * 16, b"", rng.randbytes(16), rng.randbytes(100)))
+def _message(rng: random.Random, instance: str, theirs: bytes) -> bytes:
+    """A message as a peer sends it, or one that was bent on its way. theirs: a transfer of another pair."""
+    tid = rng.choice((b"t" * 16, b"u" * 16, theirs, b"", rng.randbytes(16), rng.randbytes(100)))
     number = lambda: rng.choice((0, 1, 2, 3, 7, 64, 2**31, 2**32 - 1))  # noqa: E731
     request = rng.choice((
         kv.ConnectRequest(hello=identity("liar").hello(instance, ["grpc"])),
@@ -140,12 +140,12 @@ def _message(rng: random.Random, instance: str) -> bytes:
     return bytes(data) if rng.random() < 0.9 else rng.randbytes(rng.randrange(60))
 
 
-async def _talk(both: Ends, rng: random.Random) -> None:
+async def _talk(both: Ends, rng: random.Random, theirs: bytes) -> None:
     """One connection of a peer that keeps to no rules; the server ends it when it has heard enough."""
     async with open_channel(both.address) as channel:
         connect = channel.stream_stream("/pagewire.v1.KvChannelService/Connect")  # bytes in, bytes out
         call = connect()
-        messages = [_message(rng, both.instance) for _ in range(rng.randrange(1, 12))]
+        messages = [_message(rng, both.instance, theirs) for _ in range(rng.randrange(1, 12))]
         if rng.random() < 0.9:
             hello = identity("liar").hello(both.instance, ["grpc"])
             messages.insert(0, kv.ConnectRequest(hello=hello).SerializeToString())
@@ -177,7 +177,7 @@ async def test_a_peer_that_keeps_to_no_rules_ends_its_own_stream_alone(frozen_he
         for _ in range(max(EXAMPLES, 60)):
             prompt = random_kv(both.sink.layout, 12, seed=rng.randrange(100))
             outgoing = await both.open(prompt)
-            await _talk(both, rng)
+            await _talk(both, rng, outgoing.transfer_id)
             outgoing.extend(12)
             await outgoing.seal([common_pb2.SampledToken(token_id=7)])
             assert both.sink.pages[outgoing.transfer_id].equal(prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -170,18 +171,28 @@ def test_a_tag_that_is_not_the_chunks_is_refused(spoiled: bytes) -> None:
             received(receiver, spoiled)
 
 
+def greeting() -> bytes:
+    """How a caller begins who means to show a certificate, whoever signed it: the lane asks for none."""
+    out = ssl.MemoryBIO()
+    hello = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), out, server_hostname="worker.pagewire.internal")
+    with pytest.raises(ssl.SSLWantReadError):
+        hello.do_handshake()
+    return out.read()
+
+
 def test_callers_that_are_not_the_peer_are_sent_away_and_hold_nobody_up() -> None:
-    """More than are listened to at once: silent ones, some that say something else, and some that are already gone."""
+    """More than are listened to at once. The third has a certificate of ours and the key of another pair, no more."""
+    said = (b"", None, tcp_lane._proof(os.urandom(32)), greeting(), os.urandom(PROOF - 1), os.urandom(10 * PROOF))
     strangers: list[socket.socket] = []
 
     def crowd(address: str) -> str:
         host, _, port = address.partition(" ")
-        for i in range(100):
-            stranger = socket.create_connection((host, int(port)))
-            if i % 3 == 1:
-                stranger.sendall(os.urandom(PROOF))
-            if i % 3 == 2:
+        for i in range(120):
+            stranger, words = socket.create_connection((host, int(port))), said[i % len(said)]
+            if words is None:
                 stranger.close()
+            elif words:
+                stranger.sendall(words)
             strangers.append(stranger)
         return address
 

@@ -165,6 +165,25 @@ async def test_what_belongs_to_no_open_transfer_is_dropped(message: dict[str, ob
         assert not both.sink.done and not both.sink.failures and TID not in both.sink.pages
 
 
+async def test_a_worker_cannot_touch_the_transfer_of_another_pair() -> None:
+    """One that has a certificate of ours and knows the transfer's id: it is not bound to the pair that carries it."""
+    async with ends("grpc", window=2) as both, liar(both, granted=False) as peer:
+        prompt = random_kv(LAYOUT, TOKENS, seed=1)
+        outgoing = await both.open(prompt)
+        tid = outgoing.transfer_id
+        await peer.say(offer=kv.Offer(transfer_id=tid, token_end=TOKENS))
+        refused = (await peer.hear()).abort
+        assert refused.transfer_id == tid and "another prefill worker" in refused.error.message
+        await peer.say(chunk=a_chunk(transfer_id=tid))
+        await peer.say(sealed=the_seal(transfer_id=tid))
+        await peer.say(abort=kv.Abort(transfer_id=tid))
+        await peer.say(offer=kv.Offer(transfer_id=TID, token_end=TOKENS))
+        assert (await peer.hear()).grant.transfer_id == TID  # so all of it was read
+        outgoing.extend(TOKENS)
+        await outgoing.seal(FIRST)
+        assert torch.equal(both.sink.pages[tid], prompt) and tid not in both.sink.failures
+
+
 def out_of_turn() -> list[tuple[dict[str, object], str]]:
     another_hello = identity("liar").hello("decode-life-1", ["grpc"])
     return [
