@@ -165,7 +165,7 @@ async def services_of(channel: grpc.aio.Channel) -> set[str]:
     """What a server says that it has."""
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     answers: Any = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=5)
-    answer = await anext(aiter(answers))
+    [answer] = [answer async for answer in answers]
     return {service.name for service in answer.list_services_response.service}
 
 
