@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -69,10 +70,13 @@ def flags(cells: Iterable[str]) -> list[str]:
 @functools.cache
 def options() -> dict[str, set[str]]:
     """What each command takes: `pagewire serve` and the like, and the services."""
-    subcommands = Parser(prog="pagewire").add_subparsers()
+    parser = Parser(prog="pagewire")
+    subcommands = parser.add_subparsers()
     for module in vars(command).values():
         if hasattr(module, "add_subcommand"):
-            module.add_subcommand(subcommands)
+            parameters = inspect.signature(module.add_subcommand).parameters.values()
+            needed = [p for p in parameters if p.default is p.empty]  # completion wants to know of all others
+            module.add_subcommand(*(subcommands, parser)[: len(needed)])
     found = {f"pagewire {name}": set(p._option_string_actions) for name, p in subcommands.choices.items()}
     for name, flags_of in {"router": ROUTER_FLAGS, "worker": WORKER_FLAGS, "bridge": BRIDGE_FLAGS}.items():
         found[f"pagewire-{name}"] = {"--config", *(f"--{flag}" for flag in flags_of)}
