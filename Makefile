@@ -100,7 +100,7 @@ fuzz-schemas: $(TESTING)
 	$(BIN)/python tests/fuzz_schemas.py $(or $(SCHEMAS),1000)
 
 bench: $(TESTING)
-	$(BIN)/python benchmarks/serve.py --base-url $(BASE_URL) $(ARGS)
+	$(BIN)/pagewire bench --base-url $(BASE_URL) $(ARGS)
 
 # Every image, for CPUs. PIP_EXTRA_INDEX_URL: an index of CPU builds of torch. VARIANT=cuda makes pagewire-worker-cuda
 # and pagewire-cuda.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pagewire_bench.report import machine
+from pagewire_cli.load.report import machine
 from pagewire_core.block_hash import PageKeys
 from pagewire_engine.batch import Batch
 from pagewire_engine.block_manager import BlockManager

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from pagewire_bench import contestants, report
-from pagewire_bench.client import ServerUnfit, Target
+from pagewire_bench import contestants
 from pagewire_bench.contestants import OURS, PRECISIONS, Contestant, Setting
-from pagewire_bench.loads import LOADS, QUICK_LOADS, Load, apply, client, warm_up
+from pagewire_bench.loads import LOADS, QUICK_LOADS, Load, apply, warm_up
 from pagewire_bench.ratios import FIGURES, table
 from pagewire_bench.server_process import ServerProcess
+from pagewire_cli.load import report
+from pagewire_cli.load.client import ServerUnfit, Target
+from pagewire_cli.load.http import Server
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -80,10 +82,9 @@ def _contestants(args: argparse.Namespace, loads: dict[str, Load], precision: st
 async def _turn(server: ServerProcess, loads: dict[str, Load], num_tokens: int, seed: str) -> dict[str, dict[str, Any]]:
     """Every load once, on a server that is awake."""
     longest = max(load.context for load in loads.values())
-    async with client(server.base_url) as http:
-        target = Target(http, server.contestant.model, "completions")
-        await warm_up(target, num_tokens, longest, seed)
-        return {name: await apply(load, target, num_tokens, f"{seed}/{name}") for name, load in loads.items()}
+    target = Target(Server(server.base_url), server.contestant.model)
+    await warm_up(target, num_tokens, longest, seed)
+    return {name: await apply(load, target, num_tokens, f"{seed}/{name}") for name, load in loads.items()}
 
 
 def _run_rounds(args: argparse.Namespace, servers: list[ServerProcess], loads: dict[str, Load]) -> Runs:

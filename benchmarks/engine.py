@@ -19,11 +19,11 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from pagewire_bench import report
 from pagewire_bench.engine_cases import Case, make_cases
 from pagewire_bench.engine_process import EngineProcess, EngineSetting, Method, Ready
 from pagewire_bench.limits import LimitMeter, Limits
 from pagewire_bench.needs import Needs, needs_of
+from pagewire_cli.load import report
 from pagewire_core.errors import StartupError
 from rich.console import Console
 from rich.table import Table

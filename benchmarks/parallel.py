@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pagewire_bench import report
+from pagewire_cli.load import report
 from pagewire_core.model_dir import resolve_model
 from pagewire_engine.engine import Engine
 from pagewire_engine.loader import load

@@ -5,7 +5,7 @@
     python benchmarks/roles.py --model random/tiny16k --loads "streams beside 8k prompts" --out ...
 
 Every round starts each arrangement with `pagewire serve`, runs each load of LOADS on it with
-`benchmarks/serve.py`, and stops it. Prints medians over the rounds, their spread, and the ratio of 1P1D
+`pagewire bench`, and stops it. Prints medians over the rounds, their spread, and the ratio of 1P1D
 to two workers with both roles (below 1 is better for times, above 1 for tokens per second).
 """
 
@@ -25,28 +25,32 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parents[1]
 ARRANGEMENTS = {"1P1D": ["--prefill=1", "--decode=1"], "2 x both": ["--both=2"]}
+
+
+def _load(concurrency: int, prompt_len: int, output_len: int, *more: str) -> list[str]:
+    lengths = [f"--random-input-len={prompt_len}", f"--random-output-len={output_len}"]
+    return [f"--max-concurrency={concurrency}", *lengths, "--num-warmups=2", *more]
+
+
 LOADS = {
-    "chat, 8 in flight": ["--concurrency=8", "--num-requests=80", "--prompt-len=64:256", "--output-len=64"],
-    "long prompts, 4 in flight": ["--concurrency=4", "--num-requests=40", "--prompt-len=1200", "--output-len=64"],
-    "shared prefix, 8 in flight": ["--concurrency=8", "--num-requests=80", "--prompt-len=512", "--output-len=32",
-                                   "--shared-prefix-share=0.9"],
-    "streams beside 8k prompts": ["--concurrency=4", "--duration=40", "--prompt-len=64", "--output-len=256"],
-}  # fmt: skip
+    "chat, 8 in flight": _load(8, 160, 64, "--num-prompts=80", "--random-range-ratio=0.6"),
+    "long prompts, 4 in flight": _load(4, 1200, 64, "--num-prompts=40"),
+    "shared prefix, 8 in flight": _load(8, 51, 32, "--num-prompts=80", "--random-prefix-len=461"),
+    "streams beside 8k prompts": _load(4, 64, 256, "--duration=40"),
+}
 # What a second client asks for at the same time; its figures are kept beside those of the load.
 BESIDE = {
-    "streams beside 8k prompts": ["--concurrency=1", "--duration=40", "--prompt-len=8000", "--output-len=1", "--seed=1",
-                                  "--warmup=0"],
-}  # fmt: skip
+    "streams beside 8k prompts": _load(1, 8000, 1, "--duration=40", "--seed=1", "--num-warmups=0"),
+}
 DEFAULT_LOADS = [load for load in LOADS if load not in BESIDE]  # the demo model's context is too short for 8k
 FIGURES = {
-    "TTFT p50 (ms)": ("ttft_ms", "p50"),
-    "TTFT p99 (ms)": ("ttft_ms", "p99"),
-    "ITL p50 (ms)": ("itl_ms", "p50"),
-    "ITL p99 (ms)": ("itl_ms", "p99"),
-    "output tokens/s": ("output_tokens_per_s",),
-    "cached share": ("cached_tokens_share",),
+    "TTFT p50 (ms)": "median_ttft_ms",
+    "TTFT p99 (ms)": "p99_ttft_ms",
+    "ITL p50 (ms)": "median_itl_ms",
+    "ITL p99 (ms)": "p99_itl_ms",
+    "output tokens/s": "output_throughput",
+    "cached share": "cached_tokens_share",
 }
 
 
@@ -67,14 +71,15 @@ def _served(arrangement: list[str], args: argparse.Namespace, directory: Path) -
 
 def _measure(base_url: str, load: str, directory: Path) -> dict[str, Any]:
     out = {name: directory / f"{name}.json" for name in ("load", "beside")}
-    command = [sys.executable, str(ROOT / "benchmarks/serve.py"), f"--base-url={base_url}"]
+    program = str(Path(sys.executable).with_name("pagewire"))
+    command = [program, "bench", f"--base-url={base_url}", "--save-result", "--result-filename"]
     beside = None
     if load in BESIDE:
         beside = subprocess.Popen(
-            [*command, f"--out={out['beside']}", *BESIDE[load]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, str(out["beside"]), *BESIDE[load]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
     subprocess.run(
-        [*command, f"--out={out['load']}", *LOADS[load]],
+        [*command, str(out["load"]), *LOADS[load]],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -87,19 +92,12 @@ def _measure(base_url: str, load: str, directory: Path) -> dict[str, Any]:
     return measured
 
 
-def _figure(measured: dict[str, Any], path: tuple[str, ...]) -> float:
-    value: Any = measured["results"]
-    for key in path:
-        value = value[key]
-    return float(value)
-
-
 def _table(load: str, runs: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table("", *ARRANGEMENTS, "ratio", title=load)
-    for name, path in FIGURES.items():
+    for name, key in FIGURES.items():
         cells, medians = [], []
         for arrangement in ARRANGEMENTS:
-            values = [_figure(run, path) for run in runs[arrangement]]
+            values = [float(run[key]) for run in runs[arrangement]]
             medians.append(statistics.median(values))
             cells.append(f"{medians[-1]:.2f} ({min(values):.2f}-{max(values):.2f})")
         table.add_row(name, *cells, f"{medians[0] / medians[1]:.2f}" if medians[1] else "-")

@@ -24,7 +24,8 @@ from typing import Any
 
 import structlog
 import torch
-from pagewire_bench import netns, report, wire_lanes, wire_tokens
+from pagewire_bench import netns, wire_lanes, wire_tokens
+from pagewire_cli.load import report
 from pagewire_transfer.lanes import available_lanes
 from rich.console import Console
 from rich.table import Table

@@ -8,11 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+from pagewire_cli.load import pace, report
+from pagewire_cli.load.client import Outcome, Target
 
-from pagewire_bench import pace, report
-from pagewire_bench.client import Outcome, Target
-from pagewire_bench.workload import TokenWorkload
+from pagewire_bench.token_workload import TokenWorkload
 
 _QUICK_OUTPUT = 64
 
@@ -77,10 +76,6 @@ async def warm_up(target: Target, num_tokens: int, longest: int, seed: str) -> N
     for load in _WARM_UP:
         prompt_len = min(load.prompt_len, longest - load.output_len)
         await apply(dataclasses.replace(load, prompt_len=prompt_len), target, num_tokens, f"{seed}/warm-up")
-
-
-def client(base_url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=base_url, timeout=60.0, trust_env=False)
 
 
 def _cpu_seconds() -> float:

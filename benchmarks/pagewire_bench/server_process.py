@@ -11,9 +11,9 @@ from pathlib import Path
 
 import httpx
 import psutil
+from pagewire_cli.load.client import ServerUnfit
 from pagewire_cli.ports import free_ports
 
-from pagewire_bench.client import ServerUnfit
 from pagewire_bench.contestants import Contestant
 
 _START_S = 600.0  # vLLM compiles at first start

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import httpx
+from pagewire_cli.load.client import CHAT, Target
+from pagewire_cli.load.http import Server
+from pagewire_cli.load.workload import Request
 
-from pagewire_bench.client import Target
 from pagewire_bench.paced import Pace
 from pagewire_bench.paced_openai import MODEL
-from pagewire_bench.workload import Request
 
 _PROMPT = "Tell me a story about Mia and a fox at the river."
 _FIRST_TOKEN = re.compile(rb'"content": ?"[^"]')
@@ -45,21 +45,20 @@ async def run(url: str, load: Load, pace: Pace) -> Measured:
     measured = Measured()
     until = time.perf_counter() + load.seconds
     answer_s = pace.ttft_s + load.tokens * pace.itl_s
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
-        target = Target(client, MODEL, "chat")
+    target = Target(Server(url), MODEL, CHAT, is_chat=True)
 
-        async def stream(number: int) -> None:
-            await asyncio.sleep(answer_s * number / load.streams)
-            while time.perf_counter() < until:
-                outcome = await target.complete(Request(number, _PROMPT, load.tokens))
-                if outcome.error or outcome.completion_tokens != load.tokens:
-                    measured.errors.append(outcome.error or f"{outcome.completion_tokens} tokens")
-                    await asyncio.sleep(0.1)
-                else:
-                    measured.ttft_s.append(outcome.ttft_s)
-                    measured.num_tokens += load.tokens
+    async def stream(number: int) -> None:
+        await asyncio.sleep(answer_s * number / load.streams)
+        while time.perf_counter() < until:
+            outcome = await target.complete(Request(number, _PROMPT, load.tokens))
+            if outcome.error or outcome.completion_tokens != load.tokens:
+                measured.errors.append(outcome.error or f"{outcome.completion_tokens} tokens")
+                await asyncio.sleep(0.1)
+            else:
+                measured.ttft_s.append(outcome.ttft_s)
+                measured.num_tokens += load.tokens
 
-        await asyncio.gather(*(stream(i) for i in range(load.streams)))
+    await asyncio.gather(*(stream(i) for i in range(load.streams)))
     return measured
 
 

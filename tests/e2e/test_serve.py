@@ -104,6 +104,23 @@ async def test_a_streamed_story_is_the_whole_one(served: Served) -> None:
     assert usage.prompt_tokens_details is not None and usage.prompt_tokens_details.cached_tokens
 
 
+async def test_pagewire_bench_measures_it(served: Served, tmp_path: Path) -> None:
+    """Lengths are exact on a server that says how many tokens there are, and KV has moved for every prompt."""
+    path = tmp_path / "result.json"
+    command = [*script("pagewire"), "bench", f"--base-url={served.state['base_url']}", "--num-prompts=6"]
+    command += ["--max-concurrency=2", "--random-input-len=64", "--random-output-len=12", "--random-prefix-len=32"]
+    process = await asyncio.create_subprocess_exec(
+        *command, "--save-result", f"--result-filename={path}", stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0 and b"Mean TPOT (ms):" in out
+    result = json.loads(path.read_text())
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (6, 0, 72)
+    assert result["total_input_tokens"] / 6 == pytest.approx(96, rel=0.15)
+    assert result["kv_transfer"]["bytes"] > 0 and 0 < result["cached_tokens_share"] < 1
+    assert 0 < result["median_tpot_ms"] and result["median_ttft_ms"] < result["median_e2el_ms"]
+
+
 async def test_a_conversation_reuses_its_prefix(served: Served) -> None:
     messages: list[Any] = [{"role": "user", "content": "Tell me a story about Mia and a fox at the river."}]
     first = await served.client.chat.completions.create(model="pagewire-demo", messages=messages, temperature=0)

@@ -17,16 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from pagewire_bench import contestants, ratios
-from pagewire_bench.client import ServerUnfit, Target
 from pagewire_bench.contestants import Contestant, Setting
 from pagewire_bench.loads import LOADS, Load, apply
 from pagewire_bench.server_process import ServerProcess
-from pagewire_bench.stream import send
-from pagewire_bench.workload import TokenWorkload
+from pagewire_bench.token_workload import TokenWorkload
+from pagewire_cli.load.client import ServerUnfit, Target
+from pagewire_cli.load.http import Server
 from pagewire_core.flags import available_cpus
 from rich.console import Console
 
@@ -90,8 +89,9 @@ END = chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 async def test_a_body_is_whole_however_it_is_cut_and_has_the_time_of_each_piece() -> None:
     body = chunk(TOKEN) + chunk(TOKEN)
     cut = len(chunk(TOKEN)) - 7  # within the first event
-    async with serving([OK + body[:cut], body[cut:], END], gap_s=0.02) as url, httpx.AsyncClient() as client:
-        response = await send(client.build_request("POST", url + "/v1/completions", json={}), 5.0)
+    async with serving([OK + body[:cut], body[cut:], END], gap_s=0.02) as url:
+        server = Server(url)
+        response = await server.send(server.request("POST", "/v1/completions", {}), 5.0)
     assert (response.status, response.complete) == (200, True)
     assert b"".join(piece.body for piece in response.pieces) == TOKEN + TOKEN + b"data: [DONE]\n\n"
     assert response.pieces[-1].at - response.pieces[0].at > 0.03
@@ -110,14 +110,13 @@ async def test_a_body_is_whole_however_it_is_cut_and_has_the_time_of_each_piece(
 )
 async def test_an_answer_that_is_broken_or_short_is_an_error(pieces: list[bytes], error: str) -> None:
     """A server that ends early would look fast."""
-    async with serving(pieces) as url, httpx.AsyncClient(base_url=url) as client:
-        result = await apply(Load(1, 1, 8, 4), Target(client, "m", "completions"), 100, "seed")
+    async with serving(pieces) as url:
+        result = await apply(Load(1, 1, 8, 4), Target(Server(url), "m"), 100, "seed")
     assert result["errors"] == {error: 1} and not result["completed"]
 
 
 async def test_a_server_that_is_gone_is_an_error() -> None:
-    async with httpx.AsyncClient(base_url="http://127.0.0.1:1") as client:
-        result = await apply(Load(1, 1, 8, 4), Target(client, "m", "completions"), 100, "seed")
+    result = await apply(Load(1, 1, 8, 4), Target(Server("http://127.0.0.1:1"), "m"), 100, "seed")
     assert result["errors"] == {"ConnectionRefusedError": 1}
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError
 
-from pagewire_cli import certs, drain, envoy_config, explain, key, role, serve, status, version
+from pagewire_cli import bench, certs, drain, envoy_config, explain, key, role, serve, status, version
 
 _EXAMPLES = """\
 `pagewire COMMAND --help` tells more. To begin with:
   pagewire serve                             the demo model on http://127.0.0.1:8000
+  pagewire bench --num-prompts 64            how fast it is
   pagewire status --router HOST:PORT         what runs; `serve` prints the router's address"""
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None, serve_defaults: Mapping[str, object]
     parser.add_argument("--version", action="version", version=version.installed_version())
     subcommands = parser.add_subparsers(required=True, title="commands", prog="pagewire", metavar="COMMAND")
     serve.add_subcommand(subcommands, defaults=serve_defaults)
-    for command in (status, explain, drain, role, certs, key, envoy_config, version):
+    for command in (bench, status, explain, drain, role, certs, key, envoy_config, version):
         command.add_subcommand(subcommands)
     args = parser.parse_args(argv)
     try:

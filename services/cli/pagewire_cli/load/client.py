@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import orjson
 
-from pagewire_bench.stream import Response, send
-from pagewire_bench.workload import Calibration, Request, random_words
+from pagewire_cli.load.http import Response, Server
+from pagewire_cli.load.workload import Calibration, Request, random_words
 
-_PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-ENDPOINTS = tuple(_PATHS)
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _PROBES = (16, 112)  # words; together far below any model's context
-_TIMEOUT_S = 600.0  # of a request
+_OK = 200
 
 
 class ServerUnfit(Exception):
@@ -27,10 +25,11 @@ class ServerUnfit(Exception):
 
 @dataclass
 class Outcome:
-    """Times in seconds. `itl_s` has one value per token after the first chunk's."""
+    """Times in seconds. `itl_s` has one value per token after the first chunk's; `tpot_s` is None for one token."""
 
     ttft_s: float = 0.0
     e2e_s: float = 0.0
+    tpot_s: float | None = None
     itl_s: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -46,50 +45,50 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class Target:
-    """A model behind an endpoint of a server."""
+    """A model behind an endpoint of a server; `is_chat`: prompts are a user's messages."""
 
-    client: httpx.AsyncClient  # with the server's base URL
+    server: Server
     model: str
-    endpoint: str
+    endpoint: str = COMPLETIONS
+    is_chat: bool = False
+    ignore_eos: bool = True  # servers that know it give exactly max_tokens; others may end sooner
 
     def _body(self, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
-        asked = {"messages": [{"role": "user", "content": prompt}]} if self.endpoint == "chat" else {"prompt": prompt}
-        # ignore_eos: servers that know it give exactly max_tokens; others may end sooner.
-        return {"model": self.model, **asked, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
+        asked = {"messages": [{"role": "user", "content": prompt}]} if self.is_chat else {"prompt": prompt}
+        body = {"model": self.model, **asked, "max_tokens": max_tokens, "temperature": 0.0}
+        return body | {"ignore_eos": True} if self.ignore_eos else body
+
+    async def prompt_tokens(self, prompt: str) -> int:
+        """As the server counts them. Raises ServerUnfit, OSError."""
+        response = await self.server.send(self.server.request("POST", self.endpoint, self._body(prompt, 1)))
+        if response.status != _OK:
+            raise ServerUnfit(f"the server answers {response.status}: {response.body[:300].decode(errors='replace')}")
+        try:
+            return int(response.json()["usage"]["prompt_tokens"])
+        except (KeyError, TypeError, ValueError):
+            raise ServerUnfit("the server does not report usage.prompt_tokens: lengths cannot be set") from None
 
     async def calibrate(self, seed: int) -> Calibration:
-        """Asks twice to learn how many tokens a word makes. Raises ServerUnfit, httpx.HTTPError."""
-        probes: list[tuple[int, int]] = []
-        for num_words in _PROBES:
-            prompt = " ".join(random_words(num_words, random.Random(f"{seed}/probe")))
-            response = await self.client.post(_PATHS[self.endpoint], json=self._body(prompt, 1))
-            if response.status_code != httpx.codes.OK:
-                raise ServerUnfit(f"the server answers {response.status_code}: {response.text[:300]}")
-            try:
-                probes.append((num_words, int(response.json()["usage"]["prompt_tokens"])))
-            except (KeyError, TypeError, ValueError):
-                raise ServerUnfit("the server does not report usage.prompt_tokens: lengths cannot be set") from None
+        """Asks twice to learn how many tokens a word makes. Raises ServerUnfit, OSError."""
+        probes = [" ".join(random_words(count, random.Random(f"{seed}/probe"))) for count in _PROBES]
+        few, many = [(count, await self.prompt_tokens(probe)) for count, probe in zip(_PROBES, probes, strict=True)]
         try:
-            return Calibration.from_probes(*probes)
+            return Calibration.from_probes(few, many)
         except ValueError as error:
             raise ServerUnfit(f"lengths cannot be set: {error}") from None
 
     async def complete(self, request: Request) -> Outcome:
         """Streams one answer. Failures are in the outcome, as every server has some under load."""
-        body = {
-            **self._body(request.prompt, request.max_tokens),
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
         outcome = Outcome()
-        asked = self.client.build_request("POST", _PATHS[self.endpoint], json=body)
+        stream = {"stream": True, "stream_options": {"include_usage": True}}
+        asked = self.server.request("POST", self.endpoint, self._body(request.prompt, request.max_tokens) | stream)
         started = time.perf_counter()
         try:
-            response = await send(asked, _TIMEOUT_S)
+            response = await self.server.send(asked)
         except OSError as error:  # TimeoutError is one
             outcome.error = type(error).__name__
             return outcome
-        if response.status != httpx.codes.OK:
+        if response.status != _OK:
             outcome.error = f"HTTP {response.status}" if response.status else "no response"
             return outcome
         outcome.e2e_s = response.pieces[-1].at - started if response.pieces else 0.0
@@ -106,8 +105,8 @@ def _read(response: Response, outcome: Outcome) -> list[_Chunk]:
         if data == b"[DONE]":
             return chunks
         try:
-            event = json.loads(data)
-        except ValueError:
+            event = orjson.loads(data)
+        except orjson.JSONDecodeError:
             outcome.error = "event is not JSON"
             return chunks
         if event.get("error"):
@@ -146,6 +145,8 @@ def _time(outcome: Outcome, chunks: list[_Chunk], started: float) -> None:
     """
     outcome.completion_tokens = outcome.completion_tokens or len(chunks)
     outcome.ttft_s = chunks[0].at - started if chunks else outcome.e2e_s
+    if outcome.completion_tokens > 1 and chunks:
+        outcome.tpot_s = (chunks[-1].at - chunks[0].at) / (outcome.completion_tokens - 1)
     share = (outcome.completion_tokens - 1) / max(1, len(chunks) - 1)
     for before, chunk in itertools.pairwise(chunks):
         tokens = share

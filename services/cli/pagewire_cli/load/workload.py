@@ -1,13 +1,13 @@
 """What is asked: prompts of a length in tokens, with a part that all of them share.
 
 No tokenizer is used. Prompts are random words, and the server's own `usage` says how many tokens a word
-makes; so the same workload can be given to any server. Where all servers run one model, token ids are exact.
+makes; so the same workload can be given to any server.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 WORDS = (
@@ -20,8 +20,6 @@ WORDS = (
     "carry follow gather listen wander remember forget build open close begin finish travel"
 ).split()
 
-_FIRST_ID = 64
-
 
 @dataclass(frozen=True)
 class Lengths:
@@ -33,14 +31,10 @@ class Lengths:
     def draw(self, rng: random.Random) -> int:
         return rng.randint(self.low, self.high)
 
-
-def lengths(text: str) -> Lengths:
-    """'128' or '64:512'."""
-    low, _, high = text.partition(":")
-    drawn = Lengths(int(low), int(high or low))
-    if not 1 <= drawn.low <= drawn.high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a length; write 128, or 64:512")
-    return drawn
+    @classmethod
+    def around(cls, length: int, ratio: float) -> Lengths:
+        """From length * (1 - ratio) to length * (1 + ratio), and never less than 1."""
+        return cls(max(1, int(length * (1 - ratio))), max(1, int(length * (1 + ratio))))
 
 
 @dataclass(frozen=True)
@@ -70,44 +64,37 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Request number i is a function of (seed, i): the same for every server and every pace."""
+class RandomWorkload:
+    """Request number i is a function of (seed, i): the same for every server and every pace.
+
+    The first `prefix_len` tokens are the same in all prompts, and come before those of `prompt_len`.
+    """
 
     calibration: Calibration
     prompt_len: Lengths
     output_len: Lengths
-    shared_prefix_share: float
+    prefix_len: int
     seed: int
 
     def request(self, index: int) -> Request:
         rng = random.Random(f"{self.seed}/{index}")
-        num_words = self.calibration.words_for(self.prompt_len.draw(rng))
+        num_words = self.calibration.words_for(self.prefix_len + self.prompt_len.draw(rng))
         max_tokens = self.output_len.draw(rng)
-        num_shared = round(num_words * self.shared_prefix_share)
+        num_shared = min(round(self.prefix_len / self.calibration.per_word), num_words)
         shared = random.Random(f"{self.seed}/shared")
         words = [*random_words(num_shared, shared), *random_words(num_words - num_shared, rng)]
         return Request(index, " ".join(words), max_tokens)
 
 
 @dataclass(frozen=True)
-class TokenWorkload:
-    """Prompts of random token ids, each exactly `prompt_len` long; request i is a function of (seed, i).
+class ListedWorkload:
+    """Prompts with the number of tokens to answer, from a file; begun again when they run out."""
 
-    Ids are below `num_tokens`, which every server's tokenizer must have, and above the special ones.
-    """
-
-    num_tokens: int
-    prompt_len: int
-    output_len: int
-    shared_prefix_share: float
-    seed: str
+    listed: Sequence[tuple[str, int]]
 
     def request(self, index: int) -> Request:
-        num_shared = round(self.prompt_len * self.shared_prefix_share)
-        shared, own = random.Random(f"{self.seed}/shared"), random.Random(f"{self.seed}/{index}")
-        ids = [shared.randrange(_FIRST_ID, self.num_tokens) for _ in range(num_shared)]
-        ids += [own.randrange(_FIRST_ID, self.num_tokens) for _ in range(self.prompt_len - num_shared)]
-        return Request(index, ids, self.output_len)
+        prompt, max_tokens = self.listed[index % len(self.listed)]
+        return Request(index, prompt, max_tokens)
 
 
 def random_words(count: int, rng: random.Random) -> list[str]:

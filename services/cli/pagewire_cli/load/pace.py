@@ -1,15 +1,16 @@
-"""When requests are sent: a fixed number in flight, or Poisson arrivals."""
+"""When requests are sent: a fixed number in flight, or arrivals at a rate."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-from pagewire_bench.client import Outcome
+from pagewire_cli.load.client import Outcome
 
 Send = Callable[[int], Coroutine[Any, Any, Outcome]]
 
@@ -35,14 +36,31 @@ async def keep_in_flight(concurrency: int, numbers: Iterator[int], send: Send) -
     return outcomes
 
 
-async def arrive_at(rate: float, seed: int, numbers: Iterator[int], send: Send) -> list[Outcome]:
-    """An open loop: `rate` requests per second with exponential gaps, whatever the server does."""
+async def arrive_at(
+    rate: float, seed: int, numbers: Iterator[int], send: Send, burstiness: float = 1.0, limit: int | None = None
+) -> list[Outcome]:
+    """An open loop: `rate` requests per second, whatever the server does.
+
+    At most `limit`
+    are in flight; what arrives then waits at the client, and does not count as begun.
+    """
+    gate = asyncio.Semaphore(limit) if limit else contextlib.nullcontext()
+
+    async def arrived(index: int) -> Outcome:
+        async with gate:
+            return await send(index)
+
     rng = random.Random(f"{seed}/arrivals")
     arrival = time.perf_counter()
     tasks: list[asyncio.Task[Outcome]] = []
     async with asyncio.TaskGroup() as group:
         for index in numbers:
             await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
-            tasks.append(group.create_task(send(index)))
-            arrival += rng.expovariate(rate)
+            tasks.append(group.create_task(arrived(index)))
+            arrival += gap(rng, rate, burstiness)
     return [task.result() for task in tasks]
+
+
+def gap(rng: random.Random, rate: float, burstiness: float) -> float:
+    """Seconds between two arrivals: a gamma distribution of shape `burstiness`. 1: a Poisson process; less: bursts."""
+    return rng.gammavariate(burstiness, 1 / (rate * burstiness))
