@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError
 
-from pagewire_cli import bench, certs, drain, envoy_config, explain, key, role, serve, status, version
+from pagewire_cli import bench, certs, completion, drain, envoy_config, explain, key, role, serve, status, version
 
 _EXAMPLES = """\
 `pagewire COMMAND --help` tells more. To begin with:
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None, serve_defaults: Mapping[str, object]
     serve.add_subcommand(subcommands, defaults=serve_defaults)
     for command in (bench, status, explain, drain, role, certs, key, envoy_config, version):
         command.add_subcommand(subcommands)
+    completion.add_subcommand(subcommands, parser)
     args = parser.parse_args(argv)
     try:
         args.run(args)
