@@ -151,6 +151,7 @@ class FakeWorker(
         self.instance = f"{worker_id}-1"
         self.digest = DIGEST
         self.protocol, self.sampling_revision = PROTOCOL, SAMPLING_REVISION
+        self.step_cost = worker_pb2.StepCost()
         self.hashes: list[bytes] = []
         self.arrived: dict[bytes, asyncio.Event] = {}
         self.seen: list[str] = []  # what was asked of it, in order
@@ -216,7 +217,7 @@ class FakeWorker(
         while True:
             while self.silent:
                 await asyncio.sleep(0.01)
-            yield worker_pb2.StatsResponse(free_blocks=64, total_blocks=64, max_num_seqs=8)
+            yield worker_pb2.StatsResponse(free_blocks=64, total_blocks=64, max_num_seqs=8, step_cost=self.step_cost)
             await asyncio.sleep(0.2)
 
     async def Snapshot(

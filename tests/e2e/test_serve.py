@@ -121,6 +121,19 @@ async def test_pagewire_bench_measures_it(served: Served, tmp_path: Path) -> Non
     assert 0 < result["median_tpot_ms"] and result["median_ttft_ms"] < result["median_e2el_ms"]
 
 
+async def test_pagewire_sizing_reckons_with_what_it_measured(served: Served) -> None:
+    """The demo model on any machine: one worker of each kind does one request a minute, and a million need more."""
+    flags = ["--prompt-tokens=64", "--output-tokens=16", "--ttft=60000", "--itl=60000"]
+    command = [*script("pagewire"), "sizing", f"--router={served.state['router']}", *flags, "--request-rate"]
+    few, many = (
+        subprocess.run([*command, rate], capture_output=True, text=True, timeout=60) for rate in ("0.02", "1e6")
+    )
+    assert few.stdout.startswith("Costs as measured: prompts by 1, decoding by 1 workers.\n"), few
+    assert "\nprefill workers: 1\n" in few.stdout and "\ndecode workers: 1\n" in few.stdout
+    assert "its KV       0.1 MB" in few.stdout, "1280 bytes a token"
+    assert many.returncode == 0 and "\nprefill workers: 1\n" not in many.stdout
+
+
 async def test_a_conversation_reuses_its_prefix(served: Served) -> None:
     messages: list[Any] = [{"role": "user", "content": "Tell me a story about Mia and a fox at the river."}]
     first = await served.client.chat.completions.create(model="pagewire-demo", messages=messages, temperature=0)

@@ -437,7 +437,7 @@ class CostTerm(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class RouteWorker(_message.Message):
-    __slots__ = ("worker_id", "role", "hit_tokens", "waiting_tokens", "queue_ms", "num_sequences", "kv_tokens", "free_tokens", "step_cost")
+    __slots__ = ("worker_id", "role", "hit_tokens", "waiting_tokens", "queue_ms", "num_sequences", "kv_tokens", "free_tokens", "step_cost", "kv_bytes_per_token", "max_num_seqs")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -447,6 +447,8 @@ class RouteWorker(_message.Message):
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: _common_pb2.WorkerRole
     hit_tokens: int
@@ -456,7 +458,9 @@ class RouteWorker(_message.Message):
     kv_tokens: int
     free_tokens: int
     step_cost: _worker_pb2.StepCost
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., hit_tokens: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., num_sequences: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., free_tokens: _Optional[int] = ..., step_cost: _Optional[_Union[_worker_pb2.StepCost, _Mapping]] = ...) -> None: ...
+    kv_bytes_per_token: int
+    max_num_seqs: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., hit_tokens: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., num_sequences: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., free_tokens: _Optional[int] = ..., step_cost: _Optional[_Union[_worker_pb2.StepCost, _Mapping]] = ..., kv_bytes_per_token: _Optional[int] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
 
 class Circuit(_message.Message):
     __slots__ = ("leg", "workers", "cause", "state", "failures", "retry_after_s")

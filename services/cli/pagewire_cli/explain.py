@@ -14,7 +14,7 @@ from pagewire_core.command_line import add_flags
 from pagewire_core.errors import StartupError, from_rpc
 from pagewire_core.flags import TLS_FLAGS, positive
 from pagewire_core.rpc import open_channel
-from pagewire_core.tls import ROUTER, tls_files
+from pagewire_core.tls import ROUTER, TlsFiles, tls_files
 
 from pagewire_cli.table import table
 
@@ -40,12 +40,7 @@ async def explain(args: argparse.Namespace) -> None:
     """Prints the router's answer. Raises StartupError if it cannot be reached or refuses the prompt."""
     request = inference_pb2.GenerateRequest(text=args.prompt, session_id=args.session, completion_default_length=True)
     request.sampling.max_tokens = args.max_tokens
-    tls = tls_files(args.tls_cert, args.tls_key, args.tls_ca)
-    async with open_channel(args.router, tls, ROUTER) as channel:
-        try:
-            answer = await inference_pb2_grpc.InferenceServiceStub(channel).Explain(request, timeout=_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise StartupError(f"{args.router} did not answer: {from_rpc(error).message}") from None
+    answer = await asked_of(args.router, tls_files(args.tls_cert, args.tls_key, args.tls_ca), request)
     if args.json:
         print(
             json_format.MessageToJson(
@@ -54,6 +49,17 @@ async def explain(args: argparse.Namespace) -> None:
         )
     else:
         print("\n".join(report(answer)))
+
+
+async def asked_of(
+    router: str, tls: TlsFiles | None, request: inference_pb2.GenerateRequest
+) -> inference_pb2.ExplainResponse:
+    """Where a router would serve a request. Raises StartupError as `explain` does."""
+    async with open_channel(router, tls, ROUTER) as channel:
+        try:
+            return await inference_pb2_grpc.InferenceServiceStub(channel).Explain(request, timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise StartupError(f"{router} did not answer: {from_rpc(error).message}") from None
 
 
 def report(answer: inference_pb2.ExplainResponse) -> Iterable[str]:

@@ -8,7 +8,20 @@ from collections.abc import Mapping, Sequence
 from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError
 
-from pagewire_cli import bench, certs, completion, drain, envoy_config, explain, key, role, serve, status, version
+from pagewire_cli import (
+    bench,
+    certs,
+    completion,
+    drain,
+    envoy_config,
+    explain,
+    key,
+    role,
+    serve,
+    sizing,
+    status,
+    version,
+)
 
 _EXAMPLES = """\
 `pagewire COMMAND --help` tells more. To begin with:
@@ -30,7 +43,7 @@ def main(argv: Sequence[str] | None = None, serve_defaults: Mapping[str, object]
     parser.add_argument("--version", action="version", version=version.installed_version())
     subcommands = parser.add_subparsers(required=True, title="commands", prog="pagewire", metavar="COMMAND")
     serve.add_subcommand(subcommands, defaults=serve_defaults)
-    for command in (bench, status, explain, drain, role, certs, key, envoy_config, version):
+    for command in (bench, status, explain, sizing, drain, role, certs, key, envoy_config, version):
         command.add_subcommand(subcommands)
     completion.add_subcommand(subcommands, parser)
     args = parser.parse_args(argv)

@@ -70,4 +70,6 @@ def _worker(load: Load) -> inference_pb2.RouteWorker:
             decode_ms_per_sequence=model.decode_ms_per_sequence,
             decode_ms_per_kv_token=model.decode_ms_per_kv_token,
         ),
+        kv_bytes_per_token=load.kv_bytes_per_token,
+        max_num_seqs=load.max_num_seqs,
     )
