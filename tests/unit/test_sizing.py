@@ -111,6 +111,14 @@ def test_it_says_whether_two_kinds_of_workers_pay(rate: float, prompt: int, outp
     assert all(f"{title}" in "\n".join(lines) for title in ("prefill workers:", "decode workers:", "that do both:"))
 
 
+def test_a_target_that_leaves_nothing_to_wait_is_pointed_out() -> None:
+    """The number of workers then hangs on the last millisecond."""
+    sizing = dataclasses.replace(_sizing(2.0, 1000, 100), targets=Targets(_sizing().prompt_ms * 1.75, 1000.0))
+    lines = list(report(sizing))
+    assert [line for line in lines if line.startswith("  --ttft ") and "with nothing to wait for, p90 is" in line]
+    assert not [line for line in report(_sizing(2.0, 1000, 100)) if "nothing to wait" in line]
+
+
 def test_costs_may_come_from_a_file_and_must_come_from_somewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

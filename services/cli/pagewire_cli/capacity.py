@@ -15,7 +15,8 @@
                          an answer is a Poisson number; a prompt is computed in chunks with a decode step after each
 
 What it leaves out: prompts that share a step (where they are far shorter than 2048 tokens, fewer prefill workers do),
-bursts beyond Poisson arrivals, prompts that decode workers compute. `benchmarks/sizing.py` tells how far off it is.
+bursts beyond Poisson arrivals, prompts that decode workers compute, the way through router and bridge.
+`benchmarks/sizing.py` tells how far off it is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from statistics import NormalDist
 
 from pagewire_router.load import StepModel
 
-_MOST = 100_000  # workers
+_MOST = 100_000
 _OVERLAP = 0.7  # share of a prompt's computation that hides its transfer, as the router has it
 
 
@@ -151,9 +152,13 @@ class Sizing:
             return False
         return not itl or (estimate.itl_ms <= self.targets.itl_ms and self._has_room(estimate))
 
+    def at_best(self, kind: Callable[[int], Estimate]) -> Estimate:
+        """What no number of workers can better: of so many that nothing waits."""
+        return kind(_MOST)
+
     def fewest(self, kind: Callable[[int], Estimate], *, ttft: bool = True, itl: bool = True) -> Estimate | None:
         """The least number of workers that will do; None if no number does. More workers never do worse."""
-        if not self.keeps(kind(_MOST), ttft=ttft, itl=itl):
+        if not self.keeps(self.at_best(kind), ttft=ttft, itl=itl):
             return None
         low, high = 1, 1
         while not self.keeps(kind(high), ttft=ttft, itl=itl):

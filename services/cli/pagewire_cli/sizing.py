@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _PREFILL_COSTS = ("prefill_base_ms", "prefill_ms_per_token", "prefill_ms_per_attended")
 _DECODE_COSTS = ("decode_base_ms", "decode_ms_per_sequence", "decode_ms_per_kv_token")
+_NEAR = 0.9  # of a target: what is that long without any waiting makes the number of workers a matter of chance
 _EXAMPLES = """\
 Step costs come from the workers of a running system (--router), which measure themselves, or from flags or a file
 (--config; keys are the flags' names). They are those of one worker: measure on the machine that you will have, with
@@ -218,6 +219,10 @@ def _choices(title: str, kind: Callable[[int], Estimate], fewest: Estimate | Non
     head = ["", "workers", "busy", f"TTFT {p}", f"ITL {p}", "sequences", f"KV tokens {p}", "longest gap"]
     used = [i for i in range(len(head)) if i < 3 or any(row[i] != "-" for row in rows)]
     yield from (f"  {line}" for line in table([head[i] for i in used], [[row[i] for i in used] for row in rows]))
+    best, targets = sizing.at_best(kind), sizing.targets
+    for flag, value, target in (("ttft", best.ttft_ms, targets.ttft_ms), ("itl", best.itl_ms, targets.itl_ms)):
+        if _NEAR * target < value < float("inf"):
+            yield f"  --{flag} {target:g}: with nothing to wait for, {p} is {value:.0f} ms already"
 
 
 def _number(value: float) -> str:
