@@ -18,8 +18,8 @@ _FILES = frozenset({"FILE", "PATH"})  # metavars of what is a file, and of what 
 _NAMES_OF_FILES = ("-keyfile", "-certfile", "-ca-certs", "-cert", "-key", "-ca", "-file", "-template")
 
 
-def add_subcommand(subcommands: argparse._SubParsersAction[Any], whole: argparse.ArgumentParser) -> None:
-    """`whole`: the parser of the `pagewire` command."""
+def add_subcommand(subcommands: argparse._SubParsersAction[Any]) -> None:
+    """Whoever parses sets `whole` to the parser of the `pagewire` command."""
     parser = subcommands.add_parser(
         "completion",
         help="print a script that completes commands and flags",
@@ -27,7 +27,7 @@ def add_subcommand(subcommands: argparse._SubParsersAction[Any], whole: argparse
         epilog=_EXAMPLES,
     )
     parser.add_argument("shell", choices=_SHELLS)
-    parser.set_defaults(parser=parser, run=lambda args: print(script(whole, args.shell)))
+    parser.set_defaults(parser=parser, run=lambda args: print(script(args.whole, args.shell)))
 
 
 def script(whole: argparse.ArgumentParser, shell: str) -> str:

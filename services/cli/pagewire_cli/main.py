@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None, serve_defaults: Mapping[str, object]
     parser.add_argument("--version", action="version", version=version.installed_version())
     subcommands = parser.add_subparsers(required=True, title="commands", prog="pagewire", metavar="COMMAND")
     serve.add_subcommand(subcommands, defaults=serve_defaults)
-    for command in (bench, status, explain, sizing, drain, role, certs, key, envoy_config, version):
+    for command in (bench, status, explain, sizing, drain, role, certs, key, envoy_config, completion, version):
         command.add_subcommand(subcommands)
-    completion.add_subcommand(subcommands, parser)
+    parser.set_defaults(whole=parser)
     args = parser.parse_args(argv)
     try:
         args.run(args)
