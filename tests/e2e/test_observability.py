@@ -55,15 +55,19 @@ async def check_familiar_names(cluster: Cluster, model: Path) -> None:
         "vllm:request_success_total": 1, "vllm:request_params_max_tokens_sum": 8, "vllm:request_params_n_sum": 1,
         "vllm:request_prefill_time_seconds_count": 1, "vllm:request_decode_time_seconds_count": 1,
         "vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "vllm:prefix_cache_hits_total": 0,
+        "vllm:request_max_num_generation_tokens_sum": 8, "vllm:iteration_tokens_total_sum": 67,
         "vllm:prefix_cache_queries_total": 60, "vllm:request_inference_time_seconds_count": 1,
     }.items():  # fmt: skip
         assert totals[name] == totals[name + named] == value, name
     assert totals["vllm:request_success_total{finished_reason=length}"] == 1
     assert 0 <= totals["vllm:kv_cache_usage_perc"] < 1
+    assert totals["vllm:cache_config_info{enable_prefix_caching=True}"] == 2
     for name, value in {
         "tgi_request_count": 2, "tgi_request_success": 1, "tgi_request_failure{err=invalid_request}": 1,
         "tgi_request_input_length_sum": 60, "tgi_request_generated_tokens_sum": 8, "tgi_queue_size": 0,
         "tgi_batch_current_size": 0, "tgi_request_duration_count": 1, "tgi_request_queue_duration_count": 1,
+        "tgi_request_validation_duration_count": 1, "tgi_batch_inference_count{method=prefill}": 2,
+        "tgi_batch_inference_count{method=decode}": 7, "tgi_batch_inference_duration_count{method=decode}": 7,
         "tgi_request_mean_time_per_token_duration_count": 1, "tgi_request_max_new_tokens_sum": 8,
     }.items():  # fmt: skip
         assert totals[name] == value, name

@@ -6,7 +6,7 @@ A sample of vLLM's has the labels `model_name` and `engine`, the process that co
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -39,6 +39,7 @@ _TTFT, _E2E = ("pagewire_time_to_first_token_seconds",), ("pagewire_e2e_seconds"
 _ITL, _QUEUE = ("pagewire_inter_token_latency_seconds",), ("pagewire_router_queue_seconds",)
 _INFERENCE, _STAGE = ("pagewire_inference_seconds",), ("pagewire_stage_seconds",)
 _PROMPT, _ANSWER = ("pagewire_request_prompt_tokens",), ("pagewire_request_generation_tokens",)
+_LONGEST, _STEP_S = ("pagewire_request_longest_answer_tokens",), ("pagewire_engine_step_seconds",)
 _ASKED, _REQUESTS = ("pagewire_request_max_tokens",), ("pagewire_requests",)
 
 VLLM = (
@@ -60,8 +61,12 @@ VLLM = (
     _Name("request_decode_time_seconds", _STAGE, _is("stage", "decode")),
     _Name("request_prompt_tokens", _PROMPT),
     _Name("request_generation_tokens", _ANSWER),
+    _Name("request_max_num_generation_tokens", _LONGEST),
     _Name("request_params_max_tokens", _ASKED),
     _Name("request_params_n", ("pagewire_request_choices",)),
+    _Name("iteration_tokens_total", ("pagewire_engine_step_tokens",)),
+    _Name("cache_config_info", ("pagewire_engine_cache_config_info",), keep={
+        "block_size": "block_size", "num_blocks": "num_gpu_blocks", "enable_prefix_caching": "enable_prefix_caching"}),
     _Name("spec_decode_num_drafts", ("pagewire_spec_decode_num_drafts",)),
     _Name("spec_decode_num_draft_tokens", ("pagewire_spec_decode_num_draft_tokens",)),
     _Name("spec_decode_num_accepted_tokens", ("pagewire_spec_decode_num_accepted_tokens",)),
@@ -73,6 +78,7 @@ TGI = (
     _Name("request_success", _REQUESTS, _is("outcome", "ok")),
     _Name("request_failure", _REQUESTS, lambda labels: labels["outcome"] != "ok", keep={"outcome": "err"}),
     _Name("request_duration", _E2E),
+    _Name("request_validation_duration", ("pagewire_validation_seconds",)),
     _Name("request_queue_duration", _QUEUE),
     _Name("request_inference_duration", _INFERENCE),
     _Name("request_mean_time_per_token_duration", ("pagewire_mean_time_per_token_seconds",)),
@@ -81,6 +87,7 @@ TGI = (
     _Name("request_max_new_tokens", _ASKED),
     _Name("queue_size", _WAITING),
     _Name("batch_current_size", _RUNNING),
+    _Name("batch_inference_duration", _STEP_S, keep={"kind": "method"}),
 )
 
 
@@ -91,6 +98,7 @@ def familiar(families: Mapping[str, Metric], model: str) -> Iterator[Metric]:
     yield from _kv_usage(families, model)
     for name in TGI:
         yield from _renamed(families, name, "tgi_", lambda labels: {})
+    yield from _batch_count(families)
 
 
 def _vllm_labels(labels: Labels, model: str) -> dict[str, str]:
@@ -130,3 +138,14 @@ def _kv_usage(families: Mapping[str, Metric], model: str) -> Iterator[Metric]:
         used = 1 - sample.value / max(blocks.get(sample.labels["instance"], 0), 1)
         metric.add_sample(metric.name, _vllm_labels(sample.labels, model), used)
     yield metric
+
+
+def _batch_count(families: Mapping[str, Metric]) -> Iterator[Metric]:
+    if steps := families.get(_STEP_S[0]):
+        metric, counts = Metric("tgi_batch_inference_count", "Steps by what was in them", "unknown"), Counter[str]()
+        for sample in steps.samples:
+            if sample.name.endswith("_count"):
+                counts[sample.labels["kind"]] += int(sample.value)
+        for method, count in counts.items():
+            metric.add_sample(metric.name, {"method": method}, count)
+        yield metric

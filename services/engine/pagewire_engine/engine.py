@@ -323,15 +323,16 @@ class Engine:
                 outbox = self._publisher.fail({seq.request: sampled for seq, _ in flight.batch.scheduled})
             else:
                 outbox = self._publisher.publish(flight.batch, flight.drafts, sampled, flight.scores())
-            self.counters.steps += 1
         self._deliver(outbox)
         self._observe(flight, self.counters.accepted_tokens - accepted, milliseconds)
 
     def _observe(self, flight: Flight, accepted: int, milliseconds: float) -> None:
         """Learns from how long a step took."""
+        num_drafts = sum(map(len, flight.drafts))
+        self.counters.took(milliseconds / 1e3, flight.num_decode + num_drafts, flight.num_prefill_tokens)
         self.step_cost.add(flight.prefill_work, flight.decode_work, milliseconds)
         if self._proposer and not flight.num_prefill_tokens:
-            self._proposer.observe(sum(map(len, flight.drafts)), accepted, flight.num_decode, milliseconds)
+            self._proposer.observe(num_drafts, accepted, flight.num_decode, milliseconds)
 
     # ---------------------------------------------------------------- what others see
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pagewire_kernels.cpu.cores import Cores
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from pagewire_engine.engine import Engine
 from pagewire_engine.speculative.proposer import SpeculativeProposer
@@ -57,6 +57,26 @@ class EngineCollector:
             yield GaugeMetricFamily(f"pagewire_engine_{name}", text, load[name])
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"pagewire_engine_{name}", text, getattr(self._engine.counters, name))
+        yield from self._steps()
+        config, labels = self._engine.config, ["block_size", "num_blocks", "enable_prefix_caching"]
+        info = GaugeMetricFamily(
+            "pagewire_engine_cache_config_info", "How the KV pool is made; always 1", labels=labels
+        )
+        info.add_metric([str(getattr(config, label)) for label in labels], 1)
+        yield info
+
+    def _steps(self) -> Iterator[Metric]:
+        counters = self._engine.counters
+        tokens = HistogramMetricFamily("pagewire_engine_step_tokens", "Tokens that a step computed")
+        counters.step_tokens.add_to(tokens)
+        yield tokens
+        seconds = HistogramMetricFamily(
+            "pagewire_engine_step_seconds", "Time of a step: prefill where some of a prompt is in it, else decode",
+            labels=["kind"],
+        )  # fmt: skip
+        counters.prefill_step_s.add_to(seconds, ["prefill"])
+        counters.decode_step_s.add_to(seconds, ["decode"])
+        yield seconds
 
 
 class CoreCollector:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import PagewireError
+from pagewire_core.quick_histogram import QuickHistogram
 
 from pagewire_engine.batch import Batch, Scored
 from pagewire_engine.books import Books
@@ -16,6 +17,9 @@ from pagewire_engine.outbox import Outbox
 from pagewire_engine.sampler import Sampled
 from pagewire_engine.scoring import Scores
 from pagewire_engine.sequence import Request, Sequence
+
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 @dataclass
@@ -31,6 +35,15 @@ class Counters:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
+    step_tokens: QuickHistogram = field(default_factory=lambda: QuickHistogram(_STEP_TOKENS))
+    prefill_step_s: QuickHistogram = field(default_factory=lambda: QuickHistogram(_STEP_S))  # with some of a prompt
+    decode_step_s: QuickHistogram = field(default_factory=lambda: QuickHistogram(_STEP_S))  # without
+
+    def took(self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int) -> None:
+        """A step is over, whether or not it was lost."""
+        self.steps += 1
+        self.step_tokens.observe(num_decode_tokens + num_prefill_tokens)
+        (self.prefill_step_s if num_prefill_tokens else self.decode_step_s).observe(seconds)
 
     def reset(self) -> None:
         vars(self).update(vars(Counters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -143,15 +144,16 @@ class Account:
             fetched_bytes=self.fetched.bytes,
         )
 
-    def close(self, outcome: str, completion_tokens: int, metrics: RouterMetrics) -> None:
-        """The request is over: counts it and writes its line."""
-        now = time.monotonic()
+    def close(self, outcome: str, answer_tokens: Sequence[int], metrics: RouterMetrics) -> None:
+        """The request is over: counts it and writes its line. answer_tokens: of each choice."""
+        now, completion_tokens = time.monotonic(), sum(answer_tokens)
         metrics.requests.labels(outcome).inc()
         metrics.e2e_s.observe(now - self.arrived)
         metrics.prompt_tokens.inc(self.prompt_tokens)
         metrics.generation_tokens.inc(completion_tokens)
         metrics.prompt_length.observe(self.prompt_tokens)
         metrics.answer_length.observe(completion_tokens)
+        metrics.longest_answer.observe(max(answer_tokens, default=0))
         if self.admitted is not None:
             metrics.inference_s.observe(now - self.admitted)
             metrics.token_s.observe((now - self.admitted) / max(completion_tokens, 1))

@@ -94,8 +94,13 @@ class Generation:
         self.outcome = "internal"  # unless one of the ends below says otherwise
 
     @property
+    def answer_tokens(self) -> list[int]:
+        """How many each choice has been given."""
+        return [] if self._request.prompt_only else [len(choice.ids) for choice in self._choices]
+
+    @property
     def completion_tokens(self) -> int:
-        return 0 if self._request.prompt_only else sum(len(c.ids) for c in self._choices)
+        return sum(self.answer_tokens)
 
     async def responses(self) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:

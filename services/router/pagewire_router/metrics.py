@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from math import inf
-
+from pagewire_core.quick_histogram import QuickCollector, QuickHistogram
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import HistogramMetricFamily, Metric
-from prometheus_client.utils import floatToGoString
 
 _LATENCY_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 5)
@@ -18,38 +12,25 @@ _CHOICES = (1, 2, 5, 10, 20)
 _ERROR_S = (-4, -2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)
 
 
-class QuickHistogram:
-    """A histogram without labels or locks, for one thread: prometheus_client's takes 1.1 us a value, this one 0.2."""
-
-    def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
-        self._name, self._documentation, self._bounds = name, documentation, bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def collect(self) -> Iterator[Metric]:
-        bounds = [floatToGoString(bound) for bound in (*self._bounds, inf)]
-        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
-        yield HistogramMetricFamily(self._name, self._documentation, buckets, self._sum)
-
-
 class RouterMetrics:
     """Every metric of one router, in a registry of its own."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         self.requests = Counter("pagewire_requests", "Requests by how they ended", ["outcome"], registry=registry)
+        self.validation_s = Histogram(
+            "pagewire_validation_seconds", "Arrival until a request is known to be valid", buckets=_LATENCY_S,
+            registry=registry,
+        )  # fmt: skip
         self.queue_s = Histogram(
             "pagewire_router_queue_seconds", "Wait for admission", buckets=_LATENCY_S, registry=registry
         )
         self.ttft_s = Histogram(
             "pagewire_time_to_first_token_seconds", "Arrival to first token", buckets=_LATENCY_S, registry=registry
         )
-        self.itl_s = QuickHistogram("pagewire_inter_token_latency_seconds", "Gap between tokens of a choice", _GAP_S)
-        registry.register(self.itl_s)  # type: ignore[arg-type]
+        self.itl_s = QuickHistogram(_GAP_S)
+        gaps = QuickCollector("pagewire_inter_token_latency_seconds", "Gap between tokens of a choice", self.itl_s)
+        registry.register(gaps)  # type: ignore[arg-type]
         self.e2e_s = Histogram("pagewire_e2e_seconds", "Arrival to end", buckets=_LATENCY_S, registry=registry)
         self.inference_s = Histogram(
             "pagewire_inference_seconds", "Admission to end", buckets=_LATENCY_S, registry=registry
@@ -58,11 +39,12 @@ class RouterMetrics:
             "pagewire_mean_time_per_token_seconds", "Admission to end, over the tokens of the answer", buckets=_GAP_S,
             registry=registry,
         )  # fmt: skip
-        self.prompt_length, self.answer_length, self.asked_length, self.asked_choices = (
+        self.prompt_length, self.answer_length, self.longest_answer, self.asked_length, self.asked_choices = (
             Histogram(f"pagewire_request_{name}", text, buckets=buckets, registry=registry)
             for name, text, buckets in (
                 ("prompt_tokens", "Prompt tokens of a request", _TOKENS),
                 ("generation_tokens", "Tokens that a request was given", _TOKENS),
+                ("longest_answer_tokens", "Tokens of the longest answer that a request was given", _TOKENS),
                 ("max_tokens", "Tokens that a request asked for at most", _TOKENS),
                 ("choices", "Answers that a request asked for", _CHOICES),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -71,12 +72,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        metrics, arrived = self._router.services.metrics, time.monotonic()
         try:
             valid = validate(request, self._router.model, self._router.max_model_len)
             await constrain(valid, request, self._router.grammars)
         except PagewireError:
-            self._router.services.metrics.requests.labels("invalid_request").inc()
+            metrics.requests.labels("invalid_request").inc()
             raise
+        metrics.validation_s.observe(time.monotonic() - arrived)
         responses = self._counted(request, valid, self._deadline(context))
         async with contextlib.aclosing(ended_if_unread(responses, context, self._router.timeouts.send_s)) as read:
             async for response in read:
@@ -133,7 +136,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             outcome = "cancelled"
             raise
         finally:
-            account.close(outcome or generation.outcome, generation.completion_tokens, services.metrics)
+            account.close(outcome or generation.outcome, generation.answer_tokens, services.metrics)
 
     def _deadline(self, context: grpc.aio.ServicerContext) -> float:
         """On the loop's clock: what this router allows, or less if the client does not wait so long."""
