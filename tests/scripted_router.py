@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 import grpc
@@ -17,14 +17,14 @@ from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
 from pagewire_bridge.app import create_app
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.main import build_server, listen
-from pagewire_core.feed import Feeds
+from pagewire_core.feed import Feed, Feeds
 from pagewire_core.rpc import RpcServer
 from pagewire_core.tls import TlsFiles
 
 STOP = common_pb2.FINISH_REASON_STOP
 LENGTH = common_pb2.FINISH_REASON_LENGTH
 
-Events = AsyncIterator[GenerateResponse]
+Events = AsyncGenerator[GenerateResponse, None]
 Script = Callable[[GenerateRequest], Events]
 
 
@@ -94,6 +94,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, with_feed: bool = False) -> None:
         self.with_feed = with_feed
         self.feeds = Feeds(inference_pb2.DeltaFeedResponse)
+        self.feed_context: grpc.aio.ServicerContext | None = None  # of the last feed
         self.reset()
         self.metrics_text = "# HELP pagewire_x_total x\n# TYPE pagewire_x_total counter\npagewire_x_total 2.0\n"
 
@@ -108,28 +109,36 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         self.time_remaining: float | None = context.time_remaining()
         self.num_started += 1
-        feed, num_entries = self.feeds.get(request.feed_id), 0
+        feed = self.feeds.get(request.feed_id)
         try:
-            async for event in self.script(request):
-                if feed and event.HasField("delta"):
-                    entry, new = feed.entry(request.feed_call)
-                    entry.deltas.append(event.delta)
-                    num_entries += new
-                else:
-                    counted = GenerateResponse(feed_entries=num_entries)
-                    counted.MergeFrom(event)
-                    yield counted
+            with feed.used() if feed else nullcontext():
+                async with aclosing(self._told(request, feed)) as events:
+                    async for event in events:
+                        yield event
         except (asyncio.CancelledError, GeneratorExit):
             self.num_cancelled += 1
             raise
         finally:
             self.num_ended += 1
 
+    async def _told(self, request: GenerateRequest, feed: Feed[inference_pb2.DeltaFeedResponse] | None) -> Events:
+        num_entries = 0
+        async for event in self.script(request):
+            if feed and event.HasField("delta"):
+                entry, new = feed.entry(request.feed_call)
+                entry.deltas.append(event.delta)
+                num_entries += new
+            else:
+                counted = GenerateResponse(feed_entries=num_entries)
+                counted.MergeFrom(event)
+                yield counted
+
     async def DeltaFeed(
         self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.DeltaFeedResponse]:
         if not self.with_feed:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no feeds here")
+        self.feed_context = context
         async with aclosing(self.feeds.serve(request.feed_id)) as batches:
             async for batch in batches:
                 yield batch
@@ -168,16 +177,18 @@ class Bridge:
 
 
 @asynccontextmanager
-async def running_router(router: ScriptedRouter, tls: TlsFiles | None = None) -> AsyncIterator[tuple[RpcServer, str]]:
+async def running_router(
+    router: ScriptedRouter, tls: TlsFiles | None = None, port: int = 0
+) -> AsyncIterator[tuple[RpcServer, str]]:
     server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         router,
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     )
-    port = await server.start("127.0.0.1", 0)
+    bound = await server.start("127.0.0.1", port)
     await server.set_serving(True)
-    yield server, f"127.0.0.1:{port}"
+    yield server, f"127.0.0.1:{bound}"
     await server.stop()
 
 

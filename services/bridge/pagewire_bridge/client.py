@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import grpc
 import structlog
@@ -31,10 +34,24 @@ from starlette.requests import Request
 log = structlog.get_logger(__name__)
 
 Event = pb.GenerateResponse | pb.Delta
+_Join = Callable[[Callable[[Any], None], Callable[[PagewireError], None]], AbstractContextManager[FeedCall | None]]
 _Arrived = pb.GenerateResponse | pb.DeltaFeedEntry | PagewireError | None
 
 QUICK_S = 5.0  # bound on everything but generation
 RENEW_S = 5.0  # how often certificates are looked at
+# A router that stops cancels calls that it has not begun. By then the channel has another router, if there is one.
+_PAUSES_S = (0.02, 0.1, 0.3, 1.0)  # the channel may take a moment to know
+_AGAIN = {"maxAttempts": 1 + len(_PAUSES_S), "initialBackoff": "0.02s", "maxBackoff": "1s", "backoffMultiplier": 4,
+          "retryableStatusCodes": ["CANCELLED"]}  # fmt: skip
+_SHORT_CALLS = ("ListModels", "Embed", "Tokenize", "Detokenize", "Metrics")
+_SERVICE_CONFIG = json.dumps({"methodConfig": [{
+    "name": [{"service": "pagewire.v1.InferenceService", "method": method} for method in _SHORT_CALLS],
+    "retryPolicy": _AGAIN,
+}]})  # fmt: skip
+
+
+class _RouterStops(Unavailable):
+    """The router has cancelled the call: it stops."""
 
 
 class _Link:
@@ -83,7 +100,7 @@ class RouterClient:
 
     def __init__(self, address: str, timeout_s: float, tls: TlsFiles | None = None) -> None:
         self._timeout_s = timeout_s
-        self._link = _Link(open_channel(address, tls, ROUTER), self._error)
+        self._link = _Link(open_channel(address, tls, ROUTER, _SERVICE_CONFIG), self._error)
         self._renewing = asyncio.create_task(self._renew(address, tls)) if tls else None
 
     @property
@@ -109,7 +126,7 @@ class RouterClient:
                 await asyncio.sleep(RENEW_S)
                 if tls.read() != shown:
                     shown, old = tls.read(), self._link
-                    self._link = _Link(open_channel(address, tls, ROUTER), self._error)
+                    self._link = _Link(open_channel(address, tls, ROUTER, _SERVICE_CONFIG), self._error)
                     closing.create_task(old.retire())
                     log.info("channel to the router made anew, with the certificate that is there now")
 
@@ -117,8 +134,28 @@ class RouterClient:
         """The router's events as they come. Closing the generator cancels the call. Raises PagewireError.
 
         timeout_s: what the client allows, where that is less than the server does.
-        Deltas come over the feed if one is open, and bare; else as responses on the call's own stream.
+        Deltas come over the feed if one is open, and bare; else as responses on the call's own stream. What a router
+        that stops has not begun is asked of the next one, without a feed: the one that is open may be the old router's.
         """
+        joined: _Join = self._link.feed.joined
+        for pause_s in (*_PAUSES_S, None):
+            begun = False
+            try:
+                async with contextlib.aclosing(self._generated(request, timeout_s, joined)) as events:
+                    async for event in events:
+                        begun = True
+                        yield event
+                return
+            except _RouterStops:
+                if begun or pause_s is None:
+                    raise
+            log.info("asking another router: this one stops", request_id=request.request_id)
+            request.ClearField("feed_id")
+            joined = _no_feed
+            await asyncio.sleep(pause_s)
+
+    async def _generated(self, request: pb.GenerateRequest, timeout_s: float, joined: _Join) -> AsyncGenerator[Event]:
+        """One call of the router."""
         if request.ByteSize() > MAX_MESSAGE_BYTES:
             raise InvalidRequest(f"The prompt is larger than {MAX_MESSAGE_BYTES >> 20} MiB; send a shorter one.")
         call: grpc.aio.UnaryStreamCall | None = None
@@ -130,7 +167,7 @@ class RouterClient:
 
         arrived: Mailbox[_Arrived] = Mailbox(MAX_UNREAD, overflow)
         link = self._link
-        with link.used(), link.feed.joined(arrived.put, arrived.put) as feed:
+        with link.used(), joined(arrived.put, arrived.put) as feed:
             if feed is not None:
                 request.feed_id, request.feed_call = feed.feed_id, feed.number
             metadata = request_metadata(request.request_id)
@@ -226,8 +263,14 @@ class RouterClient:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"The request took longer than the server's limit of {self._timeout_s:g} s.")
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-            return Unavailable("The service cannot be reached right now; try again.", retry_after_s=1.0)
+            kind = Unavailable if error.code() is grpc.StatusCode.UNAVAILABLE else _RouterStops
+            return kind("The service cannot be reached right now; try again.", retry_after_s=1.0)
         return from_rpc(error)
+
+
+@contextlib.contextmanager
+def _no_feed(receive: object, broken: object) -> Iterator[FeedCall | None]:
+    yield None
 
 
 def client_of(request: Request) -> RouterClient:

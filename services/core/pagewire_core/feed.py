@@ -247,8 +247,10 @@ class FeedReader:
             self._not_before = max(self._not_before, time.monotonic() + _RETRY_S)
             self._reading = self._feed_id = None
             calls, self._calls = self._calls, {}
-            for lost in calls.values():
-                lost.broken(self._explain(failure) if failure else Unavailable("the feed has ended"))
+            # A feed ends well when nobody over there uses it any more: the calls that are still here have all that it
+            # had for them, or were not begun, and are told so on their own streams.
+            for lost in calls.values() if failure else ():
+                lost.broken(self._explain(failure))
 
     def _spread(self, entries: Iterable[Any]) -> None:
         for entry in entries:

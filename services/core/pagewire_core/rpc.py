@@ -63,12 +63,18 @@ _CHANNEL_OPTIONS = [
 ]
 
 
-def open_channel(address: str, tls: TlsFiles | None = None, role: str = WORKER) -> grpc.aio.Channel:
-    """A channel to `host:port` of another service of ours; with TLS only if a certificate says it has that role."""
+def open_channel(
+    address: str, tls: TlsFiles | None = None, role: str = WORKER, service_config: str = "{}"
+) -> grpc.aio.Channel:
+    """A channel to `host:port` of another service of ours; with TLS only if a certificate says it has that role.
+
+    service_config: JSON, as gRPC has it.
+    """
+    options = [*_CHANNEL_OPTIONS, ("grpc.service_config", service_config)]
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(address, options=options)
     expected = ("grpc.ssl_target_name_override", san(role))
-    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=[*_CHANNEL_OPTIONS, expected])
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=[*options, expected])
 
 
 class RpcServer:

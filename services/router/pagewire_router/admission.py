@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from pagewire_core.errors import DeadlineExceeded, Overloaded, PagewireError, Unavailable
+from pagewire_core.errors import DeadlineExceeded, Overloaded, PagewireError
 
 from pagewire_router.drain_rate import DrainRate
 from pagewire_router.fair_queue import FairQueue, Waiting
@@ -105,7 +105,6 @@ class Admission:
         self._room = room
         self._queue = FairQueue()
         self._rate = DrainRate()
-        self._closed = False
 
     @property
     def num_queued(self) -> int:
@@ -129,8 +128,8 @@ class Admission:
     async def slot(self, slot: Slot) -> AsyncIterator[None]:
         """Holds room for the request while the body runs, which says what becomes of it.
 
-        Raises Overloaded (with retry_after_s) when the queue is full of what is more entitled to be in it,
-        DeadlineExceeded when the deadline comes or is bound to come first, and Unavailable after `close`.
+        Raises Overloaded (with retry_after_s) when the queue is full of what is more entitled to be in it and
+        DeadlineExceeded when the deadline comes or is bound to come first.
         Cancelling a waiting caller takes it out of the queue.
         """
         await self._enter(slot)
@@ -138,12 +137,6 @@ class Admission:
             yield
         finally:
             slot.end()
-
-    def close(self) -> None:
-        """Refuses new and waiting requests; running ones go on."""
-        self._closed = True
-        while (slot := self._queue.next()) is not None:
-            self._refuse(slot, _closing())
 
     def wake(self) -> None:
         """Lets in what fits now."""
@@ -167,8 +160,6 @@ class Admission:
             self._queue.charge(slot, num_tokens)
 
     async def _enter(self, slot: Slot) -> None:
-        if self._closed:
-            raise _closing()
         if _now() >= slot.deadline:
             raise DeadlineExceeded("the request's time was over before it began")
         if not self._queue and self._fits(slot):
@@ -240,7 +231,3 @@ class Admission:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _closing() -> Unavailable:
-    return Unavailable("the router is shutting down; try again", retry_after_s=_MIN_RETRY_S)

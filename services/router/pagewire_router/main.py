@@ -83,9 +83,8 @@ async def _serve(args: argparse.Namespace, model: ServedModel, tls: TlsFiles | N
         log.info("router stopping", running=router.admission.num_running)
         grace_s = args.graceful_termination_timeout
         exit_within(grace_s + _CLOSE_S)
-        router.admission.close()
         router.feeds.drain()
-        await server.stop(grace_s)
+        await server.stop(grace_s)  # new calls go elsewhere; those that are here run, or wait for their turn
 
 
 @contextlib.asynccontextmanager
