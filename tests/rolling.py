@@ -24,7 +24,7 @@ import certificates
 import traffic
 from cluster import PAIRS, Cluster
 from front import Front, running_front
-from processes import Process
+from processes import Process, free_port
 from streams import prompt_of
 from tiny_models import make_model, reference_greedy
 
@@ -105,6 +105,8 @@ def as_its_image(process: Process) -> None:
     flags = (flag.removeprefix("--").split("=", 1) for flag in process.command[1:])
     process.environment = dict(of_image) | {f"PAGEWIRE_{n.upper().replace('-', '_')}": v for n, v in flags}
     process.environment["PAGEWIRE_HOST"] = "127.0.0.1"
+    if "PAGEWIRE_OLLAMA_PORT" in process.environment:  # which containers have each for itself
+        process.environment["PAGEWIRE_OLLAMA_PORT"] = str(free_port())
     process.command = process.command[:1]
 
 

@@ -5,7 +5,7 @@
 In every round somebody asks for something new, and somebody else times the same question, or one that nobody has
 asked. Of another tenant the two kinds of times must be alike; of one's own they must not, or the probe is blind.
 Judged by ranks (Mann and Whitney): `auc` is how often a question that was asked before is answered faster than one
-that was not: 0.5 is chance, 1 always. With 40 rounds chance leaves 0.5 +- 0.28 once in 100 000 probes.
+that was not: 0.5 is chance, 1 always. With 40 rounds chance leaves 0.5 +- 0.21 once in 1000 probes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tiny_models import make_model
 
 TENANTS = {"victim": "v", "colleague": "v", "stranger": "s"}
 FLAGS = ("--kv-cache-memory-bytes=64M", "--max-model-len=2048", "--max-num-batched-tokens=2048", "--threads=1")
-SIGNIFICANT = 1e-5  # a probability of chance below it is a signal
+SIGNIFICANT = 1e-3  # a probability of chance below it is a signal
 Question = Callable[[random.Random], dict[str, Any]]
 
 
