@@ -29,7 +29,7 @@ from streams import prompt_of
 from tiny_models import make_model, reference_greedy
 
 FLAGS = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=32", "--threads=1")
-NUM_PROMPTS, NUM_TOKENS = 12, 80
+NUM_PROMPTS, NUM_TOKENS = 8, 60
 DOCKERFILE = Path(__file__).parents[1] / "Dockerfile"
 
 
