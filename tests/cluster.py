@@ -9,8 +9,8 @@ import asyncio
 import itertools
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,17 @@ class Cluster:
         if self.with_faults:
             directory.mkdir(exist_ok=True)
         return directory if self.with_faults else None
+
+    @contextmanager
+    def slow_steps(self) -> Iterator[None]:
+        """So that streams are still under way when something is done meanwhile, however late that is."""
+        assert self.faults is not None
+        fault = self.faults / "step:decode:delay"
+        fault.write_text("times=1000000 seconds=0.01")
+        try:
+            yield
+        finally:
+            fault.unlink()
 
     async def stop(self) -> None:
         order = {"bridge": 0, "router": 1, "redis": 3}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -27,18 +26,6 @@ async def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     directory = tmp_path_factory.mktemp("drain")
     async with running(Cluster(llama, directory, prefill=2, decode=2, worker_flags=flags, with_faults=True)) as it:
         yield it
-
-
-@contextmanager
-def slow_steps(cluster: Cluster) -> Iterator[None]:
-    """So that streams are still under way when something is done to their worker, however late that is."""
-    assert cluster.faults is not None
-    fault = cluster.faults / "step:decode:delay"
-    fault.write_text("times=1000000 seconds=0.01")
-    try:
-        yield
-    finally:
-        fault.unlink()
 
 
 async def drain(worker: Process, timeout_s: float) -> list[int]:
@@ -79,7 +66,7 @@ async def all_streams(cluster: Cluster, then: asyncio.Event, lines: int = STREAM
 async def test_a_worker_that_is_drained_hands_over_what_runs_on_it(cluster: Cluster, role: str, lines: int) -> None:
     expected = await all_streams(cluster, asyncio.Event())
     before, flowing = await handed_over(cluster), asyncio.Event()
-    with slow_steps(cluster):
+    with cluster.slow_steps():
         asking = asyncio.create_task(all_streams(cluster, flowing, lines))
         await flowing.wait()
         worker = await busiest(cluster) if role == "decode" else cluster.processes["prefill-0"]
@@ -101,7 +88,7 @@ async def test_a_worker_that_is_drained_hands_over_what_runs_on_it(cluster: Clus
 async def test_a_worker_that_is_told_to_stop_hands_over_what_runs_on_it(cluster: Cluster) -> None:
     expected = await all_streams(cluster, asyncio.Event())
     before, flowing = await handed_over(cluster), asyncio.Event()
-    with slow_steps(cluster):
+    with cluster.slow_steps():
         asking = asyncio.create_task(all_streams(cluster, flowing))
         await flowing.wait()
         worker = await busiest(cluster)

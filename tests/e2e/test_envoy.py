@@ -18,7 +18,9 @@ import pytest
 import pytest_asyncio
 from cluster import PAIRS, Cluster
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
+from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from pagewire_core.tls import ROLES
+from strangers import NOISE, all_methods, outcome, say
 from streams import prompt_of
 from tiny_models import reference_greedy
 
@@ -30,6 +32,7 @@ from official_clients import CLIENTS
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SLOW = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched-tokens=8", "--threads=1")
+CLIENT_METHODS = ("Generate", "Embed", "ListModels", "Tokenize", "Detokenize")
 LONG = 440  # tokens: a stream that is there for a while
 
 
@@ -37,7 +40,8 @@ LONG = 440  # tokens: a stream that is there for a while
 async def front(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Front]:
     tls = certificates.made(tmp_path_factory.mktemp("ours") / "tls")
     directory = tmp_path_factory.mktemp("edge")
-    async with running_front(Cluster(llama, directory, worker_flags=SLOW, router_flags=PAIRS, tls=tls)) as it:
+    made = Cluster(llama, directory, worker_flags=SLOW, router_flags=PAIRS, tls=tls, with_faults=True)
+    async with running_front(made) as it:
         yield it
 
 
@@ -76,12 +80,13 @@ async def test_every_official_client_chats_through_the_edge(front: Front, monkey
 
 
 async def test_tokens_pass_as_they_are_made_and_a_client_that_leaves_ends_its_request(front: Front) -> None:
-    async with (
-        front.client() as http,
-        http.stream("POST", "/v1/completions", json=body(2, stream=True, max_tokens=LONG)) as answer,
-    ):
-        await anext(answer.aiter_lines())
-        assert await num_running(front) == 1  # the first token is here, and the last is far
+    with front.cluster.slow_steps():
+        async with (
+            front.client() as http,
+            http.stream("POST", "/v1/completions", json=body(2, stream=True, max_tokens=LONG)) as answer,
+        ):
+            await anext(answer.aiter_lines())
+            assert await num_running(front) == 1  # the first token is here, and the last is far
 
     async def ended() -> bool:
         return await num_running(front) == 0
@@ -103,15 +108,26 @@ async def test_a_native_client_needs_a_certificate_and_reaches_what_is_meant_for
         assert events[-1].summary.transferred_bytes > 0 and len(events) > 3
         health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING
-        for call in (stub.ResetPrefixCache(worker_pb2.ResetPrefixCacheRequest()),
-                     stub.Status(inference_pb2.StatusRequest())):  # fmt: skip
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await call
-            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
     async with front.channel(None) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await inference_pb2_grpc.InferenceServiceStub(channel).ListModels(inference_pb2.ListModelsRequest())
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_nothing_else_gets_through_the_edge(front: Front) -> None:
+    """No method that is for services or operators, whatever certificate is shown, and no plain text."""
+    for_clients = {f"/pagewire.v1.InferenceService/{name}" for name in CLIENT_METHODS} | {
+        "/grpc.health.v1.Health/Check"
+    }
+    others = [method for method in all_methods() if method not in for_clients]
+    assert len(others) > 15
+    for role in ROLES:
+        async with front.channel(role) as channel:
+            codes = {method: await outcome(channel, method) for method in others}
+            assert set(codes.values()) == {grpc.StatusCode.UNIMPLEMENTED}, (role, codes)
+    for port in (front.edge.http, front.edge.grpc):
+        answers = await asyncio.gather(*(say(port, words, None) for words in NOISE))
+        assert all(not answer or answer[0] == 21 for answer in answers), answers  # an alert of TLS
 
 
 async def test_grpc_web_works_over_http_1(front: Front) -> None:
