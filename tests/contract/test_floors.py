@@ -25,6 +25,14 @@ def test_front_end_processes_start_without_torch(package: str) -> None:
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.parametrize("package", ["router", "bridge", "worker"])
+def test_what_is_only_for_traces_is_not_imported_without_them(package: str) -> None:
+    """A tenth of a second of every start. redis-py imports it wherever it is installed; see redis_client."""
+    code = f"import pagewire_{package}.main, sys; print(*[m for m in sys.modules if m.startswith('opentelemetry')])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_fixed_folders_are_not_importable() -> None:
     """A folder `kernels` or `services` that can be imported breaks transformers and users' own packages."""
     for folder in ("kernels", "services", "protos", "tests", "deploy"):

@@ -70,6 +70,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "transfer-timeout": ("0.25", 0.25),
     "graceful-termination-timeout": ("0", 0.0),
     "log-format": ("json", "json"),
+    "otlp-traces-endpoint": ("https://collector:4317", "https://collector:4317"),
+    "otlp-service-name": ("chat", "chat"),
     "log-level": ("debug", "debug"),
 }
 
@@ -113,7 +115,9 @@ def test_the_environment_gives_a_default_and_the_command_line_wins(name: str) ->
     environ = {f"PAGEWIRE_{_attribute(name).upper()}": text}
     assert getattr(_parser(environ=environ).parse_args([]), _attribute(name)) == value
     flag = FLAGS[name]
-    other = flag.choices[0] if flag.choices else {"allowed-origins": '["*"]'}.get(name, "1")
+    other = (
+        flag.choices[0] if flag.choices else {"allowed-origins": '["*"]', "otlp-traces-endpoint": "h:1"}.get(name, "1")
+    )
     expected = flag.type(other) if flag.type else None
     assert getattr(_parser(environ=environ).parse_args([f"--{name}={other}"]), _attribute(name)) == expected
 

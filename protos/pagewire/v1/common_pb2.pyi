@@ -179,6 +179,14 @@ class ChoiceTokens(_message.Message):
     stop_token_id: int
     def __init__(self, choice: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
 
+class TraceContext(_message.Message):
+    __slots__ = ("traceparent", "tracestate")
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    traceparent: str
+    tracestate: str
+    def __init__(self, traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+
 class KvHolder(_message.Message):
     __slots__ = ("worker_id", "address", "instance", "tokens", "timeout_s")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -114,14 +114,16 @@ class StorePut(_message.Message):
     def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("transfer_id", "token_begin", "token_end")
+    __slots__ = ("transfer_id", "token_begin", "token_end", "trace")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_BEGIN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_END_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     token_begin: int
     token_end: int
-    def __init__(self, transfer_id: _Optional[bytes] = ..., token_begin: _Optional[int] = ..., token_end: _Optional[int] = ...) -> None: ...
+    trace: _common_pb2.TraceContext
+    def __init__(self, transfer_id: _Optional[bytes] = ..., token_begin: _Optional[int] = ..., token_end: _Optional[int] = ..., trace: _Optional[_Union[_common_pb2.TraceContext, _Mapping]] = ...) -> None: ...
 
 class Grant(_message.Message):
     __slots__ = ("transfer_id", "window")

@@ -9,6 +9,7 @@ import socket
 
 import structlog
 import uvicorn
+from pagewire_core import tracing
 from pagewire_core.command_line import run_main
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS
@@ -81,6 +82,7 @@ def build_server(
 def serve(flags: argparse.Namespace) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises StartupError."""
     configure_logging("bridge", flags.log_format, flags.log_level)
+    tracing.configure("bridge", flags.otlp_traces_endpoint, flags.otlp_service_name)
     if not flags.router:
         raise StartupError("the bridge needs --router host:port")
     if flags.enable_auto_tool_choice and not flags.tool_call_parser:
@@ -113,6 +115,7 @@ def serve(flags: argparse.Namespace) -> None:
         signal.signal(ended_by, lambda _signal, _frame: None)
     freeze_heap()
     build_server(app, flags.graceful_termination_timeout, flags.send_timeout, https).run(sockets=listeners)
+    tracing.close()
 
 
 def main() -> None:

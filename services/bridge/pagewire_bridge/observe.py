@@ -1,4 +1,4 @@
-"""Around every HTTP request: its id, one log line, metrics, and a trace of our own faults."""
+"""Around every HTTP request: its id, one log line, metrics, its span, and a trace of our own faults."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 
 import structlog
+from pagewire_core import tracing
 from pagewire_core.rpc import REQUEST_ID_KEY
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +20,7 @@ from pagewire_bridge.openai.schema import is_sane_request_id
 log = structlog.get_logger(__name__)
 
 _PROBES = ("/health", "/ping", "/version", "/metrics", "/v2/health/live", "/v2/health/ready")
+_NO_ROUTE = "other"
 
 
 class BridgeMetrics:
@@ -59,10 +61,13 @@ class Observe:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         state = scope.setdefault("state", {})
-        given = Headers(scope=scope).get(REQUEST_ID_KEY, "")
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID_KEY, "")
         sane = is_sane_request_id(given)
         state.update(request_id=given if sane else uuid.uuid4().hex, named_by_client=sane, client_gone=False)
         structlog.contextvars.clear_contextvars()
+        tracing.enter(tracing.received(headers.items()))
+        span = _begin_span(scope)
         exchange = _Exchange(self._app, scope, send)
         begin = time.perf_counter()
         self._metrics.num_in_flight += 1
@@ -70,19 +75,45 @@ class Observe:
             await exchange.run(receive)
         finally:
             self._metrics.num_in_flight -= 1
-            self._record(scope, exchange.status, time.perf_counter() - begin)
+            self._record(scope, span, exchange.status, time.perf_counter() - begin)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, span: tracing.Span, status: int, seconds: float) -> None:
         # A bounded set of names, whatever clients ask for.
-        state, route = scope["state"], self._names.get(scope.get("endpoint", self), "other")
+        state, route = scope["state"], self._names.get(scope.get("endpoint", self), _NO_ROUTE)
         status = STATUS_CLIENT_GONE if state["client_gone"] else status
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
+        _end_span(span, scope["method"], route, status)
         write = log.debug if route in _PROBES and status < 400 else log.info
         write(
             "http request", request_id=state["request_id"], method=scope["method"], path=scope["path"], status=status,
             ms=round(seconds * 1e3, 1),
         )  # fmt: skip
+
+
+def _begin_span(scope: Scope) -> tracing.Span:
+    """Named when its route is known; what nobody asks for a reason of their own (probes, scrapes) has none."""
+    if scope["path"] in _PROBES:
+        return tracing.Span()
+    attributes = {
+        "http.request.method": scope["method"],
+        "url.path": scope["path"],
+        "url.scheme": scope["scheme"],
+        "network.protocol.version": scope["http_version"],
+        "pagewire.request_id": scope["state"]["request_id"],
+    }
+    return tracing.begin(scope["method"], attributes)
+
+
+def _end_span(span: tracing.Span, method: str, route: str, status: int) -> None:
+    if span.recording:
+        if route != _NO_ROUTE:
+            span.rename(f"{method} {route}")
+            span.set({"http.route": route})
+        span.set({"http.response.status_code": status})
+        if status >= 500 or not status:
+            span.fail(str(status or "disconnected"))
+        span.end()
 
 
 class _Exchange:

@@ -27,6 +27,8 @@ _RENAMED = {
     "huggingface-hub-cache": "download-dir",
     "api-key": "api-key",
     "graceful-termination-timeout": "graceful-termination-timeout",
+    "otlp-endpoint": "otlp-traces-endpoint",
+    "otlp-service-name": "otlp-service-name",
 }
 _QUANTIZE = {
     "bitsandbytes": "int8", "eetq": "int8", "bitsandbytes-nf4": "int4", "bitsandbytes-fp4": "int4", "fp8": "fp8",
@@ -43,11 +45,11 @@ _WITHOUT_EFFECT = frozenset({
     "sharded", "validation-workers", "max-best-of", "max-stop-sequences", "max-top-n-tokens", "waiting-served-ratio",
     "max-batch-total-tokens", "max-waiting-tokens", "cuda-graphs", "shard-uds-path", "master-addr", "master-port",
     "weights-cache-override", "disable-custom-kernels", "prometheus-port", "max-client-batch-size", "usage-stats",
-    "payload-limit", "disable-grammar-support", "otlp-service-name",
+    "payload-limit", "disable-grammar-support",
 })  # fmt: skip
 _UNSUPPORTED = frozenset({
     "trust-remote-code", "lora-adapters", "rope-scaling", "rope-factor", "tokenizer-config-path", "watermark-gamma",
-    "watermark-delta", "enable-prefill-logprobs", "otlp-endpoint",
+    "watermark-delta", "enable-prefill-logprobs",
 })  # fmt: skip
 _KNOWN = frozenset({*_RENAMED, *_SWITCHES, *_WITHOUT_EFFECT, *_UNSUPPORTED, "quantize", "cors-allow-origin"})
 _NOT_FROM_ENVIRONMENT = frozenset({"hostname", "env"})  # containers have a HOSTNAME of their own

@@ -22,5 +22,5 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "enable-request-id-headers", "enable-server-load-tracking", "enable-log-requests", "max-log-len",
     "uvicorn-log-level", "disable-fastapi-docs",
     # Transfer, events, tracing.
-    "kv-transfer-config", "kv-events-config", "otlp-traces-endpoint", "collect-detailed-traces",
+    "kv-transfer-config", "kv-events-config", "collect-detailed-traces",
 })  # fmt: skip

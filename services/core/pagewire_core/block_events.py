@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from redis.asyncio import Redis
-
 from pagewire_core import faults
+from pagewire_core.redis_client import Redis
 from pagewire_core.redis_link import RedisLink
 
 STORED, REMOVED, CLEARED, MARK = b"s", b"r", b"c", b"m"

@@ -96,6 +96,15 @@ def origins(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def collector(text: str) -> str:
+    """'http://host:4317', with https for TLS; also grpc://host:4317 and host:4317, as vLLM's documentation has it."""
+    scheme, separated, rest = text.rpartition("://")
+    host, colon, number = rest.rstrip("/").rpartition(":")
+    if (separated and scheme not in ("http", "https", "grpc")) or not host or not colon or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no gRPC port of an OTLP collector; write http://host:4317")
+    return text
+
+
 def available_cpus() -> tuple[int, ...]:
     """Cores that this process and its children may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -189,16 +198,21 @@ FLAGS: dict[str, Flag] = {
     "graceful-termination-timeout": Flag(10.0, "seconds that running requests may go on after SIGTERM; what a decode "
                                                "worker has left then goes on elsewhere", not_negative),
     "log-format": Flag("auto", "auto: console on a terminal, JSON elsewhere", choices=LOG_FORMATS),
+    "otlp-traces-endpoint": Flag(None, "where traces of requests go: the gRPC port of an OTLP collector, as "
+                                       "http://host:4317", collector),
+    "otlp-service-name": Flag(None, "service.name of the spans; default: OTEL_SERVICE_NAME, or pagewire-router etc."),
     "log-level": Flag("info", "least severe line that is logged", choices=LOG_LEVELS),
 }  # fmt: skip
 
 SSL_FLAGS = ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs")
 TLS_FLAGS = ("tls-cert", "tls-key", "tls-ca")
+TRACE_FLAGS = ("otlp-traces-endpoint", "otlp-service-name")
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "max-input-tokens",
     "host", "port",
     "redis-url", "workers", "routing-policy", "max-queued-requests", "max-queued-tokens", "request-timeout",
-    "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+    "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, *TRACE_FLAGS,
+    "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
     "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "tensor-parallel-size",
@@ -206,13 +220,14 @@ WORKER_FLAGS = (
     "kv-cache-memory-bytes", "kv-cache-dtype", "enforce-eager", "max-num-seqs",
     "max-num-batched-tokens", "max-prefill-delay-ms", "enable-prefix-caching", "enable-chunked-prefill",
     "speculative-config", "speculate", "lanes", "threads", "cpus", "cpu-lending", "worker-id", "host", "port",
-    "redis-url", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, "log-format", "log-level",
+    "redis-url", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, *TRACE_FLAGS,
+    "log-format", "log-level",
 )  # fmt: skip
 BRIDGE_FLAGS = (
     "router", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser",
     "host", "port", "redis-url", "api-key", "api-keys-file", "response-store-ttl", "allowed-origins", "ollama-port",
     "request-timeout", "send-timeout", "graceful-termination-timeout", *SSL_FLAGS, *TLS_FLAGS,
-    "log-format", "log-level",
+    *TRACE_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 
 # As --help shows them.

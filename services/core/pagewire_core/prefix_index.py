@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
-from redis.asyncio import Redis
 
 from pagewire_core.block_events import (
     CLEARED,
@@ -31,6 +30,7 @@ from pagewire_core.block_events import (
     stream_key,
     unpack_events,
 )
+from pagewire_core.redis_client import Redis
 from pagewire_core.redis_link import RedisLink
 
 log = structlog.get_logger(__name__)

@@ -11,12 +11,9 @@ from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 import structlog
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from pagewire_core.errors import StartupError
+from pagewire_core.redis_client import NoBackoff, Redis, RedisError, Retry
 
 log = structlog.get_logger(__name__)
 

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio import Redis
-
+from pagewire_core.redis_client import Redis
 from pagewire_core.redis_link import REDIS_ERRORS, RedisLink, open_redis
 
 HEARTBEAT_S = 2.0

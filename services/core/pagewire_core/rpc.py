@@ -18,6 +18,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from pagewire_core import tracing
 from pagewire_core.errors import ERROR_METADATA_KEY, STATUS, Internal, PagewireError, StartupError
 from pagewire_core.tls import WORKER, TlsFiles, may_call, san
 
@@ -164,8 +165,8 @@ async def abort_with(context: grpc.aio.ServicerContext, error: PagewireError) ->
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):
-    """For every method of ours: turns away callers whose role may not call it, binds the request id to the log
-    context, and turns exceptions into statuses.
+    """For every method of ours: turns away callers whose role may not call it, binds the request id and the caller's
+    place in its trace to the context, and turns exceptions into statuses.
     """
 
     def __init__(self, authorise: bool) -> None:
@@ -194,11 +195,13 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         )
 
 
-def _bind_request_id(context: grpc.aio.ServicerContext) -> None:
+def _bind_request(context: grpc.aio.ServicerContext) -> None:
     structlog.contextvars.clear_contextvars()
-    for key, value in context.invocation_metadata() or ():
+    metadata = context.invocation_metadata() or ()
+    for key, value in metadata:
         if key == REQUEST_ID_KEY:
             structlog.contextvars.bind_contextvars(request_id=value)
+    tracing.enter(tracing.received(metadata))
 
 
 async def _check_caller(context: grpc.aio.ServicerContext, method: str) -> None:
@@ -228,7 +231,7 @@ def _wrap_unary(
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
         if authorise:
             await _check_caller(context, method)
-        _bind_request_id(context)
+        _bind_request(context)
         async with _mapped_errors(context, method):
             return await behaviour(request, context)
 
@@ -241,7 +244,7 @@ def _wrap_stream(
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         if authorise:
             await _check_caller(context, method)
-        _bind_request_id(context)
+        _bind_request(context)
         async with _mapped_errors(context, method):
             # aclosing: a vanished client must run the servicer's `finally` now, not at garbage collection.
             async with contextlib.aclosing(behaviour(request, context)) as responses:
@@ -256,6 +259,8 @@ def speaks(protocol: int) -> bool:
     return abs(protocol - PROTOCOL) <= 1
 
 
-def request_metadata(request_id: str) -> Sequence[tuple[str, str]]:
-    """Metadata that carries the request id to the next service's logs."""
-    return ((REQUEST_ID_KEY, request_id),)
+def request_metadata(request_id: str, span: tracing.Span | None = None) -> Sequence[tuple[str, str]]:
+    """Metadata that carries the request id to the next service's logs, and what the call is part of (None: what this
+    task works on) to its trace.
+    """
+    return ((REQUEST_ID_KEY, request_id), *(span or tracing.current()).headers)

@@ -10,6 +10,7 @@ import structlog
 from pagewire.v1 import common_pb2, decode_pb2
 from pagewire_core.errors import PagewireError
 from pagewire_core.feed import Feed
+from pagewire_core.tracing import Span
 from pagewire_engine.events import Event, Failed, Finished, PromptScores, Started, Token
 from pagewire_engine.metrics import StageMetrics
 from pagewire_engine.sampler import Sampled
@@ -91,6 +92,28 @@ class Call:
                 tokens, self._tokens = self._tokens, decode_pb2.DecodeTokens()
                 yield decode_pb2.DecodeResponse(tokens=tokens)
         yield decode_pb2.DecodeResponse(finished=self._ended(stages))
+
+    def describe(self, span: Span) -> None:
+        """The call's stages, as far as it came, as spans under its own."""
+        if not span.recording:
+            return
+        first_at = self._first_at or None
+        if not self.request.local_prefill:
+            span.child("await_kv", started=self.work.arrived).end(self.started_at)
+        elif self.started_at is not None:
+            span.child("queue", started=self.work.arrived).end(self.started_at)
+            span.child("prefill", {
+                "gen_ai.usage.prompt_tokens": len(self.work.prompt), "pagewire.cached_tokens": self.cached_tokens,
+                "pagewire.computed_tokens": len(self.work.prompt) - self.cached_tokens,
+            }, started=self.started_at).end(first_at)  # fmt: skip
+        if first_at is not None:
+            preemptions = self._finished.num_preemptions if self._finished else 0
+            span.child("decode", {"pagewire.preemptions": preemptions}, started=first_at).end()
+        span.set({
+            "pagewire.local_prefill": self.request.local_prefill, "pagewire.resumed": bool(self.request.prior),
+            "pagewire.cached_tokens": self.cached_tokens, "pagewire.transferred_tokens": self.known.received_tokens,
+            "pagewire.transferred_bytes": self.known.received_bytes, "pagewire.lane": self.known.lane,
+        })  # fmt: skip
 
     def _take_token(self, token: Token) -> bool:
         """Whether the call's own stream has something to say of it."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 from pagewire.v1 import decode_pb2, decode_pb2_grpc
-from pagewire_core import faults
+from pagewire_core import faults, tracing
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_core.feed import Feeds
 from pagewire_engine.constraint import Constraints, matchings_of
@@ -22,6 +22,7 @@ from pagewire_transfer.loss import transferring
 from pagewire_decode.call import Call
 from pagewire_decode.transfers import Transfers
 
+_SPAN = "pagewire.v1.DecodeService/Decode"
 _REFUSED = "this worker takes no requests to decode now"
 _HANDED_OVER = "this worker stops to decode"
 
@@ -96,10 +97,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         feed = self._feeds.get(request.feed_id)
         call = Call(request, feed)
         async with contextlib.AsyncExitStack() as held:
+            span = held.enter_context(tracing.begin(_SPAN, {"gen_ai.request.id": request.request_id}))
             if feed:
                 held.enter_context(feed.used())
             fetching = self._fetch(request.prompt_ids, request.cache_root, request.holder)
             call.known.fetched.CopyFrom(await held.enter_async_context(fetching))
+            held.callback(call.describe, span)
             asked, root = request.sampling, request.cache_root
             call.work.matchings = await matchings_of(self._constraints, asked, root, call.prior)
             await self._start(call)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import grpc
 import structlog
 from pagewire.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
-from pagewire_core import faults
+from pagewire_core import faults, tracing
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
@@ -28,6 +28,7 @@ from pagewire_prefill.source import PromptSource
 log = structlog.get_logger(__name__)
 
 
+_SPAN, _EMBED_SPAN = "pagewire.v1.PrefillService/Prefill", "pagewire.v1.PrefillService/Embed"
 _REFUSED = "this worker computes no prompts for others now"
 _HANDED_OVER = "this worker stops to compute prompts for others"
 
@@ -59,13 +60,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
         if request.decode_local_tokens > len(request.prompt_ids):
             raise InvalidRequest("decode_local_tokens are more than the prompt has")
-        async with self._fetch(request.prompt_ids, request.cache_root, request.holder) as fetched:
-            async with contextlib.aclosing(self._responses(request, fetched)) as responses:
-                async for response in responses:
-                    yield response
+        with tracing.begin(_SPAN, {"gen_ai.request.id": request.request_id}) as span:
+            async with self._fetch(request.prompt_ids, request.cache_root, request.holder) as fetched:
+                async with contextlib.aclosing(self._responses(request, fetched, span)) as responses:
+                    async for response in responses:
+                        yield response
 
     async def _responses(
-        self, request: prefill_pb2.PrefillRequest, fetched: common_pb2.Fetched
+        self, request: prefill_pb2.PrefillRequest, fetched: common_pb2.Fetched, span: tracing.Span
     ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
         faults.point("queue")
         matchings = await matchings_of(self._constraints, request.sampling, request.cache_root)
@@ -85,9 +87,16 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._running.add(events)
         self._source.add(request.transfer_id, work)
         opening: asyncio.Task[Outgoing] | None = None
+        stage = span.child("queue")
         try:
             started = await _until_started(events)
             started_at = time.monotonic()
+            stage.end(started_at)
+            num_tokens = len(work.prompt)
+            stage = span.child("prefill", {
+                "gen_ai.usage.prompt_tokens": num_tokens, "pagewire.cached_tokens": started.cached_tokens,
+                "pagewire.computed_tokens": num_tokens - started.cached_tokens,
+            }, started=started_at)  # fmt: skip
             told = prefill_pb2.PrefillStarted(cached_tokens=started.cached_tokens, fetched=fetched)
             yield prefill_pb2.PrefillResponse(started=told)
             # Pages are bound on the decode side only now that the prompt is being computed.
@@ -95,6 +104,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             scores: list[PromptScores] = []
             first = await self._until_first_tokens(events, opening, Progress(started.cached_tokens), scores)
             first_at = time.monotonic()
+            stage.end(first_at)
             for part in scores:
                 yield prefill_pb2.PrefillResponse(prompt_logprobs=scores_to_proto(part))
             faults.point("first-token")
@@ -105,6 +115,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 stats = await outgoing.seal(tokens)
             yield self._kv_sent(request, stats, work.arrived, started_at, first_at)
         finally:
+            stage.end()
             self._running.discard(events)
             cleanup = asyncio.create_task(self._clean_up(request.transfer_id, work, opening))
             self._cleanups.add(cleanup)
@@ -115,6 +126,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     ) -> prefill_pb2.EmbedPromptResponse:
         if self.refusing:
             raise Overloaded(_REFUSED)
+        with tracing.begin(_EMBED_SPAN, {"gen_ai.request.id": request.request_id}):
+            return await self._embed(request)
+
+    async def _embed(self, request: prefill_pb2.EmbedPromptRequest) -> prefill_pb2.EmbedPromptResponse:
         events: asyncio.Queue[Event] = asyncio.Queue()
         work = Request(
             request.request_id,

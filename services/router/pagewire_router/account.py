@@ -1,4 +1,4 @@
-"""What one request cost and who served it: the Summary for the client, one log line, the metrics."""
+"""What one request cost and who served it: the Summary for the client, one log line, the metrics, the span."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 import structlog
 from pagewire.v1 import common_pb2, decode_pb2, inference_pb2, prefill_pb2
+from pagewire_core import tracing
 from pagewire_core.block_hash import HASH_BLOCK
 
 from pagewire_router.admission import Slot
 from pagewire_router.metrics import RouterMetrics
 from pagewire_router.placement import Placed
+from pagewire_router.spans import describe_outcome, model_latencies
 from pagewire_router.workers import Worker
 
 log = structlog.get_logger(__name__)
@@ -25,6 +27,7 @@ class Account:
     request_id: str
     prompt_tokens: int
     slot: Slot
+    span: tracing.Span = field(default_factory=tracing.current)
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first_token: float | None = None
@@ -43,6 +46,7 @@ class Account:
     def admit(self, metrics: RouterMetrics) -> None:
         self.admitted = time.monotonic()
         metrics.queue_s.observe(self.admitted - self.arrived)
+        self.span.child("admission", started=self.arrived).end(self.admitted)
 
     def begin_attempt(self, placed: Placed[Worker], *, resumed: bool = False) -> None:
         """resumed: it goes on where one was lost, whose prompt is the one that is accounted for."""
@@ -82,6 +86,7 @@ class Account:
         if self.first_token is None:
             self.first_token = now
             metrics.ttft_s.observe(now - self.arrived)
+            self.span.event("first_token")
             if self.placed is not None:
                 predicted = self.placed.predicted.ttft_ms / 1000
                 metrics.predicted("ttft", self.placed.decision, predicted, now - self.attempt_at)
@@ -158,11 +163,17 @@ class Account:
             metrics.inference_s.observe(now - self.admitted)
             metrics.token_s.observe((now - self.admitted) / max(completion_tokens, 1))
         facts: dict[str, object] = {}
+        seconds = {"e2e": now - self.arrived}
+        if self.first_token is not None:
+            seconds["time_to_first_token"] = self.first_token - self.arrived
         if self.placed is not None:
-            facts = self._facts(self.summary(completion_tokens))
+            summary = self.summary(completion_tokens)
+            facts = self._facts(summary)
+            seconds |= model_latencies(summary.timings)
             if outcome == "ok":
                 self._judge_hits(metrics)
                 metrics.cached_tokens.inc(self.prompt_tokens - self.computed_tokens)
+        describe_outcome(self.span, outcome, completion_tokens, seconds, facts)
         log.info(
             "request finished",
             request_id=self.request_id,

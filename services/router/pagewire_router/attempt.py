@@ -31,6 +31,7 @@ from pagewire_core.slow_reader import MAX_UNREAD, too_slow
 
 from pagewire_router.placement import Placed
 from pagewire_router.request import ValidRequest
+from pagewire_router.spans import AttemptSpans
 from pagewire_router.workers import Worker
 
 Leg = Literal["reserve", "prefill", "decode"]
@@ -74,6 +75,7 @@ class Attempt:
         transfer_timeout_s: float,
         take: Take | None,
         prior: Sequence[decode_pb2.PriorOutput],
+        spans: AttemptSpans,
     ) -> None:
         self._request = request
         self.placed = placed
@@ -81,7 +83,8 @@ class Attempt:
         self._transfer_timeout_s = transfer_timeout_s
         self._take = take
         self._prior = prior
-        self._metadata = request_metadata(request.request_id)
+        self._spans = spans
+        self._metadata = request_metadata(request.request_id, spans.attempt)
         self._arrived: Mailbox[Arrival] = Mailbox(MAX_UNREAD, self._overflow)
         self._held = contextlib.ExitStack()  # bookings and the place on the feed
         self._feed: FeedCall | None = None
@@ -105,7 +108,7 @@ class Attempt:
                 self._held.enter_context(worker.watched(partial(self._die, leg)))
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, _kind: object, failure: BaseException | None, _traceback: object) -> None:
         for timer in self._timers.values():
             timer.cancel()
         for call in self._calls.values():
@@ -118,6 +121,10 @@ class Attempt:
                 await self._tell_stop()
         finally:
             self._held.close()
+            if isinstance(failure, LegFailed):
+                self._spans.close(failure.error, failure.leg)
+            else:
+                self._spans.close(failure)
 
     async def reserve(self) -> None:
         """Gets the decode worker's promise of room, if the plan needs one. Raises LegFailed ("reserve")."""
@@ -205,7 +212,7 @@ class Attempt:
             prompt_logprobs=self._request.prompt_logprobs if self.placed.prefill is None else None,
             holder=self._holder() if self.placed.prefill is None else None,
         )
-        return self.placed.decode.decode.Decode(message, metadata=self._metadata)
+        return self.placed.decode.decode.Decode(message, metadata=self._leg_metadata("decode", self.placed.decode))
 
     def _open_prefill(self, reservation: decode_pb2.ReserveResponse) -> grpc.aio.UnaryStreamCall:
         assert self.placed.prefill is not None
@@ -222,7 +229,10 @@ class Attempt:
             holder=self._holder(),
             prompt_logprobs=self._request.prompt_logprobs,
         )
-        return self.placed.prefill.prefill.Prefill(message, metadata=self._metadata)
+        return self.placed.prefill.prefill.Prefill(message, metadata=self._leg_metadata("prefill", self.placed.prefill))
+
+    def _leg_metadata(self, leg: Leg, worker: Worker) -> Sequence[tuple[str, str]]:
+        return request_metadata(self._request.request_id, self._spans.leg(leg, worker))
 
     def _holder(self) -> common_pb2.KvHolder | None:
         """Whom the worker that computes the prompt is to ask for its beginning."""
@@ -300,6 +310,7 @@ class Attempt:
 
     def _judge_end(self, leg: Leg, error: PagewireError | None) -> None:
         """A leg is over: raises LegFailed if the attempt cannot go on without it."""
+        self._spans.end_leg(leg, error)
         if self._finished:
             return
         if leg == "decode":

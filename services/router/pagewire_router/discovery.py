@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from pagewire_core.redis_client import Redis
 from pagewire_core.redis_link import RedisLink
 from pagewire_core.registry import list_workers
-from redis.asyncio import Redis
 
 from pagewire_router.workers import WorkerTable
 

@@ -38,6 +38,7 @@ from pagewire_router.metrics import RouterMetrics
 from pagewire_router.placement import Placed, Placement
 from pagewire_router.prompt_scores import PromptScores
 from pagewire_router.request import ValidRequest
+from pagewire_router.spans import AttemptSpans
 from pagewire_router.workers import Worker, WorkerTable
 
 log = structlog.get_logger(__name__)
@@ -115,6 +116,7 @@ class Generation:
             self.outcome = common_pb2.ErrorCode.Name(error.code).removeprefix("ERROR_CODE_").lower()
             if not self._accepted:
                 raise
+            self._account.span.fail(error)
             for response in self._take_unsent():
                 yield response
             yield inference_pb2.GenerateResponse(error=error.to_proto())
@@ -165,9 +167,9 @@ class Generation:
 
     def _attempt(self, placed: Placed[Worker]) -> Attempt:
         take = partial(self._take, placed) if self._may_send_at_once else None
-        return Attempt(
-            self._request, placed, self._deadline, self._services.transfer_timeout_s, take, self._prior_output()
-        )
+        prior, timeout_s = self._prior_output(), self._services.transfer_timeout_s
+        spans = AttemptSpans(self._account.span, placed, self._account.attempts + 1, resumed=bool(prior))
+        return Attempt(self._request, placed, self._deadline, timeout_s, take, prior, spans)
 
     @property
     def _past_first_token(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 import uvloop
 from pagewire.v1 import inference_pb2, inference_pb2_grpc
-from pagewire_core import faults
+from pagewire_core import faults, tracing
 from pagewire_core.command_line import run_main
 from pagewire_core.errors import StartupError
 from pagewire_core.feed import Feeds
@@ -52,6 +52,7 @@ def main() -> None:
 def _run(args: argparse.Namespace) -> None:
     faults.arm(os.environ.get(faults.VARIABLE))
     configure_logging("router", args.log_format, args.log_level)
+    tracing.configure("router", args.otlp_traces_endpoint, args.otlp_service_name)
     if not args.model:
         raise StartupError("no model: give --model a directory or a Hub id")
     if not args.redis_url and not args.workers:
@@ -69,6 +70,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(args, model, tls))
+    tracing.close()
 
 
 async def _serve(args: argparse.Namespace, model: ServedModel, tls: TlsFiles | None) -> None:

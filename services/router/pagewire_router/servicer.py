@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import grpc
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
+from pagewire_core import tracing
 from pagewire_core.errors import PagewireError, from_rpc
 from pagewire_core.feed import Feeds
 from pagewire_core.prefix_index import IndexFollower, PrefixIndex
@@ -27,6 +28,7 @@ from pagewire_router.generation import Generation, Services
 from pagewire_router.grammars import Grammars, constrain
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
+from pagewire_router.spans import describe_request
 from pagewire_router.text import detokenize, tokenize
 from pagewire_router.workers import Worker
 
@@ -73,17 +75,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         metrics, arrived = self._router.services.metrics, time.monotonic()
-        try:
-            valid = validate(request, self._router.model, self._router.max_model_len)
-            await constrain(valid, request, self._router.grammars)
-        except PagewireError:
-            metrics.requests.labels("invalid_request").inc()
-            raise
-        metrics.validation_s.observe(time.monotonic() - arrived)
-        responses = self._counted(request, valid, self._deadline(context))
-        async with contextlib.aclosing(ended_if_unread(responses, context, self._router.timeouts.send_s)) as read:
-            async for response in read:
-                yield response
+        with tracing.begin("llm_request") as span:
+            try:
+                valid = validate(request, self._router.model, self._router.max_model_len)
+                await constrain(valid, request, self._router.grammars)
+            except PagewireError:
+                metrics.requests.labels("invalid_request").inc()
+                raise
+            metrics.validation_s.observe(time.monotonic() - arrived)
+            describe_request(span, valid)
+            responses = self._counted(request, valid, self._deadline(context))
+            async with contextlib.aclosing(ended_if_unread(responses, context, self._router.timeouts.send_s)) as read:
+                async for response in read:
+                    yield response
 
     async def DeltaFeed(
         self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
@@ -162,7 +166,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         inputs = inputs_of(request, router.model, router.max_model_len)
         embedder = Embedder(router.services.workers, router.admission)
         request_id = request.request_id or uuid.uuid4().hex
-        vectors = await embedder.embed(inputs, request_id, request.tenant, self._deadline(context))
+        with tracing.begin("embed", {"gen_ai.request.id": request_id, "pagewire.inputs": len(inputs)}):
+            vectors = await embedder.embed(inputs, request_id, request.tenant, self._deadline(context))
         return inference_pb2.EmbedResponse(
             model=request.model or router.model.names[0],
             embeddings=vectors,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pagewire.v1 import common_pb2 as pb
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire_core.errors import Cancelled, DeadlineExceeded, Incompatible, PagewireError, Unavailable
+from pagewire_core.tracing import NOWHERE, Span
 
 from pagewire_transfer.chunking import ChunkPlan
 from pagewire_transfer.lane_thread import settled
@@ -82,8 +83,9 @@ class Outgoing:
     Ends once: by a `seal` that returns, by `abort`, by the peer's Abort, or with its pair.
     """
 
-    def __init__(self, port: Port, transfer_id: bytes, plan: ChunkPlan, timeout_s: float) -> None:
+    def __init__(self, port: Port, transfer_id: bytes, plan: ChunkPlan, timeout_s: float, span: Span = NOWHERE) -> None:
         self.transfer_id = transfer_id
+        self._span = span
         self.gathering: Future[Any] | None = None  # set by the pair
         self._port = port
         self._plan = plan
@@ -239,9 +241,21 @@ class Outgoing:
         self._timer.cancel()
         for stopwatch in (self._busy, self._wire):
             stopwatch.turn(on=False)
+        self._end_span()
         self._ended.set()
         self._granted.set()
         self._port.ended(self)
+
+    def _end_span(self) -> None:
+        if self._span.recording:
+            stats = self.stats()
+            self._span.set({
+                "pagewire.transferred_bytes": stats.bytes, "pagewire.lane": stats.lane, "pagewire.chunks": stats.chunks,
+                "pagewire.resent_chunks": stats.resent, "pagewire.kv_overlap": stats.overlap,
+            })  # fmt: skip
+            if self._error is not None:
+                self._span.fail(self._error)
+            self._span.end()
 
     def _seal_if_complete(self) -> None:
         complete = self._plan.done and not self._inflight

@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 from pagewire.v1 import kv_channel_pb2 as kv
+from pagewire.v1.common_pb2 import TraceContext
 from pagewire_core import faults
 from pagewire_core.errors import (
     Cancelled,
@@ -22,6 +23,7 @@ from pagewire_core.errors import (
     from_proto,
 )
 from pagewire_core.tls import TlsFiles
+from pagewire_core.tracing import Span
 
 from pagewire_transfer.chunking import ChunkPlan
 from pagewire_transfer.control_stream import ControlStream
@@ -117,19 +119,19 @@ class Pair:
         log.error("kv pair failed", peer=self.address, exc_info=error)
         self.fail(Internal(f"sending KV failed: {type(error).__name__}"))
 
-    async def offer(self, transfer_id: bytes, tokens: tuple[int, int]) -> Outgoing:
-        """Opens a transfer; returns when the peer has granted it. Raises what KvSender.open does."""
+    async def offer(self, transfer_id: bytes, tokens: tuple[int, int], span: Span) -> Outgoing:
+        """Opens a transfer, which ends `span`; returns when the peer has granted it. Raises what KvSender.open does."""
         if self.error is not None:
             raise self.error
         assert transfer_id not in self._transfers, "one transfer, one offer"
         limit = self._settings.chunk_bytes
         plan = ChunkPlan(self._settings.identity.layout, tokens, limit, limit // 4)
-        outgoing = Outgoing(self, transfer_id, plan, self._settings.timeout_s)
+        outgoing = Outgoing(self, transfer_id, plan, self._settings.timeout_s, span)
         self._transfers[transfer_id] = outgoing
         self._turns.append(outgoing)
-        self.post(
-            kv.ConnectRequest(offer=kv.Offer(transfer_id=transfer_id, token_begin=tokens[0], token_end=tokens[1]))
-        )
+        trace = TraceContext(**dict(span.headers)) if span.headers else None
+        offer = kv.Offer(transfer_id=transfer_id, token_begin=tokens[0], token_end=tokens[1], trace=trace)
+        self.post(kv.ConnectRequest(offer=offer))
         await outgoing.granted()
         return outgoing
 

@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceServicer
+from pagewire_core import tracing
 from pagewire_core.errors import DeadlineExceeded, Incompatible, PagewireError, Unavailable
 
 from pagewire_transfer.identity import WorkerIdentity
@@ -87,7 +88,8 @@ class KvChannelServicer(KvChannelServiceServicer):
     async def Fetch(self, request: kv.FetchRequest, context: grpc.aio.ServicerContext) -> kv.FetchResponse:
         if request.expect_instance != self._settings.identity.instance:
             raise Unavailable(f"this is {self._settings.identity.instance}, not {request.expect_instance}")
-        return await self.lend(request)
+        with tracing.begin("pagewire.v1.KvChannelService/Fetch"):
+            return await self.lend(request)
 
     async def Connect(
         self, request_iterator: AsyncIterator[kv.ConnectRequest], context: grpc.aio.ServicerContext

@@ -12,7 +12,7 @@ import structlog
 import torch
 from google.protobuf.message import DecodeError, Message
 from pagewire.v1 import kv_channel_pb2 as kv
-from pagewire_core import faults
+from pagewire_core import faults, tracing
 from pagewire_core.errors import (
     Cancelled,
     Incompatible,
@@ -55,6 +55,7 @@ class ReceivingPair:
         self._owners = owners
         self._spawn = spawn
         self._open: dict[bytes, Incoming | None] = {}  # None: offered, pages not bound yet
+        self._spans: dict[bytes, tracing.Span] = {}  # of transfers that are not yet counted
         # A peer that announces faster than the lane delivers is held back by the stream's flow control.
         self._room = asyncio.Semaphore(settings.window)
         self._coming: deque[Landing] = deque()  # in the order of the lane
@@ -128,6 +129,9 @@ class ReceivingPair:
             return
         self._open[transfer_id] = None
         self._owners[transfer_id] = self
+        caller = tracing.received((("traceparent", offer.trace.traceparent), ("tracestate", offer.trace.tracestate)))
+        if caller.headers:
+            self._spans[transfer_id] = caller.child("receive", {"pagewire.peer": self._peer}, "server")
         self._spawn(self._guard(self._bind(offer)))
 
     async def _bind(self, offer: kv.Offer) -> None:
@@ -249,16 +253,20 @@ class ReceivingPair:
         try:
             await self._settings.sink.sealed(sealed.transfer_id, stats, sealed.first_tokens)
         except PagewireError as error:
-            self._count(error)
+            self._count(sealed.transfer_id, error)
             self._tell(sealed.transfer_id, error)
             return
-        self._count(None)
+        self._spans.get(sealed.transfer_id, tracing.NOWHERE).set({
+            "pagewire.transferred_tokens": stats.tokens, "pagewire.transferred_bytes": stats.bytes,
+            "pagewire.lane": stats.lane, "pagewire.chunks": stats.chunks,
+        })  # fmt: skip
+        self._count(sealed.transfer_id, None)
         self._send(sealed_ack=kv.SealedAck(transfer_id=sealed.transfer_id))
 
     def abort(self, transfer_id: bytes, error: PagewireError) -> None:
         """Our side ends a transfer: tells the peer, not the sink. Idempotent."""
         if self._forget(transfer_id):
-            self._count(error)
+            self._count(transfer_id, error)
             self._tell(transfer_id, error)
 
     def _fail(self, transfer_id: bytes, error: PagewireError) -> None:
@@ -268,7 +276,7 @@ class ReceivingPair:
     def _end(self, transfer_id: bytes, error: PagewireError) -> None:
         """The transfer has ended by no doing of the sink, which is told."""
         if self._forget(transfer_id):
-            self._count(error)
+            self._count(transfer_id, error)
             self._settings.sink.failed(transfer_id, error)
 
     def _forget(self, transfer_id: bytes) -> bool:
@@ -277,7 +285,11 @@ class ReceivingPair:
         del self._open[transfer_id], self._owners[transfer_id]
         return True
 
-    def _count(self, error: PagewireError | None) -> None:
+    def _count(self, transfer_id: bytes, error: PagewireError | None) -> None:
+        span = self._spans.pop(transfer_id, tracing.NOWHERE)
+        if error:
+            span.fail(error)
+        span.end()
         outcome = type(error).__name__ if error else "ok"
         self._settings.metrics.transfers.labels(direction="received", outcome=outcome).inc()
 

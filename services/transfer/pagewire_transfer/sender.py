@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from pagewire_core import tracing
 from pagewire_core.errors import Unavailable
 from pagewire_core.tls import TlsFiles
 
@@ -65,8 +66,15 @@ class KvSender:
             pair = Pair(self._settings, address, instance, self._drop)
             self._pairs[key] = pair, asyncio.create_task(pair.connect())
         pair, connecting = self._pairs[key]
-        await asyncio.shield(connecting)
-        return await pair.offer(transfer_id, tokens)
+        what: tracing.Attributes = {"pagewire.transferred_tokens": tokens[1] - tokens[0], "server.address": address}
+        span = tracing.current().child("transfer", what, "client")
+        try:
+            await asyncio.shield(connecting)
+            return await pair.offer(transfer_id, tokens, span)
+        except BaseException as error:
+            span.fail(error)
+            span.end()
+            raise
 
     def _drop(self, pair: Pair) -> None:
         self._pairs.pop((pair.address, pair.instance), None)

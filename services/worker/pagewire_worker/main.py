@@ -9,7 +9,7 @@ import uuid
 
 import torch
 import uvloop
-from pagewire_core import faults
+from pagewire_core import faults, tracing
 from pagewire_core.command_line import run_main
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import WORKER_FLAGS
@@ -57,6 +57,7 @@ def _run(args: argparse.Namespace) -> None:
         sys.stderr.write(f"pagewire-worker: {error}\n")
         sys.stderr.flush()
         os._exit(1)
+    tracing.close()
     # Lane threads may still sit in a blocking receive of a peer that died; they hold nothing that matters.
     os._exit(0)
 

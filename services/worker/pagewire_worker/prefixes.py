@@ -20,6 +20,7 @@ import torch
 from pagewire.v1 import common_pb2 as pb
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceStub
+from pagewire_core import tracing
 from pagewire_core.errors import Cancelled, PagewireError, Unavailable, from_rpc
 from pagewire_core.rpc import open_channel
 from pagewire_core.tls import WORKER, TlsFiles
@@ -59,16 +60,19 @@ class PrefixFetcher:
             yield fetched
             return
         owner, began = os.urandom(16), time.monotonic()
+        asked: tracing.Attributes = {"pagewire.holder": holder.worker_id, "pagewire.fetch_tokens": holder.tokens}
         try:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError), tracing.current().child("fetch", asked, "client") as span:
                 async with asyncio.timeout(holder.timeout_s):
-                    fetched = await self._fetch(owner, list(prompt[: holder.tokens]), cache_root, holder)
+                    fetched = await self._fetch(owner, list(prompt[: holder.tokens]), cache_root, holder, span)
             fetched.fetch_us = int((time.monotonic() - began) * 1e6)
             yield fetched
         finally:
             self._engine.external.free(owner)
 
-    async def _fetch(self, owner: bytes, prompt: list[int], cache_root: bytes, holder: pb.KvHolder) -> pb.Fetched:
+    async def _fetch(
+        self, owner: bytes, prompt: list[int], cache_root: bytes, holder: pb.KvHolder, span: tracing.Span
+    ) -> pb.Fetched:
         outcome = "failed"
         try:
             transfer = self._transfers.reserve(owner, prompt, cache_root, 0)
@@ -76,12 +80,13 @@ class PrefixFetcher:
                 outcome = "not needed"
                 return pb.Fetched()
             self._transfers.claim(owner)
-            await self._ask(owner, prompt, cache_root, transfer.local_tokens, holder)
+            await self._ask(owner, prompt, cache_root, transfer.local_tokens, holder, span)
             received, _ = await transfer.ready
             self._engine.adopt(owner, prompt, cache_root, self._transfers.take(transfer))
             outcome = "ok"
             return pb.Fetched(tokens=received.tokens, bytes=received.bytes, lane=received.lane)
         except PagewireError as error:
+            span.fail(error)
             log.warning("prefix not fetched", holder=holder.worker_id, tokens=len(prompt), error=error.message)
             return pb.Fetched()
         finally:
@@ -90,7 +95,13 @@ class PrefixFetcher:
                 self._transfers.end(owner, Cancelled("the fetch has ended"))
 
     async def _ask(
-        self, owner: bytes, prompt: list[int], cache_root: bytes, local_tokens: int, holder: pb.KvHolder
+        self,
+        owner: bytes,
+        prompt: list[int],
+        cache_root: bytes,
+        local_tokens: int,
+        holder: pb.KvHolder,
+        span: tracing.Span,
     ) -> None:
         """Returns when the holder says that it has sent all of it."""
         request = kv.FetchRequest(
@@ -99,7 +110,7 @@ class PrefixFetcher:
         )  # fmt: skip
         async with open_channel(holder.address, self._tls, WORKER) as channel:
             try:
-                await KvChannelServiceStub(channel).Fetch(request)
+                await KvChannelServiceStub(channel).Fetch(request, metadata=span.headers)
             except grpc.RpcError as error:
                 raise from_rpc(error) from None
 

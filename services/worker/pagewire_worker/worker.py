@@ -24,7 +24,7 @@ from pagewire.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
-from pagewire_core import rpc
+from pagewire_core import rpc, tracing
 from pagewire_core.announced_host import announced_host
 from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.redis_link import require_reachable
@@ -104,6 +104,8 @@ class Worker:
         server = rpc.RpcServer(self._tls)
         address = f"{self._host}:{server.bind(self._args.host, self._args.port)}"
         info = self._info(address)
+        args = self._args
+        tracing.configure("worker", args.otlp_traces_endpoint, args.otlp_service_name, info.worker_id)
         self._add_services(server, info)
         if progress := self._loaded.runner.progress:
             self._loop.add_reader(progress, self._engine.tell_layers)
