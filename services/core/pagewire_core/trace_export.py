@@ -54,9 +54,7 @@ class OtlpRecorder:
         recorded = self._tracer.start_span(
             name, context, _KINDS[kind], attributes, start_time=self.wall_ns(started), record_exception=False
         )
-        headers: dict[str, str] = {}
-        _W3C.inject(headers, set_span_in_context(recorded, Context()))
-        return Span(tuple(headers.items()), recorded)
+        return Span(recorded=recorded)
 
     def wall_ns(self, monotonic: float | None) -> int | None:
         """The time of day at which the monotonic clock was there."""

@@ -51,15 +51,27 @@ class Recorder(Protocol):
 class Span:
     """A piece of work; where tracing is off, no more than the caller's place in its trace.
 
-    A context manager that ends it, with the error that its body has raised. headers: for the calls that are part of
-    the work. Times are of the monotonic clock, in seconds; None: now. Nothing happens to a span that has ended.
+    A context manager that ends it, with the error that its body has raised. Times are of the monotonic clock, in
+    seconds; None: now. Nothing happens to a span that has ended.
     """
 
-    __slots__ = ("headers", "recorded")
+    __slots__ = ("_said", "recorded")
 
-    def __init__(self, headers: Headers = (), recorded: Recorded | None = None) -> None:
-        self.headers = headers
+    def __init__(self, said: Headers = (), recorded: Recorded | None = None) -> None:
+        """said: by the caller, where nothing is recorded."""
+        self._said = said
         self.recorded = recorded
+
+    @property
+    def headers(self) -> Headers:
+        """For the calls that are part of the work."""
+        if self.recorded is None:
+            return self._said
+        at = self.recorded.get_span_context()
+        if not at.is_valid:
+            return ()
+        parent = (PARENT_KEY, f"00-{at.trace_id:032x}-{at.span_id:016x}-{at.trace_flags:02x}")
+        return (parent, (STATE_KEY, at.trace_state.to_header())) if at.trace_state else (parent,)
 
     @property
     def recording(self) -> bool:
