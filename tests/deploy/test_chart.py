@@ -51,7 +51,8 @@ SETS: dict[str, dict[str, Any]] = {
                  "service": {"type": "LoadBalancer", "annotations": {"a": "b"}}},
         "redis": {"urlSecret": {"name": "redis"}}, "imagePullSecrets": [{"name": "pull"}],
         "image": {"registry": "registry.example/llm", "tag": "1.2.3"},
-        "monitoring": {"podMonitor": True, "rules": True, "dashboards": True, "labels": {"release": "prom"}},
+        "monitoring": {"podMonitor": True, "rules": True, "dashboards": True, "labels": {"release": "prom"},
+                       "otlpTracesEndpoint": "http://collector:4317"},
         "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"who": "clients"}}}]},
         "podLabels": {"team": "a"}, "podAnnotations": {"b": "c"},
     },
@@ -128,6 +129,14 @@ def test_no_api_key_is_got_around_by_the_native_api(keys: str, tls: str, clients
 def test_a_misspelt_value_is_told(values: dict[str, Any]) -> None:
     with pytest.raises(Exception, match="schema"):
         render(values)
+
+
+def test_one_value_has_every_service_send_its_spans() -> None:
+    documents = render({"monitoring": {"otlpTracesEndpoint": "http://collector:4317"}})
+    for role in ("prefill", "decode", "router", "bridge"):
+        [container] = workloads(documents)[role]["spec"]["containers"]
+        variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert variables["PAGEWIRE_OTLP_TRACES_ENDPOINT"] == "http://collector:4317"
 
 
 def test_helm_finds_nothing_to_complain_about() -> None:

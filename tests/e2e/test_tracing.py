@@ -98,7 +98,7 @@ async def test_one_trace_has_the_tree_of_both_legs_and_the_transfer(traced: tupl
     for span in (transfer, received, request, legs["decode"]):
         assert span["pagewire.transferred_bytes"] == 60 * 384
         assert (span["pagewire.transferred_tokens"], span["pagewire.lane"]) == (60, "shm")
-    assert len(spans) == 13 and not any(span.failed for span in spans)
+    assert len(spans) == 14 and not any(span.failed for span in spans)
     assert {span.trace_state for span in spans} == {"vendor=1"}
     assert SECRET.encode() not in sink.raw and response.json()["choices"][0]["text"].encode() not in sink.raw
     for name in ("bridge", "router", "prefill-0"):

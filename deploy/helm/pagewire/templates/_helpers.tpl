@@ -39,6 +39,9 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 - {name: PAGEWIRE_TLS_KEY, value: /tls/tls.key}
 - {name: PAGEWIRE_TLS_CA, value: /tls/ca.crt}
 {{- end }}
+{{- with .root.Values.monitoring.otlpTracesEndpoint }}
+- {name: PAGEWIRE_OTLP_TRACES_ENDPOINT, value: {{ . | quote }}}
+{{- end }}
 {{- end }}
 
 {{- define "pagewire.hubEnvironment" -}}
