@@ -173,7 +173,7 @@ class Account:
             if outcome == "ok":
                 self._judge_hits(metrics)
                 metrics.cached_tokens.inc(self.prompt_tokens - self.computed_tokens)
-        describe_outcome(self.span, outcome, completion_tokens, seconds, facts)
+        describe_outcome(self.span, outcome, completion_tokens, seconds, {"attempts": self.attempts, **facts})
         log.info(
             "request finished",
             request_id=self.request_id,
