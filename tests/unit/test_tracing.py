@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from otlp_sink import Sink, children, listening
 from pagewire_cli.tgi_flags import translated
 from pagewire_core import trace_export, tracing
+from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import InvalidRequest, StartupError, Unavailable
-from pagewire_core.flags import WORKER_FLAGS, Parser, add_flags
+from pagewire_core.flags import WORKER_FLAGS
 from pagewire_core.rpc import request_metadata
 from processes import free_port
 
@@ -154,7 +155,8 @@ def test_variables_that_cannot_be_are_one_sentence(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_flag_takes_an_address_of_grpc_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    add_flags(parser := Parser(prog="p"), WORKER_FLAGS, {"PAGEWIRE_OTLP_TRACES_ENDPOINT": "http://collector:4317"})
+    environ = {"PAGEWIRE_OTLP_TRACES_ENDPOINT": "http://collector:4317"}
+    add_flags(parser := Parser(prog="p", environ=environ), WORKER_FLAGS)
     assert parser.parse_args([]).otlp_traces_endpoint == "http://collector:4317"
     for good in ("https://c:4317", "grpc://localhost:4317", "localhost:4317", "http://[::1]:4317/"):
         assert parser.parse_args(["--otlp-traces-endpoint", good]).otlp_traces_endpoint == good

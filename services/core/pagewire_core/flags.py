@@ -254,5 +254,5 @@ FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "the service": ("role", "worker-id", "host", "port", "router", "redis-url", "lanes"),
     "TLS between services": TLS_FLAGS,
     "time": ("request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout"),
-    "logs": ("log-format", "log-level"),
+    "logs and traces": ("log-format", "log-level", *TRACE_FLAGS),
 }  # fmt: skip
