@@ -103,6 +103,7 @@ async def test_one_trace_has_the_tree_of_both_legs_and_the_transfer(traced: tupl
     assert SECRET.encode() not in sink.raw and response.json()["choices"][0]["text"].encode() not in sink.raw
     for name in ("bridge", "router", "prefill-0"):
         assert any(line.get("trace_id") == trace_id for line in lines(cluster, name)), name
+    assert "spans are not exported" not in cluster.logs()
 
 
 def lines(cluster: Cluster, name: str) -> list[dict[str, Any]]:

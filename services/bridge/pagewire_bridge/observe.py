@@ -92,7 +92,7 @@ class Observe:
 
 
 def _begin_span(scope: Scope) -> tracing.Span:
-    """Named when its route is known; what nobody asks for a reason of their own (probes, scrapes) has none."""
+    """Named when its route is known. Probes and scrapes have none."""
     if scope["path"] in _PROBES:
         return tracing.Span()
     attributes = {

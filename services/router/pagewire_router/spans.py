@@ -17,6 +17,8 @@ _CALLS = {"prefill": "pagewire.v1.PrefillService/Prefill", "decode": "pagewire.v
 
 
 def describe_request(span: Span, request: ValidRequest) -> None:
+    if not span.recording:
+        return
     sampling = request.sampling
     span.set({
         "gen_ai.request.id": request.request_id,
@@ -32,7 +34,9 @@ def describe_request(span: Span, request: ValidRequest) -> None:
 def describe_outcome(
     span: Span, outcome: str, completion_tokens: int, seconds: Mapping[str, float], facts: Mapping[str, Any]
 ) -> None:
-    """seconds: e2e, and time_to_first_token if there was one. facts: as in the log's line."""
+    """seconds: of what, by vLLM's names. facts: as in the log's line."""
+    if not span.recording:
+        return
     span.set({
         "pagewire.outcome": outcome,
         "gen_ai.usage.completion_tokens": completion_tokens,
