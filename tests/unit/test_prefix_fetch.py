@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from engines import Run, make_engine, run_all
+from otlp_sink import children, listening
+from pagewire_core import tracing
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 from peers import Peer, compute, hand_over, peer
@@ -96,6 +98,23 @@ async def test_only_what_is_missing_crosses(llama: Path, expected: list[int]) ->
         assert alone.tokens == expected
         assert alone.started.fetched.tokens == HELD - 80 and s.computed() - before == len(PROMPT) - HELD
         await s.assert_empty()
+
+
+async def test_a_fetch_is_part_of_its_requests_trace(llama: Path) -> None:
+    with listening() as (sink, endpoint), contextlib.closing(tracing):
+        async with scene(llama) as s:
+            tracing.configure("worker", endpoint)
+            await compute(PROMPT, s.worker, s.holder.holds(HELD))
+            await s.assert_empty()
+        tracing.close()
+    [call] = [span for span in sink.spans if not span.parent_id]
+    path = [call]
+    for name in ("fetch", "pagewire.v1.KvChannelService/Fetch", "transfer", "receive"):
+        path += children(sink.spans, path[-1], name)
+    assert [span.kind for span in path] == ["server", "client", "server", "client", "server"]
+    assert path[1]["pagewire.holder"] == "holder" and path[-1]["pagewire.transferred_tokens"] == HELD
+    [prefill] = children(sink.spans, call, "prefill")
+    assert (prefill["pagewire.cached_tokens"], prefill["pagewire.computed_tokens"]) == (HELD, len(PROMPT) - HELD)
 
 
 async def check_computed(s: Scene, expected: list[int], timeout_s: float = 5.0) -> None:
