@@ -71,7 +71,7 @@ class Network:
     def _start_link(self) -> None:
         command = [sys.executable, str(Path(__file__).with_name("tun_link.py")), *self._names.values()]
         self._link = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._closing.callback(self._link.wait)
+        self._closing.callback(self._link.communicate)
         self._closing.callback(self._link.kill)
         assert self._link.stdout and self._link.stdout.readline() == "up\n"
         for number, role in enumerate(ROLES, 1):
