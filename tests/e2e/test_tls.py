@@ -151,10 +151,10 @@ async def test_callers_who_may_call_and_send_nonsense_are_refused(cluster: Clust
                 mine = [m for m in all_methods() if m.split("/")[1] in served and may_call(m, [san(role).encode()])]
                 for method in mine:
                     assert await outcome(channel, method, GARBAGE) in REFUSED, method
-                for method in mine[:1]:
-                    large = await outcome(channel, method, bytes(MAX_MESSAGE_BYTES + 1))
+                if role == "operator":  # what comes before a message is the same for every role
+                    large = await outcome(channel, mine[0], bytes(MAX_MESSAGE_BYTES + 1))
                     assert large is grpc.StatusCode.RESOURCE_EXHAUSTED
-                    bent = [say(port, words, unchecking(files), san(expected)) for words in bent_calls(method)]
+                    bent = [say(port, words, unchecking(files), san(expected)) for words in bent_calls(mine[0])]
                     answers = await asyncio.gather(*bent)
                     assert all(answers) and not [answer for answer in answers if DATA in kinds(answer)], answers
 
