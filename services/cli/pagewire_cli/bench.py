@@ -67,7 +67,9 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--max-concurrency", type=positive, metavar="N", help="requests in flight, at most")
     group.add_argument("--num-warmups", type=int, default=0, metavar="N", help="requests before, that are not counted")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts, lengths and arrivals")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same one asks the same again: caches have it"
+    )
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
