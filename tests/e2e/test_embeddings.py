@@ -83,6 +83,18 @@ async def test_ollamas_client_gets_the_same_vectors(cluster: Cluster) -> None:
     assert found.prompt_eval_count == expected["usage"]["prompt_tokens"]
 
 
+async def test_what_has_no_effect_is_named_and_other_dimensions_are_refused(cluster: Cluster) -> None:
+    asked = {"model": "demo", "input": "hi", "keep_alive": "5m", "options": {"num_ctx": 64}}
+    answer = await cluster.http.post("/api/embed", json=asked)
+    assert answer.headers["x-pagewire-ignored-fields"] == "keep_alive,options"
+    refused = await cluster.http.post("/api/embed", json={**asked, "dimensions": 3})
+    assert refused.status_code == 400 and "no fewer" in refused.json()["error"]
+    ranked = await cluster.http.post("/v2/rerank", json={"query": "hi", "documents": ["a"], "priority": 1})
+    assert ranked.headers["x-pagewire-ignored-fields"] == "priority"
+    refused = await cluster.http.post("/v2/rerank", json={"query": "hi", "documents": []})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "documents"
+
+
 async def test_scores_and_rankings_are_cosines(cluster: Cluster) -> None:
     texts = ["alpha beta", "gamma", "alpha beta gamma", "zzz"]
     embedded = await post(cluster, "/v1/embeddings", {"input": texts})

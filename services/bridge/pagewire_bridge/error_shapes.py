@@ -28,6 +28,7 @@ _BEGINNINGS: tuple[tuple[str, ErrorShape], ...] = (
     ("/info", tgi),
     ("/chat_tokenize", tgi),
     ("/vertex", tgi),
+    ("/v2/rerank", openai),
     ("/v2", tgi),
 )
 

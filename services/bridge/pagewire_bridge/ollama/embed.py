@@ -14,12 +14,13 @@ from starlette.routing import Route
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.ollama.translate import to_model
-from pagewire_bridge.openai.embeddings import embed
+from pagewire_bridge.openai.embeddings import check_dimensions, embed
+from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.responses import json_response
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str
     truncate: bool | None = None
@@ -29,6 +30,7 @@ class EmbedBody(_Body):
     """POST /api/embed."""
 
     input: str | list[str]
+    dimensions: int | None = None
 
 
 class EmbeddingsBody(_Body):
@@ -41,15 +43,18 @@ async def embed_inputs(request: Request) -> Response:
     body, began = validated(EmbedBody, to_object(await read_body(request))), time.perf_counter_ns()
     inputs = [body.input] if isinstance(body.input, str) else body.input
     vectors, num_tokens = await _vectors(request, body, inputs)
+    check_dimensions(body.dimensions, vectors)
     total = time.perf_counter_ns() - began
     counts: dict[str, Any] = {"total_duration": total, "load_duration": 1, "prompt_eval_count": num_tokens}
-    return json_response({"model": body.model, "embeddings": vectors, **counts})
+    content = {"model": body.model, "embeddings": vectors, **counts}
+    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
 
 
 async def embed_prompt(request: Request) -> Response:
     body = validated(EmbeddingsBody, to_object(await read_body(request)))
     vectors, _ = await _vectors(request, body, [body.prompt])
-    return json_response({"embedding": vectors[0] if vectors else []})
+    content = {"embedding": vectors[0] if vectors else []}
+    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
 
 
 async def _vectors(request: Request, body: _Body, inputs: list[str]) -> tuple[list[list[float]], int]:

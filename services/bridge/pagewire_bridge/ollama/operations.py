@@ -70,6 +70,7 @@ API = Api(
             embed.EmbedBody,
             answers.EmbedAnswer,
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={"two": {**_MODEL, "input": ["Tokyo", "a fox"]}, "none": {**_MODEL, "input": ""}},
         ),
         embed.embed_prompt: Operation(
@@ -77,6 +78,7 @@ API = Api(
             embed.EmbeddingsBody,
             answers.EmbeddingsAnswer,
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={"one": {**_MODEL, "prompt": "Tokyo"}},
         ),
     },

@@ -19,6 +19,7 @@ from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.schema import Prompts, TokenCount, prompts
+from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.responses import json_response
 
 Vector = Sequence[float]
@@ -28,15 +29,13 @@ _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_DOCUMENTS)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str | None = None
     truncate_prompt_tokens: TokenCount | None = None
 
 
 class EmbeddingsBody(_Body):
-    """dimensions: only the model's own; a vector that is cut short is another one."""
-
     input: Annotated[
         list[str | list[int]],
         PlainValidator(lambda value: prompts(value, "input", MAX_INPUTS), json_schema_input_type=Prompts),
@@ -80,11 +79,17 @@ async def embeddings(request: Request) -> Response:
     body = validated(EmbeddingsBody, to_object(await read_body(request)))
     response = await embed(request, body.model, body.input, body.truncate_prompt_tokens or 0)
     vectors = [one.vector for one in response.embeddings]
-    if body.dimensions is not None and body.dimensions != len(vectors[0]):
-        raise InvalidRequest(f"This model's vectors have {len(vectors[0])} dimensions and no fewer.", "dimensions")
+    check_dimensions(body.dimensions, vectors)
     encode = _base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
-    return json_response({"object": "list", "data": data, "model": response.model, "usage": _usage(response)})
+    content = {"object": "list", "data": data, "model": response.model, "usage": _usage(response)}
+    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
+
+
+def check_dimensions(wanted: int | None, vectors: Sequence[Vector]) -> None:
+    """Raises InvalidRequest for any number but the model's own: a vector that is cut short is another one."""
+    if wanted is not None and vectors and wanted != len(vectors[0]):
+        raise InvalidRequest(f"This model's vectors have {len(vectors[0])} dimensions and no fewer.", "dimensions")
 
 
 async def score(request: Request) -> Response:
@@ -99,7 +104,8 @@ async def score(request: Request) -> Response:
     scores = [_dot(left[i if len(first) > 1 else 0], vector) for i, vector in enumerate(right)]
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
     head = {"id": f"score-{request.state.request_id}", "object": "list", "model": response.model}
-    return json_response({**head, "data": data, "usage": _usage(response)})
+    content = {**head, "data": data, "usage": _usage(response)}
+    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
 
 
 async def rerank(request: Request) -> Response:
@@ -114,7 +120,8 @@ async def rerank(request: Request) -> Response:
     if body.return_documents is not False:
         results = [{**result, "document": {"text": texts[result["index"]]}} for result in results]
     head = {"id": f"rerank-{request.state.request_id}", "model": response.model}
-    return json_response({**head, "usage": {"total_tokens": response.prompt_tokens}, "results": results})
+    content = {**head, "usage": {"total_tokens": response.prompt_tokens}, "results": results}
+    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
 
 
 def _text(document: str | dict[str, Any], i: int) -> str:

@@ -75,6 +75,7 @@ API = Api(
             EmbeddingsBody,
             answers.EmbeddingList,
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={
                 "floats": {"input": _TEXTS},
                 "base64": {"input": "Tokyo", "encoding_format": "base64"},
@@ -86,6 +87,7 @@ API = Api(
             ScoreBody,
             answers.ScoreList,
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={"one with each": {"text_1": "Tokyo", "text_2": _TEXTS}},
         ),
         rerank: Operation(
@@ -93,6 +95,7 @@ API = Api(
             RerankBody,
             answers.Ranking,
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={
                 "all": {"query": "Tokyo", "documents": _TEXTS},
                 "the best, without its text": {
