@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from manifests import breaches, of_kind, parsed, read, selects, workloads
+from pagewire_cli.launch import command_of
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BASE = read((DEPLOY / "kustomize" / "base" / "manifests.yaml").read_text())
@@ -129,10 +130,8 @@ def test_examples_are_yaml_and_point_at_what_is_there() -> None:
             if document.get("kind") == "ScaledObject":
                 assert spec["scaleTargetRef"]["name"] in deployments
             if document.get("kind") == "ServingRuntime":
-                from pagewire_cli.launch import arguments_of
-
-                arguments, _ = arguments_of([a.replace("{{.Name}}", "x") for a in spec["containers"][0]["args"]], {})
-                assert "--served-model-name=x" in arguments
+                command = command_of([a.replace("{{.Name}}", "x") for a in spec["containers"][0]["args"]], {})
+                assert "--served-model-name=x" in command.arguments
 
 
 def test_the_chart_takes_the_rules_and_dashboards_that_are_tested() -> None:
