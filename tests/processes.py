@@ -15,14 +15,20 @@ from pathlib import Path
 import psutil
 from warm_start import SERVICES, WarmProcess
 
+_given: set[int] = set()
+
 
 def free_port() -> int:
-    """Below the range that the kernel hands out: nobody's outgoing connection can take it meanwhile."""
+    """Below the range that the kernel hands out: nobody's outgoing connection can take it meanwhile. Never one twice:
+    who was given it may not have taken it yet.
+    """
     while True:
         port = random.randrange(15000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def redis_binary() -> str:

@@ -343,7 +343,8 @@ async def tls_before(server: RedisServer, directory: Path) -> AsyncIterator[tupl
     finally:
         listener.close()
         for writer in open_ends:
-            writer.transport.abort()
+            if not writer.is_closing():
+                writer.transport.abort()
 
 
 async def test_redis_over_tls_asks_for_our_certificate_and_takes_the_new_one(
@@ -364,7 +365,8 @@ async def test_redis_over_tls_asks_for_our_certificate_and_takes_the_new_one(
             await _until_listed(direct)
             certificates.made(directory)  # of the same authority, and then Redis goes away for a moment
             for writer in open_ends:
-                writer.transport.abort()
+                if not writer.is_closing():
+                    writer.transport.abort()
             await direct.delete("pd:w", "pd:w:w")
             await _until_listed(direct)
         finally:
