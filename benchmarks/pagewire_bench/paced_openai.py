@@ -48,10 +48,10 @@ class PacedOpenAI:
         head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
         await asyncio.sleep(self._pace.ttft_s)
         await _start(send, b"text/event-stream")
-        for i in range(most):
+        for i in range(most):  # another word each time: a gateway may end an answer that repeats itself
             if i:
                 await self._ticker.tick()
-            delta = {"content": " word", **({"role": "assistant"} if not i else {})}
+            delta = {"content": f" word{i}", **({"role": "assistant"} if not i else {})}
             end = "length" if i == most - 1 else None
             await _event(send, {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": end}]})
         usage = {"prompt_tokens": 7, "completion_tokens": most, "total_tokens": 7 + most}
