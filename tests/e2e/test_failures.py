@@ -93,7 +93,8 @@ async def marked_stream(cluster: Cluster) -> list[int]:
 
 async def test_streams_outlive_their_decode_worker_byte_for_byte(llama: Path, tmp_path: Path) -> None:
     """Killed in mid-stream, under seeds, penalties, stop strings, log probabilities and several choices."""
-    async with running(Cluster(llama, tmp_path, prefill=1, decode=3, worker_flags=SLOW)) as cluster:
+    everywhere = ("--routing-policy=round_robin",)  # so that every victim has streams
+    async with running(Cluster(llama, tmp_path, decode=3, worker_flags=SLOW, router_flags=everywhere)) as cluster:
         expected = await asyncio.gather(*(stream(cluster, i) for i in range(15)), marked_stream(cluster))
         for victim in ("decode-0", "decode-1"):
             kill = after(300, cluster.processes[victim].kill)
