@@ -35,7 +35,8 @@ pytestmark = [
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     directory: Path = tmp_path_factory.mktemp("page")
     names = (*PAIRS, "--served-model-name=demo")
-    async with running(Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names)) as started:
+    made = Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names, with_faults=True)
+    async with running(made) as started:
         yield started
 
 
@@ -84,8 +85,12 @@ async def test_an_answer_is_stopped_with_escape_and_leaves_nothing_behind(page: 
     await page.get_by_label("Temperature").fill("2")  # wanders, so that it does not end by itself at once
     await page.get_by_label("Message").fill("Tell me a story about Mia and a fox at the river.")
     await page.evaluate(ESCAPE_AT_THE_FIRST_WORD)
+    assert cluster.faults is not None
+    slow = cluster.faults / "step:decode:delay"
+    slow.write_text("times=1000 seconds=0.05")  # a short answer would be over before the key
     await page.keyboard.press("Enter")
     await expect(page.locator("article.assistant").last.locator("footer")).to_have_text("stopped")
+    slow.unlink(missing_ok=True)
     await expect(page.get_by_role("button", name="Send")).to_be_visible()
     await cluster.settle()
     await page.get_by_role("button", name="New chat").click()

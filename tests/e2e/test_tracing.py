@@ -122,7 +122,8 @@ async def test_a_caller_decides_whether_its_trace_is_recorded(traced: tuple[Clus
         "/v1/embeddings", json={"input": ["a", "b"], "model": str(cluster.model)}, headers=parent_of("44" * 16)
     )
     assert (answer.status_code, refused.status_code, vector.status_code) == (200, 400, 200)
-    spans = await spans_of(cluster, sink, "33" * 16, "POST /v1/completions")
+    await spans_of(cluster, sink, "33" * 16, "POST /v1/completions")
+    spans = await spans_of(cluster, sink, "33" * 16, "llm_request")
     [request] = [span for span in spans if span.name == "llm_request"]
     assert request["error.type"] == "ContextLength" and not any(span.failed for span in spans)
     spans = await spans_of(cluster, sink, "44" * 16, "pagewire.v1.PrefillService/Embed", 2)
@@ -139,8 +140,8 @@ async def test_a_stream_that_outlives_its_decode_worker_is_still_one_trace(trace
     body = {"prompt": prompt_of(40, 1), "max_tokens": 60, "ignore_eos": True, "stream": True, "temperature": 0}
     answer = await cluster.http.post("/v1/completions", json=body, headers=parent_of(trace_id))
     assert answer.text.endswith("data: [DONE]\n\n") and '"error"' not in answer.text
-    spans = await spans_of(cluster, sink, trace_id, "POST /v1/completions")
-    spans = await spans_of(cluster, sink, trace_id, "decode")
+    for name, count in (("POST /v1/completions", 1), ("llm_request", 1), ("pagewire.v1.DecodeService/Decode", 3)):
+        spans = await spans_of(cluster, sink, trace_id, name, count)
     [request] = [span for span in spans if span.name == "llm_request"]
     lost, second = children(spans, request, "attempt")
     assert lost.failed and (lost["pagewire.failed_leg"], lost["error.type"]) == ("decode", "Unavailable")

@@ -66,7 +66,7 @@ def test_a_long_prompt_delays_a_decode_step_by_no_more_than_the_budget() -> None
     unlimited, at_once = worst_gap_ms(0.0)
     assert at_once == 1 and unlimited > _LONG * _MS_PER_ROW
     chunked, num_steps = min(worst_gap_ms(_DELAY_MS) for _ in range(3))  # a busy machine may hold up one step
-    assert _LONG / (_DELAY_MS / _MS_PER_ROW) - 1 <= num_steps <= 40
+    assert _LONG / (_DELAY_MS / _MS_PER_ROW) - 1 <= num_steps < -(-_LONG // 16), "no more than a block a step"
     assert chunked < 3 * _DELAY_MS + 2
 
 

@@ -289,7 +289,7 @@ async def test_a_worker_lost_after_the_last_token_is_not_missed(byte_tokenizer: 
 
 async def test_what_is_told_of_the_prompt_is_what_its_own_attempt_did(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
-        s.workers["d1"].script.hooks["decode"] = at(3, fail)
+        s.workers["d1"].script.hooks["decode"] = at(9, fail)  # by then the client has some tokens
         first = at(1, lambda worker: setattr(worker.script, "cached_tokens", 4))
         s.workers["p1"].script.hooks["first_token"] = first
         answer = await s.ask("question")
