@@ -203,7 +203,8 @@ async def test_a_request_id_that_two_tenants_use_binds_neither_to_the_other(nobo
     expected = (await nobody.post("/v1/completions", json=whole, headers=ALICE)).json()["choices"][0]["text"]
     asked = {**fields, "prompt": prompt_of(50, 2), "max_tokens": 190}
     async with nobody.stream("POST", "/v1/completions", json=asked, headers=BOB | shared) as leaves:
-        await anext(leaves.aiter_lines())
+        left = leaves.aiter_lines()  # kept: it would be closed with nobody to hold it, before its time
+        await anext(left)
         own = {**fields, "prompt": prompt_of(50, 1)}
         async with nobody.stream("POST", "/v1/completions", json=own, headers=ALICE | shared) as stays:
             lines = stays.aiter_lines()
