@@ -95,14 +95,16 @@ def _begin_span(scope: Scope) -> tracing.Span:
     """Named when its route is known. Probes and scrapes have none."""
     if scope["path"] in _PROBES:
         return tracing.Span()
-    attributes = {
-        "http.request.method": scope["method"],
-        "url.path": scope["path"],
-        "url.scheme": scope["scheme"],
-        "network.protocol.version": scope["http_version"],
-        "pagewire.request_id": scope["state"]["request_id"],
-    }
-    return tracing.begin(scope["method"], attributes)
+    span = tracing.begin(scope["method"])
+    if span.recording:
+        span.set({
+            "http.request.method": scope["method"],
+            "url.path": scope["path"],
+            "url.scheme": scope["scheme"],
+            "network.protocol.version": scope["http_version"],
+            "pagewire.request_id": scope["state"]["request_id"],
+        })  # fmt: skip
+    return span
 
 
 def _end_span(span: tracing.Span, method: str, route: str, status: int) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import port, positive, seconds
+from pagewire_core.flags import number, port, positive, seconds
 
+_rate = number("rate", float, lambda x: x > 0, "must be positive")
+_ratio = number("ratio", float, lambda x: 0 <= x < 1, "must be in [0, 1)")
 _METRICS = ("ttft", "tpot", "itl", "e2el")
 _GOODPUT = ("ttft", "tpot", "e2el")
 _EXAMPLES = """\
@@ -107,20 +109,6 @@ def _add_result(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-result", action="store_true", help="write the numbers to a JSON file")
     group.add_argument("--result-dir", type=Path, metavar="DIR", help="where it goes; default: here")
     group.add_argument("--result-filename", metavar="NAME", help="default: made of model, load and time")
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
-
-
-def _ratio(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError("must be in [0, 1)")
-    return value
 
 
 def _metrics(text: str) -> list[str]:

@@ -26,10 +26,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
+from pagewire_router.cost import OVERLAP
 from pagewire_router.load import StepModel
 
 _MOST = 100_000
-_OVERLAP = 0.7  # share of a prompt's computation that hides its transfer, as the router has it
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Sizing:
     @property
     def second_token_ms(self) -> float:
         """What is left of the transfer when the first token is there: the second waits for it."""
-        return max(0.0, self.transfer_ms - _OVERLAP * self.prompt_ms)
+        return max(0.0, self.transfer_ms - OVERLAP * self.prompt_ms)
 
     def prefill(self, workers: int) -> Estimate:
         busy = self._each(workers) * self.prompt_ms

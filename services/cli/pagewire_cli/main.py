@@ -31,9 +31,10 @@ _EXAMPLES = """\
 
 
 def main(argv: Sequence[str] | None = None, serve_defaults: Mapping[str, object] = serve.DEFAULTS) -> None:
-    """`serve_defaults`: of flags of `serve`, where they are not the usual ones.
+    """Runs a subcommand. Exit code 1: it could not start (one sentence says why); 2: a wrong command line.
 
-    Runs a subcommand. Exit code 1: it could not start (one sentence says why); 2: a wrong command line."""
+    serve_defaults: of flags of `serve`, where they are not the usual ones.
+    """
     parser = Parser(
         prog="pagewire",
         usage="pagewire COMMAND [flags]",

@@ -12,7 +12,7 @@ from typing import Any
 
 from pagewire_core.command_line import PRECEDENCE, add_flags
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, number
 
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
 
@@ -21,6 +21,7 @@ _OWN = frozenset({"role", "worker-id", "router", "cpu-lending", *TLS_FLAGS})
 SERVE_FLAGS: tuple[str, ...] = tuple(
     name for name in dict.fromkeys((*ROUTER_FLAGS, *WORKER_FLAGS, *BRIDGE_FLAGS)) if name not in _OWN
 )
+_count = number("count", int, lambda n: n >= 0, "must not be negative")
 DEFAULTS = {"port": 8000}
 _EXAMPLES = """\
 examples:
@@ -28,13 +29,6 @@ examples:
   pagewire serve Qwen/Qwen3-0.6B --prefill 2        a model of the Hugging Face Hub
   pagewire serve --both 1 --port 9000               one worker that does everything
   pagewire serve --config production.yaml"""
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return value
 
 
 def add_subcommand(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import FLAGS, TLS_FLAGS, not_negative, positive, seconds
+from pagewire_core.flags import FLAGS, TLS_FLAGS, not_negative, number, positive, seconds
 
 from pagewire_cli.table import table
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from pagewire_cli.capacity import Estimate, Sizing
 
+_share = number("share", float, lambda x: 0 <= x <= 1, "must be between 0 and 1")
+_percentile = number("percentile", float, lambda x: 50 <= x < 100, "must be at least 50 and below 100")
 _PREFILL_COSTS = ("prefill_base_ms", "prefill_ms_per_token", "prefill_ms_per_attended")
 _DECODE_COSTS = ("decode_base_ms", "decode_ms_per_sequence", "decode_ms_per_kv_token")
 _NEAR = 0.9  # of a target: what is that long without any waiting makes the number of workers a matter of chance
@@ -84,20 +86,6 @@ def _costs(parser: Parser) -> Iterable[argparse.Action]:
     default = FLAGS["max-prefill-delay-ms"].default
     yield add("--max-prefill-delay-ms", type=not_negative, default=default, metavar="MS", help="as of the worker")
     yield add("--bandwidth", type=seconds, default=1.0, metavar="GB/S", help="of the way that KV takes")
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("must be between 0 and 1")
-    return value
-
-
-def _percentile(text: str) -> float:
-    value = float(text)
-    if not 50 <= value < 100:
-        raise argparse.ArgumentTypeError("must be at least 50 and below 100")
-    return value
 
 
 def _run(args: argparse.Namespace) -> None:

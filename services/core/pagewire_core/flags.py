@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pagewire_core.telemetry import LOG_FORMATS, LOG_LEVELS
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -37,39 +40,24 @@ def size(text: str) -> int:
     return value
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
+def number(name: str, kind: Callable[[str], N], accepts: Callable[[N], bool], refusal: str) -> Callable[[str], N]:
+    """The type of a flag that is a number within bounds; `name` is what an error calls text that is no number."""
+
+    def read(text: str) -> N:
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(refusal)
+        return value
+
+    read.__name__ = name
+    return read
 
 
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError("must be finite and not negative")
-    return value
-
-
-def port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError("must be between 0 and 65535")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("must be in (0, 1]")
-    return value
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be positive and finite")
-    return value
+positive = number("positive", int, lambda n: n > 0, "must be positive")
+not_negative = number("not_negative", float, lambda x: 0 <= x < math.inf, "must be finite and not negative")
+port = number("port", int, lambda n: 0 <= n <= 65535, "must be between 0 and 65535")
+fraction = number("fraction", float, lambda x: 0 < x <= 1, "must be in (0, 1]")
+seconds = number("seconds", float, lambda x: 0 < x < math.inf, "must be positive and finite")
 
 
 def cpus(text: str) -> tuple[int, ...]:

@@ -163,17 +163,14 @@ class Account:
             metrics.inference_s.observe(now - self.admitted)
             metrics.token_s.observe((now - self.admitted) / max(completion_tokens, 1))
         facts: dict[str, object] = {}
-        seconds = {"e2e": now - self.arrived}
-        if self.first_token is not None:
-            seconds["time_to_first_token"] = self.first_token - self.arrived
         if self.placed is not None:
-            summary = self.summary(completion_tokens)
-            facts = self._facts(summary)
-            seconds |= model_latencies(summary.timings)
+            facts = self._facts(self.summary(completion_tokens))
             if outcome == "ok":
                 self._judge_hits(metrics)
                 metrics.cached_tokens.inc(self.prompt_tokens - self.computed_tokens)
-        describe_outcome(self.span, outcome, completion_tokens, seconds, {"attempts": self.attempts, **facts})
+        if self.span.recording:
+            told = {"attempts": self.attempts, **facts}
+            describe_outcome(self.span, outcome, completion_tokens, self._latencies(now), told)
         log.info(
             "request finished",
             request_id=self.request_id,
@@ -185,6 +182,13 @@ class Account:
             total_ms=_ms(now - self.arrived),
             **facts,
         )
+
+    def _latencies(self, now: float) -> dict[str, float]:
+        """Seconds, by vLLM's names."""
+        seconds = {"e2e": now - self.arrived}
+        if self.first_token is not None:
+            seconds["time_to_first_token"] = self.first_token - self.arrived
+        return seconds | model_latencies(self.timings()) if self.placed is not None else seconds
 
     def _facts(self, summary: inference_pb2.Summary) -> dict[str, object]:
         timings = summary.timings

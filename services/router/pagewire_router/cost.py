@@ -32,7 +32,7 @@ from pagewire_router.links import Links
 from pagewire_router.load import Ask, Load, Pool
 from pagewire_router.plan import Plan, Policy
 
-_OVERLAP = 0.7  # share of the prompt's computation that hides its transfer
+OVERLAP = 0.7  # share of the prompt's computation that hides its transfer
 _TIE_RATIO = 1.03  # plans within 3 % of the best are equal: choosing among them at random avoids herds
 _TIE_MS = 1.0  # step costs are no better known: a worker that was held up while it measured must still get work
 _SESSION = 0.05
@@ -175,7 +175,7 @@ def _beside_decoding(d: Load, prefill_ms: float) -> float:
 def _tail_ms(ask: Ask, p: Load, d: Load, prefill_ms: float, links: Links) -> float:
     """What is left of moving the KV when the first token is there."""
     num_bytes = _rest(ask, d)[0] * p.kv_bytes_per_token
-    return max(0.0, links(p.worker_id, d.worker_id).transfer_ms(num_bytes) - _OVERLAP * prefill_ms)
+    return max(0.0, links(p.worker_id, d.worker_id).transfer_ms(num_bytes) - OVERLAP * prefill_ms)
 
 
 def _plan(ask: Ask, p: Load | None, d: Load, terms: Terms) -> Plan:

@@ -35,8 +35,6 @@ def describe_outcome(
     span: Span, outcome: str, completion_tokens: int, seconds: Mapping[str, float], facts: Mapping[str, Any]
 ) -> None:
     """seconds: of what, by vLLM's names. facts: as in the log's line."""
-    if not span.recording:
-        return
     span.set({
         "pagewire.outcome": outcome,
         "gen_ai.usage.completion_tokens": completion_tokens,
@@ -58,14 +56,16 @@ class AttemptSpans:
     """The span of an attempt, and one for each leg's call; `close` ends what has not ended."""
 
     def __init__(self, request: Span, placed: Placed[Worker], number: int, *, resumed: bool) -> None:
-        self.attempt = request.child(
-            "attempt", _plan(placed) | {"pagewire.attempt": number, "pagewire.resumed": resumed}
-        )
+        self.attempt = request.child("attempt")
+        if self.attempt.recording:
+            self.attempt.set(_plan(placed) | {"pagewire.attempt": number, "pagewire.resumed": resumed})
         self._legs: dict[str, Span] = {}
 
     def leg(self, leg: str, worker: Worker) -> Span:
-        where = {"rpc.system": "grpc", "server.address": worker.address, "pagewire.worker_id": worker.worker_id}
-        span = self._legs[leg] = self.attempt.child(_CALLS[leg], where, "client")
+        span = self._legs[leg] = self.attempt.child(_CALLS[leg], kind="client")
+        if span.recording:
+            where = {"rpc.system": "grpc", "server.address": worker.address, "pagewire.worker_id": worker.worker_id}
+            span.set(where)
         return span
 
     def end_leg(self, leg: str, error: PagewireError | None) -> None:

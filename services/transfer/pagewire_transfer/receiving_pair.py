@@ -129,7 +129,8 @@ class ReceivingPair:
             return
         self._open[transfer_id] = None
         self._owners[transfer_id] = self
-        caller = tracing.received((("traceparent", offer.trace.traceparent), ("tracestate", offer.trace.tracestate)))
+        said = offer.trace
+        caller = tracing.received(((tracing.PARENT_KEY, said.traceparent), (tracing.STATE_KEY, said.tracestate)))
         if caller.headers:
             self._spans[transfer_id] = caller.child("receive", {"pagewire.peer": self._peer}, "server")
         self._spawn(self._guard(self._bind(offer)))

@@ -14,9 +14,7 @@ from starlette.routing import Route
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.ollama.translate import to_model
-from pagewire_bridge.openai.embeddings import check_dimensions, embed
-from pagewire_bridge.openai.unsupported import ignored_fields_header
-from pagewire_bridge.responses import json_response
+from pagewire_bridge.openai.embeddings import answer_of, check_dimensions, embed
 
 
 class _Body(BaseModel):
@@ -46,15 +44,13 @@ async def embed_inputs(request: Request) -> Response:
     check_dimensions(body.dimensions, vectors)
     total = time.perf_counter_ns() - began
     counts: dict[str, Any] = {"total_duration": total, "load_duration": 1, "prompt_eval_count": num_tokens}
-    content = {"model": body.model, "embeddings": vectors, **counts}
-    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
+    return answer_of(body, {"model": body.model, "embeddings": vectors, **counts})
 
 
 async def embed_prompt(request: Request) -> Response:
     body = validated(EmbeddingsBody, to_object(await read_body(request)))
     vectors, _ = await _vectors(request, body, [body.prompt])
-    content = {"embedding": vectors[0] if vectors else []}
-    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
+    return answer_of(body, {"embedding": vectors[0] if vectors else []})
 
 
 async def _vectors(request: Request, body: _Body, inputs: list[str]) -> tuple[list[list[float]], int]:

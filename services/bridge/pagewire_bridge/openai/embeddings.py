@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pagewire.v1 import inference_pb2 as pb
@@ -83,6 +83,11 @@ async def embeddings(request: Request) -> Response:
     encode = _base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
     content = {"object": "list", "data": data, "model": response.model, "usage": _usage(response)}
+    return answer_of(body, content)
+
+
+def answer_of(body: BaseModel, content: Mapping[str, object]) -> Response:
+    """With the names of the fields that had no effect."""
     return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
 
 
@@ -104,8 +109,7 @@ async def score(request: Request) -> Response:
     scores = [_dot(left[i if len(first) > 1 else 0], vector) for i, vector in enumerate(right)]
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
     head = {"id": f"score-{request.state.request_id}", "object": "list", "model": response.model}
-    content = {**head, "data": data, "usage": _usage(response)}
-    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
+    return answer_of(body, {**head, "data": data, "usage": _usage(response)})
 
 
 async def rerank(request: Request) -> Response:
@@ -121,7 +125,7 @@ async def rerank(request: Request) -> Response:
         results = [{**result, "document": {"text": texts[result["index"]]}} for result in results]
     head = {"id": f"rerank-{request.state.request_id}", "model": response.model}
     content = {**head, "usage": {"total_tokens": response.prompt_tokens}, "results": results}
-    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
+    return answer_of(body, content)
 
 
 def _text(document: str | dict[str, Any], i: int) -> str:

@@ -16,7 +16,6 @@ from pagewire_cli.load.workload import Calibration, Request, random_words
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _PROBES = (16, 112)  # words; together far below any model's context
-_OK = 200
 
 
 class ServerUnfit(Exception):
@@ -61,7 +60,7 @@ class Target:
     async def prompt_tokens(self, prompt: str) -> int:
         """As the server counts them. Raises ServerUnfit, OSError."""
         response = await self.server.send(self.server.request("POST", self.endpoint, self._body(prompt, 1)))
-        if response.status != _OK:
+        if not response.ok:
             raise ServerUnfit(f"the server answers {response.status}: {response.body[:300].decode(errors='replace')}")
         try:
             return int(response.json()["usage"]["prompt_tokens"])
@@ -88,7 +87,7 @@ class Target:
         except OSError as error:  # TimeoutError is one
             outcome.error = type(error).__name__
             return outcome
-        if response.status != _OK:
+        if not response.ok:
             outcome.error = f"HTTP {response.status}" if response.status else "no response"
             return outcome
         outcome.e2e_s = response.pieces[-1].at - started if response.pieces else 0.0

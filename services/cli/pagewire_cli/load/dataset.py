@@ -9,7 +9,6 @@ from typing import Any
 
 from pagewire_cli.load.client import ServerUnfit, Target
 
-_OK = 200
 # Of ShareGPT, as everybody's benchmarks have it: what is shorter or longer is left out.
 _LEAST_TOKENS, _MOST_PROMPT_TOKENS, _MOST_TOKENS = 4, 1024, 2048
 
@@ -48,7 +47,7 @@ async def sharegpt(path: Path, target: Target, count: int, output_len: int | Non
 async def _count(target: Target, text: str) -> int:
     body = {"model": target.model, "prompt": text, "add_special_tokens": False}
     response = await target.server.send(target.server.request("POST", "/tokenize", body))
-    answer = response.json() if response.status == _OK else None
+    answer = response.json() if response.ok else None
     if not isinstance(answer, dict) or "count" not in answer:
         raise ServerUnfit("the server has no /tokenize, which the lengths of ShareGPT's conversations need")
     return int(answer["count"])

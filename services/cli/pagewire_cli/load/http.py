@@ -36,6 +36,10 @@ class Response:
     complete: bool = False
 
     @property
+    def ok(self) -> bool:
+        return self.status == 200
+
+    @property
     def body(self) -> bytes:
         return b"".join(piece.body for piece in self.pieces)
 

@@ -41,8 +41,7 @@ async def arrive_at(
 ) -> list[Outcome]:
     """An open loop: `rate` requests per second, whatever the server does.
 
-    At most `limit`
-    are in flight; what arrives then waits at the client, and does not count as begun.
+    At most `limit` are in flight; what arrives then waits at the client, and does not count as begun.
     """
     gate = asyncio.Semaphore(limit) if limit else contextlib.nullcontext()
 

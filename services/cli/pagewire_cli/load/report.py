@@ -11,7 +11,6 @@ from typing import Any
 
 from pagewire_cli.load.client import Outcome
 
-METRICS = ("ttft", "tpot", "itl", "e2el")
 _HEADINGS = {
     "ttft": ("TTFT", "Time to First Token"),
     "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
@@ -39,7 +38,7 @@ def distribution(values: Sequence[float]) -> dict[str, float]:
 
 
 def milliseconds(outcomes: Iterable[Outcome]) -> dict[str, list[float]]:
-    """Every value of each of METRICS, of requests that ended well."""
+    """Every value of each metric, of requests that ended well."""
     good = [outcome for outcome in outcomes if not outcome.error]
     return {
         "ttft": [1000 * outcome.ttft_s for outcome in good],

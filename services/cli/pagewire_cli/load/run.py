@@ -132,7 +132,7 @@ class _Progress:
 async def _text(server: Server, path: str) -> str:
     """Empty where the server has no such path."""
     response = await server.get(path)
-    return response.body.decode(errors="replace") if response.status == 200 else ""
+    return response.body.decode(errors="replace") if response.ok else ""
 
 
 async def _version(server: Server) -> str | None:
