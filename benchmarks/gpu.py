@@ -11,6 +11,7 @@ device. Parts, each reported even if another fails, the JSON rewritten after eac
     exactness     the same tokens with and without CUDA graphs, with and without overlap
     load          requests that come at once; the decode step against reading weights and KV once
     prefill       one long prompt against the rate of a large matrix product
+    profile       which kernels a decode step and a prompt spend the device's time in
     transformers  its continuous batching on the same load
     variants      the load with int8, int4 and fp8 weights and an fp8 cache
 
@@ -35,6 +36,7 @@ import torch
 from pagewire_bench import gpu_transformers
 from pagewire_bench.gpu_load import Client, complete, prefill_seconds, random_prompts, run_load
 from pagewire_bench.gpu_model import LLAMA_3_8B, TINY, limits_for, make_engine, model_config
+from pagewire_bench.gpu_profile import decode_profile, prefill_profile
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.engine import Engine
 from pagewire_engine.gpu.model import GpuModel
@@ -142,6 +144,17 @@ def prefill(bench: Bench) -> Result:
     return {"rows": rows}
 
 
+def profile(bench: Bench) -> Result:
+    if bench.device.type == "cpu":
+        return {}
+    engine, _ = make_engine(bench.config, limits_for(bench.usual, 2048))
+    found = {f"decode {n}": decode_profile(engine, n, bench.prompt, bench.config.vocab_size) for n in (1, bench.usual)}
+    found["prefill 2048"] = prefill_profile(engine, 2048, bench.config.vocab_size)
+    for name, one in found.items():
+        print(f"  {name}\n{one.text()}")
+    return {name: asdict(one) for name, one in found.items()}
+
+
 def transformers(bench: Bench) -> Result:
     prompts = random_prompts(bench.usual, bench.prompt, bench.config.vocab_size)
     seconds = gpu_transformers.generate_batch_seconds(bench.shape, bench.config, prompts, bench.output)
@@ -198,7 +211,9 @@ def _free(bench: Bench) -> None:
         torch.cuda.empty_cache()
 
 
-PARTS = {part.__name__: part for part in (kernels, agreement, exactness, load, prefill, transformers, variants)}
+PARTS = {
+    part.__name__: part for part in (kernels, agreement, exactness, load, prefill, profile, transformers, variants)
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,6 +24,7 @@ import certificates
 import traffic
 from cluster import PAIRS, Cluster
 from front import Front, running_front
+from pagewire_core.settings import variable_of
 from processes import Process, free_port
 from streams import prompt_of
 from tiny_models import make_model, reference_greedy
@@ -104,7 +105,7 @@ def as_its_image(process: Process) -> None:
     assert entry == Path(process.command[0]).name
     of_image = re.findall(r"(PAGEWIRE_\w+|PYTHON\w+)=(\S+)", runtime + image)
     flags = (flag.removeprefix("--").split("=", 1) for flag in process.command[1:])
-    process.environment = dict(of_image) | {f"PAGEWIRE_{n.upper().replace('-', '_')}": v for n, v in flags}
+    process.environment = dict(of_image) | {variable_of(name): value for name, value in flags}
     process.environment["PAGEWIRE_HOST"] = "127.0.0.1"
     if "PAGEWIRE_OLLAMA_PORT" in process.environment:  # which containers have each for itself
         process.environment["PAGEWIRE_OLLAMA_PORT"] = str(free_port())

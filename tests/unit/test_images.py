@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS
+from pagewire_core.settings import variable_of
 from pagewire_kernels.cpu import build
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,6 @@ def test_compose_gives_programs_flags_that_they_know_and_mounts_what_is_there() 
         if name in flags_of:
             add_flags(parser := Parser(prog=name, environ={}), flags_of[name])
             parser.parse_args(service.get("command", []))
-            known = {f"PAGEWIRE_{flag.upper().replace('-', '_')}" for flag in flags_of[name]}
+            known = set(map(variable_of, flags_of[name]))
             assert {v for v in service["environment"] if v.startswith("PAGEWIRE_")} <= known
     assert services.keys() == {*flags_of, "redis", "envoy", "prometheus", "grafana"}

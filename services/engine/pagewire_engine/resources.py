@@ -134,7 +134,9 @@ class Space:
             available = int(psutil.virtual_memory().available * options.gpu_memory_utilization)
             return min(available, DEFAULT_CPU_KV_BYTES)
         free, total = torch.cuda.mem_get_info(config.device)
+        # The share is of each process: several workers on one GPU have a part of --gpu-memory-utilization each.
+        own = int(total * options.gpu_memory_utilization) - torch.cuda.memory_reserved(config.device)
         # Activations of the largest step: a few copies of the widest row in float32, and the logits.
         widest = max(4 * config.intermediate_size, 8 * config.hidden_size)
         step = 4 * (options.max_num_batched_tokens * widest + options.max_num_seqs * config.vocab_size * 4)
-        return max(int(free - (1 - options.gpu_memory_utilization) * total) - step, 0)
+        return max(min(free, own) - step, 0)
