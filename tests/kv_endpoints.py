@@ -35,8 +35,10 @@ def new_id() -> bytes:
     return next(_ids).to_bytes(16, "big")
 
 
-def identity(worker_id: str, layout: kv.KvLayout = LAYOUT, fingerprint: bytes = b"f" * 32) -> WorkerIdentity:
-    return WorkerIdentity(worker_id, f"{worker_id}-life-1", fingerprint, layout, "127.0.0.1")
+def identity(
+    worker_id: str, layout: kv.KvLayout = LAYOUT, fingerprint: bytes = b"f" * 32, gpu: str = ""
+) -> WorkerIdentity:
+    return WorkerIdentity(worker_id, f"{worker_id}-life-1", fingerprint, layout, "127.0.0.1", gpu)
 
 
 def random_kv(layout: kv.KvLayout, num_tokens: int, seed: int = 0) -> torch.Tensor:
@@ -154,16 +156,18 @@ async def ends(
     chunk_bytes: int = 4096,
     window: int = 8,
     prefill: WorkerIdentity | None = None,
+    gpu: str = "",
     port: int = 0,
 ) -> AsyncIterator[Ends]:
+    """lane: or several, best first. gpu: the one that both are on."""
     registry = CollectorRegistry()
-    source, sink, decode = Source(), Sink(layout), identity("decode", layout)
-    common: dict[str, Any] = {"lanes": [lane], "metrics": TransferMetrics(registry), "timeout_s": timeout_s}
+    source, sink, decode = Source(), Sink(layout), identity("decode", layout, gpu=gpu)
+    common: dict[str, Any] = {"lanes": lane.split(","), "metrics": TransferMetrics(registry), "timeout_s": timeout_s}
     servicer = KvChannelServicer(decode, sink, window=window, **common)
     server = RpcServer()
     server.add(add_KvChannelServiceServicer_to_server, servicer, SERVICE)
     bound = await server.start("127.0.0.1", port)
-    sender = KvSender(prefill or identity("prefill", layout), source, chunk_bytes=chunk_bytes, **common)
+    sender = KvSender(prefill or identity("prefill", layout, gpu=gpu), source, chunk_bytes=chunk_bytes, **common)
     try:
         yield Ends(source, sender, sink, servicer, server, f"127.0.0.1:{bound}", decode.instance, registry)
     finally:

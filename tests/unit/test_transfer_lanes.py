@@ -15,7 +15,7 @@ import pytest
 import torch
 from kv_endpoints import identity
 from pagewire_core.errors import Incompatible, StartupError, Unavailable
-from pagewire_transfer.lanes import GrpcLane, Lane, available_lanes, open_lane
+from pagewire_transfer.lanes import GrpcLane, Lane, available_lanes, gpu_id, open_lane
 from pagewire_transfer.relay_store import RelayStore
 from pagewire_transfer.shm_lane import _SIZE
 from pagewire_transfer.wire import MAX_CHUNK_BYTES
@@ -178,6 +178,21 @@ def test_workers_on_two_hosts_do_not_share_memory(monkeypatch: pytest.MonkeyPatc
     assert identity("decode").choose_lane(hello, lanes) == "shm"
     monkeypatch.setattr("pagewire_transfer.lanes.host_id", lambda: "another")
     assert identity("decode").choose_lane(hello, lanes) == "gloo"
+
+
+@pytest.mark.parametrize(
+    ("prefill_gpu", "decode_gpu", "lane"),
+    [("GPU-1", "GPU-2", "nccl"), ("GPU-1", "GPU-1", "shm"), ("", "GPU-2", "shm"), ("GPU-1", "", "shm")],
+)
+def test_nccl_is_for_workers_on_two_gpus(prefill_gpu: str, decode_gpu: str, lane: str) -> None:
+    """NCCL refuses two ranks on one GPU. An older worker says `nccl` and not where."""
+    lanes = ["nccl", "shm"]
+    hello = identity("prefill", gpu=prefill_gpu).hello("i", lanes)
+    assert identity("decode", gpu=decode_gpu).choose_lane(hello, lanes) == lane
+
+
+def test_a_worker_on_a_cpu_is_on_no_gpu() -> None:
+    assert gpu_id("cpu") == ""
 
 
 def test_a_grpc_chunk_must_have_its_length() -> None:

@@ -64,6 +64,12 @@ async def test_no_lane_in_common_is_refused_in_one_sentence() -> None:
             await other.sender.open(new_id(), both.address, both.instance, (0, 4))
 
 
+async def test_nccl_on_one_gpu_is_refused_at_once_and_in_one_sentence() -> None:
+    async with ends("nccl", gpu="GPU-1", timeout_s=30) as both:
+        with pytest.raises(Incompatible, match=r"has the lanes nccl:GPU-1, but .* nccl for workers on different GPUs"):
+            await both.open(random_kv(LAYOUT, 4))
+
+
 async def test_a_lane_that_never_comes_up_fails_the_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode worker's address for Gloo may be unreachable though its gRPC port is not."""
     monkeypatch.setattr("pagewire_transfer.pair.PREFILL_RANK", 1)  # both wait for a rank 0 that never comes

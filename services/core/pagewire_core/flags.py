@@ -137,8 +137,8 @@ FLAGS: dict[str, Flag] = {
     "speculate": Flag(None, "as many draft tokens by prompt lookup; short for --speculative-config", positive),
     "enable-prefix-caching": Flag(True, "reuse KV of equal prefixes", None),
     "enable-chunked-prefill": Flag(True, "compute prompts in chunks beside decoding; cannot be turned off", None),
-    "lanes": Flag("auto", "how KV travels, best first, of nccl, shm (on one host), gloo, tcp (with TLS), grpc; auto: "
-                           "all that work, with TLS only those that strangers can neither read nor write"),
+    "lanes": Flag("auto", "how KV travels, best first, of nccl (between two GPUs), shm (on one host), gloo, tcp (with "
+                           "TLS), grpc; auto: all that work, with TLS those that strangers can neither read nor write"),
     "threads": Flag(None, "CPU threads of the engine, of all its processes; default: the cores divided by the workers",
                     positive),
     "cpus": Flag((), "cores that the engine's threads divide among them (0,2-3); default: all", cpus),

@@ -10,6 +10,8 @@ middle of it keeps one thread and one staging slot for that long, and nothing el
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
@@ -74,9 +76,12 @@ class _GroupLane:
         try:
             yield
         except RuntimeError as error:
-            raise Unavailable(f"the {self.name} lane failed: {str(error).splitlines()[0]}") from error
+            raise Unavailable(f"the {self.name} lane failed: {self._reason(error)}") from error
         finally:
             self._busy = False
+
+    def _reason(self, error: RuntimeError) -> str:
+        return str(error).splitlines()[0]
 
     def staging(self, num_bytes: int) -> torch.Tensor:
         sending = self._sending[0]
@@ -148,15 +153,37 @@ class GlooLane(_GroupLane):
 
 
 class NcclLane(_GroupLane):
-    """Between GPUs; chunks are copied to and from the device at either end."""
+    """Between two GPUs; chunks are copied to and from the device at either end."""
 
     name = "nccl"
     _device = "cuda"
 
     def _build(self, store: dist.Store, rank: int, host: str, timeout: timedelta) -> Any:
+        # Without it a watchdog ends the whole process when an operation fails or takes longer than `timeout`. Read when
+        # a group is made: those of a tensor-parallel worker's ranks, which must not block, are older than any lane.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, 2, options)
+        group = dist.ProcessGroupNCCL(store, rank, 2, options)
+        try:
+            self._connect(group, rank, timeout)
+        except RuntimeError:
+            _abort(group)
+            raise
+        return group
+
+    def _connect(self, group: Any, rank: int, timeout: timedelta) -> None:
+        """NCCL connects two ranks in their first operation, where each waits for the other. With the first chunk they
+        would wait for ever: it is received when it has been announced, and announced when it has been sent.
+        """
+        byte = [torch.zeros(1, dtype=torch.uint8, device=self._device)]
+        first = group.send if rank == PREFILL_RANK else group.recv
+        first(byte, self._peer, _DATA_TAG).wait(timeout)
+
+    def _reason(self, error: RuntimeError) -> str:
+        """Between where it happened and what it was are lines of advice."""
+        lines = [line for line in str(error).splitlines() if line]
+        return ": ".join(dict.fromkeys((lines[0], lines[-1])))
 
     def send(self, wire: torch.Tensor) -> bytes:
         super().send(wire)
@@ -166,4 +193,17 @@ class NcclLane(_GroupLane):
     def interrupt(self) -> None:
         group = getattr(self, "_group", None)
         if group is not None and self._is_waiting:
-            group.abort()
+            # On a thread of its own: it waits until the kernels have ended.
+            threading.Thread(target=_abort, args=(group,), name="kv-lane-abort", daemon=True).start()
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            _abort(group)
+        super().close()
+
+
+def _abort(group: Any) -> None:
+    """Ends the group's operations and gives back what it has on the device; again has no effect."""
+    with contextlib.suppress(RuntimeError):
+        group.abort()

@@ -8,7 +8,7 @@ from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire_core.errors import Incompatible
 from pagewire_core.rpc import PROTOCOL, speaks
 
-from pagewire_transfer.lanes import offered
+from pagewire_transfer.lanes import joins, offered
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class WorkerIdentity:
     """One life of a worker process.
 
     instance: new for every process. fingerprint: 32 bytes, what the KV is of (block_hash.fingerprint).
-    host: an address of this machine that peers can reach; lanes listen on it.
+    host: an address of this machine that peers can reach; lanes listen on it. gpu: the one it computes on, if any.
     """
 
     worker_id: str
@@ -24,6 +24,7 @@ class WorkerIdentity:
     fingerprint: bytes
     layout: kv.KvLayout
     host: str
+    gpu: str = ""
 
     def hello(self, expect_instance: str, lanes: list[str]) -> kv.Hello:
         """How this worker introduces itself to the decode worker it expects."""
@@ -34,7 +35,7 @@ class WorkerIdentity:
             expect_instance=expect_instance,
             fingerprint=self.fingerprint,
             layout=self.layout,
-            lanes=map(offered, lanes),
+            lanes=self._offered(lanes),
         )
 
     def check(self, hello: kv.Hello) -> None:
@@ -55,14 +56,19 @@ class WorkerIdentity:
 
     def choose_lane(self, hello: kv.Hello, lanes: list[str]) -> str:
         """The first of the peer's lanes that we have; raises Incompatible when there is none."""
-        ours = {offered(lane): lane for lane in lanes}
-        for name in hello.lanes:
-            if name in ours:
-                return ours[name]
+        ours = self._offered(lanes)
+        for theirs in hello.lanes:
+            for lane, name in zip(lanes, ours, strict=True):
+                if joins(theirs, name):
+                    return lane
         raise Incompatible(
             f"prefill worker {hello.worker_id!r} has the lanes {','.join(hello.lanes) or 'none'}, "
-            f"but decode worker {self.worker_id!r} has {','.join(lanes)}"
+            f"but decode worker {self.worker_id!r} has {','.join(ours)}; shm is for workers on one host, "
+            "nccl for workers on different GPUs"
         )
+
+    def _offered(self, lanes: list[str]) -> list[str]:
+        return [offered(lane, self.gpu) for lane in lanes]
 
 
 def describe(layout: kv.KvLayout) -> str:

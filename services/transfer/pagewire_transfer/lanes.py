@@ -123,6 +123,24 @@ def open_lane(name: str, store: RelayStore, rank: int, host: str, epoch: int, ti
     return lanes[name](store, rank, host, epoch, timeout_s)
 
 
-def offered(lane: str) -> str:
-    """How a worker names one of its lanes to others: equal where the two can use it."""
-    return f"shm:{host_id()}" if lane == "shm" else lane
+def gpu_id(device: torch.device | str) -> str:
+    """Names the GPU among those of all hosts; empty for a CPU."""
+    device = torch.device(device)
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def offered(lane: str, gpu: str) -> str:
+    """How a worker names one of its lanes to others. gpu: what `gpu_id` says of its device."""
+    place = {"shm": host_id(), "nccl": gpu}.get(lane)
+    return f"{lane}:{place}" if place else lane
+
+
+def joins(theirs: str, ours: str) -> bool:
+    """Whether a lane works between the workers that offer it so: shm within one host, nccl between two GPUs.
+
+    NCCL refuses two ranks on one GPU. An older worker says `nccl` and not where: it may be on ours.
+    """
+    (name, _, their_place), (our_name, _, our_place) = theirs.partition(":"), ours.partition(":")
+    if name == our_name == "nccl":
+        return bool(their_place and our_place) and their_place != our_place
+    return theirs == ours

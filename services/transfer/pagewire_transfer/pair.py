@@ -20,6 +20,7 @@ from pagewire_core.errors import (
     Incompatible,
     Internal,
     PagewireError,
+    Unavailable,
     from_proto,
 )
 from pagewire_core.tls import TlsFiles
@@ -37,6 +38,7 @@ from pagewire_transfer.wire import ChunkRange, checksum, chunk_bytes, from_bytes
 
 log = structlog.get_logger(__name__)
 
+_OPEN_TIMEOUT_S = 10.0  # of a lane; a hand-shake with NCCL takes a few seconds
 _QUEUED = 2  # chunks: the thread never waits for the event loop, and few are sent of a transfer that has ended
 
 
@@ -46,7 +48,6 @@ class SendSettings:
 
     identity: WorkerIdentity
     source: KvSource
-    lanes: list[str]
     metrics: TransferMetrics
     staging: StagingSlots
     timeout_s: float
@@ -55,14 +56,23 @@ class SendSettings:
 
 
 class Pair:
-    """Made by KvSender; `connect` before anything else. Any error ends it, and all its transfers, for good."""
+    """Made by KvSender; `connect` before anything else. Any error ends it, and all its transfers, for good.
 
-    def __init__(self, settings: SendSettings, address: str, instance: str, broken: Callable[[Pair], None]) -> None:
+    lanes: to choose from, best first. lane_failed: the one chosen did not come up, or nothing ever arrived over it.
+    """
+
+    def __init__(
+        self, settings: SendSettings, lanes: list[str], address: str, instance: str, broken: Callable[[Pair], None]
+    ) -> None:
         self.address = address
         self.instance = instance
         self.lane_name = ""
+        self.lane_failed = False
         self.error: PagewireError | None = None
         self._settings = settings
+        self._lanes = lanes
+        self._opening = False
+        self._has_arrived = False  # anything that was sent over the lane
         self._broken = broken
         self._transfers: dict[bytes, Outgoing] = {}
         self._turns: deque[Outgoing] = deque()
@@ -84,12 +94,9 @@ class Pair:
         limit_s = self._settings.timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                hello = self._settings.identity.hello(self.instance, self._settings.lanes)
+                hello = self._settings.identity.hello(self.instance, self._lanes)
                 welcome = await self._stream.shake_hands(hello)
-                self.lane_name = welcome.lane
-                self._tasks = [self._start(self._read()), self._start(self._write())]
-                host = self._settings.identity.host
-                await asyncio.wrap_future(self._thread.open(welcome.lane, PREFILL_RANK, host, welcome.epoch))
+            await self._open_lane(welcome)
         except TimeoutError:
             self.fail(DeadlineExceeded(f"decode worker {self.address} did not answer within {limit_s:.1f} s"))
         except PagewireError as error:
@@ -101,6 +108,18 @@ class Pair:
             return
         self._tasks.append(self._start(self._pump()))
         log.info("kv pair up", peer=self.address, instance=self.instance, lane=self.lane_name, epoch=welcome.epoch)
+
+    async def _open_lane(self, welcome: kv.Welcome) -> None:
+        self.lane_name, self._opening = welcome.lane, True
+        self._tasks = [self._start(self._read()), self._start(self._write())]
+        limit_s = min(self._settings.timeout_s, _OPEN_TIMEOUT_S)
+        opening = self._thread.open(welcome.lane, PREFILL_RANK, self._settings.identity.host, welcome.epoch)
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.wrap_future(opening)
+        except TimeoutError:
+            raise Unavailable(f"the {welcome.lane} lane did not come up within {limit_s:.1f} s") from None
+        self._opening = False
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.create_task(self._guard(work))
@@ -176,6 +195,7 @@ class Pair:
         if kind == "grant":
             outgoing.grant(message.window)
         elif kind == "chunk_ack":
+            self._has_arrived = True
             outgoing.acknowledge(message.seq, message.resend)
             self._settings.metrics.resends.inc(message.resend)
         elif kind == "sealed_ack":
@@ -257,7 +277,10 @@ class Pair:
         if self.error is not None:
             return
         self.error = error
-        for outgoing in list(self._transfers.values()):
+        transfers = list(self._transfers.values())
+        begun = any(outgoing.gathering is not None for outgoing in transfers)
+        self.lane_failed = self._opening or (begun and not self._has_arrived)
+        for outgoing in transfers:
             outgoing.fail(error)
         for task in self._tasks:
             if task is not asyncio.current_task():

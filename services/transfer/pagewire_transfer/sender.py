@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import structlog
 from pagewire_core import tracing
 from pagewire_core.errors import Unavailable
 from pagewire_core.tls import TlsFiles
@@ -17,12 +18,15 @@ from pagewire_transfer.wire import MAX_CHUNK_BYTES
 
 __all__ = ["KvSender", "KvSource", "Outgoing", "SendStats"]
 
+log = structlog.get_logger(__name__)
+
 
 class KvSender:
     """Opens transfers to decode workers. Lives on the event loop.
 
     A pair is made on first use, shared by concurrent transfers, and dropped on its first error; the
-    next use makes a new one. timeout_s: how long a peer may stand still before it counts as lost.
+    next use makes a new one, and on the next lane if nothing ever arrived over the last one.
+    timeout_s: how long a peer may stand still before it counts as lost.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class KvSender:
     ) -> None:
         assert chunk_bytes <= MAX_CHUNK_BYTES
         self._staging = StagingSlots(metrics.staging_slots)
-        self._settings = SendSettings(identity, source, lanes, metrics, self._staging, timeout_s, chunk_bytes, tls)
+        self._settings = SendSettings(identity, source, metrics, self._staging, timeout_s, chunk_bytes, tls)
+        self._lanes = lanes
+        self._reordered: dict[tuple[str, str], list[str]] = {}  # by pair: the lanes, those that failed with it last
         self._pairs: dict[tuple[str, str], tuple[Pair, asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -63,7 +69,7 @@ class KvSender:
             raise Unavailable("this prefill worker is shutting down")
         key = (address, instance)
         if key not in self._pairs:
-            pair = Pair(self._settings, address, instance, self._drop)
+            pair = Pair(self._settings, self._reordered.get(key, self._lanes), address, instance, self._drop)
             self._pairs[key] = pair, asyncio.create_task(pair.connect())
         pair, connecting = self._pairs[key]
         what: tracing.Attributes = {"pagewire.transferred_tokens": tokens[1] - tokens[0], "server.address": address}
@@ -77,7 +83,12 @@ class KvSender:
             raise
 
     def _drop(self, pair: Pair) -> None:
-        self._pairs.pop((pair.address, pair.instance), None)
+        key = (pair.address, pair.instance)
+        self._pairs.pop(key, None)
+        if pair.lane_failed:
+            log.warning("kv lane failed", peer=pair.address, lane=pair.lane_name, error=str(pair.error))
+            others = [lane for lane in self._reordered.get(key, self._lanes) if lane != pair.lane_name]
+            self._reordered[key] = [*others, pair.lane_name]
         task = asyncio.create_task(pair.closed())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

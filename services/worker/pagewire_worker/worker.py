@@ -43,7 +43,7 @@ from pagewire_engine.warm_up import warm_up
 from pagewire_prefill.servicer import PrefillServicer
 from pagewire_prefill.source import PromptSource
 from pagewire_transfer.identity import WorkerIdentity
-from pagewire_transfer.lanes import available_lanes
+from pagewire_transfer.lanes import available_lanes, gpu_id
 from pagewire_transfer.metrics import TransferMetrics
 from pagewire_transfer.receiver import KvChannelServicer
 from pagewire_transfer.sender import KvSender
@@ -170,8 +170,14 @@ class Worker:
         if self._proposer:
             registry.register(SpeculationCollector(self._engine, self._proposer))  # type: ignore[arg-type]
         stages, transfer_metrics = StageMetrics(registry), TransferMetrics(registry)
+        runner = self._loaded.runner
         identity = WorkerIdentity(
-            info.worker_id, self._instance, self._loaded.fingerprint, self._loaded.runner.cache.layout, self._host
+            info.worker_id,
+            self._instance,
+            self._loaded.fingerprint,
+            runner.cache.layout,
+            self._host,
+            gpu_id(runner.config.device),
         )
         timeout_s = self._args.transfer_timeout
         self._engine.layers.enabled = self._args.role != "decode"

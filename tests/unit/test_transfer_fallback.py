@@ -1,0 +1,95 @@
+"""A lane over which nothing arrives costs one transfer; the next goes over the next lane that both sides have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kv_endpoints import FIRST, LAYOUT, Ends, ends, random_kv, until
+from pagewire_core.errors import DeadlineExceeded, Unavailable
+from pagewire_transfer import lane_thread
+from pagewire_transfer.lanes import Lane, open_lane
+
+
+class MuteLane:
+    """Says of every chunk that it has been sent, and of those after the first `heard` sends none."""
+
+    def __init__(self, lane: Lane, heard: int) -> None:
+        self.name, self.staging, self.recv = lane.name, lane.staging, lane.recv
+        self.interrupt, self.close = lane.interrupt, lane.close
+        self._send, self._heard = lane.send, heard
+
+    def send(self, wire: torch.Tensor) -> bytes:
+        self._heard -= 1
+        return self._send(wire) if self._heard >= 0 else b""
+
+
+def mute(monkeypatch: pytest.MonkeyPatch, name: str, heard: int = 0) -> None:
+    """From now on lanes of this name are opened like that."""
+    monkeypatch.setattr(
+        lane_thread, "open_lane", lambda *args: MuteLane(open_lane(*args), heard if args[0] == name else 1000)
+    )
+
+
+async def moved(both: Ends) -> str:
+    """Sends a prompt, which must arrive as it is; over which lane."""
+    prompt = random_kv(LAYOUT, 30)
+    outgoing = await both.open(prompt)
+    stats = await outgoing.seal(FIRST)
+    assert torch.equal(both.sink.pages[outgoing.transfer_id], prompt)
+    assert stats.bytes == prompt.numel() * 4 == both.sink.done[outgoing.transfer_id].bytes
+    assert both.metric("transfer_bytes_total", direction="received", lane=stats.lane) >= stats.bytes
+    return stats.lane
+
+
+async def fails(both: Ends) -> None:
+    with pytest.raises((Unavailable, DeadlineExceeded)):
+        await moved(both)
+    await both.assert_empty()
+
+
+async def test_after_a_lane_that_never_comes_up_comes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagewire_transfer.pair.PREFILL_RANK", 1)  # both wait for a rank 0 that never comes
+    async with ends("gloo,grpc", timeout_s=0.5) as both:
+        await fails(both)
+        assert await moved(both) == await moved(both) == "grpc"
+
+
+async def test_after_a_lane_that_carries_nothing_comes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    mute(monkeypatch, "shm")
+    async with ends("shm,gloo,grpc", timeout_s=0.3) as both:
+        await fails(both)
+        assert await moved(both) == await moved(both) == "gloo"
+
+
+@pytest.mark.parametrize("lanes", ["shm", "shm,nccl"])
+async def test_a_lane_that_failed_is_better_than_none(lanes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been the network; and what else there is does not work with every peer."""
+    mute(monkeypatch, "shm")
+    async with ends(lanes, timeout_s=0.3) as both:
+        await fails(both)
+        monkeypatch.undo()
+        assert await moved(both) == "shm"
+
+
+async def test_a_lane_that_has_worked_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers are lost in the middle of transfers, and that is not the lane's fault."""
+    mute(monkeypatch, "shm", heard=1)
+    async with ends("shm,grpc", timeout_s=0.3, chunk_bytes=1000) as both:
+        await fails(both)
+        monkeypatch.undo()
+        assert await moved(both) == "shm"
+
+
+async def test_a_peer_that_grants_nothing_says_nothing_of_the_lane() -> None:
+    async with ends("shm,grpc", timeout_s=0.3) as both:
+        both.sink.refuse = Unavailable("no pages")
+        await fails(both)
+        await both.servicer.release()
+        await until(lambda: both.metric("pairs") == 0)
+        both.sink.refuse = None
+        assert await moved(both) == "shm"
+
+
+async def test_workers_that_share_a_gpu_share_memory() -> None:
+    async with ends("nccl,shm,gloo,grpc", gpu="GPU-1") as both:
+        assert await moved(both) == "shm"
