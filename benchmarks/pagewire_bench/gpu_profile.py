@@ -38,7 +38,8 @@ class Profile:
 
 def decode_profile(engine: Engine, num_seqs: int, prompt_tokens: int, vocab_size: int, num_steps: int = 8) -> Profile:
     """Steps in which all of `num_seqs` sequences decode."""
-    clients = [Client(p, 3 * num_steps) for p in random_prompts(num_seqs, prompt_tokens, vocab_size, seed=4)]
+    num_tokens = 3 * num_steps + num_seqs  # the first still decodes when the last begins
+    clients = [Client(p, num_tokens) for p in random_prompts(num_seqs, prompt_tokens, vocab_size, seed=4)]
     for client in clients:
         engine.submit(client.request)
     while any(len(client.tokens) < num_steps for client in clients):

@@ -12,9 +12,14 @@ from torch import Tensor
 from pagewire_bench.gpu_model import RandomWeights
 
 
-def last_log_probabilities(shape: dict[str, Any], config: ModelConfig, prompts: list[list[int]]) -> list[Tensor]:
-    """float32 [V] for each prompt's next token, on the CPU; prompts computed one by one."""
+def last_log_probabilities(
+    shape: dict[str, Any], config: ModelConfig, prompts: list[list[int]], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """float32 [V] for each prompt's next token, on the CPU; prompts computed one by one, in the model's dtype or
+    with the same weights in another."""
     model = _load(shape, config)
+    if dtype is not None:
+        model = model.to(dtype)
     with torch.inference_mode():
         logits = [model(torch.tensor([prompt], device=config.device)).logits[0, -1].float() for prompt in prompts]
         return [torch.log_softmax(row, -1).cpu() for row in logits]

@@ -7,7 +7,7 @@ import triton
 from pagewire_kernels import kv_copy, paged_decode, paged_prefill
 from pagewire_kernels.compile_ahead import Entry, make_entry
 
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
 BLOCK_SIZE = 16
 
 
@@ -48,7 +48,7 @@ def _attention(shape: Shape, dtype: str, cache: str) -> list[Entry]:
     )
     partials = dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32")
     indices = dict.fromkeys(("block_tables_ptr", "seq_lens_ptr", "cu_seqlens_q_ptr"), "*i32")
-    integers = ("stride_qb", "stride_qt", "stride_kb", "stride_vb", "stride_tb", "num_seqs", "num_programs")
+    integers = ("stride_qb", "stride_qt", "stride_kb", "stride_vb", "stride_tb", "num_seqs", "num_runs")
     kinds = pointers | partials | indices | dict.fromkeys(integers, "i32") | {"scale_log2": "fp32", "v_scale": "fp32"}
     group = shape.num_heads // shape.num_kv_heads
     block_d = max(16, triton.next_power_of_2(shape.head_dim))
@@ -60,7 +60,7 @@ def _attention(shape: Shape, dtype: str, cache: str) -> list[Entry]:
         "BLOCK_D": block_d,
     }
     paged = {"BLOCK_SIZE": BLOCK_SIZE, "UPCAST": False}
-    decode = paged_decode.launch(shape.head_dim, ITEMSIZE[dtype], group)
+    decode = paged_decode.launch(shape.head_dim, ITEMSIZE[dtype], ITEMSIZE[cache], group)
     prefill = paged_prefill.launch(shape.head_dim, ITEMSIZE[dtype], group)
     tiles = {"BLOCK_N": decode["BLOCK_N"], "MIN_TILES": decode["MIN_TILES"], "BLOCK_B": 128}
     label = f"{shape.name} {dtype}" if cache == dtype else f"{shape.name} {dtype} over e4m3"
@@ -72,7 +72,7 @@ def _attention(shape: Shape, dtype: str, cache: str) -> list[Entry]:
             f"paged_decode reduce {label}",
             paged_decode.decode_reduce_kernel,
             kinds,
-            heads | tiles | {"BLOCK_P": 16, "num_warps": 4},
+            heads | tiles | paged_decode.REDUCE,
         ),
         make_entry(f"paged_prefill {label}", paged_prefill.prefill_kernel, kinds, heads | paged | prefill),
     ]

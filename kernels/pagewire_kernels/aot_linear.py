@@ -1,6 +1,6 @@
 """Products with quantized weights, as launched for each number of rows (aot.py)."""
 
-from pagewire_kernels import gemm_quantized, gemv
+from pagewire_kernels import dequantize, gemm_quantized, gemv
 from pagewire_kernels.compile_ahead import Entry, make_entry
 from pagewire_kernels.weight_tiles import DENSE, FP8_ROWS, INT4_GROUPS, INT8_GROUPS, INT8_ROWS
 
@@ -20,7 +20,8 @@ def linear_entries() -> list[Entry]:
     """One row, the tile of each number of rows, and split sums."""
     table = [_gemm(kind, num_rows, 1) for kind in KINDS for num_rows in (16, 32, 64, 128)]
     table += [_gemm(kind, 16, 4) for kind in ("int8 rows", "int4 groups of 32")]
-    return [_gemv(kind) for kind in (*KINDS, "bf16")] + table + [_reduce(kind) for kind in ("int8 rows", "fp8 rows")]
+    table += [_reduce(kind) for kind in ("int8 rows", "fp8 rows")]
+    return [_gemv(kind) for kind in (*KINDS, "bf16")] + table + [_dequantize(kind) for kind in list(KINDS)[:-1]]
 
 
 def _kinds(kind: str) -> dict[str, str]:
@@ -44,6 +45,14 @@ def _gemm(kind: str, num_rows: int, splits: int) -> Entry:
     config |= gemm_quantized.launch(stored, num_rows, 1 if x == "fp8e4nv" else 2)
     label = f"gemm {kind} {num_rows} rows" + (" split" if splits > 1 else "")
     return make_entry(label, gemm_quantized.gemm_kernel, _kinds(kind), config)
+
+
+def _dequantize(kind: str) -> Entry:
+    stored, _, _, _, group = KINDS[kind]
+    config: dict[str, int | bool] = {"KIND": stored, "GROUP": group}
+    return make_entry(
+        f"dequantize {kind}", dequantize.dequantize_kernel, _kinds(kind), config | dequantize.launch(stored)
+    )
 
 
 def _reduce(kind: str) -> Entry:

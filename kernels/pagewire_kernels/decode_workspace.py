@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Programs that a processor holds at once, at most: 160 registers of 128 threads and 72 KiB of shared memory each.
-PROGRAMS_PER_PROCESSOR = 3
+# Programs that a processor holds at once, at most: 256 registers of 128 threads and 72 KiB of shared memory each.
+PROGRAMS_PER_PROCESSOR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class DecodeWorkspace:
 
 def decode_workspace(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> DecodeWorkspace:
     """For a model's heads on `device`; its size does not depend on batch or length. A few MiB on a large GPU."""
-    programs = _num_processors(device) * PROGRAMS_PER_PROCESSOR
+    programs = max(_num_processors(device) * PROGRAMS_PER_PROCESSOR, num_kv_heads)
     group = num_heads // num_kv_heads
     return DecodeWorkspace(
         torch.empty(programs, 2, group, head_dim, dtype=torch.float32, device=device),

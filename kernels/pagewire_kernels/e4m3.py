@@ -24,9 +24,9 @@ def to_e4m3(x, INTERPRETED: tl.constexpr):
 def store_e4m3_row(row_ptr, scale_ptr, y, mask, INTERPRETED: tl.constexpr):
     """y fp32 [BLOCK], zero where masked, over absmax / 448."""
     largest = tl.max(tl.abs(y), 0)
-    inverse = 448.0 / tl.where(largest > 0, largest, 448.0)
+    inverse = tl.div_rn(448.0, tl.where(largest > 0, largest, 448.0))
     tl.store(row_ptr, to_e4m3(y * inverse, INTERPRETED), mask=mask)
-    tl.store(scale_ptr, largest / 448.0)
+    tl.store(scale_ptr, tl.div_rn(largest, 448.0))
 
 
 def num_warps(block: int) -> int:

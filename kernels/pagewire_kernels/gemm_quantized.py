@@ -3,7 +3,8 @@
 The product is computed transposed, weight tile [BLOCK_N, K] times activations [K, BLOCK_M]: the weight is the operand
 that wgmma takes from registers, where it is dequantised, and a handful of rows fill the narrow side of the tile, not
 the one that must be 64 wide. Where N alone gives too few programs, K is split and a second kernel adds the parts in
-order, so equal shapes give equal bits. A single row has a kernel of its own (gemv.py).
+order, so equal shapes give equal bits. A single row has a kernel of its own (gemv.py), and
+many rows, which are bound by arithmetic, are multiplied by torch: with the weight unpacked (dequantize.py), or in e4m3.
 """
 
 import functools
@@ -15,8 +16,12 @@ from torch import Tensor
 
 from pagewire_kernels import gemv
 from pagewire_kernels.checks import check
-from pagewire_kernels.weight_tiles import FP8_ROWS, INT4_GROUPS, INT8_GROUPS, INT8_ROWS, group_scales, int4_to
+from pagewire_kernels.dequantize import dequantize
+from pagewire_kernels.weight_tiles import FP8_ROWS, INT4_GROUPS, INT8_GROUPS, INT8_ROWS, group_scales, int4_to, settled
 
+# Of the kernel here.
+MAX_ROWS = 128
+MAX_ROWS_FP8 = 64
 _MAX_SPLITS = 16
 _TILES_PER_GROUP = 8
 
@@ -90,13 +95,15 @@ def gemm_kernel(
             x = tl.load(x_row_ptr + k, mask=inside_k[:, None], other=0.0).to(dtype)
             acc = tl.dot(int4_to(tile & 15, dtype) * scales, x, acc, input_precision="ieee")
             x = tl.load(x_row_ptr + k + 16, mask=inside_k[:, None], other=0.0).to(dtype)
-            acc = tl.dot(int4_to(tile >> 4, dtype) * scales, x, acc, input_precision="ieee")
+            acc = settled(tl.dot(int4_to(tile >> 4, dtype) * scales, x, acc, input_precision="ieee"), UPCAST)
         else:
             x = tl.load(x_row_ptr + columns[:, None], mask=inside_k[:, None], other=0.0).to(dtype)
             weight = tile.to(dtype)
             if KIND == INT8_GROUPS:
                 weight *= group_scales(scales_ptr, rows, start, K // GROUP, GROUP, BLOCK_N, BLOCK_C).to(dtype)
             acc = tl.dot(weight, x, acc, input_precision="ieee")
+            if KIND != FP8_ROWS:  # whose weights are multiplied where they were loaded
+                acc = settled(acc, UPCAST)
 
     offsets = m.to(tl.int64)[None, :] * N + rows[:, None]
     if SPLITS == 1:
@@ -166,6 +173,13 @@ def gemm_fp8(
     x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor, out: Tensor, bias: Tensor | None = None
 ) -> None:
     """As ops.gemm_fp8."""
+    # torch's product with a scale for each row gives bfloat16 only, and takes matrices of whole 16-byte rows.
+    fits = out.dtype == torch.bfloat16 and weight.shape[0] % 16 == x.shape[1] % 16 == 0
+    if fits and len(x) > MAX_ROWS_FP8 and x.is_cuda:
+        torch._scaled_mm(
+            x, weight.t(), x_scales[:, None], w_scales[None, :], bias, out_dtype=out.dtype, use_fast_accum=True, out=out
+        )
+        return
     _multiply(FP8_ROWS.value, x, weight, w_scales, x_scales, out, bias, 0)
 
 
@@ -201,6 +215,10 @@ def _multiply(
             HAS_BIAS=bias is not None,
             **config,
         )
+        return
+    if num_rows > MAX_ROWS and x.is_cuda and kind != FP8_ROWS.value and out.dtype == x.dtype and not num_splits:
+        dense = dequantize(kind, weight, scales, num_inputs, group, x.dtype).t()
+        torch.mm(x, dense, out=out) if bias is None else torch.addmm(bias, x, dense, out=out)
         return
     config = launch(kind, num_rows, x.element_size())
     tiles = triton.cdiv(num_outputs, config["BLOCK_N"]) * triton.cdiv(num_rows, config["BLOCK_M"])

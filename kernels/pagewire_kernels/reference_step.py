@@ -37,8 +37,9 @@ def quantize_fp8_rows(x: Tensor, out: Tensor, scales: Tensor) -> None:
     """As ops.quantize_fp8_rows."""
     rows = x.float()
     largest = rows.abs().amax(-1)
-    inverse = torch.where(largest > 0, FP8_MAX / largest, 0.0)
-    scales.copy_(largest / FP8_MAX)
+    limit = torch.full_like(largest, FP8_MAX)  # a tensor: with a number torch multiplies by the reciprocal
+    inverse = torch.where(largest > 0, limit / largest, 0.0)
+    scales.copy_(largest / limit)
     out.copy_(to_fp8(rows * inverse[:, None]))
 
 

@@ -6,6 +6,7 @@ interpreted kernel has no source to compile.
 
 import dataclasses
 import importlib
+import re
 import sys
 
 import pytest
@@ -48,6 +49,15 @@ def test_products_run_on_the_tensor_cores_of_hopper(kind: str, num_rows: int) ->
     assert "mma.sync" not in ptx
 
 
+@pytest.mark.parametrize("kind", ["int8 rows", "int8 groups of 64", "int4 groups of 32", "int4 groups of 128"])
+@pytest.mark.parametrize("num_rows", [16, 32, 64, 128])
+def test_registers_are_not_overwritten_while_a_product_reads_weights_from_them(kind: str, num_rows: int) -> None:
+    """Every wait is for all products: one that is left running still reads what the next tile overwrites."""
+    ptx = compile_to(ENTRIES[f"gemm {kind} {num_rows} rows"], 90).asm["ptx"]
+    waits = re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx)
+    assert waits and set(waits) == {"0"}
+
+
 def test_a_tile_too_large_is_a_problem() -> None:
     """The guard must be able to fail: with 256 keys a tile, gemma's prefill neither fits nor stays in registers."""
     entry = ENTRIES["paged_prefill gemma-2-9b bf16"]
@@ -67,8 +77,9 @@ def test_a_parameter_nobody_typed_is_refused() -> None:
         make_entry("broken", broken_kernel, {"x_ptr": "*fp32"}, {"num_warps": 4})
 
 
-# Tiles are chosen for sm_80 and sm_90. sm_100 must compile; how far it spills depends on the version of triton.
-MAX_SPILL_BYTES = {80: 0, 90: 0, 100: 64}
+# Tiles are chosen by what is fastest on sm_90, where one (e4m3, with 40 bytes) is so although it spills. The others
+# must compile; how far they spill depends on the version of triton.
+MAX_SPILL_BYTES = {80: 80, 90: 40, 100: 64}
 
 
 def problems(used: ResourceUsage) -> list[str]:

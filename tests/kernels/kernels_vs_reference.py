@@ -31,17 +31,17 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("window", [0, 21])
-@pytest.mark.parametrize("num_programs", [1, 3, 40])
+@pytest.mark.parametrize("num_runs", [1, 3, 40])
 @pytest.mark.parametrize(("heads", "head_dim", "block_size"), SHAPES)
-def test_decode(heads: tuple[int, int], head_dim: int, block_size: int, num_programs: int, window: int) -> None:
+def test_decode(heads: tuple[int, int], head_dim: int, block_size: int, num_runs: int, window: int) -> None:
     """Lengths around a block and a tile; runs that end inside a sequence, between two, and where nothing is left."""
-    check_decode([1, block_size, block_size + 1, 150], heads, head_dim, block_size, torch.float32, num_programs, window)
+    check_decode([1, block_size, block_size + 1, 150], heads, head_dim, block_size, torch.float32, num_runs, window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_in_every_dtype(dtype: torch.dtype) -> None:
-    for num_programs in (2, 9):
-        check_decode([7, 8, 9, 260], (6, 2), 64, 8, dtype, num_programs, 0)
+    for num_runs in (2, 9):
+        check_decode([7, 8, 9, 260], (6, 2), 64, 8, dtype, num_runs, 0)
 
 
 def test_decode_of_one_long_sequence_by_many_programs() -> None:
@@ -53,13 +53,13 @@ def test_decode_with_a_workspace_of_its_own() -> None:
     check_decode([600, 3], (4, 2), 16, 16, torch.float32, 0, 0)
 
 
-@pytest.mark.parametrize("num_programs", [1, 2])
-def test_decode_of_a_padding_row_is_zero(num_programs: int) -> None:
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_decode_of_a_padding_row_is_zero(num_runs: int) -> None:
     """Padding at both ends and in the middle: rows that no program meets."""
     case = on_device(PagedCase.random([5, 20, 3, 30, 7], [1] * 5, heads=(4, 2), block_size=8))
     case.seq_lens[::2] = 0
     args = case.q, case.k_cache, case.v_cache, case.block_tables, case.seq_lens, case.scale, 0
-    out = paged_decode.paged_decode(*args, workspace=poisoned_workspace(case, num_programs))
+    out = paged_decode.paged_decode(*args, workspace=poisoned_workspace(case, num_runs))
     assert out[::2].eq(0).all()
     torch.testing.assert_close(out, reference.paged_decode(*args), **TOLERANCE[torch.float32])
 
@@ -170,7 +170,7 @@ def check_decode(
     head_dim: int,
     block_size: int,
     dtype: torch.dtype,
-    num_programs: int,
+    num_runs: int,
     window: int,
 ) -> None:
     case = on_device(
@@ -179,7 +179,7 @@ def check_decode(
         )
     )
     args = case.q, case.k_cache, case.v_cache, case.block_tables, case.seq_lens, case.scale, window
-    workspace = poisoned_workspace(case, num_programs) if num_programs else None
+    workspace = poisoned_workspace(case, num_runs) if num_runs else None
     out = paged_decode.paged_decode(*args, workspace=workspace)
     assert out.dtype == dtype
     torch.testing.assert_close(out, reference.paged_decode(*args), **TOLERANCE[dtype])
@@ -211,11 +211,12 @@ def check_prefill(
     torch.testing.assert_close(out, reference_prefill(case, window), **TOLERANCE[dtype])
 
 
-def poisoned_workspace(case: PagedCase, num_programs: int) -> DecodeWorkspace:
+def poisoned_workspace(case: PagedCase, num_runs: int) -> DecodeWorkspace:
     """NaN wherever no program writes."""
     num_heads, head_dim = case.q.shape[1:]
-    group = num_heads // case.k_cache.shape[2]
-    partial = torch.full((num_programs, 2, group, head_dim), torch.nan, device=DEVICE)
+    num_kv_heads = case.k_cache.shape[2]
+    shape = (num_runs * num_kv_heads, 2, num_heads // num_kv_heads, head_dim)
+    partial = torch.full(shape, torch.nan, device=DEVICE)
     return DecodeWorkspace(partial, partial[..., 0].contiguous())
 
 

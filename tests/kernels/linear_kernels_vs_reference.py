@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from pagewire_kernels import gemm_quantized, gemv, reference_linear
+from pagewire_kernels.dequantize import dequantize
 from pagewire_kernels.int4 import pack_int4
 from pagewire_kernels.weight_tiles import FP8_ROWS, INT4_GROUPS, INT8_GROUPS, INT8_ROWS
 
@@ -44,6 +45,19 @@ def test_products_of_half_types(kind: str, num_rows: int, dtype: torch.dtype) ->
 def test_sums_split_between_programs(kind: str, splits: int) -> None:
     """Six iterations: with eight splits some have nothing to add."""
     check_product(kind, 3, 40, 384, 32, torch.float32, bias=True, splits=splits)
+
+
+@pytest.mark.parametrize("group", [0, 32, 128])
+@pytest.mark.parametrize("kind", [INT8_ROWS, INT8_GROUPS, INT4_GROUPS])
+def test_weights_are_unpacked(kind: int, group: int) -> None:
+    """Rows and columns that fill no tile; the scales of groups narrower and wider than one."""
+    if (kind == INT8_ROWS) != (group == 0):
+        pytest.skip("rows have one scale")
+    q = torch.randint(-8, 8, (21, 384), dtype=torch.int8, generator=GENERATOR).to(DEVICE)
+    scales = torch.rand(21, 384 // group if group else 1, generator=GENERATOR).to(DEVICE)
+    weight = pack_int4(q) if kind == INT4_GROUPS else q
+    dense = dequantize(kind.value, weight, scales if group else scales[:, 0], 384, group, torch.float32)
+    assert torch.equal(dense, q.float() * scales.repeat_interleave(384 // scales.shape[1], 1))
 
 
 def test_the_smallest_and_largest_integers() -> None:

@@ -152,6 +152,15 @@ def test_links_on_one_host_are_taken_to_be_faster_until_they_are_measured() -> N
     assert links("p", "e").transfer_ms(100 << 20) == far.transfer_ms(100 << 20) != 10
 
 
+def test_the_first_transfer_of_a_pair_which_opens_its_lane_says_nothing_of_the_next() -> None:
+    links = Links()
+    expected = links("p", "d").transfer_ms(1 << 20)
+    links.observe("p", "d", 1000, 0.085)
+    assert links("p", "d").transfer_ms(1 << 20) == expected
+    links.observe("p", "d", 1000, 0.085)
+    assert links("p", "d").transfer_ms(1 << 20) > expected
+
+
 @given(num_bytes=st.integers(0, 1 << 40), seconds=st.floats(0, 1e6))
 def test_whatever_is_measured_a_link_stays_usable(num_bytes: int, seconds: float) -> None:
     links = Links()

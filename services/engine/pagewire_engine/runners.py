@@ -136,6 +136,7 @@ def _gpu_runner(
         model = GpuModel(config, checkpoint, max_model_len, scheme)
     dtype = cache_dtype(options.kv_cache_dtype, config)
     cache = GpuKVCache(config, num_blocks(), options.block_size, dtype, poison=options.poison_free_blocks)
+    cache.compile_copies()
     runner = GpuRunner(model, cache, options.max_num_seqs, max_model_len)
     if not options.enforce_eager:
         runner.capture_graphs()
@@ -155,6 +156,7 @@ def _gpu_rank_runner(
         model = GpuModel(config, checkpoint, max_model_len, scheme, peers)
     dtype = cache_dtype(options.kv_cache_dtype, config)
     cache = GpuKVCache(model.local, num_blocks(), options.block_size, dtype, poison=options.poison_free_blocks)
+    cache.compile_copies()
     return GpuRankRunner(model, cache, peers)
 
 

@@ -39,10 +39,17 @@ class Links:
         return self._links.get((prefill, decode)) or self._prior(prefill, decode)
 
     def observe(self, prefill: str, decode: str, num_bytes: int, seconds: float) -> None:
-        """A transfer kept the wire busy for so long."""
+        """A transfer kept the wire busy for so long.
+
+        A pair's first opens its lane and allocates: it says nothing of the next (85 ms between two workers on a GPU,
+        where the next took 4), and a pair that looks slow is not tried again.
+        """
         if seconds <= 0:
             return
-        link = self._links.setdefault((prefill, decode), self._prior(prefill, decode))
+        link = self._links.get((prefill, decode))
+        if link is None:
+            self._links[prefill, decode] = self._prior(prefill, decode)
+            return
         if num_bytes < _MIN_BYTES:
             link.round_trip_ms += _WEIGHT * (1000 * seconds - link.round_trip_ms)
             return

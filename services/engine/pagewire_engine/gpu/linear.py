@@ -53,7 +53,9 @@ class DenseWeight:
 
     def multiply(self, x: Activation, bias: Tensor | None, out: Tensor) -> None:
         assert isinstance(x, Tensor)
-        if bias is None:
+        if len(x) == 1 and x.is_cuda:
+            ops.gemv(x, self.transposed.t(), out, bias)
+        elif bias is None:
             torch.mm(x, self.transposed, out=out)
         else:
             torch.addmm(bias, x, self.transposed, out=out)
