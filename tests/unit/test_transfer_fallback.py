@@ -1,10 +1,12 @@
-"""A lane over which nothing arrives costs one transfer; the next goes over the next lane that both sides have."""
+"""A lane that does not come up costs a moment, one over which nothing arrives a transfer; then comes the next one."""
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
-from kv_endpoints import FIRST, LAYOUT, Ends, ends, random_kv, until
+from kv_endpoints import FIRST, LAYOUT, Ends, ends, lane_threads, random_kv, until
 from pagewire_core.errors import DeadlineExceeded, Unavailable
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
@@ -50,8 +52,20 @@ async def fails(both: Ends) -> None:
 async def test_after_a_lane_that_never_comes_up_comes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagewire_transfer.pair.PREFILL_RANK", 1)  # both wait for a rank 0 that never comes
     async with ends("gloo,grpc", timeout_s=0.5) as both:
-        await fails(both)
-        assert await moved(both) == await moved(both) == "grpc"
+        assert await asyncio.gather(moved(both), moved(both)) == ["grpc", "grpc"]
+        await both.assert_empty()
+        assert both.metric("pairs") == 2
+
+
+async def test_nothing_is_tried_any_more_once_the_sender_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagewire_transfer.pair.PREFILL_RANK", 1)
+    async with ends("gloo,grpc", timeout_s=5) as both:
+        opening = asyncio.create_task(both.open(random_kv(LAYOUT, 4)))
+        await until(lambda: both.metric("pairs") == 2)
+        await both.sender.close()
+        with pytest.raises(Unavailable, match="shutting down"):
+            await opening
+        await until(lambda: both.metric("pairs") == 0 and not lane_threads())
 
 
 async def test_after_a_lane_that_carries_nothing_comes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,8 @@ class Pair:
             async with asyncio.timeout(limit_s):
                 hello = self._settings.identity.hello(self.instance, self._lanes)
                 welcome = await self._stream.shake_hands(hello)
-            await self._open_lane(welcome)
+            if self.error is None:  # nobody closed it meanwhile
+                await self._open_lane(welcome)
         except TimeoutError:
             self.fail(DeadlineExceeded(f"decode worker {self.address} did not answer within {limit_s:.1f} s"))
         except PagewireError as error:
@@ -106,12 +107,12 @@ class Pair:
             raise
         if self.error is not None:
             return
-        self._tasks.append(self._start(self._pump()))
+        self._tasks.append(self._start(self._pump))
         log.info("kv pair up", peer=self.address, instance=self.instance, lane=self.lane_name, epoch=welcome.epoch)
 
     async def _open_lane(self, welcome: kv.Welcome) -> None:
         self.lane_name, self._opening = welcome.lane, True
-        self._tasks = [self._start(self._read()), self._start(self._write())]
+        self._tasks = [self._start(self._read), self._start(self._write)]
         limit_s = min(self._settings.timeout_s, _OPEN_TIMEOUT_S)
         opening = self._thread.open(welcome.lane, PREFILL_RANK, self._settings.identity.host, welcome.epoch)
         try:
@@ -121,13 +122,13 @@ class Pair:
             raise Unavailable(f"the {welcome.lane} lane did not come up within {limit_s:.1f} s") from None
         self._opening = False
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
         return asyncio.create_task(self._guard(work))
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """The end of any of the pair's tasks is the end of the pair."""
         try:
-            await work
+            await work()
         except PagewireError as error:
             self.fail(error)
         except Exception as error:

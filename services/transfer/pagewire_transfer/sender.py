@@ -65,22 +65,32 @@ class KvSender:
         Raises Unavailable, Overloaded, Incompatible or DeadlineExceeded, or what the peer refused with.
         Being cancelled takes the offer back.
         """
-        if self._closed:
-            raise Unavailable("this prefill worker is shutting down")
-        key = (address, instance)
-        if key not in self._pairs:
-            pair = Pair(self._settings, self._reordered.get(key, self._lanes), address, instance, self._drop)
-            self._pairs[key] = pair, asyncio.create_task(pair.connect())
-        pair, connecting = self._pairs[key]
         what: tracing.Attributes = {"pagewire.transferred_tokens": tokens[1] - tokens[0], "server.address": address}
         span = tracing.current().child("transfer", what, "client")
         try:
-            await asyncio.shield(connecting)
+            pair = await self._connected(address, instance)
             return await pair.offer(transfer_id, tokens, span)
         except BaseException as error:
             span.fail(error)
             span.end()
             raise
+
+    async def _connected(self, address: str, instance: str) -> Pair:
+        """The pair, which may have failed; a new one where there is none. A lane that does not come up costs a moment
+        and no transfer: the next one is tried at once.
+        """
+        key = (address, instance)
+        for _ in self._lanes:
+            if self._closed:
+                raise Unavailable("this prefill worker is shutting down")
+            if key not in self._pairs:
+                pair = Pair(self._settings, self._reordered.get(key, self._lanes), address, instance, self._drop)
+                self._pairs[key] = pair, asyncio.create_task(pair.connect())
+            pair, connecting = self._pairs[key]
+            await asyncio.shield(connecting)
+            if not pair.lane_failed:
+                break
+        return pair
 
     def _drop(self, pair: Pair) -> None:
         key = (pair.address, pair.instance)
