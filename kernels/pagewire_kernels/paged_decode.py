@@ -97,7 +97,7 @@ def decode_kernel(
         q = tl.load(q_ptr + row * stride_qb + heads[:, None] * D + d[None, :], mask=tile_mask, other=0.0)
         if UPCAST:
             q = q.to(tl.float32)
-        elif k_cache_ptr.dtype.element_ty == tl.float8e4nv:
+        elif (k_cache_ptr.dtype.element_ty == tl.float8e4nv) & (q.dtype == tl.bfloat16):
             q = q.to(tl.float16)  # e4m3 to fp16 is one instruction, to bf16 five
         table_ptr = block_tables_ptr + row * stride_tb
         row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)

@@ -133,7 +133,7 @@ def prefill_kernel(
     q = tl.load(q_ptr + (rows * stride_qt + heads * D)[:, None] + d[None, :], mask=tile_mask, other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
-    elif k_cache_ptr.dtype.element_ty == tl.float8e4nv:
+    elif (k_cache_ptr.dtype.element_ty == tl.float8e4nv) & (q.dtype == tl.bfloat16):
         q = q.to(tl.float16)  # as paged_decode.py
 
     # Keys that some row of this tile sees: all of them are written, so V holds no NaN but past `end`.

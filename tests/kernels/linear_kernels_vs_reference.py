@@ -129,4 +129,6 @@ def check_product(
     tolerance = {torch.float32: 2e-5 if kind == "int4 groups" else 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}[
         dtype
     ]
+    if kind == "fp8 rows" and DEVICE == "cuda":
+        tolerance = max(tolerance, 4e-3)  # tensor cores keep 14 bits of a sum of e4m3
     torch.testing.assert_close(out.float() / size, expected.float() / size, rtol=tolerance, atol=tolerance)

@@ -152,6 +152,18 @@ def test_links_on_one_host_are_taken_to_be_faster_until_they_are_measured() -> N
     assert links("p", "e").transfer_ms(100 << 20) == far.transfer_ms(100 << 20) != 10
 
 
+def test_many_small_transfers_say_little_of_a_large_one() -> None:
+    """Four milliseconds each, between workers on a GPU: latency, which a long prompt has only once."""
+    links = Links()
+    for worker_id in ("p", "d"):
+        links.join(worker_id, "10.0.0.1:1")
+    for _ in range(8):
+        links.observe("p", "d", 500_000, 0.004)
+    before = links("p", "d").transfer_ms(48 << 20)
+    links.observe("p", "d", 16 << 20, 0.012)
+    assert links("p", "d").transfer_ms(48 << 20) == pytest.approx(4 + 3 * 8, rel=0.25) and before < 28
+
+
 def test_the_first_transfer_of_a_pair_which_opens_its_lane_says_nothing_of_the_next() -> None:
     links = Links()
     expected = links("p", "d").transfer_ms(1 << 20)
@@ -164,7 +176,8 @@ def test_the_first_transfer_of_a_pair_which_opens_its_lane_says_nothing_of_the_n
 @given(num_bytes=st.integers(0, 1 << 40), seconds=st.floats(0, 1e6))
 def test_whatever_is_measured_a_link_stays_usable(num_bytes: int, seconds: float) -> None:
     links = Links()
-    links.observe("p", "d", num_bytes, seconds)
+    for _ in range(40):  # the prior's weight is nothing then
+        links.observe("p", "d", num_bytes, seconds)
     assert 0 < links("p", "d").transfer_ms(1 << 20) < float("inf")
 
 

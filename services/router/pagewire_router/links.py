@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+_DECAY = 0.8  # of what was measured, with every new measurement
+_PRIOR = 0.001  # the weight of either transfer that the prior is taken to be
+_PRIOR_MIB = 16
+_SAME_HOST = (0.5, 2e9)  # milliseconds, bytes per second
+_OTHER_HOST = (2.0, 500e6)
 
-_WEIGHT = 0.3  # of a new measurement in the moving averages
-_MIN_BYTES = 64 << 10  # smaller transfers measure latency
-_SAME_HOST = (1000 / 2e9, 0.5)  # milliseconds per byte, milliseconds
-_OTHER_HOST = (1000 / 500e6, 2.0)
+Sums = tuple[float, float, float, float, float]  # of weights, and times x, x x, t, x t
 
 
-@dataclass
 class Link:
-    ms_per_byte: float
-    round_trip_ms: float
+    """Milliseconds t of a transfer as a line over its MiB x: least squares over the last few, and a prior.
+
+    Small transfers measure latency and large ones bandwidth; but what is small differs by orders of magnitude between
+    a GPU's memory and a slow network, so all are fitted together.
+    """
+
+    def __init__(self, latency_ms: float, bytes_per_s: float) -> None:
+        nothing, much = (0.0, latency_ms), (_PRIOR_MIB, latency_ms + 1e3 * _PRIOR_MIB * 2**20 / bytes_per_s)
+        self._prior = _added(_added((0.0,) * 5, *nothing, _PRIOR), *much, _PRIOR)
+        self._measured: Sums = (0.0,) * 5
+
+    def observe(self, num_bytes: int, milliseconds: float) -> None:
+        n, x, xx, t, xt = self._measured
+        faded = (_DECAY * n, _DECAY * x, _DECAY * xx, _DECAY * t, _DECAY * xt)
+        self._measured = _added(faded, num_bytes / 2**20, milliseconds, 1.0)
 
     def transfer_ms(self, num_bytes: int) -> float:
-        return self.round_trip_ms + self.ms_per_byte * num_bytes
+        n, x, xx, t, xt = (a + b for a, b in zip(self._prior, self._measured, strict=True))
+        slope = (n * xt - x * t) / (n * xx - x * x)
+        base = (t - slope * x) / n
+        if slope < 0:
+            slope, base = 0.0, t / n
+        elif base < 0:
+            slope, base = xt / xx, 0.0
+        return base + slope * num_bytes / 2**20
+
+
+def _added(sums: Sums, x: float, t: float, weight: float) -> Sums:
+    n, sx, sxx, st, sxt = sums
+    return n + weight, sx + weight * x, sxx + weight * x * x, st + weight * t, sxt + weight * x * t
 
 
 class Links:
@@ -50,11 +75,7 @@ class Links:
         if link is None:
             self._links[prefill, decode] = self._prior(prefill, decode)
             return
-        if num_bytes < _MIN_BYTES:
-            link.round_trip_ms += _WEIGHT * (1000 * seconds - link.round_trip_ms)
-            return
-        moving_ms = max(1000 * seconds - link.round_trip_ms, 500 * seconds)
-        link.ms_per_byte += _WEIGHT * (moving_ms / num_bytes - link.ms_per_byte)
+        link.observe(num_bytes, 1000 * seconds)
 
     def _prior(self, prefill: str, decode: str) -> Link:
         here, there = self._hosts.get(prefill), self._hosts.get(decode)
