@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pagewire_cli import console, main, plan, serve
+from pagewire_cli.gpus import available_gpus
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import StartupError
@@ -25,7 +26,9 @@ def _args(*arguments: str, environ: dict[str, str] | None = None) -> argparse.Na
 
 
 def _plan(tmp_path: Path, *arguments: str, environ: dict[str, str] | None = None) -> plan.Plan:
-    return plan.make_plan(_args(*arguments), {"XDG_STATE_HOME": str(tmp_path), **(environ or {})})
+    """On a machine without GPUs, unless `environ` names some."""
+    here = {"XDG_STATE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    return plan.make_plan(_args(*arguments), here | (environ or {}))
 
 
 def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
@@ -116,6 +119,33 @@ def test_workers_divide_the_cores_and_the_memory(tmp_path: Path, monkeypatch: py
         assert _taken(spec).gpu_memory_utilization == 0.225
     given = _plan(tmp_path, "m", "--threads=5").services[1]
     assert (_taken(given).threads, given.environment["OMP_NUM_THREADS"]) == (5, "5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "visible", "seen", "utilization"),
+    [
+        ("--prefill 1 --decode 2", "0,2,5", ["0", "2", "5"], 0.9),
+        ("--prefill 1 --decode 2", "GPU-1,GPU-2", ["GPU-1", "GPU-2", "GPU-1"], 0.45),
+        ("--prefill 1 --decode 1", "3", ["3", "3"], 0.45),
+        ("--decode 1 --tensor-parallel-size 2", "0,1,2,3", ["0,1", "2,3"], 0.9),
+        ("--decode 1 --tensor-parallel-size 2", "0,1,2", ["0,1,2", "0,1,2"], 0.45),
+        ("--decode 1 --device cpu", "0,1", ["0,1", "0,1"], 0.45),
+    ],
+)
+def test_workers_have_gpus_of_their_own_or_share_them_and_their_memory(
+    tmp_path: Path, arguments: str, visible: str, seen: list[str], utilization: float
+) -> None:
+    made = _plan(tmp_path, *arguments.split(), environ={"CUDA_VISIBLE_DEVICES": visible})
+    workers = [spec for spec in made.services if spec.role in plan.WORKER_ROLES]
+    assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in workers] == seen
+    assert {_taken(spec).gpu_memory_utilization for spec in workers} == {utilization}
+
+
+def test_gpus_are_counted_by_their_device_files(tmp_path: Path) -> None:
+    for name in ("nvidia1", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert available_gpus({}, tmp_path) == ["0", "1"]
+    assert available_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == []
 
 
 def test_the_supervisors_own_environment_does_not_reach_the_services(tmp_path: Path) -> None:

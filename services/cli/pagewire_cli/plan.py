@@ -18,7 +18,7 @@ from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS,
 from pagewire_core.settings import CONFIG_VARIABLE, variable_of
 from pagewire_core.tls import OPERATOR, TlsFiles
 
-from pagewire_cli import ports, readiness, redis_server
+from pagewire_cli import gpus, ports, readiness, redis_server
 from pagewire_cli.core_file import CoreFile
 
 _LOOPBACK = "127.0.0.1"
@@ -61,8 +61,8 @@ class Plan:
 def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Plan:
     """Chooses ports and command lines for settled `serve` arguments. Raises StartupError.
 
-    A share of memory or of the cores is meant for the machine: the workers divide it. Unless told how many threads
-    each has, they lend each other the cores that they do not use.
+    A share of memory or of the cores is meant for the machine: the workers divide it, each GPU's between those that see
+    it. Unless told how many threads each has, they lend each other the cores that they do not use.
     """
     names = [(f"{role}-{i}", role) for role in WORKER_ROLES for i in range(getattr(args, role))]
     redis_port, router_port, spare, *worker_ports = ports.free_ports(3 + len(names))
@@ -71,7 +71,10 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     tls_directory = directory / "tls" if args.tls else None
     redis_address, redis_url = _redis(tls_directory, redis_port)
     redis_url = args.redis_url or redis_url
-    shared = {**vars(args), "redis_url": redis_url, "host": _LOOPBACK, "tls": tls_directory, **_share(args, len(names))}
+    seen = [] if args.device == "cpu" else gpus.available_gpus(environ)
+    divided = gpus.divide(seen, len(names), args.tensor_parallel_size * args.pipeline_parallel_size)
+    share = _share(args, len(names), divided.sharing)
+    shared = {**vars(args), "redis_url": redis_url, "host": _LOOPBACK, "tls": tls_directory, **share}
     environment = _environment(environ, shared, args.parser.names)
 
     core_file = _core_file(args, len(names))
@@ -84,7 +87,9 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
         own["cpus"] = cpus = _own_cpus(args, index, int(shared["threads"]), len(names))
         if core_file:
             own |= {"cpu_lending": core_file.path, "threads": len(cpus)}
-        services.append(_service(name, role, own, WORKER_FLAGS, environment))
+        visible = divided.of_worker[index]
+        seeing = environment if visible is None else {**environment, gpus.VISIBLE: ",".join(visible)}
+        services.append(_service(name, role, own, WORKER_FLAGS, seeing))
     workers = [args.workers, *(f"{_LOOPBACK}:{port}" for port in worker_ports)]
     router = {**shared, "port": router_port, "workers": ",".join(filter(None, workers))}
     services.append(_service("router", "router", router, ROUTER_FLAGS, environment))
@@ -149,10 +154,10 @@ def _program(name: str) -> tuple[str, ...]:
     return (sys.executable, "-c", f"from pagewire_{name}.main import main; main()")
 
 
-def _share(args: argparse.Namespace, num_workers: int) -> dict[str, object]:
+def _share(args: argparse.Namespace, num_workers: int, sharing: int) -> dict[str, object]:
     return {
         "threads": args.threads or max(1, len(args.cpus or available_cpus()) // num_workers),
-        "gpu_memory_utilization": round(args.gpu_memory_utilization / num_workers, 4),
+        "gpu_memory_utilization": round(args.gpu_memory_utilization / sharing, 4),
     }
 
 
