@@ -69,8 +69,14 @@ async def check_familiar_names(cluster: Cluster, model: Path) -> None:
         "tgi_request_validation_duration_count": 1, "tgi_batch_inference_count{method=prefill}": 2,
         "tgi_batch_inference_count{method=decode}": 7, "tgi_batch_inference_duration_count{method=decode}": 7,
         "tgi_request_mean_time_per_token_duration_count": 1, "tgi_request_max_new_tokens_sum": 8,
+        "tgi_request_skipped_tokens_count": 1, "tgi_request_skipped_tokens_sum": 0, "tgi_batch_next_size_sum": 1,
+        "tgi_batch_current_max_tokens": 0, "tgi_batch_total_tokens": 0, "tgi_batch_concat": 0,
+        "tgi_batch_concat_duration_count": 0, "tgi_batch_forward_duration_count{method=decode}": 7,
+        "tgi_batch_filter_duration_count{method=decode}": 7, "tgi_batch_inference_success{method=prefill}": 2,
+        "tgi_batch_inference_success{method=decode}": 7, "tgi_batch_inference_failure{method=decode}": 0,
     }.items():  # fmt: skip
         assert totals[name] == value, name
+    assert totals["tgi_batch_max_total_tokens"] > 0
     if promtool := shutil.which("promtool"):
         checked = subprocess.run([promtool, "check", "metrics"], input=text, text=True, capture_output=True)
         # It also has opinions on names; those of vLLM and TGI are what they are.

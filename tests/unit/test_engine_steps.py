@@ -226,6 +226,7 @@ def test_a_lost_step_ends_its_requests_and_the_engine_goes_on(overlaps: bool, lo
         while engine.step():
             engine.check()
     assert_empty(engine)
+    assert engine.counters.prefill.lost + engine.counters.decode.lost == 1
     failed = [run for run in runs if any(isinstance(event, Failed) for event in run.events)]
     assert failed and all(isinstance(run.events[-1], Failed) for run in failed)
     again = Run([1, 2, 3, 0], max_tokens=9)
@@ -242,8 +243,23 @@ def test_true_guesses_save_steps_and_are_counted_by_position() -> None:
     counters = engine.counters
     assert counters.accepted_tokens == counters.draft_tokens == proposer.accepted > 25
     assert counters.steps + counters.accepted_tokens == 60
+    assert counters.accepted_per_sequence.total == counters.accepted_tokens
     assert counters.accepted_per_position == sorted(counters.accepted_per_position, reverse=True)
     assert [*proposer.ended_once] == run.request.sequences
+
+
+def test_steps_in_which_sequences_join_others_are_told_from_those_that_begin_a_batch() -> None:
+    engine = engine_of()
+    runs = [Run([1, 2, i], max_tokens=9) for i in range(3)]
+    for run in runs[:2]:
+        engine.submit(run.request)
+    for _ in range(3):
+        engine.step()
+    assert engine.max_running_tokens() == 2 * (3 + 9)
+    run_all(engine, runs[2])
+    counters = engine.counters
+    assert (counters.admitted.total, counters.joins) == (3, 1) and counters.join_s.total > 0
+    assert counters.decode.publish_s.total > 0 and engine.max_running_tokens() == 0
 
 
 def test_nobody_is_preempted_for_a_guess() -> None:

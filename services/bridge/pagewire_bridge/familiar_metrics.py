@@ -1,6 +1,6 @@
 """pagewire's metrics once more under the names that vLLM and TGI gave theirs, so that existing dashboards work.
 
-What has no meaning here, or would be a guess, is left out: LoRA, the limits of batches, the time of single operations.
+What has no meaning here is left out: LoRA, and the time to decode a batch's text, which the router does token by token.
 A sample of vLLM's has the labels `model_name` and `engine`, the process that counted; TGI's have none, and are sums.
 """
 
@@ -41,6 +41,7 @@ _INFERENCE, _STAGE = ("pagewire_inference_seconds",), ("pagewire_stage_seconds",
 _PROMPT, _ANSWER = ("pagewire_request_prompt_tokens",), ("pagewire_request_generation_tokens",)
 _LONGEST, _STEP_S = ("pagewire_request_longest_answer_tokens",), ("pagewire_engine_step_seconds",)
 _ASKED, _REQUESTS = ("pagewire_request_max_tokens",), ("pagewire_requests",)
+_LOST = "pagewire_engine_lost_steps"
 
 VLLM = (
     _Name("num_requests_running", _RUNNING),
@@ -85,9 +86,19 @@ TGI = (
     _Name("request_input_length", _PROMPT),
     _Name("request_generated_tokens", _ANSWER),
     _Name("request_max_new_tokens", _ASKED),
+    _Name("request_skipped_tokens", ("pagewire_engine_accepted_tokens_per_sequence",)),
     _Name("queue_size", _WAITING),
     _Name("batch_current_size", _RUNNING),
+    _Name("batch_current_max_tokens", ("pagewire_engine_running_max_tokens",)),
+    _Name("batch_total_tokens", ("pagewire_engine_running_kv_tokens",)),
+    _Name("batch_max_total_tokens", ("pagewire_engine_pool_tokens",)),
+    _Name("batch_next_size", ("pagewire_engine_admitted_sequences",)),
     _Name("batch_inference_duration", _STEP_S, keep={"kind": "method"}),
+    _Name("batch_forward_duration", _STEP_S, keep={"kind": "method"}),
+    _Name("batch_filter_duration", ("pagewire_engine_publish_seconds",), keep={"kind": "method"}),
+    _Name("batch_inference_failure", (_LOST,), keep={"kind": "method"}),
+    _Name("batch_concat", ("pagewire_engine_joins",)),
+    _Name("batch_concat_duration", ("pagewire_engine_join_seconds",)),
 )
 
 
@@ -141,11 +152,20 @@ def _kv_usage(families: Mapping[str, Metric], model: str) -> Iterator[Metric]:
 
 
 def _batch_count(families: Mapping[str, Metric]) -> Iterator[Metric]:
+    """Steps by what was in them, all and those that were not lost."""
     if steps := families.get(_STEP_S[0]):
-        metric, counts = Metric("tgi_batch_inference_count", "Steps by what was in them", "unknown"), Counter[str]()
-        for sample in steps.samples:
-            if sample.name.endswith("_count"):
-                counts[sample.labels["kind"]] += int(sample.value)
-        for method, count in counts.items():
-            metric.add_sample(metric.name, {"method": method}, count)
-        yield metric
+        counts = _by_kind(steps, "_count")
+        lost = _by_kind(families[_LOST], "_total") if _LOST in families else Counter[str]()
+        for name, total in (("count", counts), ("success", counts - lost)):
+            metric = Metric(f"tgi_batch_inference_{name}", "Steps by what was in them", "unknown")
+            for method in counts:
+                metric.add_sample(metric.name, {"method": method}, total[method])
+            yield metric
+
+
+def _by_kind(family: Metric, suffix: str) -> Counter[str]:
+    counts = Counter[str]()
+    for sample in family.samples:
+        if sample.name.endswith(suffix):
+            counts[sample.labels["kind"]] += int(sample.value)
+    return counts

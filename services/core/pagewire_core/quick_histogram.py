@@ -17,16 +17,16 @@ class QuickHistogram:
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self.total = 0.0  # of the values
 
     def observe(self, value: float, times: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
+        self.total += value * times
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str] = ()) -> None:
         bounds = [floatToGoString(bound) for bound in (*self._bounds, inf)]
         buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
-        family.add_metric(labels, buckets, self._sum)
+        family.add_metric(labels, buckets, self.total)
 
 
 class QuickCollector:

@@ -28,6 +28,7 @@ from pagewire_engine.block_manager import BlockManager
 from pagewire_engine.books import Books
 from pagewire_engine.composition import compose
 from pagewire_engine.config import EngineConfig
+from pagewire_engine.counters import Counters
 from pagewire_engine.events import Started
 from pagewire_engine.external_blocks import ExternalBlocks
 from pagewire_engine.flight import Flight
@@ -36,7 +37,7 @@ from pagewire_engine.masks import allowed_tokens
 from pagewire_engine.model_runner import Runner
 from pagewire_engine.outbox import Outbox, deliver_outbox
 from pagewire_engine.proposer import Proposer, bounded
-from pagewire_engine.publishing import Counters, Publisher
+from pagewire_engine.publishing import Publisher
 from pagewire_engine.sampler import Sampled
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.scheduler import Decision, Pool, Running, decide
@@ -237,10 +238,12 @@ class Engine:
 
     def step(self) -> bool:
         """One turn of the loop; False if nothing could be scheduled and nothing was in flight."""
-        proposed = self._propose()
+        proposed, began = self._propose(), time.perf_counter()
         with self._lock:
+            others_run = bool(self._books.running)
             decision, preempted = self._decide(bounded(proposed, self.config.max_model_len))
             outbox, batch = self._apply(decision)
+        self.counters.began(len(decision.admitted), others_run, time.perf_counter() - began)
         self._deliver(outbox)
         if batch:
             batch = self.layers.watched(self._masked(batch), self._books.launched)
@@ -324,14 +327,16 @@ class Engine:
             else:
                 outbox = self._publisher.publish(flight.batch, flight.drafts, sampled, flight.scores())
         self._deliver(outbox)
+        num_tokens = flight.num_decode + sum(map(len, flight.drafts)), flight.num_prefill_tokens
+        lost = isinstance(sampled, PagewireError)
+        self.counters.took(milliseconds / 1e3, *num_tokens, time.perf_counter() - now, lost)
         self._observe(flight, self.counters.accepted_tokens - accepted, milliseconds)
 
     def _observe(self, flight: Flight, accepted: int, milliseconds: float) -> None:
         """Learns from how long a step took."""
-        num_drafts = sum(map(len, flight.drafts))
-        self.counters.took(milliseconds / 1e3, flight.num_decode + num_drafts, flight.num_prefill_tokens)
         self.step_cost.add(flight.prefill_work, flight.decode_work, milliseconds)
         if self._proposer and not flight.num_prefill_tokens:
+            num_drafts = sum(map(len, flight.drafts))
             self._proposer.observe(num_drafts, accepted, flight.num_decode, milliseconds)
 
     # ---------------------------------------------------------------- what others see
@@ -341,6 +346,12 @@ class Engine:
         with self._lock:
             self._books.check()
             self.blocks.check([*self._books.tables(), *self.external.tables])
+
+    def max_running_tokens(self) -> int:
+        """What the running sequences may grow to."""
+        with self._lock:
+            longest = (seq.num_prompt + seq.request.params.max_tokens for seq in self._books.running)
+            return sum(min(tokens, self.config.max_model_len) for tokens in longest)
 
     def load(self) -> dict[str, float]:
         """The numbers of WorkerService.Stats that the engine knows."""

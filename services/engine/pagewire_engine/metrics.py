@@ -26,6 +26,7 @@ _COUNTERS = {
     "tokens_sampled": "Tokens chosen here",
     "preemptions": "Sequences that gave their blocks back and were computed anew",
     "steps": "Engine steps",
+    "joins": "Steps in which sequences joined others that ran",
 }
 
 STAGES = ("queue", "prefill", "kv_tail", "decode")
@@ -58,6 +59,12 @@ class EngineCollector:
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"pagewire_engine_{name}", text, getattr(self._engine.counters, name))
         yield from self._steps()
+        yield from self._kinds_of_steps()
+        text = "Tokens that the running sequences may grow to"
+        yield GaugeMetricFamily("pagewire_engine_running_max_tokens", text, self._engine.max_running_tokens())
+        text = "Tokens whose KV the pool can hold"
+        size = self._engine.config.num_blocks * self._engine.config.block_size
+        yield GaugeMetricFamily("pagewire_engine_pool_tokens", text, size)
         config, labels = self._engine.config, ["block_size", "num_blocks", "enable_prefix_caching"]
         info = GaugeMetricFamily(
             "pagewire_engine_cache_config_info", "How the KV pool is made; always 1", labels=labels
@@ -67,16 +74,29 @@ class EngineCollector:
 
     def _steps(self) -> Iterator[Metric]:
         counters = self._engine.counters
-        tokens = HistogramMetricFamily("pagewire_engine_step_tokens", "Tokens that a step computed")
-        counters.step_tokens.add_to(tokens)
-        yield tokens
-        seconds = HistogramMetricFamily(
-            "pagewire_engine_step_seconds", "Time of a step: prefill where some of a prompt is in it, else decode",
-            labels=["kind"],
-        )  # fmt: skip
-        counters.prefill_step_s.add_to(seconds, ["prefill"])
-        counters.decode_step_s.add_to(seconds, ["decode"])
-        yield seconds
+        for name, text, histogram in (
+            ("step_tokens", "Tokens that a step computed", counters.step_tokens),
+            ("admitted_sequences", "Sequences that began with one step", counters.admitted),
+            ("join_seconds", "Time to make the batch of a step in which sequences join others", counters.join_s),
+            ("accepted_tokens_per_sequence", "Draft tokens that a sequence accepted", counters.accepted_per_sequence),
+        ):
+            family = HistogramMetricFamily(f"pagewire_engine_{name}", text)
+            histogram.add_to(family)
+            yield family
+
+    def _kinds_of_steps(self) -> Iterator[Metric]:
+        """prefill: of steps with some of a prompt in them."""
+        counters, labels = self._engine.counters, ["kind"]
+        text = "Time of a step: prefill where some of a prompt is in it, else decode"
+        seconds = HistogramMetricFamily("pagewire_engine_step_seconds", text, labels=labels)
+        text = "Time to drop what a step ended and to send its tokens"
+        publish = HistogramMetricFamily("pagewire_engine_publish_seconds", text, labels=labels)
+        lost = CounterMetricFamily("pagewire_engine_lost_steps", "Steps that failed", labels=labels)
+        for kind, steps in (("prefill", counters.prefill), ("decode", counters.decode)):
+            steps.seconds.add_to(seconds, [kind])
+            steps.publish_s.add_to(publish, [kind])
+            lost.add_metric([kind], steps.lost)
+        yield from (seconds, publish, lost)
 
 
 class CoreCollector:

@@ -4,49 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import PagewireError
-from pagewire_core.quick_histogram import QuickHistogram
 
 from pagewire_engine.batch import Batch, Scored
 from pagewire_engine.books import Books
+from pagewire_engine.counters import Counters
 from pagewire_engine.events import Failed, Finished, FirstTokens, Progress, PromptScores, Token
 from pagewire_engine.outbox import Outbox
 from pagewire_engine.sampler import Sampled
 from pagewire_engine.scoring import Scores
 from pagewire_engine.sequence import Request, Sequence
-
-_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-
-
-@dataclass
-class Counters:
-    """Totals since start, for metrics and for proof."""
-
-    prompt_tokens_computed: int = 0
-    prompt_tokens_cached: int = 0
-    tokens_sampled: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    num_drafts: int = 0  # steps of a sequence that carried draft tokens
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_per_position: list[int] = field(default_factory=list)
-    step_tokens: QuickHistogram = field(default_factory=lambda: QuickHistogram(_STEP_TOKENS))
-    prefill_step_s: QuickHistogram = field(default_factory=lambda: QuickHistogram(_STEP_S))  # with some of a prompt
-    decode_step_s: QuickHistogram = field(default_factory=lambda: QuickHistogram(_STEP_S))  # without
-
-    def took(self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int) -> None:
-        """A step is over, whether or not it was lost."""
-        self.steps += 1
-        self.step_tokens.observe(num_decode_tokens + num_prefill_tokens)
-        (self.prefill_step_s if num_prefill_tokens else self.decode_step_s).observe(seconds)
-
-    def reset(self) -> None:
-        vars(self).update(vars(Counters()))
 
 
 class Publisher:
@@ -102,6 +71,7 @@ class Publisher:
         while accepted < len(draft) and draft[accepted] == sampled[accepted].token:
             accepted += 1
         self._count_drafts(len(draft), accepted)
+        seq.num_accepted += accepted
         for token in sampled[: accepted + 1]:
             self._advance(seq, token, outbox)
             if seq.finished:
@@ -173,6 +143,7 @@ class Publisher:
             return
         end = params.finish(token, seq.num_output) or (pb.FINISH_REASON_LENGTH, None)
         outbox.append((request, Token(seq.choice, sampled, *end)))
+        self._counters.accepted_per_sequence.observe(seq.num_accepted)
         self._books.drop(seq)
         self.finish_if_all_ended(request, outbox)
 

@@ -40,6 +40,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     finished: bool = False
     num_preemptions: int = 0
+    num_accepted: int = 0  # draft tokens
     seat: int = -1  # row of the engine's block tables while it runs
     row: int = -1  # index in DecodeRows while it decodes
     last_step: int = 0  # number of the last step with it; only while it has no row
