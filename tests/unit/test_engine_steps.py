@@ -226,7 +226,8 @@ def test_a_lost_step_ends_its_requests_and_the_engine_goes_on(overlaps: bool, lo
         while engine.step():
             engine.check()
     assert_empty(engine)
-    assert engine.counters.prefill.lost + engine.counters.decode.lost == 1
+    num_lost = engine.counters.prefill.lost + engine.counters.decode.lost
+    assert num_lost >= 1 if overlaps else num_lost == 1, "those launched ahead need its tokens"
     failed = [run for run in runs if any(isinstance(event, Failed) for event in run.events)]
     assert failed and all(isinstance(run.events[-1], Failed) for run in failed)
     again = Run([1, 2, 3, 0], max_tokens=9)
