@@ -112,7 +112,8 @@ def agreement(bench: Bench) -> Result:
         theirs += [abs(float(other[token]) - float(row[token])) for token in best]
     print(f"    from float32, mean and largest: ours {mean(ours):.4f} {max(ours):.4f} nats, "
           f"transformers' in bfloat16 {mean(theirs):.4f} {max(theirs):.4f}")  # fmt: skip
-    return {"mean": mean(ours), "max": max(ours), "transformers_mean": mean(theirs), "transformers_max": max(theirs)}
+    return {"compared": len(ours), "mean": mean(ours), "max": max(ours),
+            "transformers_mean": mean(theirs), "transformers_max": max(theirs)}  # fmt: skip
 
 
 def exactness(bench: Bench) -> Result:
