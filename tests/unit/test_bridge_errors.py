@@ -24,6 +24,7 @@ from scripted_router import (
     running_bridge,
     says,
     stalls_after,
+    summary,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -76,6 +77,13 @@ async def test_context_overflow_has_the_words_that_clients_look_for(bridge: Brid
         bridge.router.script = refuses(errors.ContextLength(message))
         text = (await bridge.chat()).json()["error"]["message"]
         assert text.count("maximum context length") == 1
+
+
+async def test_a_tgi_stream_without_a_token_ends_in_an_error(bridge: Bridge) -> None:
+    bridge.router.script = says(accepted(), delta(finish=STOP), summary(0))
+    answer = await bridge.http.post("/generate_stream", json={"inputs": "hi"})
+    (event,) = [json.loads(line[5:]) for line in answer.text.splitlines() if line.startswith("data:")]
+    assert event == {"error": "the answer ended without a token", "error_type": "generation"}
 
 
 async def test_the_official_client_raises_its_own_errors(bridge: Bridge) -> None:

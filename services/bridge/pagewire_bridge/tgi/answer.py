@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 from pagewire.v1 import common_pb2
 from pagewire.v1.inference_pb2 import Delta, TokenText
-from pagewire_core.errors import PagewireError
+from pagewire_core.errors import Internal, PagewireError
 
 from pagewire_bridge import sse
 from pagewire_bridge.generation import Generation
@@ -104,6 +104,8 @@ async def stream(asked: Asked, generation: Generation) -> AsyncGenerator[bytes]:
             while sent < len(output.tokens) - 1:
                 yield sse.event(_event(output, sent))
                 sent += 1
+        if not output.tokens:
+            raise Internal("the answer ended without a token")
         ending = {**output.ending(), "input_length": generation.accepted[0].prompt_tokens}
         yield sse.event({**_event(output, sent), "generated_text": output.generated_text, "details": ending})
     except PagewireError as error:
