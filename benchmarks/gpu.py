@@ -3,8 +3,9 @@
     PYTHONPATH=protos:kernels:services/core:services/transfer:services/engine:benchmarks \\
         python benchmarks/gpu.py --out gpu.json
 
-Needs torch, triton and structlog; no files, no network: a model of Llama 3 8B's shape is made of random weights on the
-device. Parts, each reported even if another fails, the JSON rewritten after each:
+Needs torch, triton and what the engine imports (numpy, structlog, llguidance, protobuf and the like); no files, no
+network: a model of Llama 3 8B's shape is made of random weights on the device. Parts, each reported even if another
+fails, the JSON rewritten after each:
 
     kernels       every kernel against its reference, and its time against its floor
     agreement     log probabilities against transformers' in float32 on the same weights, if it can be imported
