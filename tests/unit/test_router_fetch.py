@@ -8,7 +8,7 @@ from pagewire_core.block_events import STORED
 from pagewire_core.block_hash import block_hashes, chain_root
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.cost import plans, predict, to_compute
-from pagewire_router.fetch import with_fetches
+from pagewire_router.fetch import Fetches
 from pagewire_router.ledger import Booking
 from pagewire_router.links import Links
 from pagewire_router.load import Ask, Fetch, Load, Pool, StepModel
@@ -25,7 +25,8 @@ def load(name: str, role: int = PREFILL, **facts: object) -> Load:
 
 def fetch_of(held: dict[str, int], *loads: Load, prompt: int = 1000, links: Links | None = None) -> Fetch | None:
     """What "p" is to fetch."""
-    return with_fetches(Ask(prompt), {w.worker_id: w for w in loads}, held, links or Links())["p"].fetch
+    by_name = {w.worker_id: w for w in loads}
+    return Fetches(Ask(prompt), by_name, held, links or Links())(by_name["p"]).fetch
 
 
 def test_much_is_fetched_and_little_is_computed() -> None:
@@ -59,13 +60,14 @@ def test_a_fetch_is_a_term_of_the_cost() -> None:
     loads = {w.worker_id: w for w in (load("p"), load("q", hit_tokens=512, waiting_tokens=10_000), load("d", DECODE))}
     best = plans(ask, Pool.of(list(loads.values()), ask), links)[0]
     assert best.prefill == "p" and "fetch" not in best.terms
-    fetching = with_fetches(ask, loads, {"q": 512}, links)
-    with_fetch = plans(ask, Pool.of(list(fetching.values()), ask), links)[0]
-    fetch = fetching["p"].fetch
+    fetching = Fetches(ask, loads, {"q": 512}, links)
+    with_fetch = plans(ask, Pool.of(list(loads.values()), ask, fetching=fetching), links)[0]
+    computing = fetching(loads["p"])
+    fetch = computing.fetch
     assert fetch is not None and with_fetch.prefill == "p"
     assert with_fetch.terms["fetch"] == fetch.ms and with_fetch.cost < best.cost
-    assert to_compute(ask, fetching["p"]) == (488, 512)
-    saved = predict(ask, loads["p"], loads["d"], links).ttft_ms - predict(ask, fetching["p"], loads["d"], links).ttft_ms
+    assert to_compute(ask, computing) == (488, 512)
+    saved = predict(ask, loads["p"], loads["d"], links).ttft_ms - predict(ask, computing, loads["d"], links).ttft_ms
     assert saved == pytest.approx(fetch.saved_ms - fetch.ms)
 
 

@@ -54,7 +54,7 @@ class Prediction:
 
 
 def predict(ask: Ask, p: Load | None, d: Load, links: Links) -> Prediction:
-    """Of a plan, whatever policy made it."""
+    """Of a plan, whatever policy made it. Who computes the prompt comes with what it fetches (`Pool.fetching`)."""
     if p is None:
         return Prediction(_beside_decoding(d, d.queue_ms + d.model.prefill_ms(*to_compute(ask, d))) + _fetch_ms(d), 0.0)
     prefill = p.model.prefill_ms(*to_compute(ask, p))
@@ -68,10 +68,11 @@ def plans(ask: Ask, pool: Pool, links: Links) -> list[Plan]:
     for terms in decode.values():  # what every plan has would make all of them look equal
         terms["decode"] -= quickest
     crowd = _crowd(ask, pool)
-    prefill = {p.worker_id: _prefill(ask, p, crowd) for p in pool.prefill}
+    prefill = {p.worker_id: _prefill(ask, pool.fetching(p), crowd) for p in pool.prefill}
     by_decode = _ranked(pool.decode, decode)
     by_prefill = _ranked(pool.prefill, prefill)
-    found = [_local(ask, d, decode[d.worker_id], _reluctance(ask, d, pool)) for d in _helpers(by_decode)]
+    helpers = map(pool.fetching, _helpers(by_decode))
+    found = [_local(ask, d, decode[d.worker_id], _reluctance(ask, d, pool)) for d in helpers]
     for d in by_decode[:_WIDTH]:
         if d.can_prefill and ask.prompt_tokens - d.hit_tokens < _SMALL_REST:
             continue

@@ -22,21 +22,27 @@ class Link:
         nothing, much = (0.0, latency_ms), (_PRIOR_MIB, latency_ms + 1e3 * _PRIOR_MIB * 2**20 / bytes_per_s)
         self._prior = _added(_added((0.0,) * 5, *nothing, _PRIOR), *much, _PRIOR)
         self._measured: Sums = (0.0,) * 5
+        self._base, self._slope = self._line()
 
     def observe(self, num_bytes: int, milliseconds: float) -> None:
         n, x, xx, t, xt = self._measured
         faded = (_DECAY * n, _DECAY * x, _DECAY * xx, _DECAY * t, _DECAY * xt)
         self._measured = _added(faded, num_bytes / 2**20, milliseconds, 1.0)
+        self._base, self._slope = self._line()
 
     def transfer_ms(self, num_bytes: int) -> float:
+        return self._base + self._slope * num_bytes / 2**20
+
+    def _line(self) -> tuple[float, float]:
+        """Milliseconds of nothing, and for each MiB; neither is less than 0."""
         n, x, xx, t, xt = (a + b for a, b in zip(self._prior, self._measured, strict=True))
         slope = (n * xt - x * t) / (n * xx - x * x)
         base = (t - slope * x) / n
         if slope < 0:
-            slope, base = 0.0, t / n
-        elif base < 0:
-            slope, base = xt / xx, 0.0
-        return base + slope * num_bytes / 2**20
+            return t / n, 0.0
+        if base < 0:
+            return 0.0, xt / xx
+        return base, slope
 
 
 def _added(sums: Sums, x: float, t: float, weight: float) -> Sums:
@@ -61,7 +67,8 @@ class Links:
         self._links = {pair: link for pair, link in self._links.items() if worker_id not in pair}
 
     def __call__(self, prefill: str, decode: str) -> Link:
-        return self._links.get((prefill, decode)) or self._prior(prefill, decode)
+        """To be asked; `observe` is how it learns."""
+        return self._links.get((prefill, decode)) or _PRIORS[self._on_one_host(prefill, decode)]
 
     def observe(self, prefill: str, decode: str, num_bytes: int, seconds: float) -> None:
         """A transfer kept the wire busy for so long.
@@ -73,10 +80,18 @@ class Links:
             return
         link = self._links.get((prefill, decode))
         if link is None:
-            self._links[prefill, decode] = self._prior(prefill, decode)
+            self._links[prefill, decode] = _prior(self._on_one_host(prefill, decode))
             return
         link.observe(num_bytes, 1000 * seconds)
 
-    def _prior(self, prefill: str, decode: str) -> Link:
-        here, there = self._hosts.get(prefill), self._hosts.get(decode)
-        return Link(*(_SAME_HOST if here is not None and here == there else _OTHER_HOST))
+    def _on_one_host(self, prefill: str, decode: str) -> bool:
+        here = self._hosts.get(prefill)
+        return here is not None and here == self._hosts.get(decode)
+
+
+def _prior(one_host: bool) -> Link:
+    return Link(*(_SAME_HOST if one_host else _OTHER_HOST))
+
+
+# What is asked of every pair that has not been measured: among hundreds of workers that is nearly all.
+_PRIORS = {one_host: _prior(one_host) for one_host in (False, True)}

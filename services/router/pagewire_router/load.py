@@ -131,6 +131,10 @@ def anything(leg: str, *workers: str) -> bool:
     return True
 
 
+def as_it_is(worker: Load) -> Load:
+    return worker
+
+
 @dataclass(frozen=True)
 class Pool:
     """The workers that a request may be placed on."""
@@ -138,13 +142,16 @@ class Pool:
     prefill: Sequence[Load]
     decode: Sequence[Load]
     allows: Allows = anything
+    fetching: Callable[[Load], Load] = as_it_is  # a worker with what it had better fetch if it computes the prompt
 
     @classmethod
-    def of(cls, loads: Sequence[Load], ask: Ask, allows: Allows = anything) -> Pool:
+    def of(
+        cls, loads: Sequence[Load], ask: Ask, allows: Allows = anything, fetching: Callable[[Load], Load] = as_it_is
+    ) -> Pool:
         """Decode workers without room are left out unless none has any."""
         prefill = [w for w in loads if w.can_prefill and allows("prefill", w.worker_id)]
         decode = [w for w in loads if w.can_decode and allows("decode", w.worker_id)]
-        return cls(prefill, [w for w in decode if w.has_room(ask)] or decode, allows)
+        return cls(prefill, [w for w in decode if w.has_room(ask)] or decode, allows, fetching)
 
     def sources(self, d: Load, ranked: Sequence[Load] | None = None) -> Iterator[Load]:
         """Prefill workers that may compute a prompt for decode worker `d`, in the order of `ranked`."""

@@ -14,7 +14,7 @@ from pagewire_core.prefix_index import PrefixIndex
 
 from pagewire_router.breakers import Breakers
 from pagewire_router.cost import Prediction, predict, to_compute
-from pagewire_router.fetch import with_fetches
+from pagewire_router.fetch import Fetches
 from pagewire_router.ledger import Booking, Ledger
 from pagewire_router.links import Links
 from pagewire_router.load import EXPECTED_OUTPUT, Ask, Fetch, Load, Pool, anything
@@ -75,8 +75,13 @@ class View:
 
     ask: Ask
     loads: Mapping[str, Load]
+    fetching: Fetches
     roots: Mapping[bytes, bytes]
     hashes: Mapping[bytes, Sequence[bytes]]
+
+    def computing(self, plan: Plan) -> Load:
+        """Who computes the prompt, with what it had better fetch."""
+        return self.fetching(self.loads[plan.prefill or plan.decode])
 
 
 class Placement(Generic[W]):
@@ -150,20 +155,22 @@ class Placement(Generic[W]):
         output = min(float(request.sampling.max_tokens), self._output_tokens)
         previous = self._sessions.get(request.session_id) if request.session_id else None
         ask = Ask(len(request.prompt_ids), request.n, output, previous, self._prefill_ms)
-        return View(ask, with_fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
+        return View(ask, loads, Fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 
     def plans(self, view: View, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()) -> list[Plan]:
         """As `place`, best first; the policy chooses among the best of them."""
         loads = [load for load in view.loads.values() if load.worker_id not in refused]
         kept = [load for load in loads if load.worker_id not in avoid]
         for some, allows in ((kept, self.breakers.allows), (loads, self.breakers.allows), (loads, anything)):
-            if plans := self.policy.plans(view.ask, Pool.of(some, view.ask, allows), self.links):
+            if plans := self.policy.plans(view.ask, Pool.of(some, view.ask, allows, view.fetching), self.links):
                 return plans
         return []
 
     def predict(self, view: View, plan: Plan) -> Prediction:
-        prefill = view.loads[plan.prefill] if plan.prefill is not None else None
-        return predict(view.ask, prefill, view.loads[plan.decode], self.links)
+        decode, computing = view.loads[plan.decode], view.computing(plan)
+        if plan.prefill is None:
+            return predict(view.ask, None, computing, self.links)
+        return predict(view.ask, computing, decode, self.links)
 
     def _bind(self, request: ValidRequest, view: View, plan: Plan) -> Placed[W]:
         decode = self._workers.get(plan.decode)
@@ -171,7 +178,7 @@ class Placement(Generic[W]):
         assert decode is not None
         assert plan.prefill is None or prefill is not None
         self._note(request, prefill, decode)
-        computing = view.loads[plan.prefill or plan.decode]
+        computing = view.computing(plan)
         compute, fingerprint = to_compute(view.ask, computing), decode.fingerprint
         computing_ms = computing.model.prefill_ms(*compute)
         self._prefill_ms += _EWMA * (computing_ms - self._prefill_ms) if self._prefill_ms else computing_ms
