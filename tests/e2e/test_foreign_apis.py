@@ -75,6 +75,28 @@ async def ollama_client(cluster: Cluster) -> AsyncIterator[ollama.AsyncClient]:
         yield client
 
 
+# ---------------------------------------------------------------- OpenAI with vLLM's fields
+
+COUNT = [{"role": "user", "content": "Count from 3 to 9."}]
+
+
+async def test_what_may_not_be_written_is_not(cluster: Cluster) -> None:
+    """From the first token, which the prefill worker chooses, on."""
+    assert await openai_text(cluster, COUNT) == "3, 4, 5, 6, 7, 8, 9."
+    for words in (["3"], ["5", "7"], ["4, 5"]):
+        text = await openai_text(cluster, COUNT, bad_words=words)
+        assert text and not any(word in text for word in words)
+    asked = await cluster.http.post("/tokenize", json={"prompt": "1, 2", "add_special_tokens": False})
+    allowed = asked.json()["tokens"]
+    body = {"messages": COUNT, "max_tokens": 9, "temperature": 1, "seed": 3, "allowed_token_ids": allowed,
+            "logprobs": True, "logprob_token_ids": allowed[:2], "return_token_ids": True}  # fmt: skip
+    [choice] = (await cluster.http.post("/v1/chat/completions", json=body)).json()["choices"]
+    assert len(choice["token_ids"]) == 9 and set(choice["token_ids"]) <= set(allowed)
+    assert all(len(token["top_logprobs"]) == 2 for token in choice["logprobs"]["content"])
+    refused = await cluster.http.post("/v1/chat/completions", json={**body, "allowed_token_ids": [10**9]})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "allowed_token_ids"
+
+
 # ---------------------------------------------------------------- TGI
 
 
@@ -301,6 +323,22 @@ async def test_ollama_cuts_what_does_not_fit_and_says_so(cluster: Cluster) -> No
     assert whole.status_code == 400 and "context length" in whole.json()["error"]
     small = await client.post("/api/generate", json={**body, "prompt": "word " * 100, "options": {"num_ctx": 64}})
     assert small.json()["prompt_eval_count"] + 1 == 64
+
+
+async def test_ollamas_penalties_are_over_the_last_tokens(cluster: Cluster) -> None:
+    """Of none: no penalty. Over more of them the prompt counts, in which what it is to write stands already."""
+
+    async def write(**options: Any) -> str:
+        body = {"model": "demo", "prompt": RAW, "raw": True, "stream": False, "options": {"temperature": 0, **options}}
+        response = await cluster.http.post("/api/generate", json=body)
+        assert "repeat_last_n" not in response.headers.get("x-pagewire-ignored-fields", "")
+        return str(response.json()["response"])
+
+    plain = await write()
+    assert plain == "3, 4, 5, 6, 7, 8, 9." == await write(repeat_penalty=9.0, repeat_last_n=0)
+    texts = [await write(repeat_penalty=9.0, repeat_last_n=n, num_predict=16) for n in (1, 64, -1)]
+    assert plain not in texts and texts[0] != texts[1]
+    assert await write(repeat_penalty=9.0, num_predict=16) == texts[1]
 
 
 async def test_ollama_errors_are_sentences(cluster: Cluster, ollama_client: ollama.AsyncClient) -> None:

@@ -74,6 +74,9 @@ def test_a_bare_completion_asks_for_16_tokens() -> None:
         ("stop", ["x", "yy"], "stop", ["x", "yy"]),
         ("stop", [], "stop", None),
         ("stop_token_ids", [1, 2], "stop_token_ids", [1, 2]),
+        ("allowed_token_ids", [1, 2], "allowed_token_ids", [1, 2]),
+        ("bad_words", ["x"], "bad_words", ["x"]),
+        ("bad_words", [], "bad_words", None),
         ("ignore_eos", True, "ignore_eos", True),
         ("include_stop_str_in_output", True, "include_stop_str_in_output", True),
         ("skip_special_tokens", False, "skip_special_tokens", False),
@@ -97,6 +100,12 @@ def test_sampling_parameters_reach_the_router_from_both_endpoints(
 def test_chat_logprobs_count_the_alternatives(fields: dict[str, object], expected: int) -> None:
     sampling = chat(**fields).sampling
     assert sampling.HasField("logprobs") and sampling.logprobs == expected
+
+
+def test_log_probabilities_may_be_those_of_named_tokens() -> None:
+    named: list[dict[str, object]] = [{"logprobs": True}, {"logprobs": 0}]
+    for request in (chat(**named[0], logprob_token_ids=[7, 9]), *completions(**named[1], logprob_token_ids=[7, 9])):
+        assert list(request.sampling.logprob_token_ids) == [7, 9] and request.sampling.HasField("logprobs")
 
 
 def test_completion_logprobs_may_be_zero() -> None:
@@ -157,6 +166,8 @@ BOTH_WRONG: list[tuple[str, object]] = [
     ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.1), ("repetition_penalty", 0),
     ("repetition_penalty", 1e300), ("presence_penalty", 2.5), ("frequency_penalty", -2.5), ("logit_bias", [1]),
     ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"4294967296": 1}), ("stop", ""),
+    ("allowed_token_ids", []), ("allowed_token_ids", [-1]), ("bad_words", [""]), ("bad_words", "x"), ("bad_words", [1]),
+    ("logprob_token_ids", [1]),
     ("stop", ["a", ""]), ("stop", ["a"] * 65), ("stop", 5), ("seed", 1.5), ("seed", 2**63), ("stop_token_ids", [-1]),
     ("ignore_eos", 1), ("cache_salt", ""), ("cache_salt", "x" * 1025), ("request_id", "a\nb"), ("request_id", ""),
     ("response_format", {"type": "json_schema"}), ("response_format", {"type": "xml"}),

@@ -28,6 +28,7 @@ PARAMS = st.fixed_dictionaries({
     "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, 2.5, 5.0]), max_size=5),
     "min_tokens": st.sampled_from([0, 3]),
     "stop_token_ids": st.frozensets(st.integers(0, VOCAB - 1), max_size=9),
+    "penalty_window": st.sampled_from([0, 0, 2]),
     "typical_p": st.sampled_from([1.0, 1.0, 0.6]),
     "watermark": st.sampled_from([False, False, True]),
 })  # fmt: skip

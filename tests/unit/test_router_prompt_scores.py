@@ -138,13 +138,15 @@ async def test_workers_that_do_not_know_how_are_not_asked(byte_tokenizer: Tokeni
     """Of the version before: they would answer, and leave out what was asked for."""
     asks: list[dict[str, Any]] = [
         {"prompt_logprobs": 0}, {"sampling": {"typical_p": 0.5}}, {"sampling": {"watermark": True}},
+        {"sampling": {"bad_words": ["x"]}}, {"sampling": {"allowed_token_ids": [65]}},
+        {"sampling": {"penalty_window": 9}}, {"sampling": {"logprob_token_ids": [65]}},
     ]  # fmt: skip
     async with scene(byte_tokenizer, "p1 d1 p2 d2", reply="ok") as s:
         for name in ("p1", "d1"):
             worker = s.router.services.workers.get(name)
             assert worker is not None
             worker.info.sampling_revision = 0
-        for ask in asks * 3:
+        for ask in asks * 2:
             assert (await s.ask(**ask)).text == {0: "ok"}
         assert not s.workers["p1"].requests and not s.workers["d1"].requests
 

@@ -95,6 +95,8 @@ def test_what_does_not_fit_is_refused_with_the_words_that_clients_look_for(
         ("min_p", 1.5), ("min_p", -0.1), ("top_k", -2), ("repetition_penalty", 0.0), ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1), ("logprobs", 21), ("stop", [""]), ("stop", ["x"] * 65),
         ("stop_token_ids", [258]), ("logit_bias", {258: 1.0}), ("logit_bias", {1: 101.0}), ("min_tokens", 96),
+        ("allowed_token_ids", [258]), ("logprob_token_ids", [258]), ("logprob_token_ids", [1] * 129),
+        ("bad_words", [" "]), ("bad_words", ["x" * 257]), ("bad_words", ["x"] * 1025),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(model: ServedModel, field: str, value: Any) -> None:
@@ -102,6 +104,14 @@ def test_a_value_out_of_range_is_refused_by_name(model: ServedModel, field: str,
         ask(model, sampling=common_pb2.SamplingParams(**{field: value}))
     assert caught.value.param == field
     assert field in caught.value.message or field == "stop"
+
+
+def test_a_bad_word_is_banned_at_the_beginning_of_a_text_and_after_a_space(model: ServedModel) -> None:
+    """The prompt's own words are not looked at, and nobody says in its stead how words are written."""
+    theirs = [common_pb2.TokenSequence(ids=[1])]
+    sampling = common_pb2.SamplingParams(bad_words=["no", " no", "é"], bad_tokens=theirs)
+    found = [model.tokenizer.decode(list(s.ids), False) for s in ask(model, sampling=sampling).sampling.bad_tokens]
+    assert found == ["no", " no", "é", " é"]
 
 
 def test_values_at_the_edges_are_allowed(model: ServedModel) -> None:

@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 #   1  the first
 #   2  a request can be resumed (DecodeRequest.prior, DecodeStarted.resumed); the shm lane; Drain
 PROTOCOL = 2
-SAMPLING_REVISION = 1  # of what a request may ask of a worker; see InfoResponse.sampling_revision
+SAMPLING_REVISION = 2  # of what a request may ask of a worker; see InfoResponse.sampling_revision
 REQUEST_ID_KEY = "x-request-id"
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_STREAMS = 8192  # calls that run at once on one connection

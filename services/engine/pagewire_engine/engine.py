@@ -104,6 +104,10 @@ class Engine:
         tokens, keys = [*request.prompt, *output], PageKeys(request.cache_root, self.config.block_size)
         self.check_ids(tokens)
         self.check_ids(request.params.logit_bias)
+        self.check_ids(request.params.allowed_token_ids)
+        self.check_ids(request.params.logprob_token_ids)
+        for sequence in request.params.bad_tokens:
+            self.check_ids(sequence)
         if self.config.enable_prefix_caching:
             keys.extend(tokens, len(tokens))
         return Sequence(request, choice, tokens, len(request.prompt), keys, num_computed)
@@ -300,8 +304,8 @@ class Engine:
         return outbox, compose(self._books, decision, copies)
 
     def _masked(self, batch: Batch) -> Batch:
-        """The batch with the masks of the outputs that follow a grammar. Requests whose grammars fail end."""
-        if not any(row.matching for row in batch.sample_rows):
+        """The batch with the masks of the rows that have some. Requests whose grammars fail end."""
+        if not any(row.params.masked for row in batch.sample_rows):
             return batch
         allowed = allowed_tokens(batch.sample_rows, self.runner.config.vocab_size)
         if any(row.matching and row.matching.error for row in batch.sample_rows):

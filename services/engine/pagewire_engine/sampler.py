@@ -4,16 +4,16 @@ Randomness is counter-based: the uniform that chooses the token at a position is
 (seed, choice, position) alone, so it does not matter which worker samples, in which batch, or whether
 it is the first time. The token is found by inverting the cumulative distribution in vocabulary order.
 
-Order of operations, as in vLLM: log probabilities are of the raw logits; then the watermark, min_tokens bans (an output
-that follows a grammar has them in its mask), logit bias, repetition, frequency and presence penalties; then
-temperature, min_p, top_k, top_p, typical_p.
+Order of operations, as in vLLM: log probabilities are of the raw logits; then the watermark, min_tokens bans (where
+there is a mask they are in it), logit bias, repetition, frequency and presence penalties; then temperature, min_p,
+top_k, top_p, typical_p.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ NOT_NUMBERS = "the model's logits are not numbers"
 class SampleRow:
     """One token to choose: the tokens so far, the first `num_prompt` of which are the prompt.
 
-    matching: of the grammar that the output follows, if it follows one; its mask is in Batch.allowed.
+    matching: of the grammar that the output follows, if it follows one. What may come is in Batch.allowed.
     """
 
     params: SamplingParams
@@ -39,6 +39,13 @@ class SampleRow:
     tokens: Sequence[int]
     num_prompt: int
     matching: Matching | None = None
+
+    @property
+    def repeated(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The tokens that penalties are about: some for the repetition penalty alone, the others for all three."""
+        if window := self.params.penalty_window:
+            return (), self.tokens[-window:]
+        return self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
 
 
 @dataclass(frozen=True)
@@ -88,19 +95,21 @@ def sample(
         for i, token in zip(random, drawn, strict=True):
             tokens[i] = token
     return [
-        Sampled(token) if raw is None else _with_logprobs(token, raw[i], row.params.logprobs)
+        Sampled(token) if raw is None else _with_logprobs(token, raw[i], row.params)
         for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
     ]
 
 
-def _with_logprobs(token: int, raw: torch.Tensor, count: int | None) -> Sampled:
-    if count is None:
+def _with_logprobs(token: int, raw: torch.Tensor, params: SamplingParams) -> Sampled:
+    if params.logprobs is None:
         return Sampled(token)
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
-        values, ids = raw.topk(min(count, raw.numel()))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Sampled(token, raw[token].item(), top)
+    ids = list(params.logprob_token_ids) or raw.topk(min(params.logprobs, raw.numel())).indices.tolist()
+    return Sampled(token, raw[token].item(), best_first(zip(ids, raw[ids].tolist(), strict=True)))
+
+
+def best_first(told: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Token ids and their log probabilities; equals keep their order."""
+    return tuple(sorted(told, key=lambda one: -one[1]))
 
 
 def _change(logits: torch.Tensor, row: SampleRow) -> None:
@@ -113,12 +122,19 @@ def _change(logits: torch.Tensor, row: SampleRow) -> None:
     if p.logit_bias:
         ids = torch.tensor(list(p.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(p.logit_bias.values()), device=logits.device)
+    if p.has_penalty:
+        _penalise(logits, row)
+
+
+def _penalise(logits: torch.Tensor, row: SampleRow) -> None:
+    p = row.params
+    seen_only, counted = row.repeated
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(row.tokens, device=logits.device).unique()
+        seen = torch.tensor([*seen_only, *counted], device=logits.device).unique()
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    if (p.frequency_penalty or p.presence_penalty) and len(row.tokens) > row.num_prompt:
-        ids, counts = torch.tensor(row.tokens[row.num_prompt :], device=logits.device).unique(return_counts=True)
+    if (p.frequency_penalty or p.presence_penalty) and counted:
+        ids, counts = torch.tensor(counted, device=logits.device).unique(return_counts=True)
         logits[ids] -= p.frequency_penalty * counts + p.presence_penalty
 
 

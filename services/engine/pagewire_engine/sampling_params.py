@@ -31,6 +31,10 @@ class SamplingParams:
     typical_p: float = 1.0
     watermark: bool = False
     constrained: bool = False  # the output follows a grammar
+    allowed_token_ids: frozenset[int] = frozenset()  # empty: all
+    bad_tokens: tuple[tuple[int, ...], ...] = ()  # the last of each may not follow the others
+    logprob_token_ids: tuple[int, ...] = ()  # whose logprobs are told instead of the best's
+    penalty_window: int = 0  # tokens that penalties are over; 0: as each says
     embeds: bool = False  # no token is wanted but the hidden state that it would be chosen from
 
     @classmethod
@@ -54,19 +58,25 @@ class SamplingParams:
             typical_p=p.typical_p if p.HasField("typical_p") else 1.0,
             watermark=p.watermark,
             constrained=p.HasField("constraint"),
+            allowed_token_ids=frozenset(p.allowed_token_ids),
+            bad_tokens=tuple(tuple(sequence.ids) for sequence in p.bad_tokens if sequence.ids),
+            logprob_token_ids=tuple(p.logprob_token_ids),
+            penalty_window=p.penalty_window,
         )
+
+    @cached_property
+    def masked(self) -> bool:
+        """Whether a mask says which tokens may come (masks.py)."""
+        return bool(self.constrained or self.allowed_token_ids or self.bad_tokens)
+
+    @cached_property
+    def has_penalty(self) -> bool:
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
 
     @cached_property
     def changes_logits(self) -> bool:
         """Whether anything but temperature and truncation touches the logits."""
-        return bool(
-            self.repetition_penalty != 1.0
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.logit_bias
-            or (self.min_tokens and not self.constrained)
-            or self.watermark
-        )
+        return bool(self.has_penalty or self.logit_bias or (self.min_tokens and not self.masked) or self.watermark)
 
     @cached_property
     def needs_sampler(self) -> bool:
@@ -79,16 +89,14 @@ class SamplingParams:
         return self.changes_logits or self.needs_sampler or self.logprobs is not None
 
     @property
+    def num_logprobs(self) -> int:
+        """Tokens whose log probabilities are told beside the chosen one's."""
+        return len(self.logprob_token_ids) or self.logprobs or 0
+
+    @property
     def needs_host_tokens(self) -> bool:
         """Whether a step of this request can only be prepared when all its tokens so far are known on the host."""
-        return bool(
-            self.repetition_penalty != 1.0
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.min_tokens
-            or self.watermark
-            or self.constrained
-        )
+        return bool(self.has_penalty or self.min_tokens or self.watermark or self.masked)
 
     @cached_property
     def ends(self) -> frozenset[int]:
@@ -107,5 +115,5 @@ class SamplingParams:
 
     @property
     def banned_before_min_tokens(self) -> frozenset[int]:
-        """Of an output that follows a grammar, the mask bans them: unless its text is complete."""
-        return frozenset() if self.constrained else self.ends
+        """Where there is a mask, it bans them: unless nothing else may come."""
+        return frozenset() if self.masked else self.ends

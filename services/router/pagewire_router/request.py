@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import ContextLength, InvalidRequest, ModelNotFound
+from pagewire_core.tokenizer import Tokenizer
 
 from pagewire_router.model import ServedModel
 from pagewire_router.sampling_limits import MAX_LOGPROBS, check_sampling
@@ -44,6 +46,8 @@ class ValidRequest:
     def sampling_revision(self) -> int:
         """The least that a worker must know; see InfoResponse."""
         sampling = self.sampling
+        if sampling.allowed_token_ids or sampling.bad_tokens or sampling.penalty_window or sampling.logprob_token_ids:
+            return 2
         asks = self.prompt_logprobs is not None or sampling.watermark or sampling.HasField("typical_p")
         return 1 if asks else 0
 
@@ -114,6 +118,8 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
         sampling.seed = secrets.randbits(63)
     del sampling.eos_token_ids[:]
     sampling.eos_token_ids.extend(model.eos_token_ids)
+    del sampling.bad_tokens[:]
+    sampling.bad_tokens.extend(_bad_tokens(sampling.bad_words, model.tokenizer))
     return ValidRequest(
         request_id=request.request_id or uuid.uuid4().hex,
         model=request.model or model.names[0],
@@ -136,6 +142,13 @@ def check_model(name: str, model: ServedModel) -> None:
     """Raises ModelNotFound; an empty name is the only model's."""
     if name and name not in model.names:
         raise ModelNotFound(f"The model `{name}` does not exist.", param="model")
+
+
+def _bad_tokens(words: Iterable[str], tokenizer: Tokenizer) -> list[common_pb2.TokenSequence]:
+    """How words are written: at the beginning of a text, and after a space, which is part of a token in many models."""
+    forms = (form for word in words for form in (word.lstrip(), " " + word.lstrip()))
+    sequences = dict.fromkeys(tuple(tokenizer.encode(form, False)) for form in forms)
+    return [common_pb2.TokenSequence(ids=ids) for ids in sequences if ids]
 
 
 def _prompt_field(request: inference_pb2.GenerateRequest) -> str:

@@ -11,6 +11,9 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 4096
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_LENGTH = 256
 
 # field -> (lowest, highest, lowest is allowed, how the range is told)
 _RANGES: dict[str, tuple[float, float, bool, str]] = {
@@ -39,6 +42,7 @@ def check_sampling(sampling: common_pb2.SamplingParams, vocab_size: int) -> None
     if sampling.HasField("logprobs") and sampling.logprobs > MAX_LOGPROBS:
         raise InvalidRequest(f"logprobs must be at most {MAX_LOGPROBS}, not {sampling.logprobs}", param="logprobs")
     _check_stop(sampling)
+    _check_bad_words(sampling)
     _check_ids(sampling, vocab_size)
 
 
@@ -49,11 +53,24 @@ def _check_stop(sampling: common_pb2.SamplingParams) -> None:
         raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters", param="stop")
 
 
+def _check_bad_words(sampling: common_pb2.SamplingParams) -> None:
+    if len(sampling.bad_words) > MAX_BAD_WORDS:
+        raise InvalidRequest(f"at most {MAX_BAD_WORDS} bad_words are allowed", param="bad_words")
+    if any(not word.strip() or len(word) > MAX_BAD_WORD_LENGTH for word in sampling.bad_words):
+        told = f"each of bad_words must have 1 to {MAX_BAD_WORD_LENGTH} characters, not all of them spaces"
+        raise InvalidRequest(told, param="bad_words")
+
+
 def _check_ids(sampling: common_pb2.SamplingParams, vocab_size: int) -> None:
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids are allowed", param="stop_token_ids")
     if any(i >= vocab_size for i in sampling.stop_token_ids):
         raise InvalidRequest(f"stop_token_ids must be below {vocab_size}", param="stop_token_ids")
+    if len(sampling.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+        raise InvalidRequest(f"at most {MAX_LOGPROB_TOKEN_IDS} logprob_token_ids are allowed", "logprob_token_ids")
+    for name in ("allowed_token_ids", "logprob_token_ids"):
+        if any(i >= vocab_size for i in getattr(sampling, name)):
+            raise InvalidRequest(f"{name} must be below {vocab_size}", param=name)
     for token_id, bias in sampling.logit_bias.items():
         if token_id >= vocab_size:
             raise InvalidRequest(f"logit_bias: token ids must be below {vocab_size}", param="logit_bias")

@@ -22,7 +22,7 @@ class Options(_Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: float | None = None
     repeat_penalty: Annotated[float, Field(gt=0)] | None = None
-    repeat_last_n: int | None = None
+    repeat_last_n: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None

@@ -17,7 +17,8 @@ from pagewire_bridge.openai.structured import ResponseFormat
 from pagewire_bridge.openai.translate import to_chat_request
 
 _TEMPERATURE, _TOP_P, _TOP_K = 0.8, 0.9, 40
-_WHOLE_CONTEXT = -1  # repeat_last_n: what our repetition penalty always covers
+_REPEAT_LAST_N = 64
+_EVERYTHING = 2**32 - 1  # tokens: more than any context has
 
 
 def to_model(name: str) -> str:
@@ -26,6 +27,8 @@ def to_model(name: str) -> str:
 
 
 def to_sampling(options: Options, logprobs: int | None) -> common_pb2.SamplingParams:
+    window = _REPEAT_LAST_N if options.repeat_last_n is None else options.repeat_last_n  # negative: the whole context
+    penalised = options if window else Options()  # of no tokens there is none
     seed = options.seed if options.seed is not None and options.seed >= 0 else None  # negative: a new one each time
     return common_pb2.SamplingParams(
         temperature=_TEMPERATURE if options.temperature is None else options.temperature,
@@ -33,14 +36,22 @@ def to_sampling(options: Options, logprobs: int | None) -> common_pb2.SamplingPa
         top_k=_TOP_K if options.top_k is None else options.top_k,
         typical_p=options.typical_p if 0 < (options.typical_p or 1.0) < 1 else None,
         min_p=options.min_p or 0.0,
-        repetition_penalty=options.repeat_penalty,
-        presence_penalty=options.presence_penalty or 0.0,
-        frequency_penalty=options.frequency_penalty or 0.0,
+        repetition_penalty=penalised.repeat_penalty,
+        presence_penalty=penalised.presence_penalty or 0.0,
+        frequency_penalty=penalised.frequency_penalty or 0.0,
+        penalty_window=_window(penalised, window),
         seed=seed,
         stop=options.stop or (),
         max_tokens=max(options.num_predict or 0, 0),
         logprobs=logprobs,
     )
+
+
+def _window(penalised: Options, asked: int) -> int:
+    """0, which every worker knows, unless there is a penalty that it is for."""
+    if (penalised.repeat_penalty or 1.0) == 1.0 and not penalised.presence_penalty and not penalised.frequency_penalty:
+        return 0
+    return asked if asked > 0 else _EVERYTHING
 
 
 def to_generate_request(body: GenerateBody, request_id: str, answers: AnswerFormat) -> inference_pb2.GenerateRequest:
@@ -136,6 +147,4 @@ def ignored(body: GenerateBody | ChatBody) -> list[str]:
         names.append("keep_alive")
     if body.shift:
         names.append("shift")
-    if (body.asked.repeat_penalty or 1.0) != 1.0 and body.asked.repeat_last_n not in (None, _WHOLE_CONTEXT):
-        names.append("options.repeat_last_n")
     return names

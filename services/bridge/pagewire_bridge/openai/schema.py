@@ -25,6 +25,8 @@ from pagewire_bridge.openai.structured import ResponseFormat, StructuredOutputs
 from pagewire_bridge.openai.tools import MAX_TOOLS, CalledTool, ToolChoice, ToolShape
 
 MAX_STOP_STRINGS = 64
+MAX_BAD_WORDS = 1024
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PROMPTS = 256  # each is a call of its own to the router
 MAX_COMPLETION_LOGPROBS = 5
 MAX_PROMPT_LOGPROBS = 20
@@ -40,6 +42,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 # As they are described; functions below judge them.
 _Stop = Annotated[str, Field(min_length=1)]
 _Stops = _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOP_STRINGS)] | None
+_BadWord = Annotated[str, Field(min_length=1, max_length=256)]
 _TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = str | _TokenIds | Annotated[list[str | _TokenIds], Field(min_length=1)]
 _BiasedToken = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_TOKEN_ID_KEY.pattern}$"})]
@@ -134,6 +137,8 @@ class SamplingBody(_Body):
         BeforeValidator(_stop_list, json_schema_input_type=_Stops),
     ] = None
     stop_token_ids: list[TokenId] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    bad_words: Annotated[list[_BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -162,6 +167,7 @@ class GenerationBody(SamplingBody):
     return_token_ids: bool | None = None
     echo: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
     response_format: ResponseFormat | None = None
 
     def length_limit(self) -> int | None:
@@ -218,6 +224,8 @@ class ChatBody(GenerationBody):
     def _consistent_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", "top_logprobs")
+        if self.logprob_token_ids and not self.logprobs:
+            raise InvalidRequest("`logprob_token_ids` needs `logprobs: true`.", "logprob_token_ids")
         if self.tools is None and self.tool_choice not in (None, "none", "auto"):
             raise InvalidRequest("`tool_choice` needs `tools`.", "tool_choice")
         if self.add_generation_prompt and self.continue_final_message:
@@ -247,6 +255,8 @@ class CompletionBody(GenerationBody):
     def _consistent_completion(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest("`best_of` other than `n` is not supported yet.", "best_of")
+        if self.logprob_token_ids and self.logprobs is None:
+            raise InvalidRequest("`logprob_token_ids` needs `logprobs`.", "logprob_token_ids")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("`max_tokens` must be at least 1, but with `echo: true`.", "max_tokens")
         return self

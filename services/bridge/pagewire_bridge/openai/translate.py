@@ -34,6 +34,8 @@ def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.Sampli
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+        allowed_token_ids=body.allowed_token_ids or (),
+        bad_words=body.bad_words or (),
         seed=None if body.seed is None else body.seed % 2**64,
         max_tokens=body.length_limit() or 0,
         min_tokens=body.min_tokens or 0,
@@ -41,6 +43,7 @@ def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.Sampli
         stop_token_ids=body.stop_token_ids or (),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        logprob_token_ids=body.logprob_token_ids or (),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens,
     )

@@ -14,14 +14,11 @@ from pagewire_core.errors import InvalidRequest
 
 # Field -> values that ask for nothing; null is always one.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "allowed_token_ids": ([],),
     "audio": (),
-    "bad_words": ([],),
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprob_token_ids": ([],),
     "modalities": (["text"],),
     "moderation": (),
     "prompt_embeds": (),

@@ -47,7 +47,8 @@ def sample_changed(
     again = torch.empty(len(changed), dtype=torch.int64, device=logits.device)
     seats = torch.arange(len(changed), dtype=torch.int32, device=logits.device)
     fields = {name: on_device[name] for name in ops.SamplingTensors.__slots__ if name != "counts"}
-    counts = _counts(on_device, len(changed) if any(map(_has_penalty, chosen_rows)) else 1, logits.shape[1])
+    penalised = any(row.params.has_penalty for row in chosen_rows)
+    counts = _counts(on_device, len(changed) if penalised else 1, logits.shape[1])
     params = ops.SamplingTensors(**fields, counts=counts.expand(len(changed), -1))
     ops.sample(logits.index_select(0, on_device["rows"]), params, seats, on_device["uniforms"],
                on_device["num_chosen"], again, on_device.get("bitmask"))  # fmt: skip
@@ -89,9 +90,9 @@ def _padded(lists: Sequence[Sequence[float]], filling: int, dtype: type[np.numbe
 
 def _counted(rows: Sequence[SampleRow]) -> Arrays:
     """The tokens that penalties are about, and whose they are: of the prompt, and chosen."""
-    penalised = [(i, row) for i, row in enumerate(rows) if _has_penalty(row)]
-    prompt = [(i, row.tokens[: row.num_prompt] if row.params.repetition_penalty != 1.0 else []) for i, row in penalised]
-    chosen = [(i, row.tokens[row.num_prompt :]) for i, row in penalised]
+    penalised = [(i, row.repeated, row.params) for i, row in enumerate(rows) if row.params.has_penalty]
+    prompt = [(i, seen_only if p.repetition_penalty != 1.0 else ()) for i, (seen_only, _), p in penalised]
+    chosen = [(i, counted) for i, (_, counted), _ in penalised]
     return _flat("prompt", prompt, np.int64) | _flat("chosen", chosen, np.int32)
 
 
@@ -99,11 +100,6 @@ def _flat(name: str, lists: Sequence[tuple[int, Sequence[int]]], dtype: type[np.
     ids = [token for _, tokens in lists for token in tokens]
     owners = np.repeat([i for i, _ in lists], [len(tokens) for _, tokens in lists])
     return {f"{name}_ids": np.array(ids, dtype), f"{name}_rows": owners.astype(dtype)}
-
-
-def _has_penalty(row: SampleRow) -> bool:
-    p = row.params
-    return p.repetition_penalty != 1.0 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
 
 def _counts(on_device: dict[str, Tensor], num_rows: int, vocabulary: int) -> Tensor:
