@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pagewire_cli import console, main, plan, serve
-from pagewire_cli.gpus import available_gpus
+from pagewire_cli import console, gpus, main, plan, serve
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import StartupError
@@ -133,19 +132,29 @@ def test_workers_divide_the_cores_and_the_memory(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_workers_have_gpus_of_their_own_or_share_them_and_their_memory(
-    tmp_path: Path, arguments: str, visible: str, seen: list[str], utilization: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, visible: str, seen: list[str], utilization: float
 ) -> None:
+    monkeypatch.setattr(gpus, "torch_is_cpu_only", lambda: False)
     made = _plan(tmp_path, *arguments.split(), environ={"CUDA_VISIBLE_DEVICES": visible})
     workers = [spec for spec in made.services if spec.role in plan.WORKER_ROLES]
     assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in workers] == seen
     assert {_taken(spec).gpu_memory_utilization for spec in workers} == {utilization}
 
 
+def test_a_torch_for_cpus_divides_memory_whatever_gpus_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "torch_is_cpu_only", lambda: True)
+    made = _plan(tmp_path, "--prefill", "1", "--decode", "1", environ={"CUDA_VISIBLE_DEVICES": "0,1"})
+    workers = [spec for spec in made.services if spec.role in plan.WORKER_ROLES]
+    assert {_taken(spec).gpu_memory_utilization for spec in workers} == {0.45}
+
+
 def test_gpus_are_counted_by_their_device_files(tmp_path: Path) -> None:
     for name in ("nvidia1", "nvidia3", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert available_gpus({}, tmp_path) == ["0", "1"]
-    assert available_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == []
+    assert gpus.available_gpus({}, tmp_path) == ["0", "1"]
+    assert gpus.available_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == []
 
 
 def test_the_supervisors_own_environment_does_not_reach_the_services(tmp_path: Path) -> None:

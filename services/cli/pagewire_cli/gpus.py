@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,11 @@ def available_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> 
         return [name.strip() for name in environ[VISIBLE].split(",") if name.strip() not in ("", "-1")]
     files = [path for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     return list(map(str, range(len(files))))  # a container numbers from 0 whatever its files are called
+
+
+def torch_is_cpu_only() -> bool:
+    """Whether the workers cannot use a GPU, whatever the machine has. Importing torch would take a second."""
+    return importlib.metadata.version("torch").endswith("+cpu")
 
 
 def divide(gpus: Sequence[str], num_workers: int, per_worker: int) -> Gpus:
