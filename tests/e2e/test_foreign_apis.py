@@ -253,6 +253,47 @@ async def test_tokenize_speaks_tgi_and_vllm_by_the_body(cluster: Cluster) -> Non
     ]
 
 
+# ---------------------------------------------------------------- OpenAI with vLLM's fields
+
+
+async def test_vllms_truncation_leaves_room_for_the_answer(cluster: Cluster) -> None:
+    """The same tokens as a prompt that was cut before it was sent; both endpoints, from both sides."""
+    words = [str(number) for number in range(400)]
+    ids = (await cluster.http.post("/tokenize", json={"prompt": " ".join(words)})).json()["tokens"]
+    common = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+    async def complete(**fields: Any) -> dict[str, Any]:
+        response = await cluster.http.post("/v1/completions", json={**common, **fields})
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]
+
+    for fields, kept in (
+        ({"truncate_prompt_tokens": -1}, ids[-506:]),
+        ({"truncate_prompt_tokens": 20}, ids[-20:]),
+        ({"truncate_prompt_tokens": 20, "truncation_side": "right"}, ids[:20]),
+    ):
+        cut, before = await complete(prompt=" ".join(words), **fields), await complete(prompt=kept)
+        assert len(ids) > 512 and cut["prompt_token_ids"] == kept and cut["token_ids"] == before["token_ids"]
+    chat = {"messages": [{"role": "user", "content": " ".join(words)}], **common}
+    assert (await cluster.http.post("/v1/chat/completions", json=chat)).status_code == 400
+    answer = (await cluster.http.post("/v1/chat/completions", json={**chat, "truncate_prompt_tokens": -1})).json()
+    assert answer["usage"]["prompt_tokens"] == 506 and answer["usage"]["completion_tokens"] == 6
+
+
+async def test_tokens_have_the_ids_that_their_log_probabilities_name(cluster: Cluster) -> None:
+    fields = {"temperature": 0, "max_tokens": 5, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    chat = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **fields}
+    [choice] = (await cluster.http.post("/v1/chat/completions", json=chat)).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert [t["token"] for t in content] == [f"token_id:{i}" for i in choice["token_ids"]]
+    assert b"".join(bytes(t["bytes"]) for t in content).decode() == choice["message"]["content"]
+    assert all(t["top_logprobs"][0]["token"] == t["token"] for t in content)
+    plain = {"prompt": "a fox", "echo": True, "logprobs": 0, **fields}
+    [choice] = (await cluster.http.post("/v1/completions", json=plain)).json()["choices"]
+    ids = [*choice["prompt_token_ids"], *choice["token_ids"]]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in ids]
+
+
 # ---------------------------------------------------------------- Ollama
 
 

@@ -53,6 +53,31 @@ def entry(logprob: float, rank: int, text: str) -> dict[str, Any]:
     return {"logprob": logprob, "rank": rank, "decoded_token": text}
 
 
+async def test_tokens_are_named_by_their_ids_when_asked(bridge: Bridge) -> None:
+    """vLLM's way to tell tokens apart that print alike; bytes, places and prompt_logprobs stay what they are."""
+    fields = {"return_tokens_as_token_ids": True}
+    chat = (await bridge.chat(logprobs=True, top_logprobs=1, prompt_logprobs=2, **fields)).json()
+    content = chat["choices"][0]["logprobs"]["content"]
+    assert [(t["token"], t["bytes"]) for t in content] == [("token_id:6", [*b"c"]), ("token_id:2", [*b"</s>"])]
+    assert content[0]["top_logprobs"] == [{"token": "token_id:8", "logprob": -0.5, "bytes": [*b"b"]}]
+    assert chat["prompt_logprobs"] == LISTED
+    whole = (await bridge.complete(echo=True, logprobs=1, **fields)).json()["choices"][0]["logprobs"]
+    names = [f"token_id:{token_id}" for token_id in (1, 7, 5, 6, 2)]
+    assert whole["tokens"] == names and whole["text_offset"] == [0, 0, 1, 3, 4]
+    assert [list(top or ()) for top in whole["top_logprobs"]] == [
+        [],
+        ["token_id:8", names[1]],
+        [names[2]],
+        ["token_id:8", names[3]],
+        ["token_id:8", names[4]],
+    ]
+    events = events_of((await bridge.complete(echo=True, logprobs=1, stream=True, **fields)).text)
+    parts = [c["choices"][0]["logprobs"] for c in events[:-1] if c["choices"][0]["logprobs"]]
+    assert [name for part in parts for name in part["tokens"]] == names
+    refused = (await bridge.http.post("/v1/responses", json={"input": "x", **fields})).json()
+    assert refused["error"]["param"] == "return_tokens_as_token_ids"
+
+
 LISTED = [
     None,
     {"7": entry(-2.0, 3, "a\ufffd"), "8": entry(-0.5, 1, "b"), "9": entry(-1.5, 2, "x")},

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.v1.inference_pb2 import GenerateRequest, TokenText
 from pagewire_bridge.openai.body import ignored_fields, parse_body
+from pagewire_bridge.openai.responses.translate import parse_body as parse_response
+from pagewire_bridge.openai.responses.translate import to_chat_body
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody
 from pagewire_bridge.openai.shapes import TextOffsets
 from pagewire_bridge.openai.translate import to_chat_request, to_completion_requests
@@ -153,6 +155,40 @@ def test_template_options_reach_the_template() -> None:
     assert chat(cache_salt="s" * 1024).cache_salt == "s" * 1024
 
 
+def test_the_fields_of_a_chat_win_over_its_template_options() -> None:
+    """As in vLLM, where an option of the template is what the client may say of what has no field."""
+    documents = [{"title": "T", "text": "words"}]
+    kwargs = {"documents": [], "reasoning_effort": "high", "x": 1}
+    request = chat(documents=documents, reasoning_effort="low", chat_template_kwargs=kwargs)
+    expected = {"documents": documents, "reasoning_effort": "low", "enable_thinking": True, "x": 1}
+    assert orjson.loads(request.chat.template_kwargs_json) == expected
+    asked = chat(reasoning_effort="none", chat_template_kwargs={"enable_thinking": True})
+    assert orjson.loads(asked.chat.template_kwargs_json)["enable_thinking"] is True
+    assert not orjson.loads(chat(reasoning_effort="none").chat.template_kwargs_json)["enable_thinking"]
+    assert orjson.loads(chat(chat_template_kwargs=kwargs).chat.template_kwargs_json) == kwargs
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"truncate_prompt_tokens": 7}, {"truncate_prompt_tokens": 7}),
+        ({"truncate_prompt_tokens": 2**63 - 1}, {"truncate_prompt_tokens": 2**32 - 1}),
+        ({"truncate_prompt_tokens": -1}, {"truncate_to_fit": True}),
+        ({"truncate_prompt_tokens": -1, "truncation_side": "left"}, {"truncate_to_fit": True}),
+        ({"truncation_side": "right"}, {"keep_first_tokens": True}),
+    ],
+)
+def test_how_a_prompt_is_cut_reaches_the_router_from_every_endpoint(
+    fields: dict[str, object], expected: dict[str, object]
+) -> None:
+    response = parse_response(orjson.dumps({"input": "hi", **fields}))
+    as_chat = to_chat_request(to_chat_body(response, response.input), "id")
+    for request in (chat(**fields), *completions(**fields), as_chat):
+        cut = {name: value for name, value in as_dict(request).items() if "trunc" in name or "keep" in name}
+        assert cut == expected
+
+
 def test_a_cache_key_or_else_the_user_keeps_requests_together() -> None:
     assert chat(user="u", prompt_cache_key="k").session_id == "k"
     assert chat(user="u").session_id == completions(user="u")[0].session_id == "u"
@@ -174,7 +210,10 @@ BOTH_WRONG: list[tuple[str, object]] = [
     ("tools", [{"type": "function"}]), ("tool_choice", "required"),
     ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"guided": 1}),
     ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("audio", {}), ("modalities", ["text", "audio"]),
-    ("use_beam_search", True), ("suffix", "x"), ("chat_template", "{{ x }}"), ("truncate_prompt_tokens", 5),
+    ("use_beam_search", True), ("suffix", "x"), ("chat_template", "{{ x }}"),
+    ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", 2**63),
+    ("truncate_prompt_tokens", 1.0), ("truncate_prompt_tokens", True), ("truncation_side", "middle"),
+    ("return_tokens_as_token_ids", 1), ("documents", {"a": "b"}), ("documents", [{"title": 1}]), ("documents", ["x"]),
 ]  # fmt: skip
 
 

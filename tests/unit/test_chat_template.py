@@ -28,6 +28,13 @@ def test_extra_variables_and_tojson_leave_html_alone() -> None:
     assert template.render(USER, kwargs={"mood": "é"}) == json.dumps(USER) + "éTrue"
 
 
+def test_tools_and_documents_are_there_and_none_where_nobody_gave_any() -> None:
+    """Templates are written for transformers, which always gives them both."""
+    template = ChatTemplate("{% if documents is not none %}{{ documents[0].text }}{% endif %}{{ tools is none }}")
+    assert template.render([{"role": "user", "content": "hi"}]) == "True"
+    assert template.render([{"role": "user", "content": "hi"}], kwargs={"documents": [{"text": "T"}]}) == "TTrue"
+
+
 def test_generation_tags_and_loop_controls_are_understood() -> None:
     template = ChatTemplate(
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"

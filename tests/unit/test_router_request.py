@@ -54,6 +54,38 @@ def test_a_server_may_take_shorter_prompts_than_the_context_allows(model: Served
         ask(short, text="x" * 6)
 
 
+def test_a_prompt_is_cut_to_what_leaves_room(model: ServedModel) -> None:
+    """vLLM's -1; the room is that of the answer, or of one token."""
+    text = "".join(map(chr, range(33, 127))) * 2
+    for asked, left in ((0, 1), (30, 30)):
+        sampling = common_pb2.SamplingParams(max_tokens=asked)
+        valid = ask(model, text=text, truncate_to_fit=True, sampling=sampling)
+        assert model.tokenizer.decode(valid.prompt_ids, False) == text[-(LIMIT - left) :]
+        assert valid.sampling.max_tokens == left
+    assert len(ask(dataclasses.replace(model, max_input_tokens=5), text=text, truncate_to_fit=True).prompt_ids) == 5
+    both = ask(model, text=text, truncate_to_fit=True, truncate_prompt_tokens=3)
+    assert model.tokenizer.decode(both.prompt_ids, False) == text[-3:]
+    with pytest.raises(ContextLength, match="101 were asked for"):
+        ask(model, text=text, truncate_to_fit=True, sampling=common_pb2.SamplingParams(max_tokens=LIMIT + 1))
+
+
+@pytest.mark.parametrize(("fields", "left"), [({}, "cde"), ({"keep_first_tokens": True}, "abc")])
+def test_what_is_cut_is_not_echoed(model: ServedModel, fields: dict[str, Any], left: str) -> None:
+    ids = inference_pb2.TokenIds(ids=model.tokenizer.encode("abcde", False))
+    for prompt in ({"text": "abcde"}, {"token_ids": ids}):
+        request = inference_pb2.GenerateRequest(**prompt, **fields, truncate_prompt_tokens=3, echo=True)
+        valid = validate(request, model, LIMIT)
+        assert valid.echo_text == model.tokenizer.decode(valid.prompt_ids, False) == left
+        assert valid.prompt_tail == (left if "text" in prompt else "")
+    assert ask(model, text="abc", truncate_prompt_tokens=3, echo=True, **fields).echo_text == "abc"
+
+
+def test_a_text_that_is_to_be_cut_has_a_bound_too(model: ServedModel) -> None:
+    for field in ({"truncate_to_fit": True}, {"truncate_prompt_tokens": 5}):
+        with pytest.raises(ContextLength, match="at most 1048576 characters"):
+            ask(model, text="x" * (1 << 20) + "x", **field)
+
+
 def test_a_chat_goes_through_the_template_without_a_second_bos(model: ServedModel) -> None:
     valid = validate(inference_pb2.GenerateRequest(chat=chat(("user", "hi"))), model, LIMIT)
     assert model.tokenizer.decode(valid.prompt_ids, False) == "<s><user>hi</s><assistant>"

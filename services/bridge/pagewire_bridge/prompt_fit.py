@@ -23,7 +23,7 @@ async def cut_to_fit(client: RouterClient, request: pb.GenerateRequest, num_ctx:
         return 0
     if request.HasField("chat"):
         await _drop_oldest(client, request, limit)
-    request.truncate_prompt_tokens = limit
+    request.truncate_prompt_tokens = min(request.truncate_prompt_tokens or limit, limit)
     return before - min(await _num_tokens(client, request), limit)
 
 

@@ -91,6 +91,8 @@ async def detokenize(request: Request) -> Response:
 
 def _of_chat(data: bytes, fields: dict[str, Any]) -> pb.TokenizeRequest:
     body = parse_body(ChatBody, data)
+    if body.truncate_prompt_tokens is not None:
+        raise InvalidRequest("`truncate_prompt_tokens` is not for tokenizing.", "truncate_prompt_tokens")
     name, special = to_served_name(body.model), body.add_special_tokens
     return pb.TokenizeRequest(model=name, chat=to_chat(body), add_special_tokens=special)
 

@@ -53,7 +53,8 @@ class ChatTemplate:
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest("add_generation_prompt and continue_final_message exclude each other")
-        variables = {"tools": None, **self._tokens, **(kwargs or {}), "add_generation_prompt": add_generation_prompt}
+        variables = {"tools": None, "documents": None, **self._tokens, **(kwargs or {})}
+        variables["add_generation_prompt"] = add_generation_prompt
         try:
             text = self._template.render(messages=list(messages), **variables)
         except _TEMPLATE_ERRORS as error:

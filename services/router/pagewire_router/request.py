@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import ContextLength, InvalidRequest, ModelNotFound
 from pagewire_core.tokenizer import Tokenizer
 
+from pagewire_router.chat import render
 from pagewire_router.model import ServedModel
 from pagewire_router.sampling_limits import MAX_LOGPROBS, check_sampling
 
 MAX_CHOICES = 128
 _TAIL = 64  # characters of the prompt: enough to see whether thoughts are open at its end
 MAX_LENGTHS = {"request_id": 256, "tenant": 256, "session_id": 1024, "cache_salt": 1024}  # in characters
+_MAX_CUT_TEXT = 1 << 20
 _COMPLETION_TOKENS = 16  # what a plain completion gives when it does not say
 
 
@@ -93,9 +93,7 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
     for name, longest in MAX_LENGTHS.items():
         if len(getattr(request, name)) > longest:
             raise InvalidRequest(f"{name} must have at most {longest} characters", param=name)
-    prompt_ids, text = _prompt(request, model, max_model_len)
-    if request.truncate_prompt_tokens:
-        prompt_ids = prompt_ids[-request.truncate_prompt_tokens :]
+    prompt_ids, text = _cut(request, model, max_model_len, *_prompt(request, model, max_model_len))
     if not prompt_ids:
         raise InvalidRequest("the prompt is empty: it must have at least one token", param=_prompt_field(request))
     if model.max_input_tokens and len(prompt_ids) > model.max_input_tokens:
@@ -157,7 +155,7 @@ def _prompt_field(request: inference_pb2.GenerateRequest) -> str:
 
 def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel, limit: int) -> tuple[list[int], str | None]:
     """Ids of the prompt, and its text unless it came as ids. What cannot have as few tokens as `limit` is not read."""
-    kind, may_be_longer = request.WhichOneof("prompt"), bool(request.truncate_prompt_tokens)
+    kind, may_be_longer = request.WhichOneof("prompt"), bool(request.truncate_prompt_tokens or request.truncate_to_fit)
     if kind == "token_ids":
         if len(request.token_ids.ids) >= limit and not may_be_longer:
             _max_tokens(request, len(request.token_ids.ids), limit)
@@ -168,7 +166,7 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel, limit: i
     if kind == "chat":
         if len(request.chat.messages) > limit:
             raise ContextLength(f"at most {limit} messages fit this model", param="messages")
-        text, special = render(request.chat, model), False
+        text, special = render(request.chat, model.chat_template), False
     elif kind == "text":
         text, special = request.text, True
     else:
@@ -181,62 +179,23 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel, limit: i
             f"This model's maximum context length is {limit} tokens. The prompt has at least {at_least}; shorten it.",
             param=_prompt_field(request),
         )
+    if at_least >= limit and len(text) > _MAX_CUT_TEXT:  # this holds up every stream
+        raise ContextLength(f"at most {_MAX_CUT_TEXT} characters can be cut to fit", param=_prompt_field(request))
     return model.tokenizer.encode(text, special), text
 
 
-def render(chat: inference_pb2.Chat, model: ServedModel) -> str:
-    """The prompt that the model's template makes of a chat. Raises InvalidRequest."""
-    if model.chat_template is None:
-        raise InvalidRequest("this model has no chat template: use completions, or start with --chat-template")
-    if not chat.messages:
-        raise InvalidRequest("messages must not be empty", param="messages")
-    messages = [_message(message) for message in chat.messages]
-    if any(not m["role"] for m in messages):
-        raise InvalidRequest("every message needs a role", param="messages")
-    add_prompt = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    if not chat.HasField("add_generation_prompt") and chat.continue_final_message:
-        add_prompt = False
-    return model.chat_template.render(
-        messages,
-        add_generation_prompt=add_prompt,
-        continue_final_message=chat.continue_final_message,
-        kwargs=_template_kwargs(chat.template_kwargs_json)
-        | ({"tools": _tools(chat.tools_json)} if chat.tools_json else {}),
-    )
-
-
-def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
-    fields = _read_json(message.fields_json, dict, "messages") if message.fields_json else {}
-    name = {"name": message.name} if message.name else {}
-    return {**fields, "role": message.role, "content": message.content, **name}
-
-
-def _tools(text: str) -> list[Any]:
-    tools: list[Any] = _read_json(text, list, "tools")
-    return tools
-
-
-def _read_json(text: str, kind: type, param: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"this is not JSON: {error}", param=param) from error
-    if not isinstance(value, kind):
-        raise InvalidRequest(f"this must be a JSON {kind.__name__}", param=param)
-    return value
-
-
-def _template_kwargs(text: str) -> dict[str, Any]:
-    try:
-        kwargs = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"template_kwargs_json is not JSON: {error}", param="chat_template_kwargs") from error
-    if not isinstance(kwargs, dict):
-        raise InvalidRequest("template_kwargs_json must be a JSON object", param="chat_template_kwargs")
-    reserved = kwargs.keys() & {"messages", "add_generation_prompt"}
-    if reserved:
-        raise InvalidRequest(f"template variables cannot be replaced: {sorted(reserved)}", param="chat_template_kwargs")
-    return kwargs
+def _cut(
+    request: inference_pb2.GenerateRequest, model: ServedModel, limit: int, ids: list[int], text: str | None
+) -> tuple[list[int], str | None]:
+    """What is used of a prompt and its text."""
+    kept = request.truncate_prompt_tokens or len(ids)
+    if request.truncate_to_fit:
+        room = max(limit - max(request.sampling.max_tokens, 1), 1)
+        kept = min(kept, room, model.max_input_tokens or room)
+    if len(ids) <= kept:
+        return ids, text
+    ids = ids[:kept] if request.keep_first_tokens else ids[-kept:]
+    return ids, None if text is None else model.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _max_tokens(request: inference_pb2.GenerateRequest, prompt_tokens: int, limit: int) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pagewire.v1 import inference_pb2
 from pagewire_core.errors import InvalidRequest
 
+from pagewire_router.chat import render
 from pagewire_router.model import ServedModel
-from pagewire_router.request import check_model, render
+from pagewire_router.request import check_model
 
 _MAX_TEXT = 1 << 20
 
@@ -17,7 +18,7 @@ def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel) -> infe
     if request.WhichOneof("prompt") is None:
         raise InvalidRequest("the request has no prompt: give text or chat")
     is_chat = request.HasField("chat")
-    text = render(request.chat, model) if is_chat else request.text
+    text = render(request.chat, model.chat_template) if is_chat else request.text
     if len(text) > _MAX_TEXT:  # this holds up every stream
         raise InvalidRequest(f"at most {_MAX_TEXT} characters are tokenized at a time", param="prompt")
     special = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat

@@ -19,7 +19,7 @@ from pagewire_bridge.openai.answer import Answer, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
 from pagewire_bridge.openai.prompts import Echo
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
-from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Shape
+from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Naming, Shape, id_of, text_of
 from pagewire_bridge.openai.tool_use import parser_of
 from pagewire_bridge.openai.tools import NamedTool
 from pagewire_bridge.openai.translate import (
@@ -50,12 +50,13 @@ async def completions(request: Request) -> Response:
 async def answer_chat(request: Request, data: bytes) -> Response:
     body = parse_body(ChatBody, data)
     asked = [to_chat_request(body, _request_id(request, body), request.state.answers)]
-    return await _generate(request, body, asked, ChatShape(chat_echo(body)))
+    return await _generate(request, body, asked, ChatShape(chat_echo(body), _naming(body)))
 
 
 async def answer_completion(request: Request, data: bytes) -> Response:
     body = parse_body(CompletionBody, data)
-    return await _generate(request, body, to_completion_requests(body, _request_id(request, body)), CompletionShape())
+    asked = to_completion_requests(body, _request_id(request, body))
+    return await _generate(request, body, asked, CompletionShape(_naming(body)))
 
 
 async def list_models(request: Request) -> Response:
@@ -84,6 +85,10 @@ def _request_id(request: Request, body: GenerationBody) -> str:
         request.state.request_id = body.request_id
     request_id: str = request.state.request_id
     return request_id
+
+
+def _naming(body: GenerationBody) -> Naming:
+    return id_of if body.return_tokens_as_token_ids else text_of
 
 
 def _head(request: Request, shape: Shape, model: str, tier: str | None) -> dict[str, Any]:

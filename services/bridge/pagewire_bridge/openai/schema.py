@@ -33,6 +33,7 @@ MAX_PROMPT_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
 
 _UINT32_MAX = 2**32 - 1
+_INT64_MAX = 2**63 - 1
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TOKEN_ID_KEY = re.compile(r"[0-9]{1,10}")
 
@@ -47,6 +48,7 @@ _TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = str | _TokenIds | Annotated[list[str | _TokenIds], Field(min_length=1)]
 _BiasedToken = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_TOKEN_ID_KEY.pattern}$"})]
 _RequestId = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_REQUEST_ID.pattern}$"})]
+_TRUNCATION = {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1, "maximum": _INT64_MAX}]}
 _TextPart = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -102,6 +104,12 @@ def _token_bias(value: dict[str, float] | None) -> dict[str, float] | None:
     return value
 
 
+def _truncation(value: int | None) -> int | None:
+    if value == 0:
+        raise InvalidRequest("`truncate_prompt_tokens` must be at least 1, or -1.", "truncate_prompt_tokens")
+    return value
+
+
 def _request_id(value: str | None) -> str | None:
     if value is not None and not is_sane_request_id(value):
         raise InvalidRequest("`request_id` must be 1 to 128 letters, digits or ._:@/+=- characters.", "request_id")
@@ -143,6 +151,10 @@ class SamplingBody(_Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Field(ge=-1, le=_INT64_MAX), WithJsonSchema(_TRUNCATION)] | None, AfterValidator(_truncation)
+    ] = None
+    truncation_side: Literal["left", "right"] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
@@ -165,6 +177,7 @@ class GenerationBody(SamplingBody):
     add_special_tokens: bool | None = None
     request_id: Annotated[_RequestId | None, AfterValidator(_request_id)] = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
     logprob_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
@@ -200,7 +213,16 @@ class Message(_Body):
     reasoning_content: str | None = None
 
 
-class ChatBody(GenerationBody):
+class ConversationBody(_Body):
+    """What chats and responses take alike."""
+
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
+
+
+class ChatBody(GenerationBody, ConversationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -209,13 +231,11 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[list[ToolShape], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     include_reasoning: bool | None = None
-    thinking_token_budget: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
 
     def length_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from pagewire.v1.inference_pb2 import TokenText
@@ -12,6 +12,7 @@ from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought
 
 Choice = dict[str, Any]
 Tokens = Sequence[TokenText]
+Naming = Callable[[TokenText], str]  # what log probabilities call a token
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -50,19 +51,24 @@ def text_of(token: TokenText) -> str:
     return token.bytes.decode("utf-8", "replace")
 
 
+def id_of(token: TokenText) -> str:
+    """A name that tells tokens apart that print alike: vLLM's."""
+    return f"token_id:{token.token_id}"
+
+
 def logprob_of(token: TokenText) -> float:
     return max(token.logprob, _LEAST_LOGPROB)
 
 
-def _chat_token(token: TokenText) -> dict[str, Any]:
-    return {"token": text_of(token), "logprob": logprob_of(token), "bytes": list(token.bytes)}
-
-
-def chat_logprobs(tokens: Tokens | None) -> dict[str, Any] | None:
+def chat_logprobs(tokens: Tokens | None, name: Naming = text_of) -> dict[str, Any] | None:
     """OpenAI's object: `bytes` are exact, so that half a character in a token is not lost."""
     if tokens is None:
         return None
-    content = [{**_chat_token(token), "top_logprobs": [_chat_token(top) for top in token.top]} for token in tokens]
+
+    def told(token: TokenText) -> dict[str, Any]:
+        return {"token": name(token), "logprob": logprob_of(token), "bytes": list(token.bytes)}
+
+    content = [{**told(token), "top_logprobs": [told(top) for top in token.top]} for token in tokens]
     return {"content": content, "refusal": None}
 
 
@@ -71,8 +77,8 @@ class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, echo: str = "") -> None:
-        self._echo = echo
+    def __init__(self, echo: str = "", name: Naming = text_of) -> None:
+        self._echo, self._name = echo, name
 
     def with_prompts(self, response: dict[str, Any], told: Sequence[Any]) -> None:
         [response["prompt_logprobs"]] = told
@@ -82,7 +88,7 @@ class ChatShape:
         return [*choices, _chat_chunk(index, {"content": self._echo})] if self._echo else choices
 
     def delta(self, index: int, piece: Piece, tokens: Tokens | None) -> Choice:
-        return _chat_chunk(index, chat_delta(piece), chat_logprobs(tokens))
+        return _chat_chunk(index, chat_delta(piece), chat_logprobs(tokens, self._name))
 
     def ending(self, index: int, finish_reason: str, stop_reason: str | int | None) -> Choice:
         return {**_chat_chunk(index, {}), "finish_reason": finish_reason, "stop_reason": stop_reason}
@@ -101,7 +107,7 @@ class ChatShape:
         return {
             "index": index,
             "message": message,
-            "logprobs": chat_logprobs(tokens),
+            "logprobs": chat_logprobs(tokens, self._name),
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
@@ -161,12 +167,12 @@ class TextOffsets:
         return offsets
 
 
-def _top_by_text(token: TokenText) -> dict[str, float]:
-    """Best first, then the chosen token; of tokens that print alike the best stays."""
+def _top_by_name(token: TokenText, name: Naming) -> dict[str, float]:
+    """Best first, then the chosen token; of tokens with the same name the best stays."""
     candidates: Iterable[TokenText] = (*token.top, token)
     top: dict[str, float] = {}
     for candidate in candidates:
-        top.setdefault(text_of(candidate), logprob_of(candidate))
+        top.setdefault(name(candidate), logprob_of(candidate))
     return top
 
 
@@ -175,7 +181,8 @@ class CompletionShape:
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self) -> None:
+    def __init__(self, name: Naming = text_of) -> None:
+        self._name = name
         self._offsets: dict[int, TextOffsets] = {}
 
     def with_prompts(self, response: dict[str, Any], told: Sequence[Any]) -> None:
@@ -215,8 +222,10 @@ class CompletionShape:
         if tokens is None:
             return None
         return {
-            "tokens": [text_of(token) for token in tokens],
+            "tokens": [self._name(token) for token in tokens],
             "token_logprobs": [logprob_of(token) if token.HasField("logprob") else None for token in tokens],
-            "top_logprobs": [_top_by_text(token) if token.HasField("logprob") else None for token in tokens],
+            "top_logprobs": [
+                _top_by_name(token, self._name) if token.HasField("logprob") else None for token in tokens
+            ],
             "text_offset": self._offsets.setdefault(index, TextOffsets()).extend(tokens),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import orjson
 from pagewire.v1 import common_pb2, inference_pb2
@@ -11,9 +12,10 @@ from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message
+from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message, SamplingBody
 from pagewire_bridge.openai.tool_use import tool_use
 
+_UINT32_MAX = 2**32 - 1
 # OpenAI's service tiers as priorities; lower goes first.
 _TIER_PRIORITY = {"flex": 10, "scale": -10, "priority": -10, "fast": -10}
 
@@ -55,6 +57,16 @@ def to_structured_output(body: GenerationBody) -> inference_pb2.StructuredOutput
     return body.response_format.to_proto() if body.response_format is not None else None
 
 
+def to_truncation(body: SamplingBody) -> dict[str, Any]:
+    """Fields of a GenerateRequest: how its prompt is cut."""
+    asked = body.truncate_prompt_tokens or 0
+    return {
+        "truncate_prompt_tokens": min(max(asked, 0), _UINT32_MAX),
+        "truncate_to_fit": asked == -1,
+        "keep_first_tokens": body.truncation_side == "right",
+    }
+
+
 @contextmanager
 def blaming(body: GenerationBody) -> Iterator[None]:
     """A form of output that the router refuses is told by the name of the field it came in."""
@@ -74,9 +86,10 @@ def to_chat(body: ChatBody) -> inference_pb2.Chat:
         add_generation_prompt = False  # the two exclude each other, and only one of them was asked for
     kwargs = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-        if body.reasoning_effort == "none":
-            kwargs.setdefault("enable_thinking", False)
+        kwargs |= {"enable_thinking": body.reasoning_effort != "none", **kwargs}
+        kwargs["reasoning_effort"] = body.reasoning_effort
+    if body.documents is not None:
+        kwargs["documents"] = body.documents
     tools = body.tools if body.tool_choice != "none" else None
     return inference_pb2.Chat(
         messages=[_to_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
@@ -109,6 +122,7 @@ def to_chat_request(
         reasoning=reasoning,
         priority=to_priority(body),
         prompt_logprobs=body.prompt_logprobs,
+        **to_truncation(body),
     )
 
 
@@ -143,6 +157,7 @@ def to_completion_requests(body: CompletionBody, request_id: str) -> list[infere
             priority=to_priority(body),
             prompt_logprobs=max(asked) if asked else None,
             prompt_only=body.max_tokens == 0,
+            **to_truncation(body),
         )
         for i, prompt in enumerate(body.prompt)
     ]

@@ -16,24 +16,24 @@ from pagewire_core.errors import InvalidRequest
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "chat_template": (),
-    "documents": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
     "prompt_embeds": (),
-    "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
 _UNSUPPORTED_IN_MESSAGE = ("audio", "function_call")
 # Of chats; other APIs do not have them.
-_UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {"tool_choice": ("none", "auto"), "tools": ([],)}
+_UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
+    "documents": ([],), "tool_choice": ("none", "auto"), "tools": ([],)
+}  # fmt: skip
 # Of OpenAI's Responses API.
 _UNSUPPORTED_IN_RESPONSES: dict[str, tuple[object, ...]] = {
-    "context_management": ([],), "conversation": (), "image": (), "prompt": ()
+    "context_management": ([],), "conversation": (), "image": (), "prompt": (),
+    "return_tokens_as_token_ids": (False,),
 }  # fmt: skip
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_NAMED = 32

@@ -8,10 +8,9 @@ from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from pagewire_bridge.openai.responses.items import InputItem, input_items
-from pagewire_bridge.openai.schema import SamplingBody, TokenCount
+from pagewire_bridge.openai.schema import ConversationBody, SamplingBody, TokenCount
 from pagewire_bridge.openai.tools import MAX_TOOLS, ToolName
 
-_UINT32_MAX = 2**32 - 1
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -71,7 +70,7 @@ class Reasoning(_Shape):
     effort: Annotated[str, Field(max_length=32)] | None = None
 
 
-class ResponsesBody(SamplingBody):
+class ResponsesBody(SamplingBody, ConversationBody):
     """POST /v1/responses. input: a string, or items of the conversation."""
 
     input: Annotated[list[dict[str, Any]], PlainValidator(input_items, json_schema_input_type=str | _Items)]
@@ -91,8 +90,6 @@ class ResponsesBody(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[Includable] | None = None
     safety_identifier: Annotated[str, Field(max_length=1024)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    thinking_token_budget: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
 
     @property
     def with_logprobs(self) -> bool:

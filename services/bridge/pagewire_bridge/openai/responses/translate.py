@@ -11,7 +11,7 @@ from pagewire_core.errors import InvalidRequest
 from pagewire_bridge.body import to_object, validated
 from pagewire_bridge.openai.responses.items import Fields, to_messages
 from pagewire_bridge.openai.responses.schema import FunctionChoice, ResponsesBody, TextFormat
-from pagewire_bridge.openai.schema import ChatBody, SamplingBody
+from pagewire_bridge.openai.schema import ChatBody, ConversationBody, SamplingBody
 from pagewire_bridge.openai.unsupported import refuse_unsupported_in_responses
 
 # What is one field here and another one of the chat.
@@ -45,15 +45,13 @@ def to_chat_body(body: ResponsesBody, items: Iterable[Fields]) -> ChatBody:
     return validated(
         ChatBody,
         {
-            **{name: getattr(body, name) for name in SamplingBody.model_fields},
+            **{name: getattr(body, name) for name in (*SamplingBody.model_fields, *ConversationBody.model_fields)},
             "messages": [*system, *to_messages(items)],
             "max_completion_tokens": body.max_output_tokens,
             "logprobs": body.with_logprobs,
             "top_logprobs": (body.top_logprobs or 0) if body.with_logprobs else None,
             "response_format": _response_format(body.text.format if body.text else None),
             "reasoning_effort": body.reasoning.effort if body.reasoning else None,
-            "chat_template_kwargs": body.chat_template_kwargs,
-            "thinking_token_budget": body.thinking_token_budget,
             "parallel_tool_calls": body.parallel_tool_calls,
             **_tools(body),
         },
