@@ -37,7 +37,7 @@ RAW = "<|im_start|>user\nCount from 3 to 9.<|im_end|>\n<|im_start|>assistant\n"
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     directory: Path = tmp_path_factory.mktemp("apis")
-    names = ("--served-model-name=demo",)
+    names = ("--served-model-name=demo", '--override-generation-config={"temperature": 0}')
     tools = ("--tool-call-parser=json",)
     made = Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names, bridge_flags=tools)
     async with running(made) as started:
@@ -292,6 +292,38 @@ async def test_tokens_have_the_ids_that_their_log_probabilities_name(cluster: Cl
     [choice] = (await cluster.http.post("/v1/completions", json=plain)).json()["choices"]
     ids = [*choice["prompt_token_ids"], *choice["token_ids"]]
     assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in ids]
+
+
+async def test_sampling_defaults_are_the_models_for_openai_and_anthropic_alone(cluster: Cluster) -> None:
+    """The cluster's is temperature 0; TGI draws because it is told to, Ollama because its default is 0.8."""
+
+    async def texts(path: str, body: dict[str, Any], *keys: Any, put: Any = None) -> list[str]:
+        found = []
+        for seed in range(5):
+            seeded = {**body, "seed": seed} if put is None else {**body, put: {**body[put], "seed": seed}}
+            answer = (await cluster.http.post(path, json=seeded)).json()
+            for key in keys:
+                answer = answer[key]
+            found.append(answer)
+        return found
+
+    story, size = "Once upon a time", {"max_tokens": 16}
+    plain = ("choices", 0, "text")
+    [greedy] = set(await texts("/v1/completions", {"prompt": story, **size}, *plain))
+    assert [greedy] * 5 == await texts("/v1/completions", {"prompt": story, **size, "temperature": 0}, *plain)
+    assert len(set(await texts("/v1/completions", {"prompt": story, **size, "temperature": 1}, *plain))) > 1
+    sampled = {"inputs": story, "parameters": {"do_sample": True, "max_new_tokens": 16}}
+    assert len(set(await texts("/generate", sampled, "generated_text", put="parameters"))) > 1
+    ollamas = {"model": "demo", "prompt": story, "raw": True, "stream": False, "options": {"num_predict": 16}}
+    assert len(set(await texts("/api/generate", ollamas, "response", put="options"))) > 1
+    asked = [{"role": "user", "content": "Tell me a story."}]
+    expected = await openai_text(cluster, asked, **size)
+    for path, body, keys in (
+        ("/v1/chat/completions", {"messages": asked, **size}, ("choices", 0, "message", "content")),
+        ("/v1/messages", {"model": "demo", "messages": asked, **size}, ("content", 0, "text")),
+        ("/v1/responses", {"input": asked, "max_output_tokens": 16}, ("output", 0, "content", 0, "text")),
+    ):
+        assert set(await texts(path, body, *keys)) == {expected}, path
 
 
 # ---------------------------------------------------------------- Ollama

@@ -38,7 +38,9 @@ def as_dict(request: GenerateRequest) -> dict[str, Any]:
 
 
 def test_a_bare_chat_leaves_every_default_to_the_router() -> None:
-    expected = {"request_id": "id", "chat": {"messages": [USER]}, "sampling": {}, "n": 1}
+    expected = {
+        "request_id": "id", "chat": {"messages": [USER]}, "sampling": {}, "n": 1, "model_sampling_defaults": True
+    }  # fmt: skip
     assert as_dict(chat()) == expected
     assert as_dict(chat(model=None, temperature=None, stop=None, n=None, logprobs=False)) == expected
 
@@ -51,6 +53,7 @@ def test_a_bare_completion_asks_for_16_tokens() -> None:
         "sampling": {"max_tokens": 16},
         "n": 1,
         "completion_default_length": True,
+        "model_sampling_defaults": True,
     }
 
 
@@ -61,8 +64,10 @@ def test_a_bare_completion_asks_for_16_tokens() -> None:
         ("temperature", 0.5, "temperature", 0.5),
         ("top_p", 1, "top_p", 1.0),
         ("top_k", 40, "top_k", 40),
-        ("top_k", -1, "top_k", None),
-        ("top_k", 0, "top_k", None),
+        ("top_k", -1, "top_k", 0),
+        ("top_k", 0, "top_k", 0),
+        ("min_p", 0, "min_p", 0.0),
+        ("top_k", None, "top_k", None),
         ("min_p", 0.25, "min_p", 0.25),
         ("repetition_penalty", 1.5, "repetition_penalty", 1.5),
         ("presence_penalty", -2, "presence_penalty", -2.0),

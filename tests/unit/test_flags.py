@@ -24,6 +24,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "chat-template": ("{% for m in messages %}\n--{{ m }}", "{% for m in messages %}\n--{{ m }}"),
     "max-model-len": ("4096", 4096),
     "max-input-tokens": ("100", 100),
+    "generation-config": ("vllm", "vllm"),
+    "override-generation-config": ('{"top_k": 5}', '{"top_k": 5}'),
     "block-size": ("32", 32),
     "gpu-memory-utilization": ("0.5", 0.5),
     "kv-cache-memory-bytes": ("1.5G", 1610612736),

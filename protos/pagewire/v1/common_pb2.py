@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewire/v1/common.proto\x12\x0bpagewire.v1\"{\n\x05\x45rror\x12$\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x16.pagewire.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\x12\x15\n\rtransfer_lost\x18\x05 \x01(\x08\"\xe3\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.pagewire.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x15\n\reos_token_ids\x18\x0e \x03(\r\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x04\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\x11 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x05\x88\x01\x01\x12+\n\nconstraint\x18( \x01(\x0b\x32\x17.pagewire.v1.Constraint\x12\x16\n\ttypical_p\x18\x32 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\twatermark\x18\x33 \x01(\x08\x12\x19\n\x11\x61llowed_token_ids\x18< \x03(\r\x12\x11\n\tbad_words\x18= \x03(\t\x12.\n\nbad_tokens\x18> \x03(\x0b\x32\x1a.pagewire.v1.TokenSequence\x12\x16\n\x0epenalty_window\x18? \x01(\r\x12\x19\n\x11logprob_token_ids\x18@ \x03(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokensB\x0c\n\n_typical_p\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\r\"z\n\nConstraint\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\t\x12\x11\n\treasoning\x18\x02 \x01(\t\x12\x15\n\rreasoning_end\x18\x03 \x01(\t\x12\x1d\n\x10reasoning_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_reasoning_tokens\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"x\n\x0ePromptLogprobs\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\x0f\n\x07num_top\x18\x04 \x01(\r\x12\x0f\n\x07top_ids\x18\x05 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x06 \x03(\x02\"Y\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.pagewire.v1.TokenLogprob\"\xa9\x01\n\x0c\x43hoiceTokens\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.pagewire.v1.SampledToken\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.pagewire.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"7\n\x0cTraceContext\x12\x13\n\x0btraceparent\x18\x01 \x01(\t\x12\x12\n\ntracestate\x18\x02 \x01(\t\"c\n\x08KvHolder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\"H\n\x07\x46\x65tched\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0c\n\x04lane\x18\x03 \x01(\t\x12\x10\n\x08\x66\x65tch_us\x18\x04 \x01(\x04\"p\n\x0cStageTimings\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x12\n\nprefill_us\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_us\x18\x03 \x01(\x04\x12\x11\n\tdecode_us\x18\x04 \x01(\x04\x12\x12\n\nkv_tail_us\x18\x05 \x01(\x04*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03*\xa6\x02\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_CODE_INVALID_REQUEST\x10\x01\x12\x1d\n\x19\x45RROR_CODE_CONTEXT_LENGTH\x10\x02\x12\x1e\n\x1a\x45RROR_CODE_MODEL_NOT_FOUND\x10\x03\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x04\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x05\x12\x17\n\x13\x45RROR_CODE_DEADLINE\x10\x06\x12\x18\n\x14\x45RROR_CODE_CANCELLED\x10\x07\x12\x1b\n\x17\x45RROR_CODE_INCOMPATIBLE\x10\x08\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewire/v1/common.proto\x12\x0bpagewire.v1\"{\n\x05\x45rror\x12$\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x16.pagewire.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\x12\x15\n\rtransfer_lost\x18\x05 \x01(\x08\"\x81\x07\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.pagewire.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x05\x88\x01\x01\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x15\n\reos_token_ids\x18\x0e \x03(\r\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x06\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\x11 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x07\x88\x01\x01\x12+\n\nconstraint\x18( \x01(\x0b\x32\x17.pagewire.v1.Constraint\x12\x16\n\ttypical_p\x18\x32 \x01(\x02H\x08\x88\x01\x01\x12\x11\n\twatermark\x18\x33 \x01(\x08\x12\x19\n\x11\x61llowed_token_ids\x18< \x03(\r\x12\x11\n\tbad_words\x18= \x03(\t\x12.\n\nbad_tokens\x18> \x03(\x0b\x32\x1a.pagewire.v1.TokenSequence\x12\x16\n\x0epenalty_window\x18? \x01(\r\x12\x19\n\x11logprob_token_ids\x18@ \x03(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokensB\x0c\n\n_typical_p\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\r\"z\n\nConstraint\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\t\x12\x11\n\treasoning\x18\x02 \x01(\t\x12\x15\n\rreasoning_end\x18\x03 \x01(\t\x12\x1d\n\x10reasoning_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_reasoning_tokens\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"x\n\x0ePromptLogprobs\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\x0f\n\x07num_top\x18\x04 \x01(\r\x12\x0f\n\x07top_ids\x18\x05 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x06 \x03(\x02\"Y\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.pagewire.v1.TokenLogprob\"\xa9\x01\n\x0c\x43hoiceTokens\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.pagewire.v1.SampledToken\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.pagewire.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"7\n\x0cTraceContext\x12\x13\n\x0btraceparent\x18\x01 \x01(\t\x12\x12\n\ntracestate\x18\x02 \x01(\t\"c\n\x08KvHolder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\"H\n\x07\x46\x65tched\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0c\n\x04lane\x18\x03 \x01(\t\x12\x10\n\x08\x66\x65tch_us\x18\x04 \x01(\x04\"p\n\x0cStageTimings\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x12\n\nprefill_us\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_us\x18\x03 \x01(\x04\x12\x11\n\tdecode_us\x18\x04 \x01(\x04\x12\x12\n\nkv_tail_us\x18\x05 \x01(\x04*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03*\xa6\x02\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_CODE_INVALID_REQUEST\x10\x01\x12\x1d\n\x19\x45RROR_CODE_CONTEXT_LENGTH\x10\x02\x12\x1e\n\x1a\x45RROR_CODE_MODEL_NOT_FOUND\x10\x03\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x04\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x05\x12\x17\n\x13\x45RROR_CODE_DEADLINE\x10\x06\x12\x18\n\x14\x45RROR_CODE_CANCELLED\x10\x07\x12\x1b\n\x17\x45RROR_CODE_INCOMPATIBLE\x10\x08\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +33,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1973
-  _globals['_FINISHREASON']._serialized_end=2118
-  _globals['_WORKERROLE']._serialized_start=2120
-  _globals['_WORKERROLE']._serialized_end=2232
-  _globals['_ERRORCODE']._serialized_start=2235
-  _globals['_ERRORCODE']._serialized_end=2529
+  _globals['_FINISHREASON']._serialized_start=2003
+  _globals['_FINISHREASON']._serialized_end=2148
+  _globals['_WORKERROLE']._serialized_start=2150
+  _globals['_WORKERROLE']._serialized_end=2262
+  _globals['_ERRORCODE']._serialized_start=2265
+  _globals['_ERRORCODE']._serialized_end=2559
   _globals['_ERROR']._serialized_start=41
   _globals['_ERROR']._serialized_end=164
   _globals['_SAMPLINGPARAMS']._serialized_start=167
-  _globals['_SAMPLINGPARAMS']._serialized_end=1034
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=877
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=925
-  _globals['_TOKENSEQUENCE']._serialized_start=1036
-  _globals['_TOKENSEQUENCE']._serialized_end=1064
-  _globals['_CONSTRAINT']._serialized_start=1066
-  _globals['_CONSTRAINT']._serialized_end=1188
-  _globals['_TOKENLOGPROB']._serialized_start=1190
-  _globals['_TOKENLOGPROB']._serialized_end=1239
-  _globals['_PROMPTLOGPROBS']._serialized_start=1241
-  _globals['_PROMPTLOGPROBS']._serialized_end=1361
-  _globals['_SAMPLEDTOKEN']._serialized_start=1363
-  _globals['_SAMPLEDTOKEN']._serialized_end=1452
-  _globals['_CHOICETOKENS']._serialized_start=1455
-  _globals['_CHOICETOKENS']._serialized_end=1624
-  _globals['_TRACECONTEXT']._serialized_start=1626
-  _globals['_TRACECONTEXT']._serialized_end=1681
-  _globals['_KVHOLDER']._serialized_start=1683
-  _globals['_KVHOLDER']._serialized_end=1782
-  _globals['_FETCHED']._serialized_start=1784
-  _globals['_FETCHED']._serialized_end=1856
-  _globals['_STAGETIMINGS']._serialized_start=1858
-  _globals['_STAGETIMINGS']._serialized_end=1970
+  _globals['_SAMPLINGPARAMS']._serialized_end=1064
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=887
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=935
+  _globals['_TOKENSEQUENCE']._serialized_start=1066
+  _globals['_TOKENSEQUENCE']._serialized_end=1094
+  _globals['_CONSTRAINT']._serialized_start=1096
+  _globals['_CONSTRAINT']._serialized_end=1218
+  _globals['_TOKENLOGPROB']._serialized_start=1220
+  _globals['_TOKENLOGPROB']._serialized_end=1269
+  _globals['_PROMPTLOGPROBS']._serialized_start=1271
+  _globals['_PROMPTLOGPROBS']._serialized_end=1391
+  _globals['_SAMPLEDTOKEN']._serialized_start=1393
+  _globals['_SAMPLEDTOKEN']._serialized_end=1482
+  _globals['_CHOICETOKENS']._serialized_start=1485
+  _globals['_CHOICETOKENS']._serialized_end=1654
+  _globals['_TRACECONTEXT']._serialized_start=1656
+  _globals['_TRACECONTEXT']._serialized_end=1711
+  _globals['_KVHOLDER']._serialized_start=1713
+  _globals['_KVHOLDER']._serialized_end=1812
+  _globals['_FETCHED']._serialized_start=1814
+  _globals['_FETCHED']._serialized_end=1886
+  _globals['_STAGETIMINGS']._serialized_start=1888
+  _globals['_STAGETIMINGS']._serialized_end=2000
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "enable-expert-parallel", "distributed-executor-backend", "nnodes", "node-rank",
     # Weights, memory and execution.
     "q", "load-format", "tokenizer-mode", "tokenizer-revision", "hf-overrides",
-    "trust-remote-code", "generation-config", "override-generation-config", "swap-space", "cpu-offload-gb",
+    "trust-remote-code", "swap-space", "cpu-offload-gb",
     "compilation-config", "attention-backend", "seed",
     "scheduling-policy", "async-scheduling", "num-gpu-blocks-override", "max-logprobs", "limit-mm-per-prompt",
     "prefix-caching-hash-algo",

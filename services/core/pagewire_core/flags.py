@@ -120,6 +120,10 @@ FLAGS: dict[str, Flag] = {
     "max-model-len": Flag(None, "longest prompt + output in tokens; default: the model's", positive),
     "max-input-tokens": Flag(None, "longest prompt in tokens; default: what the context allows", positive,
                              aliases=("--max-input-length",)),
+    "generation-config": Flag("auto", "sampling defaults of OpenAI's and Anthropic's routes: auto, the model's "
+                                      "generation_config.json; vllm, OpenAI's; or a folder with such a file"),
+    "override-generation-config": Flag(None, "sampling defaults over those, as JSON: temperature, top_p, top_k, min_p, "
+                                             "repetition_penalty, max_new_tokens"),
     # The engine.
     "block-size": Flag(16, "tokens in a KV block; divides 64", int, choices=("8", "16", "32", "64")),
     "gpu-memory-utilization": Flag(0.9, "share of the device's memory for weights and KV (of free RAM on a CPU, "
@@ -197,7 +201,7 @@ TLS_FLAGS = ("tls-cert", "tls-key", "tls-ca")
 TRACE_FLAGS = ("otlp-traces-endpoint", "otlp-service-name")
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "max-input-tokens",
-    "host", "port",
+    "generation-config", "override-generation-config", "host", "port",
     "redis-url", "workers", "routing-policy", "max-queued-requests", "max-queued-tokens", "request-timeout",
     "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, *TRACE_FLAGS,
     "log-format", "log-level",
@@ -222,7 +226,7 @@ BRIDGE_FLAGS = (
 FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "the model": (
         "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "max-model-len",
-        "max-input-tokens", "dtype", "quantization",
+        "max-input-tokens", "generation-config", "override-generation-config", "dtype", "quantization",
     ),
     "memory and steps": (
         "device", "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "block-size",

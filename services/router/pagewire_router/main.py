@@ -36,6 +36,7 @@ from pagewire_router.model import ServedModel, load_served_model
 from pagewire_router.placement import Placement
 from pagewire_router.policies import POLICIES
 from pagewire_router.room import room_of
+from pagewire_router.sampling_defaults import tell
 from pagewire_router.servicer import InferenceServicer, Router, Timeouts
 from pagewire_router.workers import Worker, WorkerTable
 
@@ -67,7 +68,10 @@ def _run(args: argparse.Namespace) -> None:
         served_names=args.served_model_name,
         chat_template=args.chat_template,
         max_input_tokens=args.max_input_tokens,
+        generation_config=args.generation_config,
+        override_generation_config=args.override_generation_config,
     )
+    tell(model.sampling_defaults)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(args, model, tls))
     tracing.close()

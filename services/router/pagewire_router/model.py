@@ -10,6 +10,8 @@ from pagewire_core.chat_template import ChatTemplate, load_chat_template
 from pagewire_core.model_dir import ModelDir, locate, resolve_model
 from pagewire_core.tokenizer import Tokenizer
 
+from pagewire_router.sampling_defaults import SamplingDefaults, load_sampling_defaults, with_generation_config
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -23,6 +25,7 @@ class ServedModel:
     chat_template: ChatTemplate | None
     description: inference_pb2.Model = field(default_factory=inference_pb2.Model)  # without name and readiness
     max_input_tokens: int | None = None  # a prompt may have no more, whatever the context
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 def load_served_model(
@@ -34,9 +37,11 @@ def load_served_model(
     served_names: str | None = None,
     chat_template: str | None = None,
     max_input_tokens: int | None = None,
+    generation_config: str = "auto",
+    override_generation_config: str | None = None,
 ) -> ServedModel:
     """Reads everything a router needs of a model. `served_names` is comma-separated. Raises StartupError."""
-    model_dir = resolve_model(model, revision, download_dir)
+    model_dir = with_generation_config(resolve_model(model, revision, download_dir), generation_config)
     text_dir = locate(tokenizer, None, download_dir) if tokenizer else model_dir.path
     codec = Tokenizer(text_dir)
     names = tuple(n.strip() for n in (served_names or "").split(",") if n.strip())
@@ -52,6 +57,7 @@ def load_served_model(
         chat_template=template,
         description=_describe(model_dir, is_chat=template is not None),
         max_input_tokens=max_input_tokens,
+        sampling_defaults=load_sampling_defaults(model_dir, generation_config, override_generation_config),
     )
 
 

@@ -14,6 +14,7 @@ from pagewire_core.tokenizer import Tokenizer
 
 from pagewire_router.chat import render
 from pagewire_router.model import ServedModel
+from pagewire_router.sampling_defaults import SamplingDefaults
 from pagewire_router.sampling_limits import MAX_LOGPROBS, check_sampling
 
 MAX_CHOICES = 128
@@ -84,8 +85,11 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
     n = request.n or 1
     if n > MAX_CHOICES:
         raise InvalidRequest(f"n must be at most {MAX_CHOICES}, not {n}", param="n")
-    if request.HasField("sampling"):
-        check_sampling(request.sampling, model.vocab_size)
+    sampling = common_pb2.SamplingParams()
+    sampling.CopyFrom(request.sampling)
+    if request.model_sampling_defaults:
+        model.sampling_defaults.fill(sampling)
+    check_sampling(sampling, model.vocab_size)
     if request.prompt_logprobs > MAX_LOGPROBS:
         raise InvalidRequest(
             f"prompt_logprobs must be at most {MAX_LOGPROBS}, not {request.prompt_logprobs}", param="prompt_logprobs"
@@ -101,9 +105,7 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
             f"The prompt has {len(prompt_ids)} tokens; this server takes at most {model.max_input_tokens}. Shorten it.",
             param=_prompt_field(request),
         )
-    sampling = common_pb2.SamplingParams()
-    sampling.CopyFrom(request.sampling)
-    sampling.max_tokens = _max_tokens(request, len(prompt_ids), max_model_len)
+    sampling.max_tokens = _max_tokens(request, model, len(prompt_ids), max_model_len)
     if request.prompt_only:
         sampling.max_tokens, sampling.min_tokens = 1, 0
         del sampling.stop[:]
@@ -158,7 +160,7 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel, limit: i
     kind, may_be_longer = request.WhichOneof("prompt"), bool(request.truncate_prompt_tokens or request.truncate_to_fit)
     if kind == "token_ids":
         if len(request.token_ids.ids) >= limit and not may_be_longer:
-            _max_tokens(request, len(request.token_ids.ids), limit)
+            _max_tokens(request, model, len(request.token_ids.ids), limit)
         ids = list(request.token_ids.ids)
         if any(i >= model.vocab_size for i in ids):
             raise InvalidRequest(f"token ids must be below the vocabulary size, {model.vocab_size}", param="prompt")
@@ -198,9 +200,11 @@ def _cut(
     return ids, None if text is None else model.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _max_tokens(request: inference_pb2.GenerateRequest, prompt_tokens: int, limit: int) -> int:
-    room = limit - prompt_tokens
-    asked = request.sampling.max_tokens
+def _max_tokens(request: inference_pb2.GenerateRequest, model: ServedModel, prompt_tokens: int, limit: int) -> int:
+    defaults = model.sampling_defaults if request.model_sampling_defaults else SamplingDefaults()
+    room, asked = limit - prompt_tokens, request.sampling.max_tokens
+    most = defaults.most_tokens or max(asked, room)
+    asked = min(asked, most)
     if room < 1 or asked > room:
         wish = f" and {asked} were asked for" if asked else ""
         raise ContextLength(
@@ -210,7 +214,8 @@ def _max_tokens(request: inference_pb2.GenerateRequest, prompt_tokens: int, limi
         )
     if asked:
         return asked
-    return min(room, _COMPLETION_TOKENS) if request.completion_default_length else room
+    usual = _COMPLETION_TOKENS if request.completion_default_length else defaults.max_tokens or room
+    return min(room, usual, most)
 
 
 def _echo(

@@ -94,12 +94,13 @@ def as_chat(body: GenerateBody | ChatBody, answers: AnswerFormat) -> OpenAIChat:
 
 
 def _complete(request: inference_pb2.GenerateRequest, body: GenerateBody | ChatBody) -> inference_pb2.GenerateRequest:
-    """With Ollama's sampling, and with the tokens that a context is made of."""
+    """With Ollama's sampling and its defaults, and with the tokens that a context is made of."""
     shows_marks = request.sampling.HasField("skip_special_tokens") and not request.sampling.skip_special_tokens
     request.sampling.CopyFrom(to_sampling(body.asked, (body.top_logprobs or 0) if body.logprobs else None))
     if shows_marks:
         request.sampling.skip_special_tokens = False
     request.return_prompt_token_ids = isinstance(body, GenerateBody) and not body.raw
+    request.model_sampling_defaults = False
     return request
 
 

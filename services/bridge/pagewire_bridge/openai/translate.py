@@ -30,8 +30,8 @@ def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.Sampli
     return common_pb2.SamplingParams(
         temperature=body.temperature,
         top_p=body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
+        top_k=None if body.top_k is None else max(body.top_k, 0),
+        min_p=body.min_p,
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
@@ -122,6 +122,7 @@ def to_chat_request(
         reasoning=reasoning,
         priority=to_priority(body),
         prompt_logprobs=body.prompt_logprobs,
+        model_sampling_defaults=True,
         **to_truncation(body),
     )
 
@@ -157,6 +158,7 @@ def to_completion_requests(body: CompletionBody, request_id: str) -> list[infere
             priority=to_priority(body),
             prompt_logprobs=max(asked) if asked else None,
             prompt_only=body.max_tokens == 0,
+            model_sampling_defaults=True,
             **to_truncation(body),
         )
         for i, prompt in enumerate(body.prompt)
