@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -153,6 +153,15 @@ class Pool:
         decode = [w for w in loads if w.can_decode and allows("decode", w.worker_id)]
         return cls(prefill, [w for w in decode if w.has_room(ask)] or decode, allows, fetching)
 
+    @cached_property
+    def prefill_queues(self) -> tuple[int, int]:
+        """Requests that wait at a prefill worker, the least and the most."""
+        return _extremes(w.num_waiting for w in self.prefill)
+
+    @cached_property
+    def decode_queues(self) -> tuple[int, int]:
+        return _extremes(w.num_waiting for w in self.decode)
+
     def sources(self, d: Load, ranked: Sequence[Load] | None = None) -> Iterator[Load]:
         """Prefill workers that may compute a prompt for decode worker `d`, in the order of `ranked`."""
         for p in self.prefill if ranked is None else ranked:
@@ -162,3 +171,8 @@ class Pool:
 
     def has_source(self, d: Load) -> bool:
         return next(self.sources(d), None) is not None
+
+
+def _extremes(values: Iterable[int]) -> tuple[int, int]:
+    found = sorted(values)
+    return (found[0], found[-1]) if found else (0, 0)

@@ -6,8 +6,9 @@ computes its own prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 
 from pagewire_core.block_hash import HASH_BLOCK
 
@@ -23,26 +24,33 @@ Alone = Callable[[Ask, Load], bool]
 _LEAST = 1e-3  # weight of what only decides between equals
 _LLM_D_PREFIX, _LLM_D_QUEUE = 2.0, 1.0
 _LLM_D_NON_CACHED_TOKENS = 16
+_PLANS, _SOURCES = 64, 8  # that are looked at, at the least; and prefill workers for one decode worker
 
 
 def _independent(prefill: Side, decode: Side, alone: Alone, ask: Ask, pool: Pool, links: Links) -> list[Plan]:
-    """Plans by the decode worker's cost, and by the prefill worker's among those of one decode worker."""
-    cost_p = {p.worker_id: _named(prefill(ask, p, pool), "_p") for p in pool.prefill}
+    """Plans by the decode worker's cost, and by the prefill worker's among those of one decode worker.
+
+    Among hundreds of workers only the best are paired, and all that are as good as those.
+    """
+    cost_p, by_prefill = _ranked(ask, pool.prefill, pool, prefill, "_p")
+    cost_d, by_decode = _ranked(ask, pool.decode, pool, decode, "_d")
     found: list[tuple[float, Plan]] = []
-    for d in pool.decode:
-        cost_d = _named(decode(ask, d, pool), "_d")
-        sources = list(pool.sources(d))
-        if alone(ask, d) or not sources:
-            found.append((sum(cost_d.values()), Plan(None, d.worker_id, cost_d)))
-            continue
-        found += (
-            (sum(cost_d.values()), Plan(p.worker_id, d.worker_id, {**cost_p[p.worker_id], **cost_d})) for p in sources
-        )
+    for d in by_decode:
+        terms = cost_d[d.worker_id]
+        cost = sum(terms.values())
+        if len(found) >= _PLANS and cost > found[-1][0]:
+            break
+        sources = [] if alone(ask, d) else list(islice(pool.sources(d, by_prefill), _SOURCES))
+        found += [(cost, Plan(p.worker_id, d.worker_id, {**cost_p[p.worker_id], **terms})) for p in sources]
+        if not sources:
+            found.append((cost, Plan(None, d.worker_id, terms)))
     return [plan for _, plan in sorted(found, key=lambda pair: (pair[0], pair[1].cost))]
 
 
-def _named(terms: Terms, leg: str) -> Terms:
-    return {name + leg: value for name, value in terms.items()}
+def _ranked(ask: Ask, workers: Sequence[Load], pool: Pool, side: Side, leg: str) -> tuple[dict[str, Terms], list[Load]]:
+    """Every worker's terms, and the workers by their sum."""
+    costs = {w.worker_id: {name + leg: value for name, value in side(ask, w, pool).items()} for w in workers}
+    return costs, sorted(workers, key=lambda w: sum(costs[w.worker_id].values()))
 
 
 def _computes_itself(ask: Ask, d: Load) -> bool:
@@ -88,10 +96,9 @@ def _dynamo_decode(ask: Ask, d: Load, pool: Pool) -> Terms:
 
 def _llm_d(ask: Ask, w: Load, pool: Pool) -> Terms:
     """llm-d, deploy/config/pd-epp-config.yaml: 2 * prefix + 1 * queue, each in [0, 1] and more being better."""
-    workers = pool.decode if w.can_decode else pool.prefill
-    queues = [other.num_waiting for other in workers]
-    spread = max(queues) - min(queues)
-    queue = (max(queues) - w.num_waiting) / spread if spread else 1.0
+    shortest, longest = pool.decode_queues if w.can_decode else pool.prefill_queues
+    spread = longest - shortest
+    queue = (longest - w.num_waiting) / spread if spread else 1.0
     return {"prefix": -_LLM_D_PREFIX * _matched(ask, w), "queue": -_LLM_D_QUEUE * queue}
 
 
