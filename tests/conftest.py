@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 from fakes import RedisServer, write_byte_tokenizer
+from hypothesis import settings
 from pagewire_core.tokenizer import Tokenizer
+
+# Tests are not timed: on a busy machine an example may take what it takes.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture

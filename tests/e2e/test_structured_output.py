@@ -146,7 +146,7 @@ async def test_random_schemas_give_valid_instances_or_an_error(shared: Cluster) 
     """A few of them; `make fuzz-schemas` tries a thousand."""
     drawn: list[Any] = []
 
-    @settings(max_examples=15, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(schemas())
     def draw(schema: Any) -> None:
         drawn.append(schema)

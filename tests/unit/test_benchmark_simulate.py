@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import simulate
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pagewire_bench.simulator import traces
 from pagewire_bench.simulator.clock import Clock
@@ -78,7 +78,6 @@ def test_events_come_in_their_order() -> None:
     assert seen == [(1.0, 1.0), (1.0, 1.0), (2.0, 2.0)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), max_size=40))
 def test_a_cache_never_holds_more_than_it_has_and_knows_what_it_told(steps: list[tuple[int, int]]) -> None:
     known: set[bytes] = set()

@@ -71,7 +71,7 @@ class Workload(RuleBasedStateMachine):
 
 
 TestWorkload = Workload.TestCase
-TestWorkload.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestWorkload.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 def test_leaves_are_evicted_before_the_blocks_they_build_on() -> None:

@@ -50,7 +50,7 @@ TEXTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(sorted(REASONING_FORMATS)), st.sampled_from(["", "<think>\n", "</think>\n"]), TEXTS,
     st.lists(st.integers(0, 99)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.v1.inference_pb2 import Delta, Summary, TokenText
 from pagewire_bridge.answer_parser import AnswerParser
@@ -114,7 +114,6 @@ def told(parts: Sequence[str], finish: int = STOP, *, with_parser: bool = True) 
     return [*events, answer.last()], answer
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 500)), st.integers(0, len(TEXT)), st.sampled_from([STOP, LENGTH]))
 def test_events_are_in_order_and_add_up_however_the_text_was_cut(places: list[int], length: int, finish: int) -> None:
     """Also of an answer that ends in the middle: of thoughts, of a mark, of a call."""
@@ -139,7 +138,6 @@ def test_events_are_in_order_and_add_up_however_the_text_was_cut(places: list[in
         assert [json.loads(i["arguments"]) for i in final["output"][2:]] == [{"city": 'R"ome'}, {}]
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40), st.lists(st.integers(0, 500)))
 def test_log_probabilities_are_those_of_the_text(text: str, places: list[int]) -> None:
     text = text.encode("utf-8", "ignore").decode()

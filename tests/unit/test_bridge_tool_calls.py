@@ -78,7 +78,7 @@ async def test_a_stream_adds_up_to_the_whole_and_the_client_understands_both(bri
     assert '"reasoning_tokens":3' in response.text
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 300)), st.sampled_from([TEXT, TEXT[:-20], "<think>a", "b </think> c", TEXT[26:90]]))
 async def test_any_cut_gives_the_same_message(cuts: list[int], text: str) -> None:
     """Pieces of the stream are put together as clients do: by index, arguments appended."""

@@ -107,7 +107,7 @@ FRAGMENTS = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(sorted(TOOL_FORMATS)), st.lists(FRAGMENTS, max_size=25).map("".join), st.lists(st.integers(0, 999))
 )

@@ -142,7 +142,7 @@ def test_in_bfloat16_it_is_nearer_to_float32_than_plain_torch_is(model: Path, mo
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_row_does_not_depend_on_its_batch_or_on_the_chunks_before_it(
     model: Path, dtype: str, data: st.DataObject
 ) -> None:
@@ -180,7 +180,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     min_p=st.sampled_from([0.0, 0.05, 0.5]),
     seed=st.integers(0, 1 << 62),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_draws_the_token_that_the_reference_sampler_draws(
     llama: Path, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
 ) -> None:

@@ -147,7 +147,7 @@ async def test_nothing_is_written_after_a_transfer_has_ended(engine: Engine) -> 
 ACTIONS = ("reserve", "claim", "bind", "scatter", "sealed", "failed", "end", "take")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2)), max_size=25))
 def test_any_order_of_events_keeps_the_books(engine_for_orders: Engine, steps: list[tuple[str, int]]) -> None:
     """Cancels, timeouts and late messages interleave freely; only PagewireErrors come of it, and no leak."""

@@ -70,7 +70,7 @@ def tokens_of(run: Run, choice: int) -> list[Token]:
     return [event for event in run.events if isinstance(event, Token) and event.choice == choice]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     length=st.integers(1, 90),
     style=st.sampled_from(STYLES),

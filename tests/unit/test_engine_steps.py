@@ -133,7 +133,7 @@ def check_tokens(asks: list[Ask], runs: list[Run]) -> None:
             assert len(ends) == ask.n and isinstance(run.events[-1], Finished)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     asks=st.lists(ASKS, min_size=1, max_size=9),
     overlaps=st.booleans(),

@@ -36,9 +36,7 @@ from scripted_router import STOP, Bridge, ScriptedRouter, accepted, delta, runni
 
 EXAMPLES = int(os.environ.get("PAGEWIRE_FUZZ_EXAMPLES", "0"))
 SEED = random.SystemRandom().randrange(1 << 32) if EXAMPLES else 0
-FUZZ = settings(
-    max_examples=EXAMPLES or 100, derandomize=not EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
-)
+FUZZ = settings(max_examples=EXAMPLES or 100, derandomize=not EXAMPLES, suppress_health_check=list(HealthCheck))
 LIMIT = 100
 MODEL = b"m" * 32
 

@@ -84,7 +84,7 @@ REQUESTS = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(REQUESTS, min_size=1, max_size=6), st.sampled_from([16, 64]))
 def test_any_mix_of_requests_gives_what_the_torch_runner_gives(
     llama: Path, requests: list[dict[str, Any]], num_blocks: int

@@ -39,7 +39,7 @@ def rows_of(drawn: Sequence[tuple[dict[str, Any], list[int], int]]) -> list[Samp
     return [SampleRow(SamplingParams(**p), 0, tokens, min(n, len(tokens))) for p, tokens, n in drawn]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(PARAMS, TOKENS, st.integers(1, 12)), min_size=1, max_size=5), st.integers(0, 999))
 def test_changed_rows_are_sampled_as_the_host_samples_them(
     drawn: list[tuple[dict[str, Any], list[int], int]], seed: int

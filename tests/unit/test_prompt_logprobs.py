@@ -108,7 +108,7 @@ def chunked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Callable[..., Eng
     return partial(make_engine, path), whole
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_no_chunking_changes_a_bit(
     chunked: tuple[Callable[..., Engine], dict[int, Scores]], data: st.DataObject

@@ -42,7 +42,7 @@ def test_rows_of_zeros_stay_zeros(scheme: Scheme) -> None:
     assert torch.equal(dequantize(quantize(weight, scheme)), weight)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 5), st.integers(0, 2**31), st.sampled_from(["int8", "int4", "fp8"]))
 def test_a_row_is_quantized_alike_alone_and_among_others(rows: int, seed: int, name: str) -> None:
     weight = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed))

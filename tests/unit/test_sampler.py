@@ -76,7 +76,7 @@ def test_temperature_zero_is_the_argmax() -> None:
     assert set(draw(20, temperature=0.0)) == {0}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 2**63), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=8))
 def test_a_row_is_sampled_the_same_alone_and_in_any_batch(keys: list[tuple[int, int, int]]) -> None:
     """Who else is in the batch, and on which worker, must not show."""

@@ -137,7 +137,7 @@ def test_drafts_take_what_is_left_and_nobody_goes_for_them() -> None:
 STATES = st.lists(st.tuples(st.integers(1, 120), st.integers(1, 80)).map(lambda t: (max(t), min(t))), max_size=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     STATES,
     st.lists(st.integers(0, 20), max_size=6),

@@ -50,7 +50,7 @@ def assert_empty(model: DraftModel, *targets: Sequence) -> None:
     assert model.cache.blocks.num_held == 0 and model.cache.seats.num_taken == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=5),
     st.booleans(),

@@ -154,7 +154,7 @@ def test_a_connection_that_is_cut_is_noticed_at_once() -> None:
 
 
 @given(at=st.integers(0, SIZE - 1), bit=st.integers(0, 7))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_bit_can_be_flipped(at: int, bit: int) -> None:
     def flip(data: bytes) -> bytes:
         return data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]

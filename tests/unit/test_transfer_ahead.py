@@ -194,7 +194,7 @@ MOVE = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(MOVE, max_size=60))
 def test_no_order_of_events_starts_decoding_on_wrong_kv_or_leaves_anything(moves: list[tuple[str, int, int]]) -> None:
     asyncio.run(_play(moves))

@@ -177,7 +177,7 @@ async def _run(steps: Sequence[Step], damage: dict[int, int], seed: int) -> None
     st.dictionaries(st.integers(0, 13), st.integers(1, 2), max_size=3),
     st.integers(0, 5),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_a_transfer_ends_once_on_both_sides_and_is_believed_only_if_all_of_it_came(
     steps: list[Step], damage: dict[int, int], seed: int
 ) -> None:
