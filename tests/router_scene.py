@@ -106,9 +106,11 @@ async def scene(
     values = {
         "host": "127.0.0.1", "port": 0, "redis_url": None, "max_queued_requests": 16, "max_queued_tokens": 1 << 20,
         "request_timeout": 20.0, "send_timeout": 10.0, "transfer_timeout": 5.0, "routing_policy": "pagewire",
+        "trust_request_chat_template": False,
         "workers": ",".join(w.address for w in workers.values()), **flags,
     }  # fmt: skip
-    model = ServedModel(("demo",), "demo", DIGEST, 256, 258, (EOS,), tokenizer, ChatTemplate(TEMPLATE, "<s>", "</s>"))
+    template, texts = ChatTemplate(TEMPLATE, "<s>", "</s>"), ("<s>", "</s>")
+    model = ServedModel(("demo",), "demo", DIGEST, 256, 258, (EOS,), tokenizer, template, special_texts=texts)
     async with running_router(argparse.Namespace(**values), model) as (router, _, port):
         await until(lambda: len(router.services.workers.live) >= len(workers))
         await until(

@@ -37,9 +37,13 @@ RAW = "<|im_start|>user\nCount from 3 to 9.<|im_end|>\n<|im_start|>assistant\n"
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     directory: Path = tmp_path_factory.mktemp("apis")
-    names = ("--served-model-name=demo", '--override-generation-config={"temperature": 0}')
+    router = (
+        "--served-model-name=demo",
+        "--trust-request-chat-template",
+        '--override-generation-config={"temperature": 0}',
+    )
     tools = ("--tool-call-parser=json",)
-    made = Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names, bridge_flags=tools)
+    made = Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=router, bridge_flags=tools)
     async with running(made) as started:
         yield started
 
@@ -278,6 +282,34 @@ async def test_vllms_truncation_leaves_room_for_the_answer(cluster: Cluster) -> 
     assert (await cluster.http.post("/v1/chat/completions", json=chat)).status_code == 400
     answer = (await cluster.http.post("/v1/chat/completions", json={**chat, "truncate_prompt_tokens": -1})).json()
     assert answer["usage"]["prompt_tokens"] == 506 and answer["usage"]["completion_tokens"] == 6
+
+
+RAG = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for d in documents or () %}{{ d.title }}: {{ d.text }}\n"
+    "{% endfor %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+async def test_a_chat_may_bring_its_template_and_documents(cluster: Cluster) -> None:
+    """The same answer as to the prompt that it makes; a template that never ends is a mistake of its own request."""
+    documents = [{"title": "Fact", "text": "Foxes are red."}]
+    chat = {"messages": MESSAGES, "documents": documents, "chat_template": RAG}
+    prompt = f"<|im_start|>user\nFact: Foxes are red.\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    templated = (await cluster.http.post("/chat_tokenize", json=chat)).json()
+    assert templated["templated_text"] == prompt
+    tokens = (await cluster.http.post("/tokenize", json=chat)).json()["tokens"]
+    assert tokens == [t["id"] for t in templated["tokenize_response"]]
+    plain = {"prompt": tokens, "max_tokens": 12, "stop": ["<|im_end|>"]}
+    expected = (await cluster.http.post("/v1/completions", json=plain)).json()["choices"][0]["text"]
+    ends = {"chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"}
+    endless = asyncio.create_task(cluster.http.post("/v1/chat/completions", json={**chat, **ends}))
+    assert await openai_text(cluster, max_tokens=12, **{**chat, "messages": MESSAGES}) == expected
+    asked = {"input": QUESTION, "max_output_tokens": 12, "documents": documents, "chat_template": RAG}
+    response = (await cluster.http.post("/v1/responses", json=asked)).json()
+    assert response["output"][0]["content"][0]["text"] == expected
+    for refused in (await endless, await cluster.http.post("/tokenize", json={**chat, "chat_template": "{% if %}"})):
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "chat_template"
 
 
 async def test_tokens_have_the_ids_that_their_log_probabilities_name(cluster: Cluster) -> None:

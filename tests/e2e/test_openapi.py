@@ -122,6 +122,13 @@ async def test_every_example_is_answered_as_the_document_says(cluster: Cluster, 
     await cluster.settle()
 
 
+async def test_a_request_may_bring_no_template_unless_the_server_says_so(cluster: Cluster) -> None:
+    fields = {"messages": [{"role": "user", "content": "Hi"}], "chat_template": "{{ messages[0].content }}"}
+    for path, status in {"/v1/chat/completions": 400, "/tokenize": 400, "/chat_tokenize": 422}.items():
+        refused = await cluster.http.post(path, json=fields)
+        assert refused.status_code == status and "--trust-request-chat-template" in refused.text, path
+
+
 async def test_every_command_of_the_reference_runs(cluster: Cluster) -> None:
     """docs/api.md in a shell: every route is asked as it is shown there, and answers 200."""
     if shutil.which("bash") is None or shutil.which("curl") is None:

@@ -157,6 +157,8 @@ def test_template_options_reach_the_template() -> None:
     assert request.chat.continue_final_message and not request.chat.add_generation_prompt
     assert orjson.loads(request.chat.template_kwargs_json) == {"é": [1, None]}
     assert not chat(add_generation_prompt=False).chat.add_generation_prompt
+    assert chat(chat_template="{{ x }}").chat.chat_template == "{{ x }}"
+    assert not chat(chat_template="").chat.chat_template
     assert chat(cache_salt="s" * 1024).cache_salt == "s" * 1024
 
 
@@ -215,7 +217,7 @@ BOTH_WRONG: list[tuple[str, object]] = [
     ("tools", [{"type": "function"}]), ("tool_choice", "required"),
     ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"guided": 1}),
     ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("audio", {}), ("modalities", ["text", "audio"]),
-    ("use_beam_search", True), ("suffix", "x"), ("chat_template", "{{ x }}"),
+    ("use_beam_search", True), ("suffix", "x"), ("chat_template", 1),
     ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", 2**63),
     ("truncate_prompt_tokens", 1.0), ("truncate_prompt_tokens", True), ("truncation_side", "middle"),
     ("return_tokens_as_token_ids", 1), ("documents", {"a": "b"}), ("documents", [{"title": 1}]), ("documents", ["x"]),

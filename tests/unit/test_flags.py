@@ -22,6 +22,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "quantization": ("int4", "int4"),
     "served-model-name": ("a,b", "a,b"),
     "chat-template": ("{% for m in messages %}\n--{{ m }}", "{% for m in messages %}\n--{{ m }}"),
+    "trust-request-chat-template": ("", True),
     "max-model-len": ("4096", 4096),
     "max-input-tokens": ("100", 100),
     "generation-config": ("vllm", "vllm"),

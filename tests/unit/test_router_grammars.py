@@ -158,10 +158,10 @@ async def test_a_grammar_that_kills_its_compiler_costs_nobody_else(grammars: Gra
     assert others > 3
     for task in asked:
         assert "too much time or memory" in str(task.exception())
-    checkers = list(grammars._idle)
+    checkers = list(grammars._processes._idle)
     with pytest.raises(InvalidRequest, match="too much"):  # known: no process dies of it again
         await grammars.constraint(hostile, None)
-    assert grammars._idle == checkers
+    assert grammars._processes._idle == checkers
     assert (await grammars.constraint(output(regex="c"), None)).answer
 
 

@@ -72,13 +72,14 @@ class ChatTemplate:
 
 def load_chat_template(model_dir: Path, given: str | None = None) -> ChatTemplate | None:
     """The template `given` (a file or the template itself), else the model's; None if there is none."""
+    source = _given(given) if given else _own(model_dir)
+    return ChatTemplate(source, *special_texts(model_dir)) if source is not None else None
+
+
+def special_texts(model_dir: Path) -> tuple[str, str]:
+    """Beginning and end of a sequence, as templates name them; empty where there is none."""
     settings = read_json(model_dir / "tokenizer_config.json", {})
-    source = _given(given) if given else _own(model_dir, settings)
-    if source is None:
-        return None
-    return ChatTemplate(
-        source, special_token(settings.get("bos_token")) or "", special_token(settings.get("eos_token")) or ""
-    )
+    return special_token(settings.get("bos_token")) or "", special_token(settings.get("eos_token")) or ""
 
 
 def _given(given: str) -> str:
@@ -92,11 +93,11 @@ def _given(given: str) -> str:
         ) from error
 
 
-def _own(model_dir: Path, settings: Mapping[str, Any]) -> str | None:
+def _own(model_dir: Path) -> str | None:
     file = model_dir / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = settings.get("chat_template")
+    found = read_json(model_dir / "tokenizer_config.json", {}).get("chat_template")
     if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found}
         return named.get("default", next(iter(named.values()), None))

@@ -117,6 +117,8 @@ FLAGS: dict[str, Flag] = {
                          choices=("int8", "int4", "fp8")),
     "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
     "chat-template": Flag(None, "a Jinja file or template; default: the model's"),
+    "trust-request-chat-template": Flag(False, "requests may bring a chat template of their own; it is rendered in a "
+                                               "process with bounds", None),
     "max-model-len": Flag(None, "longest prompt + output in tokens; default: the model's", positive),
     "max-input-tokens": Flag(None, "longest prompt in tokens; default: what the context allows", positive,
                              aliases=("--max-input-length",)),
@@ -200,10 +202,10 @@ SSL_FLAGS = ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs")
 TLS_FLAGS = ("tls-cert", "tls-key", "tls-ca")
 TRACE_FLAGS = ("otlp-traces-endpoint", "otlp-service-name")
 ROUTER_FLAGS = (
-    "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "max-input-tokens",
-    "generation-config", "override-generation-config", "host", "port",
-    "redis-url", "workers", "routing-policy", "max-queued-requests", "max-queued-tokens", "request-timeout",
-    "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, *TRACE_FLAGS,
+    "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template",
+    "trust-request-chat-template", "max-input-tokens", "generation-config", "override-generation-config",
+    "host", "port", "redis-url", "workers", "routing-policy", "max-queued-requests", "max-queued-tokens",
+    "request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, *TRACE_FLAGS,
     "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
@@ -225,7 +227,8 @@ BRIDGE_FLAGS = (
 # As --help shows them.
 FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "the model": (
-        "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template", "max-model-len",
+        "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template",
+        "trust-request-chat-template", "max-model-len",
         "max-input-tokens", "generation-config", "override-generation-config", "dtype", "quantization",
     ),
     "memory and steps": (

@@ -1,31 +1,18 @@
-"""What clients' outputs must follow, compiled before they are admitted, in processes that may die of it.
-
-A hostile grammar costs its own request a 400, the others at most a place in a short queue, and the event loop nothing.
-"""
+"""What clients' outputs must follow, compiled before they are admitted, in processes that may die of it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import structlog
 from pagewire.v1 import common_pb2, inference_pb2
-from pagewire_core.errors import Internal, InvalidRequest, Overloaded, PagewireError, from_proto
+from pagewire_core.errors import InvalidRequest, PagewireError, from_proto
 
-from pagewire_router.grammar_check import LENGTH
+from pagewire_router.bounded import BoundedProcesses
 from pagewire_router.request import ValidRequest
 
-log = structlog.get_logger(__name__)
-
 MAX_BYTES = 512 << 10  # of what a client gives
-_PROCESSES = 2
-_MAX_WAITING = 64
-_STARTS = 2
-_WALL_S = 30.0  # for a machine that is so busy that a few seconds of CPU time take this long
 _KEPT, _KEPT_BYTES = 512, 64 << 20
 _TOO_MUCH = "the grammar takes too much time or memory to compile; make it simpler"
 
@@ -62,15 +49,11 @@ def _thoughts_to_come(request: inference_pb2.GenerateRequest, prompt_tail: str) 
 
 
 class Grammars:
-    """Starts its processes when they are first needed. `vocab_size` and the ids are the model's."""
+    """`vocab_size` and the ids are the model's."""
 
     def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._command = [
-            sys.executable, "-P", "-m", "pagewire_router.grammar_check", str(tokenizer), str(vocab_size),
-            *map(str, eos_token_ids),
-        ]  # fmt: skip
-        self._idle: list[_Checker] = []
-        self._free = asyncio.Semaphore(_PROCESSES)
+        arguments = (str(tokenizer), str(vocab_size), *map(str, eos_token_ids))
+        self._processes = BoundedProcesses("pagewire_router.grammar_check", arguments, "compiling a grammar")
         self._known: OrderedDict[bytes, Outcome] = OrderedDict()
         self._known_bytes = 0
         self._running: dict[bytes, asyncio.Task[Outcome]] = {}
@@ -102,15 +85,12 @@ class Grammars:
         for task in self._running.values():
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
-        for checker in self._idle:
-            await checker.end()
+        await self._processes.close()
 
     async def _compiled(self, job: bytes) -> Outcome:
         """Equal ones at the same time are compiled once, and to the end, whoever still waits."""
         task = self._running.get(job)
         if task is None:
-            if len(self._running) >= _MAX_WAITING:
-                raise Overloaded("too many grammars are being compiled; try again", retry_after_s=1.0)
             task = self._running[job] = asyncio.create_task(self._compile(job))
             task.add_done_callback(lambda done: self._forget(job, done))
         return await asyncio.shield(task)
@@ -121,78 +101,17 @@ class Grammars:
             done.exception()  # nobody may have waited for it
 
     async def _compile(self, job: bytes) -> Outcome:
-        async with self._checker() as checker:
-            outcome = await checker.check(job)
+        outcome = _outcome(await self._processes.ask(job))
         self._known[job] = outcome
         self._known_bytes += 2 * len(job)
         while len(self._known) > _KEPT or self._known_bytes > _KEPT_BYTES:
             self._known_bytes -= 2 * len(self._known.popitem(last=False)[0])
         return outcome
 
-    @contextlib.asynccontextmanager
-    async def _checker(self) -> AsyncIterator[_Checker]:
-        """One that nobody else uses; it is kept unless it died."""
-        async with self._free:
-            checker = self._idle.pop() if self._idle else await _Checker.start(self._command)
-            try:
-                yield checker
-            except BaseException:
-                await checker.end()
-                raise
-            if checker.alive:
-                self._idle.append(checker)
 
-
-class _Checker:
-    """One process of grammar_check.py."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdin is not None and process.stdout is not None
-        self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
-        self.alive = True
-
-    @classmethod
-    async def start(cls, command: list[str]) -> _Checker:
-        """Raises Internal if it does not come up; on a machine that is too busy it may do so only the second time."""
-        for _ in range(_STARTS):
-            if checker := await cls._started(command):
-                return checker
-        raise Internal("structured output is not available: its compiler does not start")
-
-    @classmethod
-    async def _started(cls, command: list[str]) -> _Checker | None:
-        pipe = asyncio.subprocess.PIPE
-        checker = cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe))
-        try:
-            async with asyncio.timeout(_WALL_S):
-                await checker._stdout.readexactly(1)
-        except (asyncio.IncompleteReadError, TimeoutError):
-            await checker.end()
-            log.warning("a grammar compiler did not start")
-            return None
-        return checker
-
-    async def check(self, job: bytes) -> Outcome:
-        """What the process says; one that says nothing has died of it."""
-        try:
-            async with asyncio.timeout(_WALL_S):
-                self._stdin.write(LENGTH.pack(len(job)) + job)
-                await self._stdin.drain()
-                (length,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
-                answer = await self._stdout.readexactly(length)
-        except TimeoutError:
-            await self.end()
-            raise Overloaded("compiling the grammar took too long; try again", retry_after_s=1.0) from None
-        except (asyncio.IncompleteReadError, ConnectionError):
-            await self.end()
-            log.warning("a grammar was too much for its compiler", exit_code=self._process.returncode, bytes=len(job))
-            return InvalidRequest(_TOO_MUCH, "structured_outputs")
-        if answer[:1] == b"E":
-            return from_proto(common_pb2.Error.FromString(answer[1:]))
-        return common_pb2.Constraint.FromString(answer[1:])
-
-    async def end(self) -> None:
-        self.alive = False
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
+def _outcome(answer: bytes | None) -> Outcome:
+    if answer is None:
+        return InvalidRequest(_TOO_MUCH, "structured_outputs")
+    if answer[:1] == b"E":
+        return from_proto(common_pb2.Error.FromString(answer[1:]))
+    return common_pb2.Constraint.FromString(answer[1:])

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from pagewire.v1 import inference_pb2
-from pagewire_core.chat_template import ChatTemplate, load_chat_template
+from pagewire_core.chat_template import ChatTemplate, load_chat_template, special_texts
 from pagewire_core.model_dir import ModelDir, locate, resolve_model
 from pagewire_core.tokenizer import Tokenizer
 
@@ -26,6 +26,7 @@ class ServedModel:
     description: inference_pb2.Model = field(default_factory=inference_pb2.Model)  # without name and readiness
     max_input_tokens: int | None = None  # a prompt may have no more, whatever the context
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    special_texts: tuple[str, str] = ("", "")  # beginning and end of a sequence, as templates name them
 
 
 def load_served_model(
@@ -58,6 +59,7 @@ def load_served_model(
         description=_describe(model_dir, is_chat=template is not None),
         max_input_tokens=max_input_tokens,
         sampling_defaults=load_sampling_defaults(model_dir, generation_config, override_generation_config),
+        special_texts=special_texts(text_dir),
     )
 
 

@@ -76,9 +76,12 @@ class ValidRequest:
         return self.sampling.HasField("logprobs")
 
 
-def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_model_len: int) -> ValidRequest:
+def validate(
+    request: inference_pb2.GenerateRequest, model: ServedModel, max_model_len: int, rendered: str | None = None
+) -> ValidRequest:
     """Checks a request against a model and the longest context that the workers allow, in tokens.
 
+    rendered: the text of its chat, if that brought a template of its own.
     Raises ModelNotFound, InvalidRequest, and ContextLength if prompt and output cannot fit.
     """
     check_model(request.model, model)
@@ -97,7 +100,7 @@ def validate(request: inference_pb2.GenerateRequest, model: ServedModel, max_mod
     for name, longest in MAX_LENGTHS.items():
         if len(getattr(request, name)) > longest:
             raise InvalidRequest(f"{name} must have at most {longest} characters", param=name)
-    prompt_ids, text = _cut(request, model, max_model_len, *_prompt(request, model, max_model_len))
+    prompt_ids, text = _cut(request, model, max_model_len, *_prompt(request, model, max_model_len, rendered))
     if not prompt_ids:
         raise InvalidRequest("the prompt is empty: it must have at least one token", param=_prompt_field(request))
     if model.max_input_tokens and len(prompt_ids) > model.max_input_tokens:
@@ -155,7 +158,9 @@ def _prompt_field(request: inference_pb2.GenerateRequest) -> str:
     return "messages" if request.WhichOneof("prompt") == "chat" else "prompt"
 
 
-def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel, limit: int) -> tuple[list[int], str | None]:
+def _prompt(
+    request: inference_pb2.GenerateRequest, model: ServedModel, limit: int, rendered: str | None
+) -> tuple[list[int], str | None]:
     """Ids of the prompt, and its text unless it came as ids. What cannot have as few tokens as `limit` is not read."""
     kind, may_be_longer = request.WhichOneof("prompt"), bool(request.truncate_prompt_tokens or request.truncate_to_fit)
     if kind == "token_ids":
@@ -168,7 +173,7 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel, limit: i
     if kind == "chat":
         if len(request.chat.messages) > limit:
             raise ContextLength(f"at most {limit} messages fit this model", param="messages")
-        text, special = render(request.chat, model.chat_template), False
+        text, special = render(request.chat, model.chat_template) if rendered is None else rendered, False
     elif kind == "text":
         text, special = request.text, True
     else:

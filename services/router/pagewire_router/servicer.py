@@ -28,6 +28,7 @@ from pagewire_router.generation import Generation, Services
 from pagewire_router.grammars import Grammars, constrain
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
+from pagewire_router.request_templates import RequestTemplates
 from pagewire_router.spans import describe_request
 from pagewire_router.text import detokenize, tokenize
 from pagewire_router.workers import Worker
@@ -57,6 +58,7 @@ class Router:
     timeouts: Timeouts
     feeds: Feeds[inference_pb2.DeltaFeedResponse]
     grammars: Grammars
+    templates: RequestTemplates
 
     @property
     def redis_connected(self) -> bool:
@@ -77,7 +79,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metrics, arrived = self._router.services.metrics, time.monotonic()
         with tracing.begin("llm_request") as span:
             try:
-                valid = validate(request, self._router.model, self._router.max_model_len)
+                valid = await self._validated(request)
                 await constrain(valid, request, self._router.grammars)
             except PagewireError:
                 metrics.requests.labels("invalid_request").inc()
@@ -88,6 +90,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with contextlib.aclosing(ended_if_unread(responses, context, self._router.timeouts.send_s)) as read:
                 async for response in read:
                     yield response
+
+    async def _validated(self, request: inference_pb2.GenerateRequest) -> ValidRequest:
+        rendered = await self._router.templates.prompt_of(request.chat)
+        return validate(request, self._router.model, self._router.max_model_len, rendered)
 
     async def DeltaFeed(
         self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
@@ -177,7 +183,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.TokenizeResponse:
-        response = tokenize(request, self._router.model)
+        response = tokenize(request, self._router.model, await self._router.templates.prompt_of(request.chat))
         response.max_model_len = self._router.max_model_len
         return response
 
@@ -232,7 +238,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Explain(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.ExplainResponse:
-        valid = validate(request, self._router.model, self._router.max_model_len)
+        valid = await self._validated(request)
         return explain(valid, self._router.services.placement)
 
 

@@ -12,13 +12,18 @@ from pagewire_router.request import check_model
 _MAX_TEXT = 1 << 20
 
 
-def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel) -> inference_pb2.TokenizeResponse:
-    """Raises ModelNotFound and InvalidRequest as a GenerateRequest with this prompt would."""
+def tokenize(
+    request: inference_pb2.TokenizeRequest, model: ServedModel, rendered: str | None = None
+) -> inference_pb2.TokenizeResponse:
+    """rendered: the text of its chat, if that brought a template of its own.
+
+    Raises ModelNotFound and InvalidRequest as a GenerateRequest with this prompt would.
+    """
     check_model(request.model, model)
     if request.WhichOneof("prompt") is None:
         raise InvalidRequest("the request has no prompt: give text or chat")
     is_chat = request.HasField("chat")
-    text = render(request.chat, model.chat_template) if is_chat else request.text
+    text = request.text if not is_chat else render(request.chat, model.chat_template) if rendered is None else rendered
     if len(text) > _MAX_TEXT:  # this holds up every stream
         raise InvalidRequest(f"at most {_MAX_TEXT} characters are tokenized at a time", param="prompt")
     special = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat

@@ -216,7 +216,10 @@ class Message(_Body):
 class ConversationBody(_Body):
     """What chats and responses take alike."""
 
-    chat_template: str | None = None
+    chat_template: Annotated[
+        str | None,
+        Field(description="Jinja. Refused unless the server was started with --trust-request-chat-template."),
+    ] = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, str]] | None = None
     thinking_token_budget: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None

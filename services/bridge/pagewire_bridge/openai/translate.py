@@ -96,6 +96,7 @@ def to_chat(body: ChatBody) -> inference_pb2.Chat:
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         template_kwargs_json=orjson.dumps(kwargs).decode() if kwargs else "",
+        chat_template=body.chat_template or "",
         tools_json=orjson.dumps([tool.model_dump(exclude_unset=True) for tool in tools]).decode() if tools else "",
     )
 

@@ -15,7 +15,6 @@ from pagewire_core.errors import InvalidRequest
 # Field -> values that ask for nothing; null is always one.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
-    "chat_template": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
@@ -28,7 +27,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 _UNSUPPORTED_IN_MESSAGE = ("audio", "function_call")
 # Of chats; other APIs do not have them.
 _UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
-    "documents": ([],), "tool_choice": ("none", "auto"), "tools": ([],)
+    "chat_template": ("",), "documents": ([],), "tool_choice": ("none", "auto"), "tools": ([],)
 }  # fmt: skip
 # Of OpenAI's Responses API.
 _UNSUPPORTED_IN_RESPONSES: dict[str, tuple[object, ...]] = {
