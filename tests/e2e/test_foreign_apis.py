@@ -40,6 +40,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
     router = (
         "--served-model-name=demo",
         "--trust-request-chat-template",
+        "--max-logprobs=25",
         '--override-generation-config={"temperature": 0}',
     )
     tools = ("--tool-call-parser=json",)
@@ -324,6 +325,22 @@ async def test_tokens_have_the_ids_that_their_log_probabilities_name(cluster: Cl
     [choice] = (await cluster.http.post("/v1/completions", json=plain)).json()["choices"]
     ids = [*choice["prompt_token_ids"], *choice["token_ids"]]
     assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in ids]
+
+
+async def test_the_operator_bounds_log_probabilities(cluster: Cluster) -> None:
+    for path, fields, name in (
+        ("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True}, "top_logprobs"),
+        ("/v1/completions", {"prompt": "a fox"}, "logprobs"),
+        ("/v1/completions", {"prompt": "a fox"}, "prompt_logprobs"),
+        ("/v1/responses", {"input": QUESTION}, "top_logprobs"),
+    ):
+        limit = {"max_output_tokens" if path.endswith("responses") else "max_tokens": 16}
+        whole, refused = [await cluster.http.post(path, json={**fields, **limit, name: number}) for number in (25, 26)]
+        assert whole.status_code == 200 and refused.status_code == 400, path
+        assert refused.json()["error"]["param"] == name and "--max-logprobs" in refused.json()["error"]["message"]
+        if "messages" in fields:
+            [first, *_] = whole.json()["choices"][0]["logprobs"]["content"]
+            assert len({top["logprob"] for top in first["top_logprobs"]}) > 20
 
 
 async def test_sampling_defaults_are_the_models_for_openai_and_anthropic_alone(cluster: Cluster) -> None:

@@ -146,7 +146,7 @@ async def test_no_tokens_at_all_may_be_asked_for_with_an_echo(bridge: Bridge) ->
     ("fields", "param"),
     [
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
-        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens"),

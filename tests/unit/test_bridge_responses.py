@@ -208,7 +208,7 @@ async def test_refusals_have_their_status_and_the_field_of_this_api(bridge: Brid
         ({"include": ["everything"]}, "include[0]"),
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
-        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": -1}, "top_logprobs"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 2, "min_tokens": 3}, "min_tokens"),
         ({"temperature": 3}, "temperature"),

@@ -27,6 +27,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max-input-tokens": ("100", 100),
     "generation-config": ("vllm", "vllm"),
     "override-generation-config": ('{"top_k": 5}', '{"top_k": 5}'),
+    "max-logprobs": ("50", 50),
+    "seed": ("7", 7),
     "block-size": ("32", 32),
     "gpu-memory-utilization": ("0.5", 0.5),
     "kv-cache-memory-bytes": ("1.5G", 1610612736),

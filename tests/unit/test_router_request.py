@@ -86,6 +86,17 @@ def test_a_text_that_is_to_be_cut_has_a_bound_too(model: ServedModel) -> None:
             ask(model, text="x" * (1 << 20) + "x", **field)
 
 
+def test_the_operator_says_how_many_log_probabilities_are_too_many(model: ServedModel) -> None:
+    more, none = (dataclasses.replace(model, max_logprobs=number) for number in (50, 0))
+    fields = {"sampling": common_pb2.SamplingParams(logprobs=50), "prompt_logprobs": 50}
+    assert ask(more, **fields).sampling.logprobs == 50
+    for served, name in ((model, "logprobs"), (model, "prompt_logprobs"), (none, "logprobs")):
+        with pytest.raises(InvalidRequest, match=r"--max-logprobs") as caught:
+            ask(served, **{key: value for key, value in fields.items() if (key == "sampling") == (name == "logprobs")})
+        assert caught.value.param == name
+    assert ask(none, sampling=common_pb2.SamplingParams(logprobs=0)).sampling.HasField("logprobs")
+
+
 def test_a_chat_goes_through_the_template_without_a_second_bos(model: ServedModel) -> None:
     valid = validate(inference_pb2.GenerateRequest(chat=chat(("user", "hi"))), model, LIMIT)
     assert model.tokenizer.decode(valid.prompt_ids, False) == "<s><user>hi</s><assistant>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pagewire.v1 import inference_pb2
+from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_cli.serve import demo_model
 from pagewire_core.errors import InvalidRequest, ModelNotFound
 from pagewire_router.model import ServedModel, load_served_model
@@ -46,6 +46,23 @@ def test_a_prompt_is_cut_from_the_left_when_asked(model: ServedModel) -> None:
     ids = list(range(10, 30))
     request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=ids), truncate_prompt_tokens=5)
     assert validate(request, model, 512).prompt_ids == ids[-5:]
+
+
+def test_a_seed_of_the_router_makes_those_of_requests() -> None:
+    """The same requests in the same order draw the same; what a request says itself takes none away."""
+
+    def seeds(**given: int) -> list[int]:
+        served, found = load_served_model(str(demo_model()), **given), []
+        for seed in (None, 7, None, None):
+            sampling = common_pb2.SamplingParams(seed=seed)
+            found.append(
+                validate(inference_pb2.GenerateRequest(text="hi", sampling=sampling), served, 64).sampling.seed
+            )
+        return found
+
+    first = seeds(seed=3)
+    assert first == seeds(seed=3) and first[1] == 7 and len(set(first)) == 4
+    assert first != seeds(seed=4) and seeds()[0] != seeds()[0]
 
 
 def test_the_demo_model_is_described_from_its_files(model: ServedModel) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from pagewire_cli import console, gpus, main, plan, serve
-from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
+from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, SO_ANYWAY
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS
@@ -41,8 +41,9 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
     ("arguments", "message"),
     [
         (["--data-parallel-size", "2"], "--data-parallel-size is not implemented yet"),
-        (["--load-format=dummy"], "--load-format is not implemented yet"),
-        (["--no-enable-log-requests"], "--no-enable-log-requests is not implemented yet"),
+        (["--load-format=dummy"], "argument --load-format: invalid choice: 'dummy'"),
+        (["--enable-log-requests"], "--enable-log-requests is not implemented yet"),
+        (["--max-logprobs", "-1"], "argument --max-logprobs: must be 0 or more"),
         (["-dp", "2"], "-dp is not implemented yet"),
         (["-tp", "0"], "argument --tensor-parallel-size/-tp/--num-shard: must be positive"),
         (["--max_model_len=3"], "unknown flag --max_model_len; did you mean --max-model-len?"),
@@ -64,7 +65,21 @@ def test_what_cannot_be_served_is_refused_with_exit_code_2(
 
 
 def test_no_flag_is_both_implemented_and_not() -> None:
-    assert not NOT_IMPLEMENTED & set(FLAGS)
+    assert not NOT_IMPLEMENTED & {*FLAGS, *SO_ANYWAY} and not SO_ANYWAY.keys() & set(FLAGS)
+
+
+def test_flags_of_vllm_may_say_what_is_so_anyway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No flag is accepted and then ignored: another value is refused, wherever it stands."""
+    said = [f"--{name}={values[-1]}" if values else f"--{name}" for name, values in SO_ANYWAY.items()]
+    assert _args(*said).response_role == "assistant"
+    assert _args("-q", "int8").quantization == "int8"
+    on, off = tmp_path / "on.yaml", tmp_path / "off.yaml"
+    on.write_text("enable_prompt_tokens_details: true\nload-format: safetensors\n")
+    off.write_text("enable_prompt_tokens_details: false\n")
+    assert _args("--config", str(on)).load_format == "safetensors"
+    with pytest.raises(SystemExit):
+        _args("--config", str(off))
+    assert "--enable-prompt-tokens-details cannot be turned off" in capsys.readouterr().err
 
 
 def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:

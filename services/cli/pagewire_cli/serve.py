@@ -14,7 +14,7 @@ from pagewire_core.command_line import PRECEDENCE, add_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, number
 
-from pagewire_cli.vllm_flags import NOT_IMPLEMENTED
+from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, add_so_anyway, refuse_otherwise
 
 # What the supervisor decides for each process itself.
 _OWN = frozenset({"role", "worker-id", "router", "cpu-lending", *TLS_FLAGS})
@@ -59,6 +59,8 @@ def add_subcommand(
     ):
         parser.settable(action)
     add_flags(parser, SERVE_FLAGS)
+    for action in add_so_anyway(parser.add_argument_group("of vLLM, for what is so anyway")):
+        parser.settable(action)
     parser.set_defaults(parser=parser, run=_run, **defaults)
 
 
@@ -70,6 +72,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     elsewhere = args.parser.get_default("model")  # what environment or file say yields to MODEL
     if args.model_tag is not None and args.model not in (None, elsewhere, args.model_tag):
         args.parser.error(f"MODEL is {args.model_tag} but --model is {args.model}; give one of them")
+    refuse_otherwise(args, args.parser)
     model = args.model_tag or args.model
     if model is None:
         model = str(demo_model())

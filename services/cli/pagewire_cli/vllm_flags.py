@@ -1,16 +1,32 @@
-"""Flags of `vllm serve` that pagewire does not have yet: known, so that the refusal can say so."""
+"""Flags of `vllm serve`: those that pagewire does not have yet, and those that may only say what is so anyway."""
 
 from __future__ import annotations
+
+import argparse
+
+# Flag -> values; none: it is a switch.
+SO_ANYWAY: dict[str, tuple[str, ...]] = {
+    "load-format": ("auto", "safetensors"),
+    "tokenizer-mode": ("auto",),
+    "distributed-executor-backend": ("mp",),
+    "scheduling-policy": ("priority",),
+    "response-role": ("assistant",),
+    "enable-prompt-tokens-details": (),
+    "enable-request-id-headers": (),
+    "enable-server-load-tracking": (),
+    "disable-log-requests": (),
+    "no-enable-log-requests": (),
+}
 
 NOT_IMPLEMENTED: frozenset[str] = frozenset({
     # Parallelism.
     "data-parallel-size", "dp",
-    "enable-expert-parallel", "distributed-executor-backend", "nnodes", "node-rank",
+    "enable-expert-parallel", "nnodes", "node-rank",
     # Weights, memory and execution.
-    "q", "load-format", "tokenizer-mode", "tokenizer-revision", "hf-overrides",
+    "tokenizer-revision", "hf-overrides",
     "trust-remote-code", "swap-space", "cpu-offload-gb",
-    "compilation-config", "attention-backend", "seed",
-    "scheduling-policy", "async-scheduling", "num-gpu-blocks-override", "max-logprobs", "limit-mm-per-prompt",
+    "compilation-config", "attention-backend",
+    "async-scheduling", "num-gpu-blocks-override", "limit-mm-per-prompt",
     "prefix-caching-hash-algo",
     # Adapters, structure.
     "enable-lora", "lora-modules", "max-loras", "max-lora-rank",
@@ -18,9 +34,25 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     # The HTTP server.
     "uds", "enable-ssl-refresh",
     "allowed-methods", "allowed-headers", "allow-credentials", "root-path", "middleware",
-    "api-server-count", "response-role", "chat-template-content-format", "enable-prompt-tokens-details",
-    "enable-request-id-headers", "enable-server-load-tracking", "enable-log-requests", "max-log-len",
+    "api-server-count", "chat-template-content-format", "enable-log-requests", "max-log-len",
     "uvicorn-log-level", "disable-fastapi-docs",
     # Transfer, events, tracing.
     "kv-transfer-config", "kv-events-config", "collect-detailed-traces",
 })  # fmt: skip
+
+
+def add_so_anyway(group: argparse._ArgumentGroup) -> list[argparse.Action]:
+    """Takes the flags of SO_ANYWAY with their values alone."""
+    return [
+        group.add_argument(f"--{name}", choices=values)
+        if values
+        else group.add_argument(f"--{name}", action="store_true", default=None)
+        for name, values in SO_ANYWAY.items()
+    ]
+
+
+def refuse_otherwise(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Ends with exit code 2 where the environment or a file turns such a switch off."""
+    for name in SO_ANYWAY:
+        if getattr(args, name.replace("-", "_")) is False:
+            parser.error(f"--{name} cannot be turned off")

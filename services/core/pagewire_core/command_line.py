@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pagewire_core import settings
-from pagewire_core.flags import FLAG_GROUPS, FLAGS, Flag, fraction, not_negative, origins, positive, seconds
+from pagewire_core.flags import FLAG_GROUPS, FLAGS, Flag, count, fraction, not_negative, origins, positive, seconds
 from pagewire_core.help_text import HelpFormatter
 from pagewire_core.settings import Setting
 
@@ -24,7 +24,13 @@ like max-num-seqs: 64). The command line wins, then the environment, then the fi
 
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _LONG_CHOICES = 40  # characters; beyond it they go into the text
-_METAVARS: dict[Callable[[str], Any], str] = {positive: "N", not_negative: "N", seconds: "S", fraction: "SHARE"}
+_METAVARS: dict[Callable[[str], Any], str] = {
+    positive: "N",
+    count: "N",
+    not_negative: "N",
+    seconds: "S",
+    fraction: "SHARE",
+}
 _HELP = frozenset({"-h", "--help"})
 
 

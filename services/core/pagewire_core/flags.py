@@ -54,6 +54,7 @@ def number(name: str, kind: Callable[[str], N], accepts: Callable[[N], bool], re
 
 
 positive = number("positive", int, lambda n: n > 0, "must be positive")
+count = number("count", int, lambda n: 0 <= n < 2**32, "must be 0 or more, and below 4294967296")
 not_negative = number("not_negative", float, lambda x: 0 <= x < math.inf, "must be finite and not negative")
 port = number("port", int, lambda n: 0 <= n <= 65535, "must be between 0 and 65535")
 fraction = number("fraction", float, lambda x: 0 < x <= 1, "must be in (0, 1]")
@@ -114,7 +115,7 @@ FLAGS: dict[str, Flag] = {
     "pipeline-parallel-size": Flag(1, "stages of layers, each of --tensor-parallel-size processes", positive,
                                    aliases=("-pp",)),
     "quantization": Flag(None, "store the weights in fewer bits, made at load from an unquantized checkpoint",
-                         choices=("int8", "int4", "fp8")),
+                         choices=("int8", "int4", "fp8"), aliases=("-q",)),
     "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
     "chat-template": Flag(None, "a Jinja file or template; default: the model's"),
     "trust-request-chat-template": Flag(False, "requests may bring a chat template of their own; it is rendered in a "
@@ -126,6 +127,9 @@ FLAGS: dict[str, Flag] = {
                                       "generation_config.json; vllm, OpenAI's; or a folder with such a file"),
     "override-generation-config": Flag(None, "sampling defaults over those, as JSON: temperature, top_p, top_k, min_p, "
                                              "repetition_penalty, max_new_tokens"),
+    "max-logprobs": Flag(20, "tokens whose log probabilities may be asked for in the place of one", count),
+    "seed": Flag(None, "of the seeds that requests without one get, each the next: the same requests in the same order "
+                       "have the same answers again", int),
     # The engine.
     "block-size": Flag(16, "tokens in a KV block; divides 64", int, choices=("8", "16", "32", "64")),
     "gpu-memory-utilization": Flag(0.9, "share of the device's memory for weights and KV (of free RAM on a CPU, "
@@ -204,9 +208,9 @@ TRACE_FLAGS = ("otlp-traces-endpoint", "otlp-service-name")
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template",
     "trust-request-chat-template", "max-input-tokens", "generation-config", "override-generation-config",
-    "host", "port", "redis-url", "workers", "routing-policy", "max-queued-requests", "max-queued-tokens",
-    "request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout", *TLS_FLAGS, *TRACE_FLAGS,
-    "log-format", "log-level",
+    "max-logprobs", "seed", "host", "port", "redis-url", "workers", "routing-policy", "max-queued-requests",
+    "max-queued-tokens", "request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout",
+    *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
     "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "tensor-parallel-size",
@@ -229,7 +233,8 @@ FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "the model": (
         "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template",
         "trust-request-chat-template", "max-model-len",
-        "max-input-tokens", "generation-config", "override-generation-config", "dtype", "quantization",
+        "max-input-tokens", "generation-config", "override-generation-config", "max-logprobs", "seed", "dtype",
+        "quantization",
     ),
     "memory and steps": (
         "device", "gpu-memory-utilization", "kv-cache-memory-bytes", "kv-cache-dtype", "block-size",

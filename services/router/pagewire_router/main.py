@@ -71,6 +71,8 @@ def _run(args: argparse.Namespace) -> None:
         max_input_tokens=args.max_input_tokens,
         generation_config=args.generation_config,
         override_generation_config=args.override_generation_config,
+        max_logprobs=args.max_logprobs,
+        seed=args.seed,
     )
     tell(model.sampling_defaults)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

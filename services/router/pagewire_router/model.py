@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import random
+import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pagewire.v1 import inference_pb2
@@ -11,6 +15,11 @@ from pagewire_core.model_dir import ModelDir, locate, resolve_model
 from pagewire_core.tokenizer import Tokenizer
 
 from pagewire_router.sampling_defaults import SamplingDefaults, load_sampling_defaults, with_generation_config
+from pagewire_router.sampling_limits import MAX_LOGPROBS
+
+
+def _any_seed() -> int:
+    return secrets.randbits(63)
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class ServedModel:
     description: inference_pb2.Model = field(default_factory=inference_pb2.Model)  # without name and readiness
     max_input_tokens: int | None = None  # a prompt may have no more, whatever the context
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    max_logprobs: int = MAX_LOGPROBS
+    draw_seed: Callable[[], int] = _any_seed  # of a request that has none
     special_texts: tuple[str, str] = ("", "")  # beginning and end of a sequence, as templates name them
 
 
@@ -40,8 +51,13 @@ def load_served_model(
     max_input_tokens: int | None = None,
     generation_config: str = "auto",
     override_generation_config: str | None = None,
+    max_logprobs: int = MAX_LOGPROBS,
+    seed: int | None = None,
 ) -> ServedModel:
-    """Reads everything a router needs of a model. `served_names` is comma-separated. Raises StartupError."""
+    """Reads everything a router needs of a model. `served_names` is comma-separated. Raises StartupError.
+
+    seed: of the generator that draws the seeds of requests without one; None: they are never the same twice.
+    """
     model_dir = with_generation_config(resolve_model(model, revision, download_dir), generation_config)
     text_dir = locate(tokenizer, None, download_dir) if tokenizer else model_dir.path
     codec = Tokenizer(text_dir)
@@ -59,6 +75,8 @@ def load_served_model(
         description=_describe(model_dir, is_chat=template is not None),
         max_input_tokens=max_input_tokens,
         sampling_defaults=load_sampling_defaults(model_dir, generation_config, override_generation_config),
+        max_logprobs=max_logprobs,
+        draw_seed=_any_seed if seed is None else functools.partial(random.Random(seed).getrandbits, 63),
         special_texts=special_texts(text_dir),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.chat import render
 from pagewire_router.model import ServedModel
 from pagewire_router.sampling_defaults import SamplingDefaults
-from pagewire_router.sampling_limits import MAX_LOGPROBS, check_sampling
+from pagewire_router.sampling_limits import check_sampling
 
 MAX_CHOICES = 128
 _TAIL = 64  # characters of the prompt: enough to see whether thoughts are open at its end
@@ -92,10 +91,11 @@ def validate(
     sampling.CopyFrom(request.sampling)
     if request.model_sampling_defaults:
         model.sampling_defaults.fill(sampling)
-    check_sampling(sampling, model.vocab_size)
-    if request.prompt_logprobs > MAX_LOGPROBS:
+    check_sampling(sampling, model.vocab_size, model.max_logprobs)
+    if request.prompt_logprobs > model.max_logprobs:
         raise InvalidRequest(
-            f"prompt_logprobs must be at most {MAX_LOGPROBS}, not {request.prompt_logprobs}", param="prompt_logprobs"
+            f"prompt_logprobs must be at most {model.max_logprobs} (--max-logprobs), not {request.prompt_logprobs}",
+            param="prompt_logprobs",
         )
     for name, longest in MAX_LENGTHS.items():
         if len(getattr(request, name)) > longest:
@@ -118,7 +118,7 @@ def validate(
             param="min_tokens",
         )
     if not sampling.HasField("seed"):
-        sampling.seed = secrets.randbits(63)
+        sampling.seed = model.draw_seed()
     del sampling.eos_token_ids[:]
     sampling.eos_token_ids.extend(model.eos_token_ids)
     del sampling.bad_tokens[:]

@@ -28,7 +28,7 @@ _RANGES: dict[str, tuple[float, float, bool, str]] = {
 _ABSENT_IS_DEFAULT = frozenset({"temperature", "top_p", "typical_p", "repetition_penalty"})
 
 
-def check_sampling(sampling: common_pb2.SamplingParams, vocab_size: int) -> None:
+def check_sampling(sampling: common_pb2.SamplingParams, vocab_size: int, max_logprobs: int = MAX_LOGPROBS) -> None:
     """Raises InvalidRequest that names the first field out of its range."""
     for name, (lowest, highest, inclusive, told) in _RANGES.items():
         if name in _ABSENT_IS_DEFAULT and not sampling.HasField(name):
@@ -39,8 +39,9 @@ def check_sampling(sampling: common_pb2.SamplingParams, vocab_size: int) -> None
             raise InvalidRequest(f"{name} must be {told}, not {value:g}", param=name)
     if sampling.top_k < -1:
         raise InvalidRequest(f"top_k must be 0 (off) or more, not {sampling.top_k}", param="top_k")
-    if sampling.HasField("logprobs") and sampling.logprobs > MAX_LOGPROBS:
-        raise InvalidRequest(f"logprobs must be at most {MAX_LOGPROBS}, not {sampling.logprobs}", param="logprobs")
+    if sampling.HasField("logprobs") and sampling.logprobs > max_logprobs:
+        told = f"log probabilities of at most {max_logprobs} tokens are told for one (--max-logprobs)"
+        raise InvalidRequest(f"{told}, not of {sampling.logprobs}", param="logprobs")
     _check_stop(sampling)
     _check_bad_words(sampling)
     _check_ids(sampling, vocab_size)

@@ -28,8 +28,6 @@ MAX_STOP_STRINGS = 64
 MAX_BAD_WORDS = 1024
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PROMPTS = 256  # each is a call of its own to the router
-MAX_COMPLETION_LOGPROBS = 5
-MAX_PROMPT_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
 
 _UINT32_MAX = 2**32 - 1
@@ -39,6 +37,7 @@ _TOKEN_ID_KEY = re.compile(r"[0-9]{1,10}")
 
 TokenId = Annotated[int, Field(ge=0, le=_UINT32_MAX)]
 TokenCount = Annotated[int, Field(ge=1, le=_UINT32_MAX)]
+NumLogprobs = Annotated[int, Field(ge=0, le=_UINT32_MAX)]  # the router says how many are too many
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 # As they are described; functions below judge them.
 _Stop = Annotated[str, Field(min_length=1)]
@@ -179,7 +178,7 @@ class GenerationBody(SamplingBody):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
+    prompt_logprobs: NumLogprobs | None = None
     logprob_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
     response_format: ResponseFormat | None = None
 
@@ -231,7 +230,7 @@ class ChatBody(GenerationBody, ConversationBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: NumLogprobs | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     tools: Annotated[list[ToolShape], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
@@ -263,7 +262,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[list[str | list[int]], PlainValidator(prompts, json_schema_input_type=Prompts)]
     max_tokens: Annotated[int, Field(ge=0, le=_UINT32_MAX)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    logprobs: NumLogprobs | None = None
     best_of: int | None = None
 
     @property

@@ -69,13 +69,15 @@ def to_truncation(body: SamplingBody) -> dict[str, Any]:
 
 @contextmanager
 def blaming(body: GenerationBody) -> Iterator[None]:
-    """A form of output that the router refuses is told by the name of the field it came in."""
+    """What the router refuses by its own name for it is told by that of the field it came in."""
     try:
         yield
     except InvalidRequest as error:
         if error.param in ("structured_outputs", "structural_tag") and body.structured_outputs is None:
             asked = body.response_format is not None and body.response_format.type != "text"
             raise InvalidRequest(error.message, "response_format" if asked else "tools") from error
+        if error.param == "logprobs" and isinstance(body, ChatBody):
+            raise InvalidRequest(error.message, "top_logprobs") from error
         raise
 
 

@@ -8,7 +8,7 @@ from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from pagewire_bridge.openai.responses.items import InputItem, input_items
-from pagewire_bridge.openai.schema import ConversationBody, SamplingBody, TokenCount
+from pagewire_bridge.openai.schema import ConversationBody, NumLogprobs, SamplingBody, TokenCount
 from pagewire_bridge.openai.tools import MAX_TOOLS, ToolName
 
 Metadata = Annotated[
@@ -87,7 +87,7 @@ class ResponsesBody(SamplingBody, ConversationBody):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: NumLogprobs | None = None
     include: list[Includable] | None = None
     safety_identifier: Annotated[str, Field(max_length=1024)] | None = None
 
