@@ -55,6 +55,27 @@ async def test_vectors_are_those_of_the_reference_alone_and_in_a_batch(cluster: 
         assert alone["data"][0]["embedding"] == pytest.approx(found["embedding"], abs=1e-6)
 
 
+async def test_inputs_are_cut_as_vllm_cuts_them(cluster: Cluster) -> None:
+    """Their first tokens are used unless the client says otherwise; -1 is as many as the model takes."""
+
+    async def vectors(*inputs: list[int], **fields: Any) -> list[list[float]]:
+        answer = await post(cluster, "/v1/embeddings", {"input": [*inputs], **fields})
+        return [found["embedding"] for found in answer["data"]]
+
+    whole = PROMPTS[2]
+    first, last = await vectors(whole[:20], whole[-20:])
+    assert [first] == [pytest.approx(v, abs=1e-6) for v in await vectors(whole, truncate_prompt_tokens=20)]
+    left = {"truncate_prompt_tokens": 20, "truncation_side": "left"}
+    assert [last] == [pytest.approx(v, abs=1e-6) for v in await vectors(whole, **left)]
+    longest = (await cluster.http.get("/v1/models")).json()["data"][0]["max_model_len"]
+    long = [5 + i % 200 for i in range(longest + 9)]
+    [cut] = await vectors(long, truncate_prompt_tokens=-1)
+    assert [cut] == [pytest.approx(v, abs=1e-6) for v in await vectors(long[:longest])]
+    for wrong in ({}, {"truncate_prompt_tokens": longest + 1}, {"truncate_prompt_tokens": 0}):
+        refused = await cluster.http.post("/v1/embeddings", json={"input": long, **wrong})
+        assert refused.status_code == 400, wrong
+
+
 async def test_embedding_beside_generation_disturbs_neither(cluster: Cluster) -> None:
     quiet = await cluster.complete(PROMPTS[2], max_tokens=40)
     vectors = await post(cluster, "/v1/embeddings", {"input": PROMPTS[2]})

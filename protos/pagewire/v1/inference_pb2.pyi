@@ -487,18 +487,22 @@ class Circuit(_message.Message):
     def __init__(self, leg: _Optional[str] = ..., workers: _Optional[_Iterable[str]] = ..., cause: _Optional[str] = ..., state: _Optional[str] = ..., failures: _Optional[int] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("request_id", "model", "inputs", "tenant", "truncate_prompt_tokens")
+    __slots__ = ("request_id", "model", "inputs", "tenant", "truncate_prompt_tokens", "truncate_to_fit", "keep_last_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_TO_FIT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_LAST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[EmbedInput]
     tenant: str
     truncate_prompt_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[EmbedInput, _Mapping]]] = ..., tenant: _Optional[str] = ..., truncate_prompt_tokens: _Optional[int] = ...) -> None: ...
+    truncate_to_fit: bool
+    keep_last_tokens: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[EmbedInput, _Mapping]]] = ..., tenant: _Optional[str] = ..., truncate_prompt_tokens: _Optional[int] = ..., truncate_to_fit: _Optional[bool] = ..., keep_last_tokens: _Optional[bool] = ...) -> None: ...
 
 class EmbedInput(_message.Message):
     __slots__ = ("text", "token_ids")

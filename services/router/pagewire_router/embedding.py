@@ -26,10 +26,11 @@ def inputs_of(request: inference_pb2.EmbedRequest, model: ServedModel, max_model
     check_model(request.model, model)
     if not 0 < len(request.inputs) <= MAX_INPUTS:
         raise InvalidRequest(f"there must be 1 to {MAX_INPUTS} inputs, not {len(request.inputs)}", param="input")
-    return [_ids(one, i, request.truncate_prompt_tokens, model, max_model_len) for i, one in enumerate(request.inputs)]
+    return [_ids(request, i, model, max_model_len) for i in range(len(request.inputs))]
 
 
-def _ids(one: inference_pb2.EmbedInput, i: int, truncate: int, model: ServedModel, max_model_len: int) -> list[int]:
+def _ids(request: inference_pb2.EmbedRequest, i: int, model: ServedModel, max_model_len: int) -> list[int]:
+    one = request.inputs[i]
     if one.HasField("token_ids"):
         ids = list(one.token_ids.ids)
         if any(token >= model.vocab_size for token in ids):
@@ -38,8 +39,10 @@ def _ids(one: inference_pb2.EmbedInput, i: int, truncate: int, model: ServedMode
         ids = model.tokenizer.encode(one.text, True)
     if not ids:
         raise InvalidRequest(f"input {i} is empty: it must have at least one token", param="input")
-    if truncate:
-        ids = ids[:truncate]
+    kept = request.truncate_prompt_tokens or len(ids)
+    kept = min(kept, max_model_len) if request.truncate_to_fit else kept
+    if len(ids) > kept:
+        ids = ids[-kept:] if request.keep_last_tokens else ids[:kept]
     if len(ids) > max_model_len:
         raise ContextLength(
             f"This model's maximum context length is {max_model_len} tokens. Input {i} has {len(ids)} tokens; "

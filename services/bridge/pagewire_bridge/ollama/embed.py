@@ -59,12 +59,12 @@ async def _vectors(request: Request, body: _Body, inputs: list[str]) -> tuple[li
         return [], 0
     model = to_model(body.model)
     try:
-        response = await embed(request, model, inputs, 0)
+        response = await embed(request, model, inputs)
     except ContextLength:
         if body.truncate is False:
             raise
         longest = (await client_of(request).list_models())[0].max_model_len
-        response = await embed(request, model, inputs, longest)
+        response = await embed(request, model, inputs, truncate_prompt_tokens=longest)
     return [list(one.vector) for one in response.embeddings], response.prompt_tokens
 
 

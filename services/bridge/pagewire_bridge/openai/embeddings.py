@@ -18,7 +18,7 @@ from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.openai.schema import Prompts, TokenCount, prompts
+from pagewire_bridge.openai.schema import Prompts, Truncation, num_kept, prompts
 from pagewire_bridge.openai.unsupported import ignored_fields_header
 from pagewire_bridge.responses import json_response
 
@@ -32,7 +32,17 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str | None = None
-    truncate_prompt_tokens: TokenCount | None = None
+    truncate_prompt_tokens: Truncation = None
+    truncation_side: Literal["left", "right"] | None = None
+
+    @property
+    def truncation(self) -> dict[str, Any]:
+        """Fields of an EmbedRequest: how its inputs are cut."""
+        return {
+            "truncate_prompt_tokens": num_kept(self.truncate_prompt_tokens),
+            "truncate_to_fit": self.truncate_prompt_tokens == -1,
+            "keep_last_tokens": self.truncation_side == "left",
+        }
 
 
 class EmbeddingsBody(_Body):
@@ -57,9 +67,12 @@ class RerankBody(_Body):
 
 
 async def embed(
-    request: Request, model: str | None, inputs: Sequence[str | list[int]], truncate: int
+    request: Request, model: str | None, inputs: Sequence[str | list[int]], **truncation: Any
 ) -> pb.EmbedResponse:
-    """The vectors of the inputs, for the tenant of the request. Raises PagewireError."""
+    """The vectors of the inputs, for the tenant of the request. Raises PagewireError.
+
+    truncation: fields of an EmbedRequest.
+    """
     asked = pb.EmbedRequest(
         request_id=request.state.request_id,
         model=to_served_name(model),
@@ -68,7 +81,7 @@ async def embed(
             for one in inputs
         ],
         tenant=request.state.tenant,
-        truncate_prompt_tokens=truncate,
+        **truncation,
     )
     response = await until_disconnect(request.receive, client_of(request).embed(asked))
     request.state.charge(response.prompt_tokens)
@@ -77,7 +90,7 @@ async def embed(
 
 async def embeddings(request: Request) -> Response:
     body = validated(EmbeddingsBody, to_object(await read_body(request)))
-    response = await embed(request, body.model, body.input, body.truncate_prompt_tokens or 0)
+    response = await embed(request, body.model, body.input, **body.truncation)
     vectors = [one.vector for one in response.embeddings]
     check_dimensions(body.dimensions, vectors)
     encode = _base64 if body.encoding_format == "base64" else list
@@ -103,7 +116,7 @@ async def score(request: Request) -> Response:
     first, second = ([text] if isinstance(text, str) else text for text in (body.text_1, body.text_2))
     if len(first) not in (1, len(second)):
         raise InvalidRequest("`text_1` must be one text, or as many as `text_2`.", "text_1")
-    response = await embed(request, body.model, [*first, *second], body.truncate_prompt_tokens or 0)
+    response = await embed(request, body.model, [*first, *second], **body.truncation)
     vectors = [one.vector for one in response.embeddings]
     left, right = vectors[: len(first)], vectors[len(first) :]
     scores = [_dot(left[i if len(first) > 1 else 0], vector) for i, vector in enumerate(right)]
@@ -116,7 +129,7 @@ async def rerank(request: Request) -> Response:
     """Documents by their nearness to the query, best first."""
     body = validated(RerankBody, to_object(await read_body(request)))
     texts = [_text(document, i) for i, document in enumerate(body.documents)]
-    response = await embed(request, body.model, [body.query, *texts], body.truncate_prompt_tokens or 0)
+    response = await embed(request, body.model, [body.query, *texts], **body.truncation)
     query, *others = [one.vector for one in response.embeddings]
     scores = {i: _dot(query, vector) for i, vector in enumerate(others)}
     best = sorted(scores, key=lambda i: (-scores[i], i))[: body.top_n or len(scores)]

@@ -109,6 +109,16 @@ def _truncation(value: int | None) -> int | None:
     return value
 
 
+Truncation = Annotated[
+    Annotated[int, Field(ge=-1, le=_INT64_MAX), WithJsonSchema(_TRUNCATION)] | None, AfterValidator(_truncation)
+]
+
+
+def num_kept(asked: int | None) -> int:
+    """Tokens that a prompt is cut to, as messages to the router have it: 0, that none is, or that it is cut to fit."""
+    return min(max(asked or 0, 0), _UINT32_MAX)
+
+
 def _request_id(value: str | None) -> str | None:
     if value is not None and not is_sane_request_id(value):
         raise InvalidRequest("`request_id` must be 1 to 128 letters, digits or ._:@/+=- characters.", "request_id")
@@ -150,9 +160,7 @@ class SamplingBody(_Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[
-        Annotated[int, Field(ge=-1, le=_INT64_MAX), WithJsonSchema(_TRUNCATION)] | None, AfterValidator(_truncation)
-    ] = None
+    truncate_prompt_tokens: Truncation = None
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None

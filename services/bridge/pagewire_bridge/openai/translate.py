@@ -12,10 +12,9 @@ from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message, SamplingBody
+from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message, SamplingBody, num_kept
 from pagewire_bridge.openai.tool_use import tool_use
 
-_UINT32_MAX = 2**32 - 1
 # OpenAI's service tiers as priorities; lower goes first.
 _TIER_PRIORITY = {"flex": 10, "scale": -10, "priority": -10, "fast": -10}
 
@@ -59,10 +58,9 @@ def to_structured_output(body: GenerationBody) -> inference_pb2.StructuredOutput
 
 def to_truncation(body: SamplingBody) -> dict[str, Any]:
     """Fields of a GenerateRequest: how its prompt is cut."""
-    asked = body.truncate_prompt_tokens or 0
     return {
-        "truncate_prompt_tokens": min(max(asked, 0), _UINT32_MAX),
-        "truncate_to_fit": asked == -1,
+        "truncate_prompt_tokens": num_kept(body.truncate_prompt_tokens),
+        "truncate_to_fit": body.truncate_prompt_tokens == -1,
         "keep_first_tokens": body.truncation_side == "right",
     }
 
