@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--transformers", action="store_true", help="compare with transformers of this interpreter")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
     parser.add_argument("--rounds", type=int, help="default: 3, or 1 with --quick")
-    parser.add_argument("--loads", nargs="+", choices=LOADS, metavar="LOAD", help=f"of: {'; '.join(LOADS)}")
+    names = "; ".join(LOADS).replace("%", "%%")  # of a help text a format is made
+    parser.add_argument("--loads", nargs="+", choices=LOADS, metavar="LOAD", help=f"of: {names}")
     parser.add_argument("--quick", action="store_true", help="a few short loads")
     parser.add_argument("--out", type=Path, metavar="PATH", help="write the results there as JSON")
     return parser

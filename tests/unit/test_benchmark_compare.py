@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import math
+import runpy
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ from pagewire_cli.load.http import Server
 from pagewire_core.flags import available_cpus
 from rich.console import Console
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Answers every POST; has a child process, as most servers do.
 SERVER = """
 import subprocess, sys
@@ -248,7 +250,7 @@ def test_a_server_that_does_not_start_is_told_with_its_last_words(start: Callabl
 
 @pytest.fixture(scope="module")
 def compare() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "compare.py"
+    path = BENCHMARKS / "compare.py"
     spec = importlib.util.spec_from_file_location("benchmark_compare", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -267,3 +269,14 @@ def test_a_quick_comparison_has_a_few_short_loads(compare: ModuleType) -> None:
     assert loads("--loads", "8 streams") == {"8 streams": LOADS["8 streams"]}
     with pytest.raises(SystemExit):
         loads("--loads", "9 streams")
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_benchmark_explains_itself(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A % in a help text once was a format."""
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+    assert ended.value.code == 0 and "usage:" in capsys.readouterr().out

@@ -41,7 +41,11 @@ struct Rows {
     int64_t group_stride;   // scales (and sums) from row to row
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int ALONE_AHEAD = 1024;
+#else
 constexpr int ALONE_AHEAD = 2048;
+#endif
 
 PW_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 

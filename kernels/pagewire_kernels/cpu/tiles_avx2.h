@@ -1,5 +1,6 @@
 // The tiles for AVX2, whose sixteen registers hold the sums of six rows and half a strip (16 outputs), two vectors of
-// weights or rows, and little else. Included by linear.h only. Every output is the same sum in the same order as there.
+// weights or rows, and little else. Of one or two rows they hold the whole strip's, and memory is read in one stream.
+// Included by linear.h only. Every output is the same sum in the same order as there.
 
 #pragma once
 
@@ -50,8 +51,30 @@ PW_INLINE void half_float(bool more, const T* a, int64_t lda, const T* b, int64_
     for (int m = 0; m < M; m++) store(c + m * ldc, acc[m]);
 }
 
+template <int M>
+constexpr bool FEW = M <= 2;
+
+template <int M, class T>
+PW_INLINE void whole_float(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    F16 low[M], high[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) low[m] = more ? load(c + m * ldc) : splat(0.0f), high[m] = more ? load(c + 16 + m * ldc) : splat(0.0f);
+    for (int s = 0; s < steps; s++, a += PAIR<T>, b0 += ldb, b1 += ldb) {
+        if (ahead.stride) ahead();
+        multiply_rows<M, Even<T>>(low, a, lda, b0);
+        multiply_rows<M, Even<T>>(high, a, lda, b1);
+        if constexpr (PAIR<T> == 2) {
+            multiply_rows<M, Odd>(low, a, lda, b0);
+            multiply_rows<M, Odd>(high, a, lda, b1);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) store(c + m * ldc, low[m]), store(c + 16 + m * ldc, high[m]);
+}
+
 template <int M, int V, class T>
 PW_INLINE void tile_float(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    if constexpr (FEW<M> && V > 1) return whole_float<M>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
     half_float<M>(more, a, lda, b0, ldb, steps, ahead, c, ldc);
     if (V > 1) half_float<M>(more, a, lda, b1, ldb, steps, {nullptr, nullptr, 0}, c + 16, ldc);
 }
@@ -74,22 +97,34 @@ PW_INLINE void step_int8(I16 (&sums)[M], const int8_t* a, int64_t lda, const uin
     for (int m = 0; m < M; m++) sums[m].b = dot_int8_8(sums[m].b, w1, size1, _mm256_set1_epi32(int32_t(load32(a + m * lda))));
 }
 
+// `parts` halves of a strip, the first of them being `half`.
+template <int M, int PARTS>
+PW_INLINE void part_int8(const Linear& w, int strip, int half, const Rows& x, int64_t row, Ahead ahead, float* c) {
+    I16 sums[PARTS][M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+        for (int p = 0; p < PARTS; p++) sums[p][m] = splat(int32_t(0));
+    const uint8_t* b = w.weight + int64_t(strip) * w.k * STRIP + 64 * half;
+    const int8_t* a = x.int8 + row * x.stride;
+    for (int s = 0; s < w.k / 4; s++, a += 4, b += 128) {
+        if (!half) ahead();
+#pragma GCC unroll 2
+        for (int p = 0; p < PARTS; p++) step_int8<M>(sums[p], a, x.stride, b + 64 * p);
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < PARTS; p++) {
+        const int at = 16 * (half + p);
+        const F16 scale = load(w.scales + strip * STRIP + at);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) store(c + m * STRIP + at, to_float(sums[p][m]) * scale * splat(x.scales[row + m]));
+    }
+}
+
 template <int M>
 PW_INLINE void tile_int8(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
-    for (int half = 0; half < 2; half++) {
-        I16 sums[M];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) sums[m] = splat(int32_t(0));
-        const uint8_t* b = w.weight + int64_t(strip) * w.k * STRIP + 64 * half;
-        const int8_t* a = x.int8 + row * x.stride;
-        for (int s = 0; s < w.k / 4; s++, a += 4, b += 128) {
-            if (!half) ahead();
-            step_int8<M>(sums, a, x.stride, b);
-        }
-        const F16 scale = load(w.scales + strip * STRIP + 16 * half);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) store(c + m * STRIP + 16 * half, to_float(sums[m]) * scale * splat(x.scales[row + m]));
-    }
+    if constexpr (FEW<M>) return part_int8<M, 2>(w, strip, 0, x, row, ahead, c);
+    part_int8<M, 1>(w, strip, 0, x, row, ahead, c);
+    part_int8<M, 1>(w, strip, 1, x, row, ahead, c);
 }
 
 // Sums of 32 k of nibbles fit 16 bits: at most 8 * 2 * 15 * 127.
@@ -120,8 +155,8 @@ PW_INLINE void nibbles_32(I16 (&sums)[M], const int8_t* a, int64_t lda, const ui
 template <int M, bool NIBBLES>
 PW_INLINE void tile_grouped(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
     const int groups = w.k / w.group, bytes = w.group / (NIBBLES ? 8 : 4) * 128;  // of the whole strip's group
-    for (int half = 0; half < 2; half++)
-        for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < groups; g++)
+        for (int half = 0; half < 2; half++) {
             const uint8_t* b = w.weight + (int64_t(strip) * groups + g) * bytes + 64 * half;
             const int8_t* a = x.int8 + row * x.stride + g * w.group;
             I16 sums[M];
