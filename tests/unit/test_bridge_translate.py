@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 from google.protobuf.json_format import MessageToDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.v1.inference_pb2 import GenerateRequest, TokenText
 from pagewire_bridge.openai.body import ignored_fields, parse_body
@@ -196,7 +196,8 @@ def test_how_a_prompt_is_cut_reaches_the_router_from_every_endpoint(
         assert cut == expected
 
 
-def test_a_cache_key_or_else_the_user_keeps_requests_together() -> None:
+def test_a_session_or_a_cache_key_or_else_the_user_keeps_requests_together() -> None:
+    assert chat(user="u", prompt_cache_key="k", session_id="s").session_id == "s"
     assert chat(user="u", prompt_cache_key="k").session_id == "k"
     assert chat(user="u").session_id == completions(user="u")[0].session_id == "u"
     assert chat().session_id == ""
@@ -217,7 +218,8 @@ BOTH_WRONG: list[tuple[str, object]] = [
     ("tools", [{"type": "function"}]), ("tool_choice", "required"),
     ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"guided": 1}),
     ("prompt_logprobs", -1), ("prompt_logprobs", 2**32), ("audio", {}), ("modalities", ["text", "audio"]),
-    ("use_beam_search", True), ("suffix", "x"), ("chat_template", 1),
+    ("use_beam_search", True), ("suffix", "x"), ("chat_template", 1), ("watermarking", True),
+    ("session_id", "x" * 1025), ("repetition_detection", {"min_pattern_size": 2}),
     ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", 2**63),
     ("truncate_prompt_tokens", 1.0), ("truncate_prompt_tokens", True), ("truncation_side", "middle"),
     ("return_tokens_as_token_ids", 1), ("documents", {"a": "b"}), ("documents", [{"title": 1}]), ("documents", ["x"]),
@@ -295,7 +297,7 @@ def test_a_missing_field_is_called_required() -> None:
 def test_values_that_ask_for_nothing_are_accepted_and_unknown_fields_are_named() -> None:
     harmless = {
         "response_format": {"type": "text"}, "tools": None, "tool_choice": "auto", "modalities": ["text"], "suffix": "",
-        "use_beam_search": False, "best_of": 1,
+        "use_beam_search": False, "best_of": 1, "watermarking": False, "repetition_detection": None,
     }  # fmt: skip
     chat(**harmless)
     completions(**harmless)
@@ -335,7 +337,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from([*ChatBody.model_fields, *CompletionBody.model_fields, "tools", "x"]), json_values)
 def test_any_json_value_is_either_taken_or_an_invalid_request(field: str, value: object) -> None:
     """No value may end in an error of ours, such as a number that protobuf cannot hold."""

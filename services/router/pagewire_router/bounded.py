@@ -22,7 +22,7 @@ _PROCESSES = 2
 _STARTS = 2
 _MAX_WAITING = 64
 _WALL_S = 30.0  # for a machine that is so busy that a few seconds of CPU time take this long
-_INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")  # neither passwords nor keys
+_INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  # neither passwords nor keys
 
 
 class BoundedProcesses:

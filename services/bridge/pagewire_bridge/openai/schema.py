@@ -165,14 +165,15 @@ class SamplingBody(_Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
+    session_id: Annotated[str, Field(max_length=1024)] | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
 
     @property
-    def session_id(self) -> str:
+    def session(self) -> str:
         """Requests of one session are best placed where the one before was."""
-        return self.prompt_cache_key or self.user or ""
+        return self.session_id or self.prompt_cache_key or self.user or ""
 
 
 class GenerationBody(SamplingBody):

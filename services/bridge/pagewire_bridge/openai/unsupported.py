@@ -20,8 +20,10 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "prompt_embeds": (),
+    "repetition_detection": (),
     "suffix": ("",),
     "use_beam_search": (False,),
+    "watermarking": (False,),
     "web_search_options": (),
 }
 _UNSUPPORTED_IN_MESSAGE = ("audio", "function_call")
