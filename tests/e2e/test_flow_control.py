@@ -93,4 +93,5 @@ async def test_who_cannot_be_served_in_time_is_told_at_once(cluster: Cluster) ->
     response = await cluster.http.post("/v1/completions", json={"prompt": prompt_of(20, 1)}, headers=headers)
     assert response.status_code == 504 and response.json()["error"]["code"] == "deadline_exceeded"
     assert time.monotonic() - begun < 5
+    assert (await cluster.metrics())["pagewire_requests_total{outcome=deadline}"] == 1
     await asyncio.gather(*crowd)

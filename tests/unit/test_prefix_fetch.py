@@ -178,6 +178,7 @@ async def test_a_holder_that_stands_still_costs_no_longer_than_computing(
         assert await asyncio.to_thread(halted.wait, 10)
         alone = await asking
         assert alone.tokens == expected and not alone.started.fetched.tokens
+        assert s.worker.metric("fetches_total", outcome="given up") == 1
         halted.over.set()  # type: ignore[attr-defined]
         await s.assert_empty()
 

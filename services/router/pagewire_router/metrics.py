@@ -10,6 +10,11 @@ _GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _CHOICES = (1, 2, 5, 10, 20)
 _ERROR_S = (-4, -2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)
+# There from the start: of a counter that appears with its first count, Prometheus sees no increase.
+_OUTCOMES = ("ok", "cancelled", "rejected", "unavailable", "deadline", "internal")
+_LEGS = ("reserve", "prefill", "decode")
+_PLANS = ("pair", "local")
+_MENDED_BY = ("snapshot", "worker", "forgotten")
 
 
 class RouterMetrics:
@@ -105,6 +110,11 @@ class RouterMetrics:
             registry=registry,
         )  # fmt: skip
         self.circuits_open = Gauge("pagewire_circuits_open", "Circuit breakers not closed", ["leg"], registry=registry)
+        for counter, values in (
+            (self.requests, _OUTCOMES), (self.retries, _LEGS), (self.routes, _PLANS), (self.index_gaps, _MENDED_BY)
+        ):  # fmt: skip
+            for value in values:
+                counter.labels(value)
 
     def gap_mended(self, how: str) -> None:
         self.index_gaps.labels(how).inc()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from pagewire_core import tracing
-from pagewire_core.errors import PagewireError, from_rpc
+from pagewire_core.errors import DeadlineExceeded, PagewireError, from_rpc
 from pagewire_core.feed import Feeds
 from pagewire_core.prefix_index import IndexFollower, PrefixIndex
 from pagewire_core.slow_reader import ended_if_unread
@@ -144,6 +144,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         yield response
         except asyncio.CancelledError:
             outcome = "cancelled"
+            raise
+        except DeadlineExceeded:
+            outcome = outcome and "deadline"  # while it waited for admission
             raise
         finally:
             account.close(outcome or generation.outcome, generation.answer_tokens, services.metrics)

@@ -50,6 +50,8 @@ class PrefixFetcher:
         self._fetches = Counter(
             "pagewire_kv_fetches", "Prefixes asked of other workers, by how that ended", ["outcome"], registry=registry
         )
+        for outcome in ("ok", "not needed", "given up", "failed"):
+            self._fetches.labels(outcome)  # there from the start, so that the first one is an increase
 
     @contextlib.asynccontextmanager
     async def __call__(
@@ -73,7 +75,7 @@ class PrefixFetcher:
     async def _fetch(
         self, owner: bytes, prompt: list[int], cache_root: bytes, holder: pb.KvHolder, span: tracing.Span
     ) -> pb.Fetched:
-        outcome = "failed"
+        outcome = "given up"  # if it is cancelled: it took longer than computing does, or nobody waits any more
         try:
             transfer = self._transfers.reserve(owner, prompt, cache_root, 0)
             if transfer.local_tokens >= len(prompt):
@@ -86,6 +88,7 @@ class PrefixFetcher:
             outcome = "ok"
             return pb.Fetched(tokens=received.tokens, bytes=received.bytes, lane=received.lane)
         except PagewireError as error:
+            outcome = "failed"
             span.fail(error)
             log.warning("prefix not fetched", holder=holder.worker_id, tokens=len(prompt), error=error.message)
             return pb.Fetched()
