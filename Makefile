@@ -23,6 +23,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 TESTING := $(VENV)/.installed-test
 CLIENTS := $(VENV)-clients/.installed
+PICTURES := deploy/grafana/pictures/node_modules/.package-lock.json
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := protos:kernels:services/core:services/transfer:services/engine:services/prefill:services/decode
 SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:deploy/envoy:benchmarks
@@ -33,7 +34,7 @@ SECURITY := $(addprefix tests/,e2e/test_security.py e2e/test_tls.py $(addprefix 
 
 IMAGES := router bridge edge worker pagewire
 
-.PHONY: images locks manifests test-compose test-deploy serve test test-faults test-kernels test-api test-clients test-security test-rolling chaos soak setup protos fuzz lint check fuzz-schemas bench clean
+.PHONY: images locks manifests test-compose test-deploy serve test test-faults test-kernels test-api test-clients test-security test-rolling chaos soak pictures setup protos fuzz lint check fuzz-schemas bench clean
 .DEFAULT_GOAL := serve
 
 serve: $(RUNTIME)
@@ -75,6 +76,10 @@ chaos: $(TESTING)
 # MINUTES of mixed traffic with clients that leave: nothing may grow.
 soak: $(TESTING)
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) --out benchmarks/results/soak.json $(ARGS)
+
+# The dashboards in docs/images, of a cluster under load: about seven minutes. Needs npm, chromium and prometheus.
+pictures: $(TESTING) $(PICTURES)
+	$(BIN)/python tests/pictures.py $(ARGS)
 
 setup: $(TESTING)
 
@@ -137,7 +142,7 @@ locks: $(TESTING)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python deploy/images/lock.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients tests/node/node_modules dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-clients tests/node/node_modules deploy/grafana/pictures/node_modules dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that a CPU wheel that is already there, or on the extra index, is kept.
@@ -158,3 +163,6 @@ $(CLIENTS): tests/clients/requirements.txt
 	@test -x $(VENV)-clients/bin/python || sh .ci/make_venv $(VENV)-clients $(PYTHON)
 	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
 	@touch $@
+
+$(PICTURES): deploy/grafana/pictures/package-lock.json
+	npm ci --prefix deploy/grafana/pictures --silent --no-audit --no-fund --ignore-scripts

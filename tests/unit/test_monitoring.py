@@ -81,6 +81,23 @@ def test_dashboards_are_as_their_source_says_and_ask_for_numbers_that_exist() ->
     assert len(wanted) > 40 and wanted <= known_names(), wanted - known_names()
 
 
+def test_every_dashboard_is_shown() -> None:
+    """If one is new or other: make pictures"""
+    shown = re.findall(r"!\[[^]]+\]\(images/dashboard-(\w+)\.png\)", (ROOT / "docs" / "operating.md").read_text())
+    files = {path.stem for path in (DEPLOY / "grafana" / "dashboards").glob("*.json")}
+    pictures = {path.stem.removeprefix("dashboard-") for path in (ROOT / "docs" / "images").glob("dashboard-*.png")}
+    assert len(shown) == len(set(shown)) and set(shown) == files == pictures
+
+
+def test_the_first_of_what_alerts_count_is_an_increase() -> None:
+    """Prometheus sees none where a series appears with its first count."""
+    value = RouterMetrics().registry.get_sample_value
+    for outcome in ("ok", "rejected", "unavailable", "deadline", "internal"):
+        assert value("pagewire_requests_total", {"outcome": outcome}) == 0
+    for leg in ("reserve", "prefill", "decode"):
+        assert value("pagewire_retries_total", {"leg": leg}) == 0
+
+
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_every_alert_says_what_to_do(alert: dict[str, Any]) -> None:
     file, _, anchor = alert["annotations"]["runbook_url"].partition("#")
