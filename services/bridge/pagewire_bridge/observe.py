@@ -21,6 +21,7 @@ log = structlog.get_logger(__name__)
 
 _PROBES = ("/health", "/ping", "/version", "/metrics", "/v2/health/live", "/v2/health/ready")
 _NO_ROUTE = "other"
+_FROM_THE_START = ("200", "429", "500", "503")  # of a counter that appears with its first count nobody sees an increase
 
 
 class BridgeMetrics:
@@ -56,6 +57,9 @@ class Observe:
         self._app = app
         self._metrics = metrics
         self._names = {route.endpoint: route.path.replace(":path", "") for route in reversed(routes)}
+        for name in {*self._names.values()} - {*_PROBES}:
+            for status in _FROM_THE_START:
+                metrics.requests.labels(name, status)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

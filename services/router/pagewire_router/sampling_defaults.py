@@ -93,11 +93,9 @@ def _check(name: str, value: object, source: str) -> None:
 
 
 def tell(defaults: SamplingDefaults) -> None:
-    """One line in the log: which defaults are in force."""
+    """A line in the log where the defaults are not OpenAI's: which are in force."""
     told = {**defaults.values}
     for name, tokens in (("max_tokens", defaults.max_tokens), ("most_tokens", defaults.most_tokens)):
         told |= {name: tokens} if tokens else {}
     if told:
         log.warning("sampling defaults are the model's, not OpenAI's; --generation-config vllm has those", **told)
-    else:
-        log.info("sampling defaults are OpenAI's")

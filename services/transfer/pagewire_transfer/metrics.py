@@ -48,6 +48,9 @@ class TransferMetrics:
         self.transfers = Counter(
             "pagewire_kv_transfers", "Transfers by how they ended", ["direction", "outcome"], registry=registry
         )
+        for direction in ("sent", "received"):
+            for outcome in ("ok", "TransferLost"):  # there from the start, so that the first one is an increase
+                self.transfers.labels(direction, outcome)
         self.resends = Counter("pagewire_kv_chunk_resends", "Chunks sent a second time", registry=registry)
         self.checksum_failures = Counter(
             "pagewire_kv_checksum_failures", "Chunks whose bytes did not match their checksum", registry=registry
