@@ -76,7 +76,7 @@ async def check_familiar_names(cluster: Cluster, model: Path) -> None:
         "tgi_batch_inference_success{method=decode}": 7, "tgi_batch_inference_failure{method=decode}": 0,
     }.items():  # fmt: skip
         assert totals[name] == value, name
-    assert totals["tgi_batch_max_total_tokens"] > 0
+    assert totals["tgi_batch_max_total_tokens"] > 0 and "tgi_batch_decode_duration_count{method=decode}" in totals
     if promtool := shutil.which("promtool"):
         checked = subprocess.run([promtool, "check", "metrics"], input=text, text=True, capture_output=True)
         # It also has opinions on names; those of vLLM and TGI are what they are.

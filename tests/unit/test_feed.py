@@ -89,8 +89,10 @@ async def peers() -> AsyncIterator[Peers]:
             await server.stop()
 
 
-async def test_what_many_calls_say_in_one_turn_is_one_message() -> None:
+async def test_what_many_calls_say_in_one_turn_is_one_message_whose_reading_is_timed() -> None:
+    seconds: list[float] = []
     async with peers() as p:
+        p.reader.timed = seconds.append
         with contextlib.ExitStack() as stack:
             heard = [stack.enter_context(Heard(p.reader)) for _ in range(32)]
             for h in heard:
@@ -102,7 +104,8 @@ async def test_what_many_calls_say_in_one_turn_is_one_message() -> None:
                 await until(lambda step=step: all(h.entries == step + 1 for h in heard))
             for i, h in enumerate(heard):
                 assert h.tokens == [i, 1000 + i, 100 + i, 1000 + i, 200 + i, 1000 + i]
-        assert p.servicer.batches == [0, 32, 32, 32]
+        assert p.servicer.batches == [0, 32, 32, 32] and len(seconds) == 3
+        assert all(0 < s < 1 for s in seconds)
 
 
 async def test_entries_wait_for_the_begin_and_the_end_waits_for_the_entries() -> None:

@@ -95,6 +95,7 @@ TGI = (
     _Name("batch_next_size", ("pagewire_engine_admitted_sequences",)),
     _Name("batch_inference_duration", _STEP_S, keep={"kind": "method"}),
     _Name("batch_forward_duration", _STEP_S, keep={"kind": "method"}),
+    _Name("batch_decode_duration", ("pagewire_step_text_seconds",), keep={"kind": "method"}),
     _Name("batch_filter_duration", ("pagewire_engine_publish_seconds",), keep={"kind": "method"}),
     _Name("batch_inference_failure", (_LOST,), keep={"kind": "method"}),
     _Name("batch_concat", ("pagewire_engine_joins",)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import inf
 
@@ -30,12 +30,14 @@ class QuickHistogram:
 
 
 class QuickCollector:
-    """A QuickHistogram without labels, for a registry."""
+    """One QuickHistogram for a registry, with labels that never change."""
 
-    def __init__(self, name: str, documentation: str, histogram: QuickHistogram) -> None:
-        self._name, self._documentation, self._histogram = name, documentation, histogram
+    def __init__(
+        self, name: str, documentation: str, histogram: QuickHistogram, labels: Mapping[str, str] | None = None
+    ) -> None:
+        self._name, self._documentation, self._histogram, self._labels = name, documentation, histogram, labels or {}
 
     def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(self._name, self._documentation)
-        self._histogram.add_to(family)
+        family = HistogramMetricFamily(self._name, self._documentation, labels=list(self._labels))
+        self._histogram.add_to(family, list(self._labels.values()))
         yield family

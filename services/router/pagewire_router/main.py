@@ -106,6 +106,7 @@ async def running_router(
 
     def joined(worker: Worker) -> None:
         follower.joined(worker.worker_id, worker.info.instance, worker.info.fingerprint)
+        worker.feed.timed = metrics.text_s.observe
         placement.joined(worker)
 
     def left(worker: Worker) -> None:

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _LATENCY_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 5)
+_TEXT_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _CHOICES = (1, 2, 5, 10, 20)
 _ERROR_S = (-4, -2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)
@@ -36,6 +37,12 @@ class RouterMetrics:
         self.itl_s = QuickHistogram(_GAP_S)
         gaps = QuickCollector("pagewire_inter_token_latency_seconds", "Gap between tokens of a choice", self.itl_s)
         registry.register(gaps)  # type: ignore[arg-type]
+        self.text_s = QuickHistogram(_TEXT_S)
+        texts = QuickCollector(
+            "pagewire_step_text_seconds", "One step of a worker's batch, made text for clients", self.text_s,
+            {"kind": "decode"},
+        )  # fmt: skip
+        registry.register(texts)  # type: ignore[arg-type]
         self.e2e_s = Histogram("pagewire_e2e_seconds", "Arrival to end", buckets=_LATENCY_S, registry=registry)
         self.inference_s = Histogram(
             "pagewire_inference_seconds", "Admission to end", buckets=_LATENCY_S, registry=registry
