@@ -57,6 +57,16 @@ def test_other_shells_know_the_same_commands(shell: str, tmp_path: Path, capsys:
         subprocess.run([shell, "-n", str(tmp_path / "script")], check=True, timeout=30)
 
 
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+def test_fish_offers_commands_flags_and_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pagewire.fish").write_text(_script("fish", capsys))
+    for line, offered in (("pagewire dra", "drain"), ("pagewire serve --max-num-s", "--max-num-seqs"),
+                          ("pagewire serve --dtype b", "bfloat16")):  # fmt: skip
+        command = f"source {tmp_path}/pagewire.fish; complete -C '{line}'"
+        done = subprocess.run(["fish", "--no-config", "-c", command], capture_output=True, text=True, timeout=30)
+        assert offered in done.stdout.split()
+
+
 def test_a_shell_that_is_unknown_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["completion", "csh"])
