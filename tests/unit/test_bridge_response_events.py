@@ -89,7 +89,7 @@ def test_every_field_becomes_the_chats() -> None:
     assert chat.response_format and chat.response_format.json_schema.schema_ == schema  # type: ignore[union-attr]
     assert chat.tools and chat.tools[0].function.strict and chat.tools[0].function.name == "get_weather"
     assert chat.tool_choice.function.name == "get_weather"  # type: ignore[union-attr]
-    assert (chat.logprobs, chat.top_logprobs, chat.reasoning_effort, chat.session_id) == (True, 2, "low", "k")
+    assert (chat.logprobs, chat.top_logprobs, chat.reasoning_effort, chat.session) == (True, 2, "low", "k")
     assert chat.parallel_tool_calls is False
     head = to_head(body, "resp_1", "demo", 1)
     assert head["text"] == {"format": fields["text"]["format"]}  # type: ignore[index]

@@ -116,7 +116,7 @@ async def test_what_is_asked_of_the_router(bridge: Bridge) -> None:
     request = await asked(tools=[WEATHER], thinking_token_budget=7, reasoning_effort="low")
     assert json.loads(request.chat.tools_json) == [WEATHER]
     assert (request.reasoning.begin, request.reasoning.end, request.reasoning.max_tokens) == ("<think>", "</think>", 7)
-    assert json.loads(request.chat.template_kwargs_json) == {"reasoning_effort": "low"}
+    assert json.loads(request.chat.template_kwargs_json) == {"reasoning_effort": "low", "enable_thinking": True}
     assert not request.HasField("structured_output") and request.sampling.skip_special_tokens is False
     request = await asked(tools=[WEATHER], tool_choice="none", reasoning_effort="none")
     assert not request.chat.tools_json and not request.HasField("structured_output")

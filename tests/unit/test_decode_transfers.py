@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engines import ROOT, Run, assert_empty, make_engine, run_all
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pagewire.v1 import common_pb2
 from pagewire_core.errors import Cancelled, ContextLength, InvalidRequest, Overloaded, PagewireError, Unavailable
@@ -148,6 +148,7 @@ ACTIONS = ("reserve", "claim", "bind", "scatter", "sealed", "failed", "end", "ta
 
 
 @settings(max_examples=150)
+@example([("reserve", 0), ("claim", 0), ("bind", 0), ("sealed", 0), ("end", 0), ("take", 0)])
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2)), max_size=25))
 def test_any_order_of_events_keeps_the_books(engine_for_orders: Engine, steps: list[tuple[str, int]]) -> None:
     """Cancels, timeouts and late messages interleave freely; only PagewireErrors come of it, and no leak."""

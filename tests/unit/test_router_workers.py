@@ -229,7 +229,7 @@ async def test_every_metric_keeps_its_name(byte_tokenizer: Tokenizer) -> None:
             "pagewire_redis_connected", "pagewire_inference_seconds", "pagewire_mean_time_per_token_seconds",
             "pagewire_request_prompt_tokens", "pagewire_request_generation_tokens", "pagewire_request_max_tokens",
             "pagewire_request_choices", "pagewire_finished_choices", "pagewire_request_longest_answer_tokens",
-            "pagewire_validation_seconds",
+            "pagewire_validation_seconds", "pagewire_step_text_seconds",
         }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pagewire_cli import main, serve
+from pagewire_cli.vllm_flags import SO_ANYWAY
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS
 
@@ -159,11 +160,11 @@ def test_a_model_on_the_command_line_wins_over_other_places(file: Path) -> None:
 
 
 def test_a_flag_of_vllm_that_is_missing_is_named_in_a_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file.write_text("load-format: dummy\n")
+    file.write_text("swap-space: 4\n")
     with pytest.raises(SystemExit):
         main.main(["serve", "--config", str(file)])
     assert capsys.readouterr().err.startswith(
-        f"pagewire serve: 'load-format' in {file} is no flag: load-format is not implemented yet"
+        f"pagewire serve: 'swap-space' in {file} is no flag: swap-space is not implemented yet"
     )
 
 
@@ -200,7 +201,8 @@ def test_help_shows_every_flag_in_one_group_and_no_line_is_too_long(
         main.main(["serve", "--help"])
     lines = capsys.readouterr().out.splitlines()
     shown = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
-    flags = {*serve.SERVE_FLAGS, "config", "prefill", "decode", "both", "tls", "verbose", "state-file"}
+    own = {"config", "prefill", "decode", "both", "tls", "verbose", "state-file"}
+    flags = {*serve.SERVE_FLAGS, *SO_ANYWAY, *own}
     assert sorted(name.removeprefix("--").replace("[no-]", "") for name in shown) == sorted(flags)
     assert max(map(len, lines)) <= 110
     assert "  --max-num-seqs N          sequences in one step (default: 128)" in lines

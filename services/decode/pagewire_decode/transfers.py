@@ -93,8 +93,12 @@ class Transfers:
         return transfer
 
     def take(self, transfer: Transfer) -> list[int]:
-        """The block table of a ready transfer; its references pass to the caller."""
-        del self._transfers[transfer.transfer_id]
+        """The block table of a ready transfer; its references pass to the caller.
+
+        Raises Cancelled if it was ended after it was ready, before its caller had a turn.
+        """
+        if self._transfers.pop(transfer.transfer_id, None) is None:
+            raise Cancelled("the transfer has ended")
         return self._engine.external.unbind(transfer.transfer_id)
 
     def end(self, transfer_id: bytes, error: PagewireError) -> bool:
