@@ -191,3 +191,8 @@ def test_ids_that_are_no_tokens_are_refused(llama: Path) -> None:
                    {"logprobs": 0, "logprob_token_ids": (VOCAB,)}):  # fmt: skip
         with pytest.raises(InvalidRequest):
             engine.submit(Run(PROMPTS[0], **params).request)  # type: ignore[arg-type]
+
+
+def test_a_token_that_is_named_twice_is_told_once() -> None:
+    named = pb.SamplingParams(logprobs=0, logprob_token_ids=[7, 3, 7])
+    assert SamplingParams.from_proto(named).logprob_token_ids == (7, 3)

@@ -60,7 +60,7 @@ class SamplingParams:
             constrained=p.HasField("constraint"),
             allowed_token_ids=frozenset(p.allowed_token_ids),
             bad_tokens=tuple(tuple(sequence.ids) for sequence in p.bad_tokens if sequence.ids),
-            logprob_token_ids=tuple(p.logprob_token_ids),
+            logprob_token_ids=tuple(dict.fromkeys(p.logprob_token_ids)),  # no more than there are tokens
             penalty_window=p.penalty_window,
         )
 
