@@ -71,12 +71,19 @@ async def test_every_service_is_announced_with_its_time_and_the_curl_line_works(
 
 
 async def test_prompt_and_answer_were_computed_in_different_processes(served: Served) -> None:
-    response = await served.client.chat.completions.with_raw_response.create(
-        model="pagewire-demo", messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0
-    )
-    answer = response.parse()
-    assert answer.choices[0].message.content == "The capital of France is Paris."
-    assert answer.choices[0].finish_reason == "stop"
+    """Unless the router finds, from step times of a machine that is busy, that the decode worker is done sooner."""
+    for attempt in range(20):
+        response = await served.client.chat.completions.with_raw_response.create(
+            model="pagewire-demo",
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            temperature=0,
+            extra_body={"cache_salt": f"attempt {attempt}"},
+        )
+        answer = response.parse()
+        assert answer.choices[0].message.content == "The capital of France is Paris."
+        assert answer.choices[0].finish_reason == "stop"
+        if response.headers["x-pagewire-prefill-worker"]:
+            break
     assert response.headers["x-pagewire-prefill-worker"].startswith("prefill")
     assert response.headers["x-pagewire-decode-worker"].startswith("decode")
     assert answer.usage is not None

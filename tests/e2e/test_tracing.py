@@ -50,7 +50,7 @@ async def spans_of(cluster: Cluster, sink: Sink, trace_id: str, name: str, count
 
 def only(spans: list[Seen], parent: Seen, name: str) -> Seen:
     [found] = children(spans, parent, name)
-    assert parent.start - 2e6 <= found.start <= found.end <= parent.end + 2e6, (parent, found)  # clocks are read apart
+    assert parent.start - 2e6 <= found.start <= found.end <= parent.end + 2e6, (parent, found)  # of processes, apart
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,10 @@ async def test_what_has_no_grammar_is_refused_in_a_sentence(grammars: Grammars, 
 
 
 async def test_a_grammar_that_kills_its_compiler_costs_nobody_else(grammars: Grammars) -> None:
-    """Twenty bytes that take all the time there is: the loop goes on, others have theirs, and it is not tried again."""
+    """Twenty bytes that take all the time there is: the loop goes on, others have theirs, and it is not tried again.
+
+    On a fast machine the library's own bound on expressions may come first.
+    """
     hostile = output(regex="(a{1000}){1000}")
     asked = [asyncio.create_task(grammars.constraint(hostile, None)) for _ in range(3)]
     others = 0
@@ -157,9 +161,9 @@ async def test_a_grammar_that_kills_its_compiler_costs_nobody_else(grammars: Gra
         others += 1
     assert others > 3
     for task in asked:
-        assert "too much time or memory" in str(task.exception())
+        assert re.search("too much time or memory|too many expressions", str(task.exception()))
     checkers = list(grammars._processes._idle)
-    with pytest.raises(InvalidRequest, match="too much"):  # known: no process dies of it again
+    with pytest.raises(InvalidRequest, match=r"too (much|many)"):  # known: no process dies of it again
         await grammars.constraint(hostile, None)
     assert grammars._processes._idle == checkers
     assert (await grammars.constraint(output(regex="c"), None)).answer

@@ -101,6 +101,22 @@ def test_spans_reach_the_collector_as_a_tree_of_the_callers_trace(sink: Sink) ->
     assert headers == {"traceparent": f"00-{TRACE}-{failed.span_id}-01", "tracestate": "vendor=1"}
 
 
+def test_what_began_after_its_parent_says_so(sink: Sink) -> None:
+    """Whether told at the time or later: on a busy machine, readings of two clocks are milliseconds apart."""
+    tracing.enter(tracing.received(HEADERS))
+    whole = tracing.begin("whole")
+    times = [time.monotonic() for _ in range(200)]
+    for began in times:
+        whole.child("part", started=began).end(time.monotonic())
+    whole.end()
+    tracing.close()
+    [told] = [span for span in sink.spans if span.name == "whole"]
+    parts = children(sink.spans, told, "part")
+    for began, part in zip(times, parts, strict=True):
+        assert told.start <= part.start <= part.end <= told.end
+        assert abs((part.start - parts[0].start) - (began - times[0]) * 1e9) < 1e3
+
+
 def test_a_caller_that_does_not_record_is_heeded(sink: Sink) -> None:
     tracing.enter(tracing.received([("traceparent", PARENT[:-1] + "0")]))
     with tracing.begin("llm_request") as span:

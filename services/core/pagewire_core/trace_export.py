@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 _FLUSH_S, _GIVE_UP_S = 2.0, 0.5
 _COMPLAIN_EVERY_S = 60.0
+_SET_CLOCK_EVERY_S = 60.0  # the time of day may be corrected while we run
 _KINDS = {"internal": SpanKind.INTERNAL, "server": SpanKind.SERVER, "client": SpanKind.CLIENT}
 _W3C = TraceContextTextMapPropagator()
 
@@ -45,6 +46,7 @@ class OtlpRecorder:
             raise StartupError(f"tracing cannot begin: {error}; look at the variables OTEL_*") from error
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("pagewire", version("pagewire"))
+        self._ahead_ns, self._set_clock_at = 0, 0.0
 
     def start(self, name: str, kind: Kind, parent: Span, attributes: Attributes | None, started: float | None) -> Span:
         if parent.recorded is not None:
@@ -56,9 +58,15 @@ class OtlpRecorder:
         )
         return Span(recorded=recorded)
 
-    def wall_ns(self, monotonic: float | None) -> int | None:
-        """The time of day at which the monotonic clock was there."""
-        return None if monotonic is None else time.time_ns() - int((time.monotonic() - monotonic) * 1e9)
+    def wall_ns(self, monotonic: float | None) -> int:
+        """The time of day at which the monotonic clock was there; None: now.
+
+        All spans of a process are told by one clock: a part never seems to begin before the whole.
+        """
+        now = time.monotonic()
+        if now >= self._set_clock_at:
+            self._ahead_ns, self._set_clock_at = _wall_ahead_of_monotonic_ns(), now + _SET_CLOCK_EVERY_S
+        return self._ahead_ns + int((now if monotonic is None else monotonic) * 1e9)
 
     def close(self) -> None:
         ending = threading.Thread(target=self._provider.shutdown, daemon=True)
@@ -67,6 +75,15 @@ class OtlpRecorder:
         if ending.is_alive():
             self._exporter.shutdown()
             ending.join(_GIVE_UP_S)
+
+
+def _wall_ahead_of_monotonic_ns() -> int:
+    """The two clocks are read apart, and this thread may wait in between: the closest of a few readings counts."""
+    readings = []
+    for _ in range(5):
+        before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        readings.append((after - before, wall - (before + after) // 2))
+    return min(readings)[1]
 
 
 def _resource(service: str, name: str | None, instance: str | None) -> Resource:

@@ -43,7 +43,7 @@ class Recorder(Protocol):
         self, name: str, kind: Kind, parent: Span, attributes: Attributes | None, started: float | None
     ) -> Span: ...
 
-    def wall_ns(self, monotonic: float | None) -> int | None: ...
+    def wall_ns(self, monotonic: float | None) -> int: ...
 
     def close(self) -> None: ...
 
@@ -92,8 +92,8 @@ class Span:
             self.recorded.update_name(name)
 
     def event(self, name: str, attributes: Attributes | None = None) -> None:
-        if self.recorded is not None and self.recording:
-            self.recorded.add_event(name, attributes)
+        if self.recorded is not None and self.recording and _recorder is not None:
+            self.recorded.add_event(name, attributes, _recorder.wall_ns(None))
 
     def fail(self, error: BaseException | str) -> None:
         """The work has failed; a string is the kind of error."""
