@@ -83,6 +83,31 @@ def test_one_held_up_step_does_not_make_a_worker_look_slow() -> None:
     assert fitted.prefill_base_ms + 16 * fitted.prefill_ms_per_token < 3 * 3.6
 
 
+@pytest.mark.parametrize("dearer", [1.0, 3.0])
+def test_a_long_prompt_does_not_look_cheap_to_a_worker_that_has_seen_none(dearer: float) -> None:
+    """Without that such workers were sent one long prompt after the other, and none came to those that had learnt."""
+    rng, cost, attention_work = random.Random(0), StepCost(1e-4), 1e-4
+
+    def milliseconds(tokens: int, before: int) -> float:
+        attended = tokens * (before + tokens / 2)
+        return float(10 + 0.2 * (tokens + dearer * attention_work * attended) * rng.lognormvariate(0, 0.05))
+
+    def of_a_prompt(tokens: int) -> float:
+        fitted = cost.to_proto()
+        return fitted.prefill_ms_per_token * tokens + fitted.prefill_ms_per_attended * tokens**2 / 2
+
+    for _ in range(30):
+        tokens = rng.randrange(16, 500)
+        cost.add((tokens, tokens**2 / 2), (0, 0), milliseconds(tokens, 0))
+    tokens = 10_000
+    least = 0.2 * (tokens + attention_work * tokens**2 / 2)
+    assert of_a_prompt(tokens) > 0.9 * least
+    for start in range(0, tokens, 2000):  # the first one
+        cost.add((2000, 2000 * (start + 1000)), (0, 0), milliseconds(2000, start))
+    whole = 0.2 * (tokens + dearer * attention_work * tokens**2 / 2)
+    assert of_a_prompt(tokens) == pytest.approx(whole, rel=0.15)
+
+
 def test_mixed_steps_tell_nothing_while_decoding_is_unknown() -> None:
     cost = StepCost()
     cost.add((100, 0), (3, 0), 50.0)

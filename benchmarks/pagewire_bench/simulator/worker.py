@@ -31,6 +31,7 @@ _REPORT_EVERY_S, _REPORT_TAKES_S = 0.1, 0.005
 _EVENTS_TAKE_S = 0.1  # until the index has heard of a block
 _LEARN_EVERY = 8  # steps, once it knows something: only to save the simulation's time
 _NOISE = 0.05
+_ATTENTION_WORK = 3e-5  # a model of 30 B parameters: 4 * 60 layers * 7168 FLOPs of 6e10
 
 
 @dataclass(eq=False)
@@ -86,7 +87,7 @@ class SimWorker(Ledger):
         self.wire_free_at = 0.0
         self._time, self._index, self._rng = clock, index, random.Random(f"{seed}{name}")
         self._sequence = 0
-        self._cost = StepCost()
+        self._cost = StepCost(_ATTENTION_WORK)
         self._waiting: deque[Prompt] = deque()
         self._prompts: list[Prompt] = []
         self._ready: deque[tuple[Arrival, Callable[[], None]]] = deque()  # wait for a place to decode

@@ -27,6 +27,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_prefill_delay_ms: float = 0.0  # that prompts may add to a decode step; 0: no limit
     vocab_size: int = 1 << 32  # token ids are below it
+    attention_work: float = 0.0  # of attending to one token, as a share of a token's other work
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens occupy."""

@@ -70,7 +70,7 @@ class Engine:
         self._deliver = deliver or deliver_outbox
         self.runner = runner
         self.counters = Counters()
-        self.step_cost = StepCost()
+        self.step_cost = StepCost(config.attention_work)
         self._announced = AnnouncedBlocks(stored, removed)
         cache = runner.cache
         self.blocks = BlockManager(

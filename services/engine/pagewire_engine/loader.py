@@ -60,6 +60,7 @@ def load(model: ModelDir, options: EngineOptions, draft: ModelDir | None = None)
         max_prefill_delay_ms=options.max_prefill_delay_ms,
         enable_prefix_caching=options.enable_prefix_caching,
         vocab_size=config.vocab_size,
+        attention_work=config.attention_work,
     )
     digest = model.digest()
     identity = _fingerprint(config, digest, max_model_len, cache.dtype, options.quantization)

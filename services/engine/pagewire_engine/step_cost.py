@@ -86,6 +86,9 @@ class StepCost:
 
     A step that took far longer than the ones before it tells of the machine, not of the model, and counts
     as OUTLIER times the expected: a worker that was held up once must not look slow for a hundred steps.
+
+    attention_work: of attending to one token, as a share of a token's other work (FLOPs): no less is expected of
+    attention, so that the first long prompt does not look as cheap as if it were many short ones.
     """
 
     _OUTLIER = 3.0
@@ -95,19 +98,21 @@ class StepCost:
     _PREFILL: Triple = (3.0, 10.0, 1e-3)  # milliseconds
     _DECODE: Triple = (3.0, 10.0, 1e-2)
 
-    def __init__(self) -> None:
+    def __init__(self, attention_work: float = 0.0) -> None:
+        self._attention_work = attention_work
         self._prefill, self._decode = LinearFit(self._PREFILL), LinearFit(self._DECODE)
 
     def add(self, prefill: tuple[int, float], decode: tuple[int, int], milliseconds: float) -> None:
         """prefill: prompt tokens, and what they attend to; decode: sequences, and their KV tokens."""
+        work = (prefill[0] + self._attention_work * prefill[1], prefill[1])
         if prefill[0] and not decode[0]:
-            self._add(self._prefill, prefill, milliseconds)
+            self._add(self._prefill, work, milliseconds)
         elif decode[0] and not prefill[0]:
             self._add(self._decode, decode, milliseconds)
         elif prefill[0] and self._decode.num_samples >= self._ENOUGH:
             _, per_sequence, per_kv_token = self._decode.fit()
             rest = milliseconds - per_sequence * decode[0] - per_kv_token * decode[1]
-            self._add(self._prefill, prefill, max(rest, self._LEAST_SHARE * milliseconds))
+            self._add(self._prefill, work, max(rest, self._LEAST_SHARE * milliseconds))
 
     def _add(self, fit: LinearFit, work: tuple[float, float], milliseconds: float) -> None:
         if fit.num_samples >= self._ENOUGH:
@@ -120,15 +125,21 @@ class StepCost:
         Chunks that are all of nearly one size say little of the slope, so what they took beyond a decode step's base
         counts as theirs; and as few tokens are cheaper apiece than many, twice the usual number is the most.
         """
-        (prefill_base, per_token, per_attended), (decode_base, _, _) = self._prefill.fit(), self._decode.fit()
-        usual, attended, milliseconds = self._prefill.mean
+        (prefill_base, per_token, per_attended), (decode_base, _, _) = self._prefill_parts(), self._decode.fit()
+        work, attended, milliseconds = self._prefill.mean
+        usual = work - self._attention_work * attended
         if not usual:
             return 0
         slope = max(per_token + per_attended * attended / usual, (milliseconds - decode_base) / usual)
         return max(int(min((delay_ms - max(prefill_base - decode_base, 0.0)) / slope, self._REACH * usual)), 0)
 
+    def _prefill_parts(self) -> Triple:
+        """Milliseconds: of a step, of each token, and of each that it attends to."""
+        base, per_work, more_per_attended = self._prefill.fit()
+        return base, per_work, per_work * self._attention_work + more_per_attended
+
     def to_proto(self) -> pb.StepCost:
-        prefill, decode = self._prefill.fit(), self._decode.fit()
+        prefill, decode = self._prefill_parts(), self._decode.fit()
         return pb.StepCost(
             prefill_base_ms=prefill[0],
             prefill_ms_per_token=prefill[1],

@@ -31,7 +31,7 @@ def warm_up(engine: Engine) -> None:
     started = time.perf_counter()
     passes: list[StepCost] = []
     while len(passes) < _LEAST_PASSES or (len(passes) < _MOST_PASSES and time.perf_counter() - started < _ENOUGH_S):
-        engine.step_cost = StepCost()
+        engine.step_cost = StepCost(engine.config.attention_work)
         passes.append(engine.step_cost)
         for length in _PROMPTS:
             for batch in _BATCHES:

@@ -36,6 +36,13 @@ class ModelConfig:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def attention_work(self) -> float:
+        """FLOPs of attending to one token, as a share of those of a token's matrices; layers with a window left out."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        weights = self.hidden_size * (2 * queries + 2 * keys + 3 * self.intermediate_size)
+        return 2 * queries * self.windows.count(0) / (weights * self.num_layers)
+
 
 def read_config(hf: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> ModelConfig:
     """Raises StartupError if the architecture or one of its options is not supported."""
