@@ -56,6 +56,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "response-store-ttl": ("600", 600.0),
     "allowed-origins": ('["https://a.example"]', ("https://a.example",)),
     "ollama-port": ("11434", 11434),
+    "own-port": ("20001", 20001),
+    "api-server-rank": ("0", 0),
     "ssl-keyfile": ("/edge.key", "/edge.key"),
     "ssl-certfile": ("/edge.crt", "/edge.crt"),
     "ssl-ca-certs": ("/clients.crt", "/clients.crt"),

@@ -53,6 +53,8 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
         (["--decode", "0"], "no worker can decode"),
         (["--prefill", "-1"], "argument --prefill: must not be negative"),
         (["--role", "prefill"], "unknown flag --role"),
+        (["--api-server-count", "0"], "argument --api-server-count/-asc: must be positive"),
+        (["-asc", "2", "--seed", "1"], "--seed needs one router"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_exit_code_2(
@@ -114,6 +116,23 @@ def test_every_service_takes_its_command_line_and_finds_the_others(tmp_path: Pat
     assert bridge.router == made.address_of("router")
     for spec in made.services[1:]:
         assert spec.address == f"{taken[spec.name].host}:{taken[spec.name].port}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_several_http_servers_share_a_port_and_have_a_router_each(tmp_path: Path) -> None:
+    made = _plan(tmp_path, "m", "--api-server-count=2", "--port=8123", "--host=0.0.0.0", "--ssl-certfile=c")
+    assert [spec.name for spec in made.services[3:]] == ["router-0", "router-1", "bridge-0", "bridge-1"]
+    assert made.base_url == "https://127.0.0.1:8123"
+    assert len({spec.address for spec in made.services}) == len(made.services)
+    routers, bridges = made.services[3:5], made.services[5:]
+    for rank, (router, bridge) in enumerate(zip(routers, bridges, strict=True)):
+        taken = _taken(bridge)
+        assert (taken.host, taken.port, taken.router) == ("0.0.0.0", 8123, router.address)
+        assert bridge.address == f"127.0.0.1:{taken.own_port}", "asked at the shared port, another might answer"
+        assert (taken.api_server_rank, _taken(router).api_server_rank) == (rank, rank)
+    assert len({_taken(spec).workers for spec in routers}) == 1
+    (alone,) = [spec for spec in _plan(tmp_path, "m").services if spec.role == "bridge"]
+    assert (_taken(alone).own_port, _taken(alone).api_server_rank) == (None, None)
 
 
 def test_the_demo_model_is_served_under_its_short_name_by_default(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import orjson
 from pagewire_core.errors import Internal, PagewireError
+from pagewire_core.telemetry import instance_name
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -114,14 +115,15 @@ def create_app(
     redis_url: str | None = None,
     response_ttl_s: float = 86400.0,
     allowed_origins: Sequence[str] = (),
+    rank: int | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
     open_client is called in the serving event loop, on_ready just before requests are taken. answers: how the model
     writes calls and thoughts. redis_url: where the limits of keys are counted and responses are stored.
-    response_ttl_s: for how long. allowed_origins: whose web pages may call it.
+    response_ttl_s: for how long. allowed_origins: whose web pages may call it. rank: which of several bridges it is.
     """
-    bridge_metrics, limiter = BridgeMetrics(), RateLimiter(redis_url)
+    bridge_metrics, limiter = BridgeMetrics(instance_name("bridge", rank)), RateLimiter(redis_url)
     made = functools.cache(lambda: _document(with_keys=bool(keys)))
 
     @asynccontextmanager

@@ -36,13 +36,18 @@ BACKLOG = 2048
 SEND_BUFFER_BYTES = 128 << 10  # of the kernel, for each client; left to itself it grows to 4 MiB that nobody reads
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises StartupError when the address is taken or is not ours."""
+def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A listening socket. shared: with other processes of this user that say so, too; the kernel spreads connections.
+
+    Raises StartupError when the address is taken or is not ours.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             listener.bind(address)
             listener.listen(BACKLOG)
@@ -94,7 +99,10 @@ def serve(flags: argparse.Namespace) -> None:
     warn_of_plain_text(flags.host, https is not None, "--ssl-certfile and --ssl-keyfile")
     keys = load_keys(flags.api_key, flags.api_keys_file)
     ports = [flags.port, *([flags.ollama_port] if flags.ollama_port else [])]
-    listeners = [listen(flags.host, port) for port in ports]
+    shared = flags.own_port is not None
+    listeners = [listen(flags.host, port, shared) for port in ports]
+    if shared:
+        listeners.append(listen("127.0.0.1", flags.own_port))
     host, port = listeners[0].getsockname()[:2]
     app = create_app(
         lambda: RouterClient(flags.router, flags.request_timeout, tls),
@@ -108,6 +116,7 @@ def serve(flags: argparse.Namespace) -> None:
         redis_url=with_certificates(flags.redis_url, tls),
         response_ttl_s=flags.response_store_ttl,
         allowed_origins=flags.allowed_origins,
+        rank=flags.api_server_rank,
     )
     # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody
     # needs to, and the process ends with exit code 0.

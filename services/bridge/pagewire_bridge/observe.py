@@ -25,9 +25,10 @@ _FROM_THE_START = ("200", "429", "500", "503")  # of a counter that appears with
 
 
 class BridgeMetrics:
-    """The bridge's own numbers, in a registry of their own."""
+    """The bridge's own numbers, in a registry of their own. instance: what they call it."""
 
-    def __init__(self) -> None:
+    def __init__(self, instance: str = "bridge") -> None:
+        self.instance = instance
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "pagewire_bridge_requests", "HTTP requests by their end", ["route", "status"], registry=self.registry

@@ -39,7 +39,8 @@ async def show_version(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """The bridge's metrics, and the router's and workers' while the router can be reached."""
-    texts, client = {"bridge": exposition(request.state.metrics.registry)}, request.state.client
+    ours, client = request.state.metrics, request.state.client
+    texts = {ours.instance: exposition(ours.registry)}
     model = ""
     try:
         texts["router"] = await client.metrics()

@@ -7,7 +7,7 @@ import functools
 import os
 import ssl
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pagewire_core.command_line import to_command_line
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, available_cpus
 from pagewire_core.settings import CONFIG_VARIABLE, variable_of
+from pagewire_core.telemetry import instance_name
 from pagewire_core.tls import OPERATOR, TlsFiles
 
 from pagewire_cli import gpus, ports, readiness, redis_server
@@ -55,6 +56,7 @@ class Plan:
     core_file: CoreFile | None = None
 
     def address_of(self, role: str) -> str:
+        """Of the first of them."""
         return next(spec.address for spec in self.services if spec.role == role)
 
 
@@ -65,7 +67,9 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     it. Unless told how many threads each has, they lend each other the cores that they do not use.
     """
     names = [(f"{role}-{i}", role) for role in WORKER_ROLES for i in range(getattr(args, role))]
-    redis_port, router_port, spare, *worker_ports = ports.free_ports(3 + len(names))
+    count = args.api_server_count
+    redis_port, spare, *free = ports.free_ports(2 + 2 * count + len(names))
+    router_ports, own_ports, worker_ports = free[:count], free[count : 2 * count], free[2 * count :]
     bridge_port = args.port or spare
     directory = _state_directory(environ) / str(bridge_port)
     tls_directory = directory / "tls" if args.tls else None
@@ -91,11 +95,9 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
         seeing = environment if visible is None else {**environment, gpus.VISIBLE: ",".join(visible)}
         services.append(_service(name, role, own, WORKER_FLAGS, seeing))
     workers = [args.workers, *(f"{_LOOPBACK}:{port}" for port in worker_ports)]
-    router = {**shared, "port": router_port, "workers": ",".join(filter(None, workers))}
-    services.append(_service("router", "router", router, ROUTER_FLAGS, environment))
-    bridge = {**shared, "host": args.host, "port": bridge_port, "router": f"{_LOOPBACK}:{router_port}"}
-    services.append(_service("bridge", "bridge", bridge, BRIDGE_FLAGS, environment))
-    base_url = f"{'https' if args.ssl_certfile else 'http'}://{services[-1].address}"
+    shared["workers"] = ",".join(filter(None, workers))
+    services += _fronts(shared, router_ports, args.host, bridge_port, own_ports, environment)
+    base_url = f"{'https' if args.ssl_certfile else 'http'}://{_dialled(args.host, bridge_port)}"
     verbose = args.verbose or args.log_level == "debug"
     model = (args.served_model_name or args.model).partition(",")[0]
     grace_s = args.graceful_termination_timeout + _CLOSE_S
@@ -103,6 +105,22 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     return Plan(
         tuple(services), base_url, redis_url, model, directory, verbose, args.state_file, grace_s, tls, core_file
     )
+
+
+def _fronts(
+    shared: Mapping[str, Any], router_ports: Sequence[int], host: str, port: int, own_ports: Sequence[int],
+    environment: Mapping[str, str],
+) -> Iterator[ServiceSpec]:  # fmt: skip
+    """Routers, then bridges: a router of its own for each. Several bridges share a port, and have one of their own."""
+    one = len(router_ports) == 1
+    ranks = [None] if one else range(len(router_ports))
+    for rank, router_port in zip(ranks, router_ports, strict=True):
+        own = {**shared, "port": router_port, "api_server_rank": rank}
+        yield _service(instance_name("router", rank), "router", own, ROUTER_FLAGS, environment)
+    for rank, router_port, own_port in zip(ranks, router_ports, own_ports, strict=True):
+        own = {**shared, "host": host, "port": port, "router": f"{_LOOPBACK}:{router_port}"}
+        own |= {"api_server_rank": rank, "own_port": None if one else own_port}
+        yield _service(instance_name("bridge", rank), "bridge", own, BRIDGE_FLAGS, environment)
 
 
 def _redis(tls_directory: Path | None, port: int) -> tuple[str, str]:
@@ -137,7 +155,9 @@ def _service(
     else:
         asks = readiness.router_serves if role == "router" else readiness.grpc_serves
         is_ready = functools.partial(asks, tls=asking)
-    return ServiceSpec(name, role, _dialled(str(values["host"]), values["port"]), command, environment, is_ready)
+    own_port = values.get("own_port")  # at the shared one another might answer
+    address = f"{_LOOPBACK}:{own_port}" if own_port else _dialled(str(values["host"]), values["port"])
+    return ServiceSpec(name, role, address, command, environment, is_ready)
 
 
 def _asks_bridge(values: Mapping[str, Any]) -> Callable[[str], Awaitable[bool]]:

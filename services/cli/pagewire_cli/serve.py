@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 
 from pagewire_core.command_line import PRECEDENCE, add_flags
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, number
+from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, number, positive
 
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, add_so_anyway, refuse_otherwise
 
 # What the supervisor decides for each process itself.
-_OWN = frozenset({"role", "worker-id", "router", "cpu-lending", *TLS_FLAGS})
+_OWN = frozenset({"role", "worker-id", "router", "cpu-lending", "own-port", "api-server-rank", *TLS_FLAGS})
 SERVE_FLAGS: tuple[str, ...] = tuple(
     name for name in dict.fromkeys((*ROUTER_FLAGS, *WORKER_FLAGS, *BRIDGE_FLAGS)) if name not in _OWN
 )
@@ -53,10 +54,12 @@ def add_subcommand(
         group.add_argument("--prefill", type=_count, metavar="N", help="prefill workers; default 1, or 0 with --both"),
         group.add_argument("--decode", type=_count, metavar="N", help="decode workers; default 1, or 0 with --both"),
         group.add_argument("--both", type=_count, metavar="N", help="workers that do both; default 0"),
+        group.add_argument("--api-server-count", "-asc", type=positive, metavar="N", default=1,
+                           help="HTTP servers that share --port, each with a router of its own (Linux); default 1"),
         group.add_argument("--tls", action="store_true", help="mutual TLS between the services, with own certificates"),
         group.add_argument("--verbose", action="store_true", help="show the services' logs, as --log-level debug does"),
         group.add_argument("--state-file", type=Path, metavar="PATH", help="a JSON file that lists the ready services"),
-    ):
+    ):  # fmt: skip
         parser.settable(action)
     add_flags(parser, SERVE_FLAGS)
     for action in add_so_anyway(parser.add_argument_group("of vLLM, for what is so anyway")):
@@ -84,6 +87,10 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     args.decode = pair if args.decode is None else args.decode
     if args.decode + args.both == 0:
         args.parser.error("no worker can decode; give --decode or --both at least one")
+    if args.api_server_count > 1 and sys.platform != "linux":
+        args.parser.error("--api-server-count needs Linux: elsewhere one server gets all connections to a shared port")
+    if args.api_server_count > 1 and args.seed is not None:
+        args.parser.error("--seed needs one router, which counts requests; leave it or --api-server-count out")
     return args
 
 

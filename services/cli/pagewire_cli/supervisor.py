@@ -34,6 +34,7 @@ FIRST_RESTART_S = 1.0
 LAST_RESTART_S = 30.0
 _STABLE_S = 60.0  # a life this long forgets the deaths before it
 _STOP_ORDER = {"bridge": 0, "router": 1, "redis": 3}  # workers: 2
+_ONCE = frozenset({"redis", "router", "bridge"})  # unless told otherwise
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -200,4 +201,4 @@ def _stop_rank(service: Service) -> int:
 
 def _summary(plan: Plan) -> str:
     counts = [(role, len(list(specs))) for role, specs in groupby(plan.services, key=lambda spec: spec.role)]
-    return ", ".join(role if role in ("redis", "router", "bridge") else f"{count} {role}" for role, count in counts)
+    return ", ".join(role if role in _ONCE and count == 1 else f"{count} {role}" for role, count in counts)

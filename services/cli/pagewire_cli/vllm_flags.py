@@ -34,7 +34,7 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     # The HTTP server.
     "uds", "enable-ssl-refresh",
     "allowed-methods", "allowed-headers", "allow-credentials", "root-path", "middleware",
-    "api-server-count", "chat-template-content-format", "enable-log-requests", "max-log-len",
+    "chat-template-content-format", "enable-log-requests", "max-log-len",
     "uvicorn-log-level", "disable-fastapi-docs",
     # Transfer, events, tracing.
     "kv-transfer-config", "kv-events-config", "collect-detailed-traces",

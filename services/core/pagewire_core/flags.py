@@ -175,6 +175,9 @@ FLAGS: dict[str, Flag] = {
                                seconds),
     "allowed-origins": Flag((), "web pages of these origins may call the APIs, as a JSON list; [\"*\"]: any", origins),
     "ollama-port": Flag(None, "a second port with the same APIs, for Ollama's clients, which expect 11434", port),
+    "own-port": Flag(None, "a port on loopback that is this bridge's alone; several bridges then share --port and "
+                           "--ollama-port, and the kernel spreads connections over them (Linux)", port),
+    "api-server-rank": Flag(None, "which of several routers or bridges of a host this is: its metrics say so", count),
     "ssl-keyfile": Flag(None, "PEM private key of the HTTPS server; without it, it speaks plain HTTP"),
     "ssl-certfile": Flag(None, "PEM certificate of the HTTPS server; replaced files are taken up by themselves"),
     "ssl-ca-certs": Flag(None, "PEM certificates of the authorities of HTTPS clients"),
@@ -210,7 +213,7 @@ ROUTER_FLAGS = (
     "trust-request-chat-template", "max-input-tokens", "generation-config", "override-generation-config",
     "max-logprobs", "seed", "host", "port", "redis-url", "workers", "routing-policy", "max-queued-requests",
     "max-queued-tokens", "request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout",
-    *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
+    "api-server-rank", *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
     "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "tensor-parallel-size",
@@ -224,8 +227,8 @@ WORKER_FLAGS = (
 BRIDGE_FLAGS = (
     "router", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser",
     "host", "port", "redis-url", "api-key", "api-keys-file", "response-store-ttl", "allowed-origins", "ollama-port",
-    "request-timeout", "send-timeout", "graceful-termination-timeout", *SSL_FLAGS, *TLS_FLAGS,
-    *TRACE_FLAGS, "log-format", "log-level",
+    "own-port", "api-server-rank", "request-timeout", "send-timeout", "graceful-termination-timeout", *SSL_FLAGS,
+    *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 
 # As --help shows them.
@@ -247,11 +250,11 @@ FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "speculation": ("speculative-config", "speculate"),
     "tools and thoughts": ("tool-call-parser", "enable-auto-tool-choice", "reasoning-parser"),
     "HTTP": (
-        "ollama-port", "api-key", "api-keys-file", "allowed-origins", "response-store-ttl", "ssl-keyfile",
+        "ollama-port", "own-port", "api-key", "api-keys-file", "allowed-origins", "response-store-ttl", "ssl-keyfile",
         "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs",
     ),
     "routing and queue": ("routing-policy", "max-queued-requests", "max-queued-tokens", "workers"),
-    "the service": ("role", "worker-id", "host", "port", "router", "redis-url", "lanes"),
+    "the service": ("role", "worker-id", "api-server-rank", "host", "port", "router", "redis-url", "lanes"),
     "TLS between services": TLS_FLAGS,
     "time": ("request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout"),
     "logs and traces": ("log-format", "log-level", *TRACE_FLAGS),

@@ -49,6 +49,11 @@ def configure_logging(service: str, log_format: str = "auto", level: str = "info
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
 
 
+def instance_name(service: str, rank: int | None) -> str:
+    """What its metrics call a router or a bridge. rank: which of several it is."""
+    return service if rank is None else f"{service}-{rank}"
+
+
 def exposition(registry: CollectorRegistry) -> str:
     """The registry in Prometheus' text format."""
     return generate_latest(registry).decode()

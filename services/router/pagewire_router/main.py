@@ -23,7 +23,7 @@ from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import RpcServer
 from pagewire_core.shutdown import exit_within
 from pagewire_core.startup import freeze_heap
-from pagewire_core.telemetry import configure_logging
+from pagewire_core.telemetry import configure_logging, instance_name
 from pagewire_core.tls import TlsFiles, tls_files, with_certificates
 
 from pagewire_router.admission import Admission, Limits
@@ -101,7 +101,7 @@ async def running_router(
     args: argparse.Namespace, model: ServedModel, tls: TlsFiles | None = None
 ) -> AsyncIterator[tuple[Router, RpcServer, int]]:
     """A router that listens; leaving the scope ends it without grace. `args` are ROUTER_FLAGS."""
-    index, metrics = PrefixIndex(), RouterMetrics()
+    index, metrics = PrefixIndex(), RouterMetrics(instance_name("router", args.api_server_rank))
     follower = IndexFollower(args.redis_url, index, lambda worker_id: workers.snapshot(worker_id), metrics.gap_mended)
 
     def joined(worker: Worker) -> None:

@@ -19,9 +19,10 @@ _MENDED_BY = ("snapshot", "worker", "forgotten")
 
 
 class RouterMetrics:
-    """Every metric of one router, in a registry of its own."""
+    """Every metric of one router, in a registry of its own. instance: what they call it."""
 
-    def __init__(self) -> None:
+    def __init__(self, instance: str = "router") -> None:
+        self.instance = instance
         registry = self.registry = CollectorRegistry()
         self.requests = Counter("pagewire_requests", "Requests by how they ended", ["outcome"], registry=registry)
         self.validation_s = Histogram(

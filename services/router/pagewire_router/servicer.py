@@ -234,7 +234,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             metrics.circuits_open.labels(leg).set(sum(there == leg and s != "closed" for there, s in states))
         workers = router.services.workers.live
         answers = await asyncio.gather(*(_metrics_of(w) for w in workers))
-        texts = {"router": exposition(metrics.registry)}
+        texts = {metrics.instance: exposition(metrics.registry)}
         texts |= {w.worker_id: text for w, text in zip(workers, answers, strict=True) if text is not None}
         return inference_pb2.MetricsResponse(text=merge_expositions(texts))
 
