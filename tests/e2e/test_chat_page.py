@@ -35,7 +35,10 @@ pytestmark = [
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     directory: Path = tmp_path_factory.mktemp("page")
     names = (*PAIRS, "--served-model-name=demo")
-    made = Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=names, with_faults=True)
+    made = Cluster(
+        demo_model(), directory, worker_flags=FLAGS, router_flags=names, bridge_flags=["--root-path=/llm"],
+        with_faults=True,
+    )  # fmt: skip
     async with running(made) as started:
         yield started
 
@@ -116,12 +119,20 @@ async def test_only_browsers_get_the_page(cluster: Cluster) -> None:
     assert (await cluster.http.get("/page/other.js")).status_code == 404
 
 
+async def test_under_a_prefix_the_page_finds_its_files_and_the_apis(page: Page) -> None:
+    """With and without a slash at its end, however a proxy passes it on."""
+    for path in ("/llm", "/llm/", "/"):
+        await page.goto(path)
+        await expect(page.get_by_label("Model")).to_have_value("demo")
+
+
 async def test_swagger_ui_shows_every_api_and_tries_one_out(page: Page) -> None:
-    await page.goto("/docs")
+    await page.goto("/llm/docs")
     for api in ("OpenAI", "TGI", "Ollama", "Anthropic", "Server"):
         await expect(page.locator(f"#operations-tag-{api}")).to_be_visible()
     version = page.locator("#operations-Server-get_version")
     await version.get_by_role("button").first.click()
     await version.get_by_role("button", name="Execute").click()
+    await expect(version.locator(".request-url")).to_contain_text("/llm/version")
     await expect(version.locator(".live-responses-table")).to_contain_text('"version"')
     await expect(version.locator(".live-responses-table")).to_contain_text("200")

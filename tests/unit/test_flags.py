@@ -56,6 +56,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "response-store-ttl": ("600", 600.0),
     "allowed-origins": ('["https://a.example"]', ("https://a.example",)),
     "ollama-port": ("11434", 11434),
+    "root-path": ("/llm/v2/", "/llm/v2"),
     "own-port": ("20001", 20001),
     "api-server-rank": ("0", 0),
     "ssl-keyfile": ("/edge.key", "/edge.key"),
@@ -122,9 +123,8 @@ def test_the_environment_gives_a_default_and_the_command_line_wins(name: str) ->
     environ = {f"PAGEWIRE_{_attribute(name).upper()}": text}
     assert getattr(_parser(environ=environ).parse_args([]), _attribute(name)) == value
     flag = FLAGS[name]
-    other = (
-        flag.choices[0] if flag.choices else {"allowed-origins": '["*"]', "otlp-traces-endpoint": "h:1"}.get(name, "1")
-    )
+    others = {"allowed-origins": '["*"]', "otlp-traces-endpoint": "h:1", "root-path": "/a"}
+    other = flag.choices[0] if flag.choices else others.get(name, "1")
     expected = flag.type(other) if flag.type else None
     assert getattr(_parser(environ=environ).parse_args([f"--{name}={other}"]), _attribute(name)) == expected
 

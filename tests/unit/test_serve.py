@@ -55,6 +55,7 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
         (["--role", "prefill"], "unknown flag --role"),
         (["--api-server-count", "0"], "argument --api-server-count/-asc: must be positive"),
         (["-asc", "2", "--seed", "1"], "--seed needs one router"),
+        (["--root-path", "llm"], "argument --root-path: 'llm' is no path; write /llm"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_exit_code_2(

@@ -38,6 +38,7 @@ from pagewire_bridge.openai.responses.store import ResponseStore
 from pagewire_bridge.openai.routes import ROUTES as OPENAI_ROUTES
 from pagewire_bridge.openapi.routes import ROUTES as OPENAPI_ROUTES
 from pagewire_bridge.rate_limit import RateLimiter
+from pagewire_bridge.root_path import RootPath
 from pagewire_bridge.server import ROUTES as SERVER_ROUTES
 from pagewire_bridge.tgi.routes import ROUTES as TGI_ROUTES
 from pagewire_bridge.tokenize import ROUTES as TOKENIZE_ROUTES
@@ -52,6 +53,7 @@ class State(TypedDict):
     responses: ResponseStore
     background: BackgroundRuns
     document: Callable[[], bytes]
+    root_path: str
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -100,10 +102,10 @@ ROUTES = (
 )
 
 
-def _document(with_keys: bool) -> bytes:
+def _document(with_keys: bool, root_path: str) -> bytes:
     from pagewire_bridge.openapi.document import document  # a tenth of a second that no start need take
 
-    return orjson.dumps(document(ROUTES, with_keys))
+    return orjson.dumps(document(ROUTES, with_keys, root_path))
 
 
 def create_app(
@@ -115,16 +117,18 @@ def create_app(
     redis_url: str | None = None,
     response_ttl_s: float = 86400.0,
     allowed_origins: Sequence[str] = (),
+    root_path: str = "",
     rank: int | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
     open_client is called in the serving event loop, on_ready just before requests are taken. answers: how the model
     writes calls and thoughts. redis_url: where the limits of keys are counted and responses are stored.
-    response_ttl_s: for how long. allowed_origins: whose web pages may call it. rank: which of several bridges it is.
+    response_ttl_s: for how long. allowed_origins: whose web pages may call it. root_path: where the proxy in front has
+    the routes; it may or may not take that prefix away. rank: which of several bridges it is.
     """
     bridge_metrics, limiter = BridgeMetrics(instance_name("bridge", rank)), RateLimiter(redis_url)
-    made = functools.cache(lambda: _document(with_keys=bool(keys)))
+    made = functools.cache(lambda: _document(bool(keys), root_path))
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[State]:
@@ -137,6 +141,7 @@ def create_app(
             "responses": ResponseStore(shelf, response_ttl_s),
             "background": background,
             "document": made,
+            "root_path": root_path,
         }
         await background.close()
         await client.close()
@@ -160,4 +165,5 @@ def create_app(
         guarded = CORSMiddleware(
             guarded, allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
-    return Observe(guarded, bridge_metrics, ROUTES)
+    observed = Observe(guarded, bridge_metrics, ROUTES)
+    return RootPath(observed, root_path, ROUTES) if root_path else observed

@@ -21,7 +21,7 @@ _HEADERS = {
 
 async def root(request: Request) -> Response:
     if "text/html" in request.headers.get("accept", ""):
-        return _file("index.html")
+        return _file("index.html", request)
     return PlainTextResponse("Ollama is running")
 
 
@@ -29,11 +29,14 @@ async def file(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in FILES:
         raise HTTPException(404, f"There is no file {name}.")
-    return _file(name)
+    return _file(name, request)
 
 
-def _file(name: str) -> Response:
-    return Response(_CONTENT[name], headers=_HEADERS, media_type=FILES[name])
+def _file(name: str, request: Request) -> Response:
+    content = _CONTENT[name]
+    if name == "index.html":  # its address may or may not end in a slash: links relative to it would lead astray
+        content = content.replace(b'"/page/', b'"%s/page/' % request.state.root_path.encode())
+    return Response(content, headers=_HEADERS, media_type=FILES[name])
 
 
 ROUTES = [Route("/", root, methods=["GET"]), Route("/page/{name}", file, methods=["GET"])]

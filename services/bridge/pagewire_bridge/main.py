@@ -116,6 +116,7 @@ def serve(flags: argparse.Namespace) -> None:
         redis_url=with_certificates(flags.redis_url, tls),
         response_ttl_s=flags.response_store_ttl,
         allowed_origins=flags.allowed_origins,
+        root_path=flags.root_path,
         rank=flags.api_server_rank,
     )
     # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody

@@ -33,7 +33,7 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "structured-outputs-config", "tool-parser-plugin", "watermark-config",
     # The HTTP server.
     "uds", "enable-ssl-refresh",
-    "allowed-methods", "allowed-headers", "allow-credentials", "root-path", "middleware",
+    "allowed-methods", "allowed-headers", "allow-credentials", "middleware",
     "chat-template-content-format", "enable-log-requests", "max-log-len",
     "uvicorn-log-level", "disable-fastapi-docs",
     # Transfer, events, tracing.

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -83,6 +84,14 @@ def origins(text: str) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(origin, str) for origin in found):
         raise argparse.ArgumentTypeError(f'{text!r} is no JSON list of origins; write ["https://example.org"]')
     return tuple(found)
+
+
+def root_path(text: str) -> str:
+    """'/llm/' -> '/llm'; '/' -> ''."""
+    path = text.rstrip("/")
+    if not re.fullmatch(r"(/[\w.~-]+)*", path):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path; write /llm")
+    return path
 
 
 def collector(text: str) -> str:
@@ -175,6 +184,7 @@ FLAGS: dict[str, Flag] = {
                                seconds),
     "allowed-origins": Flag((), "web pages of these origins may call the APIs, as a JSON list; [\"*\"]: any", origins),
     "ollama-port": Flag(None, "a second port with the same APIs, for Ollama's clients, which expect 11434", port),
+    "root-path": Flag("", "the path under which a proxy serves the APIs, which it may take away or leave", root_path),
     "own-port": Flag(None, "a port on loopback that is this bridge's alone; several bridges then share --port and "
                            "--ollama-port, and the kernel spreads connections over them (Linux)", port),
     "api-server-rank": Flag(None, "which of several routers or bridges of a host this is: its metrics say so", count),
@@ -227,8 +237,8 @@ WORKER_FLAGS = (
 BRIDGE_FLAGS = (
     "router", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser",
     "host", "port", "redis-url", "api-key", "api-keys-file", "response-store-ttl", "allowed-origins", "ollama-port",
-    "own-port", "api-server-rank", "request-timeout", "send-timeout", "graceful-termination-timeout", *SSL_FLAGS,
-    *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
+    "root-path", "own-port", "api-server-rank", "request-timeout", "send-timeout", "graceful-termination-timeout",
+    *SSL_FLAGS, *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 
 # As --help shows them.
@@ -250,8 +260,8 @@ FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "speculation": ("speculative-config", "speculate"),
     "tools and thoughts": ("tool-call-parser", "enable-auto-tool-choice", "reasoning-parser"),
     "HTTP": (
-        "ollama-port", "own-port", "api-key", "api-keys-file", "allowed-origins", "response-store-ttl", "ssl-keyfile",
-        "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs",
+        "root-path", "ollama-port", "own-port", "api-key", "api-keys-file", "allowed-origins", "response-store-ttl",
+        "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs",
     ),
     "routing and queue": ("routing-policy", "max-queued-requests", "max-queued-tokens", "workers"),
     "the service": ("role", "worker-id", "api-server-rank", "host", "port", "router", "redis-url", "lanes"),

@@ -45,8 +45,8 @@ def described() -> dict[Endpoint, tuple[Api, Operation]]:
     return {endpoint: (api, operation) for api in APIS for endpoint, operation in api.operations.items()}
 
 
-def document(routes: Iterable[Route], with_keys: bool) -> Fields:
-    """Of OpenAPI 3.1. with_keys: whether clients are asked for API keys."""
+def document(routes: Iterable[Route], with_keys: bool, root_path: str = "") -> Fields:
+    """Of OpenAPI 3.1. with_keys: whether clients are asked for API keys. root_path: before every path."""
     known = described()
     found = [
         (route.path, method, *known[route.endpoint])
@@ -71,6 +71,7 @@ def document(routes: Iterable[Route], with_keys: bool) -> Fields:
             "GET answers HEAD, too.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
+        **({"servers": [{"url": root_path}]} if root_path else {}),
         "tags": [{"name": api.name, "description": api.description} for api in APIS],
         "paths": paths,
         "components": {

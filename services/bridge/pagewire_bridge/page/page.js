@@ -1,5 +1,6 @@
 "use strict";
 
+const root = new URL("..", document.currentScript.src); // where the APIs are
 const $ = (id) => document.getElementById(id);
 const messages = []; // of the conversation, as the API wants them
 let running = null; // the AbortController of the answer that is being written
@@ -18,7 +19,7 @@ async function failure(response) {
 }
 
 async function listModels() {
-  const response = await fetch("/v1/models", { headers: headers() });
+  const response = await fetch(new URL("v1/models", root), { headers: headers() });
   if (!response.ok) throw new Error(await failure(response));
   const options = (await response.json()).data.map((model) => new Option(model.id));
   $("model").replaceChildren(...options);
@@ -83,7 +84,7 @@ async function answer() {
   let first = 0;
   try {
     const { signal } = running;
-    const response = await fetch("/v1/chat/completions", {
+    const response = await fetch(new URL("v1/chat/completions", root), {
       method: "POST", headers: headers(), body: JSON.stringify(request), signal,
     });
     if (!response.ok) throw new Error(await failure(response));
