@@ -107,6 +107,7 @@ async def scene(
         "host": "127.0.0.1", "port": 0, "redis_url": None, "max_queued_requests": 16, "max_queued_tokens": 1 << 20,
         "request_timeout": 20.0, "send_timeout": 10.0, "transfer_timeout": 5.0, "routing_policy": "pagewire",
         "trust_request_chat_template": False, "api_server_rank": None,
+        "enable_log_requests": False, "max_log_len": None,
         "workers": ",".join(w.address for w in workers.values()), **flags,
     }  # fmt: skip
     template, texts = ChatTemplate(TEMPLATE, "<s>", "</s>"), ("<s>", "</s>")

@@ -80,6 +80,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "log-format": ("json", "json"),
     "otlp-traces-endpoint": ("https://collector:4317", "https://collector:4317"),
     "otlp-service-name": ("chat", "chat"),
+    "enable-log-requests": ("", True),
+    "max-log-len": ("0", 0),
     "log-level": ("debug", "debug"),
 }
 

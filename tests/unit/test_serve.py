@@ -42,7 +42,7 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
     [
         (["--data-parallel-size", "2"], "--data-parallel-size is not implemented yet"),
         (["--load-format=dummy"], "argument --load-format: invalid choice: 'dummy'"),
-        (["--enable-log-requests"], "--enable-log-requests is not implemented yet"),
+        (["--enable-log-requests", "--disable-log-requests"], "--enable-log-requests and --disable-log-requests con"),
         (["--max-logprobs", "-1"], "argument --max-logprobs: must be 0 or more"),
         (["-dp", "2"], "-dp is not implemented yet"),
         (["-tp", "0"], "argument --tensor-parallel-size/-tp/--num-shard: must be positive"),

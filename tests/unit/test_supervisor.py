@@ -113,6 +113,7 @@ async def test_every_service_is_announced_and_all_are_stopped_in_order(
     async with _running(plan):
         pids = await _state(plan)
         assert all(psutil.pid_exists(pid) for pid in pids.values())
+        assert {path.stat().st_mode & 0o777 for path in plan.directory.glob("*.log")} == {0o600}
     lines = capsys.readouterr().out.splitlines()
     for spec in plan.services:
         pattern = rf"{spec.name} +ready +pid {pids[spec.name]} +{spec.address} +\d+\.\d s"

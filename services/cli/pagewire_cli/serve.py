@@ -76,6 +76,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     if args.model_tag is not None and args.model not in (None, elsewhere, args.model_tag):
         args.parser.error(f"MODEL is {args.model_tag} but --model is {args.model}; give one of them")
     refuse_otherwise(args, args.parser)
+    if args.enable_log_requests and args.disable_log_requests:
+        args.parser.error("--enable-log-requests and --disable-log-requests contradict each other")
     model = args.model_tag or args.model
     if model is None:
         model = str(demo_model())

@@ -83,7 +83,8 @@ class Supervisor:
                 # The authority's key is never on disk: nobody can be added to this deployment.
                 write_certificates(Authority.new(), Path(self._plan.tls.ca).parent)
             for service in self._services:
-                service.log_path.write_bytes(b"")
+                service.log_path.unlink(missing_ok=True)
+                service.log_path.touch(0o600)  # the router's may have prompts in it
         except OSError as error:
             raise StartupError(f"cannot write logs: {error}; set XDG_STATE_HOME to a writable folder") from None
         self._remove_state_file()

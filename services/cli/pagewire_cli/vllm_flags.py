@@ -15,7 +15,6 @@ SO_ANYWAY: dict[str, tuple[str, ...]] = {
     "enable-request-id-headers": (),
     "enable-server-load-tracking": (),
     "disable-log-requests": (),
-    "no-enable-log-requests": (),
 }
 
 NOT_IMPLEMENTED: frozenset[str] = frozenset({
@@ -34,7 +33,7 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     # The HTTP server.
     "uds", "enable-ssl-refresh",
     "allowed-methods", "allowed-headers", "allow-credentials", "middleware",
-    "chat-template-content-format", "enable-log-requests", "max-log-len",
+    "chat-template-content-format",
     "uvicorn-log-level", "disable-fastapi-docs",
     # Transfer, events, tracing.
     "kv-transfer-config", "kv-events-config", "collect-detailed-traces",

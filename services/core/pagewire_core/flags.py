@@ -212,6 +212,10 @@ FLAGS: dict[str, Flag] = {
     "otlp-traces-endpoint": Flag(None, "where traces of requests go: the gRPC port of an OTLP collector, as "
                                        "http://host:4317", collector),
     "otlp-service-name": Flag(None, "service.name of the spans; default: OTEL_SERVICE_NAME, or pagewire-router etc."),
+    "enable-log-requests": Flag(False, "the router logs every request with its parameters and its PROMPT, which is "
+                                       "private and is in no log otherwise", None),
+    "max-log-len": Flag(None, "characters and token ids of a prompt that --enable-log-requests shows at most; default: "
+                              "all", count),
     "log-level": Flag("info", "least severe line that is logged", choices=LOG_LEVELS),
 }  # fmt: skip
 
@@ -223,7 +227,7 @@ ROUTER_FLAGS = (
     "trust-request-chat-template", "max-input-tokens", "generation-config", "override-generation-config",
     "max-logprobs", "seed", "host", "port", "redis-url", "workers", "routing-policy", "max-queued-requests",
     "max-queued-tokens", "request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout",
-    "api-server-rank", *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
+    "api-server-rank", *TLS_FLAGS, *TRACE_FLAGS, "enable-log-requests", "max-log-len", "log-format", "log-level",
 )  # fmt: skip
 WORKER_FLAGS = (
     "role", "model", "tokenizer", "revision", "download-dir", "dtype", "device", "tensor-parallel-size",
@@ -267,5 +271,5 @@ FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "the service": ("role", "worker-id", "api-server-rank", "host", "port", "router", "redis-url", "lanes"),
     "TLS between services": TLS_FLAGS,
     "time": ("request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout"),
-    "logs and traces": ("log-format", "log-level", *TRACE_FLAGS),
+    "logs and traces": ("log-format", "log-level", "enable-log-requests", "max-log-len", *TRACE_FLAGS),
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """Logs and metrics, the same in every service.
 
 Logs are structlog events: JSON lines, or a console rendering on a terminal. The request id is bound
-to the context where a call enters, so that every line of a request carries it. Prompt text is never
-logged.
+to the context where a call enters, so that every line of a request carries it. Prompt text is not
+logged, unless the router is told to (--enable-log-requests).
 """
 
 from __future__ import annotations

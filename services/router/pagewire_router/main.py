@@ -35,6 +35,7 @@ from pagewire_router.metrics import RouterMetrics
 from pagewire_router.model import ServedModel, load_served_model
 from pagewire_router.placement import Placement
 from pagewire_router.policies import POLICIES
+from pagewire_router.request_log import RequestLog
 from pagewire_router.request_templates import RequestTemplates
 from pagewire_router.room import room_of
 from pagewire_router.sampling_defaults import tell
@@ -126,7 +127,8 @@ async def running_router(
     timeouts = Timeouts(args.request_timeout, args.send_timeout)
     grammars = Grammars(model.tokenizer.path, model.vocab_size, model.eos_token_ids)
     templates = RequestTemplates(model.special_texts, args.trust_request_chat_template)
-    router = Router(model, services, admission, index, follower, discovery, timeouts, feeds, grammars, templates)
+    asked = RequestLog(model.tokenizer, args.max_log_len) if args.enable_log_requests else None
+    router = Router(model, services, admission, index, follower, discovery, timeouts, feeds, grammars, templates, asked)
     server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,

@@ -28,6 +28,7 @@ from pagewire_router.generation import Generation, Services
 from pagewire_router.grammars import Grammars, constrain
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
+from pagewire_router.request_log import RequestLog
 from pagewire_router.request_templates import RequestTemplates
 from pagewire_router.spans import describe_request
 from pagewire_router.text import detokenize, tokenize
@@ -59,6 +60,7 @@ class Router:
     feeds: Feeds[inference_pb2.DeltaFeedResponse]
     grammars: Grammars
     templates: RequestTemplates
+    asked: RequestLog | None  # None: what clients ask is not logged
 
     @property
     def redis_connected(self) -> bool:
@@ -85,6 +87,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 metrics.requests.labels("invalid_request").inc()
                 raise
             metrics.validation_s.observe(time.monotonic() - arrived)
+            if self._router.asked is not None:
+                self._router.asked.generate(valid, request)
             describe_request(span, valid)
             responses = self._counted(request, valid, self._deadline(context))
             async with contextlib.aclosing(ended_if_unread(responses, context, self._router.timeouts.send_s)) as read:
@@ -175,6 +179,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         inputs = inputs_of(request, router.model, router.max_model_len)
         embedder = Embedder(router.services.workers, router.admission)
         request_id = request.request_id or uuid.uuid4().hex
+        if router.asked is not None:
+            router.asked.embed(request_id, request.tenant, inputs)
         with tracing.begin("embed", {"gen_ai.request.id": request_id, "pagewire.inputs": len(inputs)}):
             vectors = await embedder.embed(inputs, request_id, request.tenant, self._deadline(context))
         return inference_pb2.EmbedResponse(
