@@ -46,6 +46,13 @@ async def test_the_demo_model_calls_a_tool_and_the_client_parses_it(tmp_path: Pa
             back = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
             answer = await openai.chat.completions.create(**ask, messages=[user, message.model_dump(), back])
             assert answer.usage.prompt_tokens > whole.usage.prompt_tokens
+            older = {key: value for key, value in ask.items() if key != "tools"} | {"functions": [tool["function"]]}
+            said = (await openai.chat.completions.create(**older, messages=[user], function_call="auto")).choices[0]
+            assert said.finish_reason == "function_call" and said.message.function_call.name == "get_weather"
+            assert said.message.function_call.arguments == call.function.arguments, "the same prompt, the same call"
+            back = {"role": "function", "name": "get_weather", "content": "sunny"}
+            again = await openai.chat.completions.create(**older, messages=[user, said.message.model_dump(), back])
+            assert again.choices[0].message.content == answer.choices[0].message.content
             seeds = [
                 openai.chat.completions.create(
                     **{**ask, "temperature": 1.5}, messages=[user], tool_choice="required", seed=i, n=2,

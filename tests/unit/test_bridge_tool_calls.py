@@ -181,7 +181,14 @@ async def test_thoughts_that_the_prompt_began_and_thoughts_that_nobody_wants(bri
     ({"tools": [{"type": "code", "function": {"name": "x"}}]}, "tools[0].type"),
     ({"tool_choice": "required"}, "tool_choice"), ({"tools": [NOW], "tool_choice": "often"}, "tool_choice"),
     ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
-    ({"thinking_token_budget": -1}, "thinking_token_budget"), ({"functions": [{"name": "x"}]}, "functions"),
+    ({"thinking_token_budget": -1}, "thinking_token_budget"),
+    ({"functions": [{"name": "x"}], "tools": [NOW]}, "functions"), ({"functions": [{}]}, "functions[0].name"),
+    ({"functions": [{"name": "x"}, {"name": "x"}]}, "functions"), ({"function_call": {"name": "x"}}, "function_call"),
+    ({"functions": [{"name": "x"}], "function_call": {"name": "y"}}, "function_call"),
+    ({"functions": [{"name": "x"}], "function_call": "required"}, "function_call"),
+    ({"messages": [{"role": "function", "content": "3"}]}, "messages[0].name"),
+    ({"messages": [{"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [
+        {"function": {"name": "f"}}]}]}, "messages[0].function_call"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0].function"),
 ])  # fmt: skip
 async def test_mistakes_name_their_field(bridge: Bridge, fields: dict[str, Any], param: str) -> None:
@@ -189,6 +196,57 @@ async def test_mistakes_name_their_field(bridge: Bridge, fields: dict[str, Any],
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"].startswith(param)
     assert not bridge.router.requests
+
+
+async def test_clients_that_know_no_tools_are_answered_in_their_words(bridge: Bridge) -> None:
+    """LangChain's old agents, and everything that was written before November 2023."""
+    functions: Any = [WEATHER["function"], NOW["function"]]
+    parts = [delta(part) for part in in_parts(TEXT, range(0, len(TEXT), 7))]
+    bridge.router.script = says(accepted(), *parts, delta(finish=STOP), summary())
+    whole = (await bridge.openai.chat.completions.create(**ASK, functions=functions)).choices[0]
+    call = whole.message.function_call
+    assert (whole.finish_reason, whole.message.content, whole.message.tool_calls) == ("function_call", "Ok.", None)
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": 'R"ome'}), "the second has no room"
+    name, arguments, reasons = [], "", []
+    async for chunk in await bridge.openai.chat.completions.create(**ASK, functions=functions, stream=True):
+        piece = chunk.choices[0].delta.function_call
+        name += [piece.name] if piece and piece.name else []
+        arguments += piece.arguments if piece else ""
+        reasons += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
+        assert not chunk.choices[0].delta.tool_calls
+    assert (name, arguments, reasons) == (["get_weather"], call.arguments, ["function_call"])
+    asked = bridge.router.requests[-1]
+    assert json.loads(asked.chat.tools_json) == [WEATHER, NOW]
+
+    bridge.router.script = says(
+        accepted(), delta('<tool_call>{"name": "now"}</tool_call>'), delta(finish=STOP), summary()
+    )
+    named = (await bridge.chat(functions=functions, function_call={"name": "now"})).json()["choices"][0]
+    assert named["message"]["function_call"]["name"] == "now" and named["finish_reason"] == "stop"
+    form = json.loads(bridge.router.requests[-1].structured_output.structural_tag)["format"]
+    assert form["at_least_one"] and form["stop_after_first"]
+    for nothing in ({"functions": functions, "function_call": "none"}, {"functions": []}, {"function_call": "auto"}):
+        answer = (await bridge.chat(**nothing)).json()["choices"][0]
+        assert "function_call" not in answer["message"] and answer["finish_reason"] == "stop"
+        assert not bridge.router.requests[-1].chat.tools_json
+
+
+async def test_what_functions_were_called_and_said_is_told_to_the_template_as_of_tools(bridge: Bridge) -> None:
+    call = {"name": "now", "arguments": '{"a": 1}'}
+    assert (await bridge.chat(messages=[
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "now", "content": "3 pm"},
+        {"role": "assistant", "content": None, "function_call": {"name": "now"}},
+        {"role": "function", "name": "now", "content": "4 pm"},
+    ])).status_code == 200  # fmt: skip
+    messages = bridge.router.requests[-1].chat.messages
+    fields = [json.loads(m.fields_json or "{}") for m in messages]
+    assert fields[1]["tool_calls"] == [
+        {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": {"a": 1}}}
+    ]
+    assert [(m.role, m.name, m.content) for m in messages][2] == ("tool", "now", "3 pm")
+    assert [f.get("tool_call_id") for f in fields] == [None, None, "call_1", None, "call_3"]
 
 
 async def test_without_the_flags_only_forced_calls_are_taken() -> None:

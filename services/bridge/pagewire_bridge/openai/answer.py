@@ -19,7 +19,7 @@ from pagewire_bridge.openai.errors import from_error
 from pagewire_bridge.openai.prompts import Echo, listed
 from pagewire_bridge.openai.shapes import Choice, Shape
 from pagewire_bridge.served_by import account
-from pagewire_bridge.tools.calls import Piece, Text, Thought, joined
+from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
 
 log = structlog.get_logger(__name__)
 
@@ -36,8 +36,9 @@ class Answer:
     head: id, created, model, system_fingerprint. stop_token_ids: the client's own, which it may see
     again as a stop_reason; the model's end-of-sequence ids are not shown. prompt_token_ids: per prompt,
     None unless the client wants token ids beside the text. parsers: of each choice, if there is more in it than
-    content. named_tool: the one call is what was asked for, and no reason to stop. echo: of prompts whose tokens come
-    before the choices'. prompt_logprobs: how many of the best are listed in the place of each of a prompt's tokens.
+    content. named_tool: the one call is what was asked for, and no reason to stop. functions: the client does not know
+    tools, and has room for one call. echo: of prompts whose tokens come before the choices'. prompt_logprobs: how many
+    of the best are listed in the place of each of a prompt's tokens.
     """
 
     shape: Shape
@@ -48,6 +49,7 @@ class Answer:
     prompt_token_ids: Sequence[list[int]] | None = None
     parsers: Sequence[AnswerParser] = ()
     named_tool: bool = False
+    functions: bool = False
     include_reasoning: bool = True
     echo: Echo | None = None
     prompt_logprobs: int | None = None
@@ -90,11 +92,18 @@ class Answer:
         pieces = parser.push(delta.text)
         if delta.finish_reason in FINISH_REASONS:
             pieces += parser.finish()
-        return [piece for piece in pieces if self.include_reasoning or not isinstance(piece, Thought)]
+        return [piece for piece in pieces if self._is_told(piece)]
+
+    def _is_told(self, piece: Piece) -> bool:
+        if isinstance(piece, Call | Arguments):
+            return not self.functions or piece.index == 0
+        return self.include_reasoning or not isinstance(piece, Thought)
 
     def finish_reason(self, index: int, reason: str) -> str:
         called = bool(self.parsers) and self.parsers[index].num_calls > 0
-        return "tool_calls" if called and reason == "stop" and not self.named_tool else reason
+        if not called or reason != "stop" or self.named_tool:
+            return reason
+        return "function_call" if self.functions else "tool_calls"
 
     def usage(self, summaries: Sequence[Summary]) -> dict[str, Any]:
         counted = usage(summaries)

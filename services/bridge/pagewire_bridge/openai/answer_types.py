@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from pagewire_bridge.openapi.errors import OpenAIError
 from pagewire_bridge.openapi.operation import DONE
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class CachedTokens(TypedDict):
@@ -75,6 +75,7 @@ class AssistantMessage(TypedDict):
     reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
+    function_call: NotRequired[Function]
 
 
 class ChatChoice(TypedDict):
@@ -135,6 +136,7 @@ class ChatDelta(TypedDict):
     reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallPiece]]
+    function_call: NotRequired[FunctionPiece]
 
 
 class ChatChunkChoice(TypedDict):

@@ -28,6 +28,7 @@ _TOOL: dict[str, Any] = {
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 _DETAILED = {"n": 2, "return_token_ids": True, "service_tier": "auto"}
 _CALL = {"tools": [_TOOL], "tool_choice": "required", "max_tokens": 60}
+_FUNCTION = {"functions": [_TOOL["function"]], "function_call": {"name": "get_weather"}, "max_tokens": 60}
 _FORM = {"structured_outputs": {"choice": ["yes", "no"]}}
 
 CHAT_EXAMPLES: dict[str, dict[str, Any]] = {
@@ -37,6 +38,8 @@ CHAT_EXAMPLES: dict[str, dict[str, Any]] = {
     "detailed and streamed": {**_QUESTION, **_STREAMED, **_DETAILED, "logprobs": True},
     "a call of a tool": {**_QUESTION, **_CALL},
     "a call of a tool, streamed": {**_QUESTION, **_CALL, **_STREAMED},
+    "a call of a function, as before there were tools": {**_QUESTION, **_FUNCTION},
+    "a call of a function, streamed": {**_QUESTION, **_FUNCTION, **_STREAMED},
     "a form": {**_QUESTION, **_FORM},
 }
 COMPLETION_EXAMPLES: dict[str, dict[str, Any]] = {

@@ -50,7 +50,7 @@ async def completions(request: Request) -> Response:
 async def answer_chat(request: Request, data: bytes) -> Response:
     body = parse_body(ChatBody, data)
     asked = [to_chat_request(body, _request_id(request, body), request.state.answers)]
-    return await _generate(request, body, asked, ChatShape(chat_echo(body), _naming(body)))
+    return await _generate(request, body, asked, ChatShape(chat_echo(body), _naming(body), bool(body.functions)))
 
 
 async def answer_completion(request: Request, data: bytes) -> Response:
@@ -108,7 +108,10 @@ def _reading(request: Request, body: GenerationBody, generation: Generation) -> 
     answers, tail = request.state.answers, generation.accepted[0].prompt_tail
     parsers = [parser for _ in range(body.n or 1) if (parser := parser_of(body, answers, tail))]
     named = isinstance(body.tool_choice, NamedTool)
-    return {"parsers": parsers, "named_tool": named, "include_reasoning": body.include_reasoning is not False}
+    thoughts = body.include_reasoning is not False
+    return {
+        "parsers": parsers, "named_tool": named, "functions": bool(body.functions), "include_reasoning": thoughts
+    }  # fmt: skip
 
 
 def _echo(body: GenerationBody, shape: Shape, generation: Generation) -> Echo | None:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from pagewire_bridge.openai.structured import ResponseFormat, StructuredOutputs
-from pagewire_bridge.openai.tools import MAX_TOOLS, CalledTool, ToolChoice, ToolShape
+from pagewire_bridge.openai.tools import CalledFunction, CalledTool, FunctionChoice, Functions, ToolChoice, Tools
 
 MAX_STOP_STRINGS = 64
 MAX_BAD_WORDS = 1024
@@ -217,6 +217,7 @@ class Message(_Body):
     name: str | None = None
     tool_calls: list[CalledTool] | None = None
     tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
 
@@ -242,9 +243,11 @@ class ChatBody(GenerationBody, ConversationBody):
     top_logprobs: NumLogprobs | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[ToolShape], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    functions: Functions | None = None
+    function_call: FunctionChoice | None = None
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     include_reasoning: bool | None = None
 

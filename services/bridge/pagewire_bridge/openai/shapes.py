@@ -77,8 +77,8 @@ class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, echo: str = "", name: Naming = text_of) -> None:
-        self._echo, self._name = echo, name
+    def __init__(self, echo: str = "", name: Naming = text_of, functions: bool = False) -> None:
+        self._echo, self._name, self._functions = echo, name, functions
 
     def with_prompts(self, response: dict[str, Any], told: Sequence[Any]) -> None:
         [response["prompt_logprobs"]] = told
@@ -88,7 +88,8 @@ class ChatShape:
         return [*choices, _chat_chunk(index, {"content": self._echo})] if self._echo else choices
 
     def delta(self, index: int, piece: Piece, tokens: Tokens | None) -> Choice:
-        return _chat_chunk(index, chat_delta(piece), chat_logprobs(tokens, self._name))
+        delta = chat_delta(piece)
+        return _chat_chunk(index, _of_functions(delta) if self._functions else delta, chat_logprobs(tokens, self._name))
 
     def ending(self, index: int, finish_reason: str, stop_reason: str | int | None) -> Choice:
         return {**_chat_chunk(index, {}), "finish_reason": finish_reason, "stop_reason": stop_reason}
@@ -106,7 +107,7 @@ class ChatShape:
             message["content"] = self._echo + (message["content"] or "")
         return {
             "index": index,
-            "message": message,
+            "message": _of_functions(message) if self._functions else message,
             "logprobs": chat_logprobs(tokens, self._name),
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
@@ -143,6 +144,12 @@ def chat_message(pieces: Sequence[Piece]) -> dict[str, Any]:
     if thoughts:
         message |= {"reasoning": thoughts, "reasoning_content": thoughts}
     return message | ({"tool_calls": calls} if calls else {})
+
+
+def _of_functions(fields: dict[str, Any]) -> dict[str, Any]:
+    """A message or a delta, with its only call as it was written before there were tools."""
+    calls = fields.pop("tool_calls", None)
+    return fields | ({"function_call": calls[0]["function"]} if calls else {})
 
 
 def _chat_chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> Choice:

@@ -41,7 +41,8 @@ def tool_use(body: ChatBody, answers: AnswerFormat) -> ToolUse:
         return ToolUse(mode, tools, answers.forced_tools, parallel, named)
     if answers.tools is None or not answers.auto_tools:
         raise InvalidRequest(
-            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set', "tool_choice"
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+            "function_call" if body.functions else "tool_choice",
         )
     return ToolUse(mode, tools, answers.tools, parallel)
 

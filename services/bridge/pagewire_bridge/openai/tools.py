@@ -57,7 +57,11 @@ class AllowedToolsChoice(_Shape):
     allowed_tools: AllowedTools
 
 
+Tools = Annotated[list[ToolShape], Field(min_length=1, max_length=MAX_TOOLS)]
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice
+# The same before there were tools.
+Functions = Annotated[list[FunctionShape], Field(max_length=MAX_TOOLS)]
+FunctionChoice = Literal["none", "auto"] | FunctionName
 
 
 class CalledFunction(_Shape):

@@ -73,7 +73,8 @@ def blaming(body: GenerationBody) -> Iterator[None]:
     except InvalidRequest as error:
         if error.param in ("structured_outputs", "structural_tag") and body.structured_outputs is None:
             asked = body.response_format is not None and body.response_format.type != "text"
-            raise InvalidRequest(error.message, "response_format" if asked else "tools") from error
+            tools = "functions" if isinstance(body, ChatBody) and body.functions else "tools"
+            raise InvalidRequest(error.message, "response_format" if asked else tools) from error
         if error.param == "logprobs" and isinstance(body, ChatBody):
             raise InvalidRequest(error.message, "top_logprobs") from error
         raise

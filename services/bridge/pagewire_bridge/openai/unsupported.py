@@ -15,8 +15,6 @@ from pagewire_core.errors import InvalidRequest
 # Field -> values that ask for nothing; null is always one.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
     "prompt_embeds": (),
@@ -26,15 +24,16 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "watermarking": (False,),
     "web_search_options": (),
 }
-_UNSUPPORTED_IN_MESSAGE = ("audio", "function_call")
+_UNSUPPORTED_IN_MESSAGE = ("audio",)
 # Of chats; other APIs do not have them.
+_FUNCTIONS: dict[str, tuple[object, ...]] = {"function_call": ("none", "auto"), "functions": ([],)}
 _UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
-    "chat_template": ("",), "documents": ([],), "tool_choice": ("none", "auto"), "tools": ([],)
+    "chat_template": ("",), "documents": ([],), "tool_choice": ("none", "auto"), "tools": ([],), **_FUNCTIONS
 }  # fmt: skip
 # Of OpenAI's Responses API.
 _UNSUPPORTED_IN_RESPONSES: dict[str, tuple[object, ...]] = {
     "context_management": ([],), "conversation": (), "image": (), "prompt": (),
-    "return_tokens_as_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), **_FUNCTIONS,
 }  # fmt: skip
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_NAMED = 32
