@@ -30,11 +30,6 @@ struct Cache {
     }
 };
 
-inline void put(float* p, float x) { *p = x; }
-inline void put(uint16_t* p, float x) { *p = float_to_bf16(x); }
-PW_INLINE void put(float* p, F16 x) { store(p, x); }
-PW_INLINE void put(uint16_t* p, F16 x) { store_bf16(p, x); }
-
 template <class T>
 inline void write_key(T* page, int token, const float* key, int64_t head_dim) {
     for (int64_t d = 0; d < head_dim; d++) put(page + (d / PAIR<T>)*PAGE * PAIR<T> + token * PAIR<T> + d % PAIR<T>, key[d]);
@@ -47,7 +42,7 @@ inline void write_value(T* page, int token, const float* value, int64_t head_dim
 }
 
 template <int M, int V, class T>
-__attribute__((noinline)) void attention_tile(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+__attribute__((noinline)) void attention_tile(bool more, const RowOf<T>* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
     tile_float<M, V>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
 }
 
@@ -55,16 +50,16 @@ constexpr Ahead NOTHING_AHEAD = {nullptr, nullptr, 0};
 
 // c[rows][16 V] (+)= a b for any number of rows.
 template <int V, class T>
-inline void attention_product(bool more, int rows, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
-    using Tile = void (*)(bool, const T*, int64_t, const T*, const T*, int64_t, int, Ahead, float*, int64_t);
+inline void attention_product(bool more, int rows, const RowOf<T>* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    using Tile = void (*)(bool, const RowOf<T>*, int64_t, const T*, const T*, int64_t, int, Ahead, float*, int64_t);
 #if defined(__AVX512F__)
-    static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>, attention_tile<3, V>, attention_tile<4, V>, attention_tile<5, V>, attention_tile<6, V>, attention_tile<7, V>, attention_tile<8, V>, attention_tile<9, V>, attention_tile<10, V>, attention_tile<11, V>, attention_tile<12, V>};
+    static constexpr Tile tiles[] = {attention_tile<1, V, T>, attention_tile<2, V, T>, attention_tile<3, V, T>, attention_tile<4, V, T>, attention_tile<5, V, T>, attention_tile<6, V, T>, attention_tile<7, V, T>, attention_tile<8, V, T>, attention_tile<9, V, T>, attention_tile<10, V, T>, attention_tile<11, V, T>, attention_tile<12, V, T>};
 #elif defined(__AVX2__)
-    static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>, attention_tile<3, V>, attention_tile<4, V>, attention_tile<5, V>, attention_tile<6, V>};
+    static constexpr Tile tiles[] = {attention_tile<1, V, T>, attention_tile<2, V, T>, attention_tile<3, V, T>, attention_tile<4, V, T>, attention_tile<5, V, T>, attention_tile<6, V, T>};
 #elif defined(__ARM_NEON)
-    static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>, attention_tile<3, V>};
+    static constexpr Tile tiles[] = {attention_tile<1, V, T>, attention_tile<2, V, T>, attention_tile<3, V, T>};
 #else
-    static constexpr Tile tiles[] = {attention_tile<1, V>, attention_tile<2, V>};
+    static constexpr Tile tiles[] = {attention_tile<1, V, T>, attention_tile<2, V, T>};
 #endif
     for (int row = 0; row < rows; row += ROWS) {
         int count = rows - row < ROWS ? rows - row : ROWS;
@@ -75,9 +70,9 @@ inline void attention_product(bool more, int rows, const T* a, int64_t lda, cons
 // What one tile needs; a thread has one of these.
 template <class T>
 struct AttentionScratch {
-    alignas(64) T query[QUERY_ROWS * 512];
+    alignas(64) RowOf<T> query[QUERY_ROWS * 512];
     alignas(64) float score[QUERY_ROWS * SPAN];
-    alignas(64) T weight[QUERY_ROWS * SPAN];
+    alignas(64) RowOf<T> weight[QUERY_ROWS * SPAN];
     alignas(64) float part[QUERY_ROWS * 512];
     alignas(64) float sum[QUERY_ROWS * 512];
     alignas(64) T masked[2 * 512];
@@ -95,7 +90,7 @@ struct Attention {
 
 // Scores of a span -> probabilities relative to the row's greatest score so far. Returns what older sums shrink by.
 template <class T>
-PW_INLINE float soften(float* score, T* weight, int64_t span, int64_t width, float scale, int64_t from, int64_t to, float& most, float& total) {
+PW_INLINE float soften(float* score, RowOf<T>* weight, int64_t span, int64_t width, float scale, int64_t from, int64_t to, float& most, float& total) {
     for (int64_t i = 0; i < width && span + i < from; i++) score[i] = -INFINITY;
     for (int64_t i = to > span ? to - span : 0; i < width; i++) score[i] = -INFINITY;
     F16 best = splat(-INFINITY);
@@ -107,7 +102,7 @@ PW_INLINE float soften(float* score, T* weight, int64_t span, int64_t width, flo
     float now = largest(best);
     if (now < most) now = most;
     if (now == -INFINITY) {
-        for (int64_t i = 0; i < width; i++) weight[i] = 0;
+        for (int64_t i = 0; i < width; i++) weight[i] = {};
         return 1.0f;
     }
     F16 sums = splat(0.0f);
@@ -126,7 +121,7 @@ PW_INLINE float soften(float* score, T* weight, int64_t span, int64_t width, flo
 // Rows of one tile: query rows first..first+count of the flattened (token, head of the group) order of a chunk that
 // starts at batch row `row` and position `position`. q [rows][H][D]; out [rows][H * D] with `out_stride`.
 template <class T, class Out>
-inline void attend(const Attention& a, int layer, int window, int kv_head, const int32_t* table, const T* q, int64_t row, int64_t position,
+inline void attend(const Attention& a, int layer, int window, int kv_head, const int32_t* table, const RowOf<T>* q, int64_t row, int64_t position,
                    int first, int count, AttentionScratch<T>& s, Out* out, int64_t out_stride) {
     const int64_t dim = a.cache.head_dim;
     const int group = a.num_heads / int(a.cache.num_kv_heads);
@@ -134,7 +129,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
     int64_t begin = INT64_MAX, end = 0;
     for (int i = 0; i < count; i++) {
         int64_t token = (first + i) / group, head = kv_head * group + (first + i) % group;
-        std::memcpy(s.query + i * dim, q + ((row + token) * a.num_heads + head) * dim, dim * sizeof(T));
+        std::memcpy(s.query + i * dim, q + ((row + token) * a.num_heads + head) * dim, dim * sizeof(*q));
         s.to[i] = position + token + 1;
         s.from[i] = window && s.to[i] > window ? s.to[i] - window : 0;
         s.most[i] = -INFINITY, s.total[i] = 0;
@@ -163,7 +158,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
         }
         float shrink[QUERY_ROWS];
         for (int i = 0; i < count; i++)
-            shrink[i] = soften(s.score + i * SPAN, s.weight + i * SPAN, span, width, a.scale, s.from[i], s.to[i], s.most[i], s.total[i]);
+            shrink[i] = soften<T>(s.score + i * SPAN, s.weight + i * SPAN, span, width, a.scale, s.from[i], s.to[i], s.most[i], s.total[i]);
         for (int64_t at = 0; at < tokens; at += PAGE) {
             const T* page = data + a.cache.page(layer, 1, table, kv_head, span + at);
             int in_page = int(tokens - at < PAGE ? tokens - at : PAGE), steps = in_page / PAIR<T>;
@@ -171,7 +166,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
             const T* last = page + int64_t(steps) * dim * PAIR<T>;
             if (odd)
                 for (int64_t d = 0; d < dim; d++) s.masked[2 * d] = last[2 * d], s.masked[2 * d + 1] = 0;
-            const T* p = s.weight + at;
+            const RowOf<T>* p = s.weight + at;
             const char* fetched = later(1, at);
             for (int64_t d = 0; d < dim; d += 32) {
                 const char* part = fetched + d * PAGE * int64_t(sizeof(T));

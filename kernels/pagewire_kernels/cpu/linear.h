@@ -16,6 +16,32 @@
 
 namespace pw {
 
+// How rows of bf16 numbers are kept, and how they are written.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+struct Wide {  // as float32: to widen them for every strip anew was half of a tile's instructions
+    float value;
+};
+using Bf16Row = Wide;
+inline void put(Wide* p, float x) { p->value = bf16_to_float(float_to_bf16(x)); }
+PW_INLINE void put(Wide* p, F16 x) { store(&p->value, rounded_to_bf16(x)); }
+inline void copy(Wide* to, const uint16_t* from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i].value = bf16_to_float(from[i]);
+}
+#else
+using Bf16Row = uint16_t;
+#endif
+template <class T>
+using RowOf = std::conditional_t<sizeof(T) == 2, Bf16Row, T>;
+
+inline void put(float* p, float x) { *p = x; }
+inline void put(uint16_t* p, float x) { *p = float_to_bf16(x); }
+PW_INLINE void put(float* p, F16 x) { store(p, x); }
+PW_INLINE void put(uint16_t* p, F16 x) { store_bf16(p, x); }
+template <class T>
+inline void copy(T* to, const T* from, int64_t n) {
+    std::memcpy(to, from, n * sizeof(T));
+}
+
 constexpr int STRIP = 32;
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT8_GROUPED = 3, INT4 = 4 };
@@ -33,7 +59,7 @@ struct Linear {
 // Rows as a layer reads them. One of these is filled, as the layer's kind wants.
 struct Rows {
     const float* f32;
-    const uint16_t* bf16;
+    const Bf16Row* bf16;
     const int8_t* int8;     // shifted by 128 (as unsigned) where SHIFTED and the kind is INT8*
     const float* scales;    // INT8: [rows]; grouped: [rows][k/group]
     const int32_t* sums;    // INT4: sum of each group's int8 values, [rows][k/group]
@@ -78,7 +104,7 @@ PW_INLINE F16 multiply(F16 acc, Weights w, const uint16_t* x) { return dot_bf16(
 
 // c[M][16 V] = rows x (steps of b0, b1), on top of what c holds if `more`.
 template <int M, int V, class T>
-PW_INLINE void tile_float(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+PW_INLINE void tile_float(bool more, const RowOf<T>* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
     F16 acc[M][V];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)

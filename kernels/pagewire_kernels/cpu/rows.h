@@ -28,7 +28,7 @@ struct RowBuffer {
     int64_t stride = 0, groups = 0;
     int group = 0;
     float* f32 = nullptr;
-    uint16_t* bf16 = nullptr;
+    Bf16Row* bf16 = nullptr;
     int8_t* int8 = nullptr;
     float* scales = nullptr;
     int32_t* sums = nullptr;
@@ -67,7 +67,7 @@ inline void put_row(const RowBuffer& b, int64_t row, float* x, int64_t n) {
     if (b.kind == F32) {
         std::memcpy(b.f32 + row * b.stride, x, b.stride * sizeof(float));
     } else if (b.kind == BF16) {
-        for (int64_t i = 0; i < b.stride; i += 16) store_bf16(b.bf16 + row * b.stride + i, load(x + i));
+        for (int64_t i = 0; i < b.stride; i += 16) put(b.bf16 + row * b.stride + i, load(x + i));
     } else if (b.kind == INT8) {
         int8_t* q = b.int8 + row * b.stride;
         b.scales[row] = quantize(x, b.stride, q);

@@ -126,7 +126,7 @@ class Runner {
         b.groups = reader.kind >= INT8_GROUPED ? reader.k / reader.group : 1;
         if (b.kind >= INT8_GROUPED) b.stride = reader.k;
         if (b.kind == F32) b.f32 = take<float>(rows * b.stride);
-        if (b.kind == BF16) b.bf16 = take<uint16_t>(rows * b.stride);
+        if (b.kind == BF16) b.bf16 = take<Bf16Row>(rows * b.stride);
         if (b.kind >= INT8) {
             b.int8 = take<int8_t>(rows * b.stride);
             b.scales = take<float>(rows * b.groups);
@@ -175,7 +175,7 @@ class Runner {
         qkv_ = take<float>(rows * qkv_stride_);
         wide_stride_ = rounded(std::max<int64_t>({width, l.gate_up.n / 2, l.down.k, l.o.k, m.hidden, l.qkv.k}), STRIP) + 128;
         wide_ = take<float>(rows * wide_stride_);
-        query_ = take<uint8_t>(rows * m.heads * m.head_dim * (m.half ? 2 : 4));
+        query_ = take<uint8_t>(rows * m.heads * m.head_dim * int64_t(m.half ? sizeof(Bf16Row) : 4));
         normed_ = buffer(l.qkv, rows, m.hidden);
         attended_ = buffer(l.o, rows, width);
         middle_ = buffer(l.down, rows, m.peers.ranks > 1 ? 0 : l.gate_up.n / 2);
@@ -224,25 +224,25 @@ class Runner {
 
     // mine_ [rows][widest] of every rank, elements of type E, side by side in the rows of `to`, and zeros from there up
     // to `filled`. own: also this rank's.
-    template <class E>
-    void gather_rows(const Shares& s, E* to, int64_t stride, int64_t filled, bool own, int thread) {
+    template <class E, class To>
+    void gather_rows(const Shares& s, To* to, int64_t stride, int64_t filled, bool own, int thread) {
         const int64_t rows = b_->num_rows;
         gather(thread, rows * s.widest * int64_t(sizeof(E)));
         threads_.share(thread, int(rows), piece(int(rows), 4), [&](int begin, int end) {
             for (int row = begin; row < end; row++) {
-                for (int64_t i = s.total; i < filled; i++) to[row * stride + i] = 0;
+                for (int64_t i = s.total; i < filled; i++) to[row * stride + i] = {};
                 for (int r = 0; r < s.ranks; r++)
                     if (own || r != model_->peers.rank)
-                        std::memcpy(to + row * stride + s.first(r), (const E*)all_ + (r * rows + row) * s.widest, s.width(r) * sizeof(E));
+                        copy(to + row * stride + s.first(r), (const E*)all_ + (r * rows + row) * s.widest, s.width(r));
             }
         });
     }
 
     // The same into a buffer of rows that a linear layer reads, by way of `wide_` where they have to be quantized.
     void gather_rows(const Shares& s, const RowBuffer& to, int thread) {
-        if (to.kind == F32) return gather_rows(s, to.f32, to.stride, to.stride, true, thread);
-        if (to.kind == BF16) return gather_rows(s, to.bf16, to.stride, to.stride, true, thread);
-        gather_rows(s, wide_, wide_stride_, 0, true, thread);
+        if (to.kind == F32) return gather_rows<float>(s, to.f32, to.stride, to.stride, true, thread);
+        if (to.kind == BF16) return gather_rows<uint16_t>(s, to.bf16, to.stride, to.stride, true, thread);
+        gather_rows<float>(s, wide_, wide_stride_, 0, true, thread);
         put_rows(to, s.total, thread);
     }
 
@@ -285,7 +285,7 @@ class Runner {
         attention<T>(l, index, thread);
         if (thread == 0 && b_->progress) tell(index + 1);
         times(l.o, attended_.rows(), b_->num_rows, thread, &l.gate_up, [&](int row, int strip, float* c) { add(l.o, row, strip, c); });
-        if (divided()) gather_rows(hidden_, x_, x_stride_, 0, false, thread);
+        if (divided()) gather_rows<float>(hidden_, x_, x_stride_, 0, false, thread);
         // gate and up lie side by side in a strip: 16 outputs of each.
         const bool direct = middle_.kind <= BF16;
         times(l.gate_up, norm(l.post_norm, thread), b_->num_rows, thread, &l.down, [&](int row, int strip, float* c) {
@@ -294,12 +294,12 @@ class Runner {
             if (divided()) return put_middle(row, strip, y);
             if (!direct) return store(wide_ + row * wide_stride_ + strip * 16, y);
             if (middle_.kind == F32) return store(middle_.f32 + row * middle_.stride + strip * 16, y);
-            store_bf16(middle_.bf16 + row * middle_.stride + strip * 16, y);
+            put(middle_.bf16 + row * middle_.stride + strip * 16, y);
         });
         if (divided()) gather_rows(middle_shares_, middle_, thread);
         else if (!direct) put_rows(middle_, l.gate_up.n / 2, thread);
         times(l.down, middle_.rows(), b_->num_rows, thread, next, [&](int row, int strip, float* c) { add(l.down, row, strip, c); });
-        if (divided()) gather_rows(hidden_, x_, x_stride_, 0, false, thread);
+        if (divided()) gather_rows<float>(hidden_, x_, x_stride_, 0, false, thread);
     }
 
     // In the type that it will be read in; what is quantized later is whole float32 rows first.
@@ -390,7 +390,7 @@ class Runner {
             float* head = qkv + (kv_head * group + g) * dim;
             if (l.q_norm) rms_norm(head, l.q_norm, m.eps, int(dim), head);
             rotate(head, cos_sin, dim);
-            T* out = (T*)query_ + (row * m.heads + kv_head * group + g) * dim;
+            RowOf<T>* out = (RowOf<T>*)query_ + (row * m.heads + kv_head * group + g) * dim;
             for (int64_t i = 0; i < dim; i += 16) put(out + i, load(head + i));
         }
         float* key = qkv + (m.heads + kv_head) * dim;
@@ -421,7 +421,7 @@ class Runner {
                 const int64_t position = b_->seq_lens[q.sequence] - (b_->query_start[q.sequence + 1] - row);
                 const int32_t* table = b_->tables + b_->seats[q.sequence] * b_->table_stride;
                 auto go = [&](auto* out, int64_t stride) {
-                    attend<T>(a, index, l.window, kv_head, table, (const T*)query_, row, position, q.first, q.count, scratch, out, stride);
+                    attend<T>(a, index, l.window, kv_head, table, (const RowOf<T>*)query_, row, position, q.first, q.count, scratch, out, stride);
                 };
                 if (divided()) direct && attended_.kind == BF16 ? go((uint16_t*)mine_, attended_shares_.widest) : go(mine_, attended_shares_.widest);
                 else if (!direct) go(wide_, wide_stride_);

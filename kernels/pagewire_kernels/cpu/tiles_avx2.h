@@ -5,37 +5,38 @@
 #pragma once
 
 template <class T>
-struct Even;  // the first k of a step, which of float32 rows is the only one
+struct Even;  // the first k of a step, which of float32 weights is the only one
 template <>
 struct Even<float> {
     static PW_INLINE __m256 weight(const float* b) { return _mm256_loadu_ps(b); }
-    static PW_INLINE __m256 row(const float* x) { return _mm256_broadcast_ss(x); }
 };
 template <>
 struct Even<uint16_t> {
-    static PW_INLINE __m256 of(__m256i pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); }
-    static PW_INLINE __m256 weight(const uint16_t* b) { return of(_mm256_loadu_si256((const __m256i*)b)); }
-    static PW_INLINE __m256 row(const uint16_t* x) { return of(_mm256_set1_epi32(int32_t(load32(x)))); }
+    static PW_INLINE __m256 weight(const uint16_t* b) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)b), 16)); }
 };
 struct Odd {
-    static PW_INLINE __m256 of(__m256i pair) { return _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(int32_t(0xffff0000)))); }
-    static PW_INLINE __m256 weight(const uint16_t* b) { return of(_mm256_loadu_si256((const __m256i*)b)); }
-    static PW_INLINE __m256 row(const uint16_t* x) { return of(_mm256_set1_epi32(int32_t(load32(x)))); }
+    static PW_INLINE __m256 weight(const uint16_t* b) {
+        return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)b), _mm256_set1_epi32(int32_t(0xffff0000))));
+    }
 };
 
+// sum += w x, in its register: a compiler that is free to choose writes over w or x instead, and then has to keep sums
+// in memory, which took half as long again.
+PW_INLINE void add_product(__m256& sum, __m256 w, __m256 x) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(w), "x"(x)); }
+
 template <int M, class Part, class T>
-PW_INLINE void multiply_rows(F16 (&acc)[M], const T* a, int64_t lda, const T* b) {
+PW_INLINE void multiply_rows(F16 (&acc)[M], const float* a, int64_t lda, const T* b) {
     const __m256 w0 = Part::weight(b), w1 = Part::weight(b + 8 * PAIR<T>);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-        const __m256 x = Part::row(a + m * lda);
-        acc[m].a = _mm256_fmadd_ps(w0, x, acc[m].a);
-        acc[m].b = _mm256_fmadd_ps(w1, x, acc[m].b);
+        const __m256 x = _mm256_broadcast_ss(a + m * lda);
+        add_product(acc[m].a, w0, x);
+        add_product(acc[m].b, w1, x);
     }
 }
 
 template <int M, class T>
-PW_INLINE void half_float(bool more, const T* a, int64_t lda, const T* b, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+PW_INLINE void half_float(bool more, const float* a, int64_t lda, const T* b, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
     F16 acc[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) acc[m] = more ? load(c + m * ldc) : splat(0.0f);
@@ -43,8 +44,7 @@ PW_INLINE void half_float(bool more, const T* a, int64_t lda, const T* b, int64_
         if (ahead.stride) ahead();
         multiply_rows<M, Even<T>>(acc, a, lda, b);
         if constexpr (PAIR<T> == 2) {
-            asm volatile("" ::: "memory");  // read the rows again: kept, they would push sums out of the registers
-            multiply_rows<M, Odd>(acc, a, lda, b);
+            multiply_rows<M, Odd>(acc, a + 1, lda, b);
         }
     }
 #pragma GCC unroll 8
@@ -55,7 +55,7 @@ template <int M>
 constexpr bool FEW = M <= 2;
 
 template <int M, class T>
-PW_INLINE void whole_float(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+PW_INLINE void whole_float(bool more, const float* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
     F16 low[M], high[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) low[m] = more ? load(c + m * ldc) : splat(0.0f), high[m] = more ? load(c + 16 + m * ldc) : splat(0.0f);
@@ -64,8 +64,8 @@ PW_INLINE void whole_float(bool more, const T* a, int64_t lda, const T* b0, cons
         multiply_rows<M, Even<T>>(low, a, lda, b0);
         multiply_rows<M, Even<T>>(high, a, lda, b1);
         if constexpr (PAIR<T> == 2) {
-            multiply_rows<M, Odd>(low, a, lda, b0);
-            multiply_rows<M, Odd>(high, a, lda, b1);
+            multiply_rows<M, Odd>(low, a + 1, lda, b0);
+            multiply_rows<M, Odd>(high, a + 1, lda, b1);
         }
     }
 #pragma GCC unroll 8
@@ -73,7 +73,8 @@ PW_INLINE void whole_float(bool more, const T* a, int64_t lda, const T* b0, cons
 }
 
 template <int M, int V, class T>
-PW_INLINE void tile_float(bool more, const T* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+PW_INLINE void tile_float(bool more, const RowOf<T>* rows, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+    const float* a = (const float*)rows;
     if constexpr (FEW<M> && V > 1) return whole_float<M>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
     half_float<M>(more, a, lda, b0, ldb, steps, ahead, c, ldc);
     if (V > 1) half_float<M>(more, a, lda, b1, ldb, steps, {nullptr, nullptr, 0}, c + 16, ldc);

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -184,6 +185,9 @@ PW_INLINE __m256i rounded_bf16_8(__m256 x) {
 PW_INLINE void store_bf16(uint16_t* p, F16 x) {
     __m256i packed = _mm256_packus_epi32(rounded_bf16_8(x.a), rounded_bf16_8(x.b));
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+PW_INLINE F16 rounded_to_bf16(F16 x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(rounded_bf16_8(x.a), 16)), _mm256_castsi256_ps(_mm256_slli_epi32(rounded_bf16_8(x.b), 16))};
 }
 PW_INLINE void store_int8(int8_t* p, F16 x) {
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
