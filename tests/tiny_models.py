@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,17 @@ def write_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices so small take twenty times as long on two threads, where something else wants the cores, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @cache
 def reference_model(path: Path) -> PreTrainedModel:
     """The plain reference: transformers on the same weights, float32, eager attention."""
@@ -78,6 +91,7 @@ def reference_model(path: Path) -> PreTrainedModel:
     return model.eval()
 
 
+@_one_thread()
 @torch.inference_mode()
 def reference_greedy(path: Path, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
     """Greedy continuation without a KV cache, and the log probability of each token.
@@ -106,6 +120,43 @@ def _propose(model: Any, tokens: list[int], length: int) -> None:
         tokens.append(int(out.logits[0, -1].argmax()))
 
 
+@_one_thread()
+@torch.inference_mode()
+def reference_beams(
+    path: Path,
+    prompt: list[int],
+    width: int,
+    num_tokens: int,
+    length_penalty: float = 1.0,
+    eos: Sequence[int] = (2,),
+) -> list[tuple[list[int], float]]:
+    """vLLM's beam search without a KV cache: the best `width` sequences with the end that they have, and their sums.
+
+    eos: what ends a sequence; pass none for ignore_eos. All rounds are run, and all that ended is kept.
+    """
+    model, live, ended = reference_model(path), [(list(prompt), 0.0)], list[tuple[list[int], float]]()
+    for _ in range(num_tokens):
+        logits = model(torch.tensor([tokens for tokens, _ in live]), use_cache=False).logits[:, -1]
+        best = torch.log_softmax(logits, -1).topk(2 * width)
+        found = [
+            ([*tokens, int(token)], total + float(logprob))
+            for (tokens, total), ids, logprobs in zip(live, best.indices, best.values, strict=True)
+            for token, logprob in zip(ids, logprobs, strict=True)
+        ]
+        ended += [(tokens, total) for tokens, total in found if tokens[-1] in eos]
+        others = [(tokens, total) for tokens, total in found if tokens[-1] not in eos]
+        live = sorted(others, key=lambda beam: -beam[1])[:width]
+        if not live:
+            break
+
+    def score(beam: tuple[list[int], float]) -> float:
+        tokens, total = beam
+        return total / (len(tokens) - (tokens[-1] in eos)) ** length_penalty
+
+    return [(tokens[len(prompt) :], total) for tokens, total in sorted(ended + live, key=score, reverse=True)[:width]]
+
+
+@_one_thread()
 @torch.inference_mode()
 def reference_logprobs(path: Path, prompt: list[int]) -> torch.Tensor:
     """Log probabilities [len(prompt) - 1, VOCAB]: what could have come in the place of each token but the first."""

@@ -218,7 +218,8 @@ BOTH_WRONG: list[tuple[str, object]] = [
     ("tools", [{"type": "function"}]), ("tool_choice", "required"),
     ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"guided": 1}),
     ("prompt_logprobs", -1), ("prompt_logprobs", 2**32), ("audio", {}), ("modalities", ["text", "audio"]),
-    ("use_beam_search", True), ("suffix", "x"), ("chat_template", 1), ("watermarking", True),
+    ("use_beam_search", 1), ("length_penalty", 10.5), ("length_penalty", "1"),
+    ("suffix", "x"), ("chat_template", 1), ("watermarking", True),
     ("session_id", "x" * 1025), ("repetition_detection", {"min_pattern_size": 2}),
     ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", 2**63),
     ("truncate_prompt_tokens", 1.0), ("truncate_prompt_tokens", True), ("truncation_side", "middle"),
@@ -281,6 +282,8 @@ def test_a_wrong_chat_names_the_place(fields: dict[str, object], param: str) -> 
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"best_of": 2}, "best_of"),
+        ({"use_beam_search": True, "stream": True}, "stream"),
+        ({"use_beam_search": True, "max_tokens": 0, "echo": True}, "max_tokens"),
     ],
 )
 def test_a_wrong_completion_names_the_place(fields: dict[str, object], param: str) -> None:
@@ -297,12 +300,28 @@ def test_a_missing_field_is_called_required() -> None:
 def test_values_that_ask_for_nothing_are_accepted_and_unknown_fields_are_named() -> None:
     harmless = {
         "response_format": {"type": "text"}, "tools": None, "tool_choice": "auto", "modalities": ["text"], "suffix": "",
-        "use_beam_search": False, "best_of": 1, "watermarking": False, "repetition_detection": None,
+        "use_beam_search": False, "length_penalty": None, "best_of": 1, "watermarking": False,
+        "repetition_detection": None,
     }  # fmt: skip
     chat(**harmless)
     completions(**harmless)
     body = parse_body(ChatBody, orjson.dumps({"messages": [USER], "user": "u", "store": True, "metadata": {}}))
     assert sorted(ignored_fields(body)) == ["metadata", "store"]
+
+
+def test_a_beam_search_reaches_the_router_and_what_says_how_to_draw_is_named() -> None:
+    for body in ({"use_beam_search": True, "n": 4, "length_penalty": 0}, {"use_beam_search": True, "best_of": 1}):
+        for request in (chat(**body), *completions(**body)):
+            assert request.HasField("beam_search") and request.n == body.get("n", 1)
+            assert request.beam_search.HasField("length_penalty") == ("length_penalty" in body)
+    for request in (chat(length_penalty=2), *completions(use_beam_search=None), *completions(use_beam_search=False)):
+        assert not request.HasField("beam_search")
+    drawing = {"temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0, "seed": 1}
+    for fields, named in (
+        ({**drawing, "use_beam_search": True, "length_penalty": 2}, set(drawing)),
+        ({**drawing, "length_penalty": 2}, {"length_penalty"}),
+    ):
+        assert set(ignored_fields(parse_body(ChatBody, orjson.dumps({"messages": [USER], **fields})))) == named
 
 
 def test_mistakes_never_quote_the_prompt() -> None:

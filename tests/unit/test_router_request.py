@@ -12,6 +12,7 @@ from pagewire_core.errors import ContextLength, InvalidRequest, ModelNotFound
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.model import ServedModel
 from pagewire_router.request import ValidRequest, validate
+from pagewire_router.sampling_defaults import SamplingDefaults
 
 LIMIT = 100
 
@@ -179,6 +180,36 @@ def test_values_at_the_edges_are_allowed(model: ServedModel) -> None:
 def test_a_request_that_makes_no_sense_is_refused(model: ServedModel, fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
         validate(inference_pb2.GenerateRequest(**fields), model, LIMIT)
+
+
+REFUSED_IN_BEAM_SEARCH: list[tuple[str, dict[str, Any]]] = [
+    ("n", {"n": 11}), ("prompt_logprobs", {"prompt_logprobs": 0}), ("prompt_only", {"prompt_only": True}),
+    ("structured_outputs", {"structured_output": inference_pb2.StructuredOutput(json_object=True)}),
+    ("thinking_token_budget", {"reasoning": inference_pb2.Reasoning(begin="a", end="b", max_tokens=0)}),
+    *(("length_penalty", {"beam_search": inference_pb2.BeamSearch(length_penalty=p)}) for p in (10.1, -11, math.nan)),
+    *((name, {"sampling": common_pb2.SamplingParams(**{name: value})}) for name, value in {
+        "stop": ["a"], "stop_token_ids": [1], "min_tokens": 1, "logit_bias": {1: 1.0}, "allowed_token_ids": [1],
+        "bad_words": ["a"], "logprob_token_ids": [1], "presence_penalty": 0.1, "frequency_penalty": -1.0,
+        "watermark": True, "repetition_penalty": 1.1, "typical_p": 0.5,
+    }.items()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("param", "fields"), REFUSED_IN_BEAM_SEARCH)
+def test_a_beam_search_refuses_what_it_cannot_honour(model: ServedModel, param: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=param) as caught:
+        ask(model, **{"beam_search": inference_pb2.BeamSearch(), "n": 10, **fields})
+    assert caught.value.param == param
+
+
+def test_a_beam_search_takes_no_default_of_sampling_but_the_length(model: ServedModel) -> None:
+    """A model's own repetition penalty would be refused if a client asked for it."""
+    served = dataclasses.replace(model, sampling_defaults=SamplingDefaults({"repetition_penalty": 1.3}, max_tokens=7))
+    valid = ask(served, beam_search=inference_pb2.BeamSearch(), n=10, model_sampling_defaults=True)
+    assert (valid.length_penalty, valid.n, valid.sampling.max_tokens) == (1.0, 10, 7)
+    assert not valid.sampling.HasField("repetition_penalty")
+    assert ask(served, beam_search=inference_pb2.BeamSearch(length_penalty=0)).length_penalty == 0
+    assert ask(served).length_penalty is None
 
 
 def test_a_model_without_template_says_what_to_do(model: ServedModel) -> None:

@@ -113,7 +113,7 @@ class Generation:
             self.outcome = "cancelled"
             raise
         except PagewireError as error:
-            self.outcome = common_pb2.ErrorCode.Name(error.code).removeprefix("ERROR_CODE_").lower()
+            self.outcome = outcome_of(error)
             if not self._accepted:
                 raise
             self._account.span.fail(error)
@@ -129,7 +129,7 @@ class Generation:
                     async with contextlib.aclosing(self._run(attempt)) as responses:
                         async for response in responses:
                             yield response
-                learn_end(self._services.placement, placed, self.completion_tokens / self._request.n)
+                learn_end(self._services.placement, placed, self._request, self.completion_tokens)
                 yield inference_pb2.GenerateResponse(summary=self._account.summary(self.completion_tokens))
                 return
             except LegFailed as failure:
@@ -198,7 +198,7 @@ class Generation:
             async for event in events:
                 if not self._accepted:
                     self._accepted = True
-                    yield self._opening()
+                    yield opening(self._request)
                     if self._request.prompt_logprobs is None:
                         self._echo()
                 if self._request.prompt_logprobs is not None and _tells_first_tokens(event):
@@ -216,18 +216,6 @@ class Generation:
     def _take_unsent(self) -> list[inference_pb2.GenerateResponse]:
         unsent, self._unsent = self._unsent, []
         return unsent
-
-    def _opening(self) -> inference_pb2.GenerateResponse:
-        request = self._request
-        return inference_pb2.GenerateResponse(
-            accepted=inference_pb2.Accepted(
-                request_id=request.request_id,
-                model=request.model,
-                prompt_tokens=len(request.prompt_ids),
-                prompt_token_ids=request.prompt_ids if request.return_prompt_token_ids else (),
-                prompt_tail=request.prompt_tail,
-            )
-        )
 
     def _echo(self) -> None:
         if self._request.echo_text is not None:
@@ -296,11 +284,10 @@ class Generation:
         if delta is None:
             return
         faults.point("relay")
-        if delta.tokens:
+        if delta.tokens and not self._request.is_step:
             self._account.note_tokens(delta.choice, len(delta.tokens), self._services.metrics)
-        if delta.finish_reason:
-            reason = common_pb2.FinishReason.Name(delta.finish_reason).removeprefix("FINISH_REASON_").lower()
-            self._services.metrics.finished.labels(reason).inc()
+        if delta.finish_reason and not self._request.is_step:
+            self._services.metrics.count_finished(delta.finish_reason)
         self._send(delta)
 
     def _check_all_finished(self, placed: Placed[Worker]) -> None:
@@ -341,6 +328,22 @@ class Generation:
         if self._failures >= MAX_ATTEMPTS:
             raise _told(failure)
         self._avoid.add(failure.worker_id)
+
+
+def opening(request: ValidRequest) -> inference_pb2.GenerateResponse:
+    accepted = inference_pb2.Accepted(
+        request_id=request.request_id,
+        model=request.model,
+        prompt_tokens=len(request.prompt_ids),
+        prompt_token_ids=request.prompt_ids if request.return_prompt_token_ids else (),
+        prompt_tail=request.prompt_tail,
+    )
+    return inference_pb2.GenerateResponse(accepted=accepted)
+
+
+def outcome_of(error: PagewireError) -> str:
+    """As metrics and logs name it."""
+    return common_pb2.ErrorCode.Name(error.code).removeprefix("ERROR_CODE_").lower()
 
 
 def _told(failure: LegFailed) -> PagewireError:

@@ -7,6 +7,7 @@ from pagewire_core.errors import TransferLost
 
 from pagewire_router.attempt import Event, LegFailed
 from pagewire_router.placement import Placed, Placement
+from pagewire_router.request import ValidRequest
 from pagewire_router.workers import Worker
 
 
@@ -35,10 +36,11 @@ def _learn_fetch(placement: Placement[Worker], placed: Placed[Worker], fetched: 
         placement.links.observe(placed.holder.worker_id, computing.worker_id, fetched.bytes, fetched.fetch_us / 1e6)
 
 
-def learn_end(placement: Placement[Worker], placed: Placed[Worker], output_tokens: float) -> None:
-    """The attempt gave all that was wanted, so many tokens a choice."""
+def learn_end(placement: Placement[Worker], placed: Placed[Worker], request: ValidRequest, output_tokens: int) -> None:
+    """All that was wanted was given: output_tokens, over all choices. Who wants just one tells nothing of others."""
     placement.breakers.succeeded("decode", placed.decode.worker_id)
-    placement.observe_output(output_tokens)
+    if request.sampling.max_tokens > 1:
+        placement.observe_output(output_tokens / request.n)
 
 
 def learn_failure(placement: Placement[Worker], placed: Placed[Worker], failure: LegFailed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pagewire.v1 import common_pb2
 from pagewire_core.quick_histogram import QuickCollector, QuickHistogram
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -123,6 +124,11 @@ class RouterMetrics:
         ):  # fmt: skip
             for value in values:
                 counter.labels(value)
+
+    def count_finished(self, reason: int) -> None:
+        """A choice has ended; reason: a FinishReason."""
+        name = common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()  # type: ignore[arg-type]
+        self.finished.labels(name).inc()
 
     def gap_mended(self, how: str) -> None:
         self.index_gaps.labels(how).inc()

@@ -11,6 +11,7 @@ from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import ContextLength, InvalidRequest, ModelNotFound
 from pagewire_core.tokenizer import Tokenizer
 
+from pagewire_router.beam_limits import length_penalty_of
 from pagewire_router.chat import render
 from pagewire_router.model import ServedModel
 from pagewire_router.sampling_defaults import SamplingDefaults
@@ -41,6 +42,8 @@ class ValidRequest:
     priority: int = 0
     prompt_logprobs: int | None = None  # as in GenerateRequest
     prompt_only: bool = False  # the one token that is made is shown to nobody
+    length_penalty: float | None = None  # of a beam search for n choices; None: they are sampled
+    is_step: bool = False  # one token of a search, which counts and tells it
 
     @property
     def sampling_revision(self) -> int:
@@ -89,7 +92,8 @@ def validate(
         raise InvalidRequest(f"n must be at most {MAX_CHOICES}, not {n}", param="n")
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
-    if request.model_sampling_defaults:
+    length_penalty = length_penalty_of(request, model.max_logprobs)
+    if request.model_sampling_defaults and length_penalty is None:
         model.sampling_defaults.fill(sampling)
     check_sampling(sampling, model.vocab_size, model.max_logprobs)
     if request.prompt_logprobs > model.max_logprobs:
@@ -138,6 +142,7 @@ def validate(
         priority=request.priority,
         prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         prompt_only=request.prompt_only,
+        length_penalty=length_penalty,
     )
 
 

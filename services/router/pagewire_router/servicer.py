@@ -20,6 +20,7 @@ from pagewire_core.telemetry import exposition, merge_expositions
 
 from pagewire_router.account import Account
 from pagewire_router.admission import Admission, Slot
+from pagewire_router.beam_search import BeamSearch
 from pagewire_router.breakers import LEGS
 from pagewire_router.discovery import Discovery
 from pagewire_router.embedding import Embedder, inputs_of
@@ -111,8 +112,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, valid: ValidRequest, deadline: float
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """The responses, which say how many entries of the client's feed belong to them."""
-        # What is told of a prompt is too much to hold up what others get by the feed.
-        feed = self._router.feeds.get(request.feed_id) if valid.prompt_logprobs is None else None
+        # What is told of a prompt, or at the end of a search, is too much to hold up what others get by the feed.
+        at_once = valid.prompt_logprobs is not None or valid.length_penalty is not None
+        feed = None if at_once else self._router.feeds.get(request.feed_id)
         num_entries = 0
 
         def send(delta: inference_pb2.Delta) -> None:
@@ -135,7 +137,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         num_tokens = len(request.prompt_ids)
         slot = Slot(num_tokens, request.tenant, request.priority, n=request.n, deadline=deadline)
         account = Account(request.request_id, num_tokens, slot)
-        generation = Generation(request, services, account, deadline, send)
+        generation: Generation | BeamSearch = Generation(request, services, account, deadline, send)
+        if request.length_penalty is not None:
+            generation = BeamSearch(request, services, account, deadline)
         outcome = "rejected"
         services.metrics.asked_length.observe(request.sampling.max_tokens)
         services.metrics.asked_choices.observe(request.n)

@@ -9,6 +9,9 @@ from pagewire_bridge.openai.functions import with_tools
 from pagewire_bridge.openai.schema import ChatBody, GenerationBody
 from pagewire_bridge.openai.unsupported import refuse_unsupported, refuse_unsupported_in_message
 
+# A beam search draws nothing.
+_SAYS_HOW_TO_DRAW = ("temperature", "top_p", "top_k", "min_p", "seed")
+
 Body = TypeVar("Body", bound=GenerationBody)
 
 
@@ -29,4 +32,5 @@ def ignored_fields(body: GenerationBody) -> list[str]:
     names = list(body.model_extra or ())
     if body.stream_options is not None:
         names += [f"stream_options.{name}" for name in body.stream_options.model_extra or ()]
-    return names
+    without_effect = _SAYS_HOW_TO_DRAW if body.use_beam_search else ("length_penalty",)
+    return names + [name for name in without_effect if getattr(body, name) is not None]

@@ -46,6 +46,7 @@ COMPLETION_EXAMPLES: dict[str, dict[str, Any]] = {
     "whole": {"prompt": "Once upon a time", "max_tokens": 8},
     "streamed": {"prompt": "Once upon a time", "max_tokens": 8, **_STREAMED},
     "detailed": {"prompt": ["Once", "Twice"], "max_tokens": 4, **_DETAILED, "logprobs": 2},
+    "beam search": {"prompt": "Once upon a time", "max_tokens": 4, "use_beam_search": True, "n": 2},
     "token ids": {"prompt": [5, 6, 7], "max_tokens": 4, "stream": True, "logprobs": 0, "return_token_ids": True},
 }
 _TEXTS = ["Tokyo is a city.", "A fox is an animal."]

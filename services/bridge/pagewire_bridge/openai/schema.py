@@ -190,6 +190,13 @@ class GenerationBody(SamplingBody):
     prompt_logprobs: NumLogprobs | None = None
     logprob_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
     response_format: ResponseFormat | None = None
+    use_beam_search: Annotated[
+        bool | None, Field(description="The choices are the n best sequences that a beam search of width n finds.")
+    ] = None
+    length_penalty: Annotated[
+        float | None,
+        Field(ge=-10, le=10, description="Of a beam search; above 0 favours long sequences. 1 unless given."),
+    ] = None
 
     def length_limit(self) -> int | None:
         """Tokens asked for at most; None: what fits."""
@@ -291,6 +298,10 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest("`best_of` other than `n` is not supported yet.", "best_of")
         if self.logprob_token_ids and self.logprobs is None:
             raise InvalidRequest("`logprob_token_ids` needs `logprobs`.", "logprob_token_ids")
+        if self.stream and self.use_beam_search:
+            raise InvalidRequest("A beam search of a completion cannot be streamed.", "stream")
+        if self.max_tokens == 0 and self.use_beam_search:
+            raise InvalidRequest("`max_tokens` must be at least 1 with beam search.", "max_tokens")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("`max_tokens` must be at least 1, but with `echo: true`.", "max_tokens")
         return self

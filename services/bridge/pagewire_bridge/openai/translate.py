@@ -56,6 +56,10 @@ def to_structured_output(body: GenerationBody) -> inference_pb2.StructuredOutput
     return body.response_format.to_proto() if body.response_format is not None else None
 
 
+def to_beam_search(body: GenerationBody) -> inference_pb2.BeamSearch | None:
+    return inference_pb2.BeamSearch(length_penalty=body.length_penalty) if body.use_beam_search else None
+
+
 def to_truncation(body: SamplingBody) -> dict[str, Any]:
     """Fields of a GenerateRequest: how its prompt is cut."""
     return {
@@ -125,6 +129,7 @@ def to_chat_request(
         priority=to_priority(body),
         prompt_logprobs=body.prompt_logprobs,
         model_sampling_defaults=True,
+        beam_search=to_beam_search(body),
         **to_truncation(body),
     )
 
@@ -161,6 +166,7 @@ def to_completion_requests(body: CompletionBody, request_id: str) -> list[infere
             prompt_logprobs=max(asked) if asked else None,
             prompt_only=body.max_tokens == 0,
             model_sampling_defaults=True,
+            beam_search=to_beam_search(body),
             **to_truncation(body),
         )
         for i, prompt in enumerate(body.prompt)

@@ -20,7 +20,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_embeds": (),
     "repetition_detection": (),
     "suffix": ("",),
-    "use_beam_search": (False,),
     "watermarking": (False,),
     "web_search_options": (),
 }
@@ -33,7 +32,7 @@ _UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
 # Of OpenAI's Responses API.
 _UNSUPPORTED_IN_RESPONSES: dict[str, tuple[object, ...]] = {
     "context_management": ([],), "conversation": (), "image": (), "prompt": (),
-    "return_tokens_as_token_ids": (False,), **_FUNCTIONS,
+    "return_tokens_as_token_ids": (False,), "use_beam_search": (False,), **_FUNCTIONS,
 }  # fmt: skip
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_NAMED = 32
