@@ -30,6 +30,8 @@ class RequestLog:
         params = {"n": valid.n, **_fields(valid.sampling)}
         for name in _OURS:
             params.pop(name, None)
+        if valid.length_penalty is not None:
+            params["beam_search"] = {"length_penalty": valid.length_penalty}
         if asked.HasField("structured_output"):
             params["structured_output"] = str(_fields(asked.structured_output))[: self._max_len]
         self._write(valid.request_id, valid.tenant, params, valid.prompt_ids)
