@@ -12,6 +12,7 @@ from typing import Any
 from fakes import DIGEST, TEMPLATE, FakeWorker, Script
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from pagewire_core.chat_template import ChatTemplate
+from pagewire_core.flags import FLAGS, ROUTER_FLAGS
 from pagewire_core.rpc import open_channel
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.main import running_router
@@ -103,11 +104,8 @@ async def scene(
     workers = {name: FakeWorker(name, ROLES[name[0]], Script(tokens), peers) for name in names.split()}
     for worker in workers.values():
         await worker.start()
-    values = {
-        "host": "127.0.0.1", "port": 0, "redis_url": None, "max_queued_requests": 16, "max_queued_tokens": 1 << 20,
-        "request_timeout": 20.0, "send_timeout": 10.0, "transfer_timeout": 5.0, "routing_policy": "pagewire",
-        "trust_request_chat_template": False, "api_server_rank": None,
-        "enable_log_requests": False, "max_log_len": None,
+    values = {name.replace("-", "_"): FLAGS[name].default for name in ROUTER_FLAGS} | {
+        "max_queued_requests": 16, "request_timeout": 20.0, "send_timeout": 10.0, "transfer_timeout": 5.0,
         "workers": ",".join(w.address for w in workers.values()), **flags,
     }  # fmt: skip
     template, texts = ChatTemplate(TEMPLATE, "<s>", "</s>"), ("<s>", "</s>")

@@ -26,6 +26,7 @@ SERVICES = {
         "Detokenize",
         "Embed",
         "ResetPrefixCache",
+        "ServerInfo",
         "Explain",
     },
     "KvChannelService": {"Connect", "Fetch"},

@@ -91,7 +91,7 @@ async def test_no_route_is_open_without_a_key(nobody: httpx.AsyncClient) -> None
             answer = await nobody.request(method, path, headers=headers, content=b"{" if method == "POST" else None)
             if (method, path) in OPEN:
                 assert answer.status_code in (200, 404)
-            elif path == "/reset_prefix_cache":
+            elif path in ("/reset_prefix_cache", "/server_info"):
                 assert answer.status_code == 403
             else:
                 assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
@@ -193,6 +193,15 @@ async def test_what_one_tenant_has_computed_saves_another_nothing(cluster: Clust
         assert await cached_tokens(cluster) > expected, "the test would not notice a shared cache"
     assert (await nobody.post("/reset_prefix_cache", headers=ALICE)).status_code == 403
     assert (await nobody.post("/reset_prefix_cache", headers=ROOT)).status_code == 200
+
+
+async def test_administrators_alone_see_the_flags_and_nobody_sees_a_secret(nobody: httpx.AsyncClient) -> None:
+    assert (await nobody.get("/server_info", headers=ALICE)).status_code == 403
+    answer = await nobody.get("/server_info", headers=ROOT)
+    told = answer.json()
+    assert told["bridge"]["request-timeout"] and told["router"]["routing-policy"] == "prefix"
+    assert {flags["role"] for flags in told["workers"].values()} == {"prefill", "decode"}
+    assert "sesame" not in answer.text and "api-key" not in told["bridge"]
 
 
 async def test_a_request_id_that_two_tenants_use_binds_neither_to_the_other(nobody: httpx.AsyncClient) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pagewire_core.command_line import Parser, add_flags, to_command_line
+from pagewire_core.command_line import Parser, add_flags, shown_flags, to_command_line
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, size
 
 # One value per flag that is not its default: as typed, as parsed.
@@ -108,6 +108,18 @@ def test_a_flag_survives_being_passed_to_another_process(name: str) -> None:
     first = _parser().parse_args([f"--{name}={text}" if text else f"--{name}"])
     assert getattr(first, _attribute(name)) == value
     assert _parser().parse_args(to_command_line(first, tuple(FLAGS))) == first
+
+
+def test_administrators_are_shown_flags_without_secrets() -> None:
+    typed = ["--redis-url=redis://:p@ss@h:1/2", "--api-key=secret", "--no-enable-prefix-caching", "--cpus=0,2-3"]
+    shown = shown_flags(_parser().parse_args(typed), tuple(FLAGS))
+    assert (shown["redis-url"], shown["enable-prefix-caching"], shown["cpus"]) == (
+        "redis://***@h:1/2",
+        "false",
+        "0,2,3",
+    )
+    assert shown["enable-chunked-prefill"] == "true" and shown["block-size"] == "16", "defaults, too"
+    assert "api-key" not in shown and "tokenizer" not in shown
 
 
 def test_a_switch_that_is_off_stays_off_in_the_other_process() -> None:

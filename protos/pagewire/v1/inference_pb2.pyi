@@ -358,6 +358,40 @@ class StatusResponse(_message.Message):
     indexed_blocks: int
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., redis_connected: _Optional[bool] = ..., indexed_blocks: _Optional[int] = ...) -> None: ...
 
+class ServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServerInfoResponse(_message.Message):
+    __slots__ = ("flags", "workers")
+    class FlagsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    flags: _containers.ScalarMap[str, str]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerFlags]
+    def __init__(self, flags: _Optional[_Mapping[str, str]] = ..., workers: _Optional[_Iterable[_Union[WorkerFlags, _Mapping]]] = ...) -> None: ...
+
+class WorkerFlags(_message.Message):
+    __slots__ = ("worker_id", "flags")
+    class FlagsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    flags: _containers.ScalarMap[str, str]
+    def __init__(self, worker_id: _Optional[str] = ..., flags: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
 class WorkerStatus(_message.Message):
     __slots__ = ("worker_id", "role", "address", "ready", "num_running", "num_waiting", "free_blocks", "total_blocks")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -80,6 +80,11 @@ class InferenceServiceStub:
                 request_serializer=pagewire_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.ServerInfo = channel.unary_unary(
+                '/pagewire.v1.InferenceService/ServerInfo',
+                request_serializer=pagewire_dot_v1_dot_inference__pb2.ServerInfoRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_inference__pb2.ServerInfoResponse.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/pagewire.v1.InferenceService/Explain',
                 request_serializer=pagewire_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
@@ -155,6 +160,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ServerInfo(self, request, context):
+        """What the router and its workers were started with; for administrators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """Where Generate would have this request served now, and why. Runs nothing.
         """
@@ -209,6 +221,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=pagewire_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'ServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.ServerInfo,
+                    request_deserializer=pagewire_dot_v1_dot_inference__pb2.ServerInfoRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_inference__pb2.ServerInfoResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -459,6 +476,33 @@ class InferenceService:
             '/pagewire.v1.InferenceService/Detokenize',
             pagewire_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
             pagewire_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.InferenceService/ServerInfo',
+            pagewire_dot_v1_dot_inference__pb2.ServerInfoRequest.SerializeToString,
+            pagewire_dot_v1_dot_inference__pb2.ServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,45 +25,49 @@ _sym_db = _symbol_database.Default()
 from pagewire.v1 import common_pb2 as pagewire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewire/v1/worker.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"\r\n\x0bInfoRequest\"\xf0\x02\n\x0cInfoResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12%\n\x04role\x18\x03 \x01(\x0e\x32\x17.pagewire.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\x0c\x12\x10\n\x08protocol\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\r\n\x05lanes\x18\x0c \x03(\t\x12*\n\x07startup\x18\r \x03(\x0b\x32\x19.pagewire.v1.StartupPhase\x12\x13\n\x0b\x63onstraints\x18( \x01(\x08\x12\x19\n\x11sampling_revision\x18\x32 \x01(\r\"-\n\x0cStartupPhase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x0e\n\x0cStatsRequest\"\xca\x03\n\rStatsResponse\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x02 \x01(\x04\x12\x17\n\x0freserved_blocks\x18\x03 \x01(\x04\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x1e\n\x16waiting_prefill_tokens\x18\x06 \x01(\x04\x12\x19\n\x11running_kv_tokens\x18\x07 \x01(\x04\x12\x16\n\x0eopen_transfers\x18\x08 \x01(\r\x12(\n\tstep_cost\x18\t \x01(\x0b\x32\x15.pagewire.v1.StepCost\x12\x15\n\rstaging_slots\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\x19\n\x11waiting_transfers\x18\r \x01(\r\x12 \n\x18waiting_prefill_attended\x18\x0e \x01(\x01\x12\x15\n\rcached_blocks\x18\x0f \x01(\x04\x12%\n\x04role\x18\x1e \x01(\x0e\x32\x17.pagewire.v1.WorkerRole\x12\x14\n\x0c\x62lock_events\x18\x1f \x01(\x04\"\xba\x01\n\x08StepCost\x12\x17\n\x0fprefill_base_ms\x18\x01 \x01(\x01\x12\x1c\n\x14prefill_ms_per_token\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_base_ms\x18\x03 \x01(\x01\x12\x1e\n\x16\x64\x65\x63ode_ms_per_sequence\x18\x04 \x01(\x01\x12\x1f\n\x17prefill_ms_per_attended\x18\x05 \x01(\x01\x12\x1e\n\x16\x64\x65\x63ode_ms_per_kv_token\x18\x06 \x01(\x01\"\x11\n\x0fSnapshotRequest\"4\n\x10SnapshotResponse\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"J\n\x0eSetRoleRequest\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.pagewire.v1.WorkerRole\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"&\n\x0fSetRoleResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x1d\n\x1bWorkerServiceMetricsRequest\",\n\x1cWorkerServiceMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x19\n\x17ResetPrefixCacheRequest\".\n\x18ResetPrefixCacheResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x32\xa4\x04\n\rWorkerService\x12;\n\x04Info\x12\x18.pagewire.v1.InfoRequest\x1a\x19.pagewire.v1.InfoResponse\x12@\n\x05Stats\x12\x19.pagewire.v1.StatsRequest\x1a\x1a.pagewire.v1.StatsResponse0\x01\x12I\n\x08Snapshot\x12\x1c.pagewire.v1.SnapshotRequest\x1a\x1d.pagewire.v1.SnapshotResponse0\x01\x12@\n\x05\x44rain\x12\x19.pagewire.v1.DrainRequest\x1a\x1a.pagewire.v1.DrainResponse0\x01\x12\x46\n\x07SetRole\x12\x1b.pagewire.v1.SetRoleRequest\x1a\x1c.pagewire.v1.SetRoleResponse0\x01\x12_\n\x10ResetPrefixCache\x12$.pagewire.v1.ResetPrefixCacheRequest\x1a%.pagewire.v1.ResetPrefixCacheResponse\x12^\n\x07Metrics\x12(.pagewire.v1.WorkerServiceMetricsRequest\x1a).pagewire.v1.WorkerServiceMetricsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewire/v1/worker.proto\x12\x0bpagewire.v1\x1a\x18pagewire/v1/common.proto\"\r\n\x0bInfoRequest\"\xd3\x03\n\x0cInfoResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12%\n\x04role\x18\x03 \x01(\x0e\x32\x17.pagewire.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\x0c\x12\x10\n\x08protocol\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\r\n\x05lanes\x18\x0c \x03(\t\x12*\n\x07startup\x18\r \x03(\x0b\x32\x19.pagewire.v1.StartupPhase\x12\x33\n\x05\x66lags\x18\x0e \x03(\x0b\x32$.pagewire.v1.InfoResponse.FlagsEntry\x12\x13\n\x0b\x63onstraints\x18( \x01(\x08\x12\x19\n\x11sampling_revision\x18\x32 \x01(\r\x1a,\n\nFlagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\x0cStartupPhase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x0e\n\x0cStatsRequest\"\xca\x03\n\rStatsResponse\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x02 \x01(\x04\x12\x17\n\x0freserved_blocks\x18\x03 \x01(\x04\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x1e\n\x16waiting_prefill_tokens\x18\x06 \x01(\x04\x12\x19\n\x11running_kv_tokens\x18\x07 \x01(\x04\x12\x16\n\x0eopen_transfers\x18\x08 \x01(\r\x12(\n\tstep_cost\x18\t \x01(\x0b\x32\x15.pagewire.v1.StepCost\x12\x15\n\rstaging_slots\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\x19\n\x11waiting_transfers\x18\r \x01(\r\x12 \n\x18waiting_prefill_attended\x18\x0e \x01(\x01\x12\x15\n\rcached_blocks\x18\x0f \x01(\x04\x12%\n\x04role\x18\x1e \x01(\x0e\x32\x17.pagewire.v1.WorkerRole\x12\x14\n\x0c\x62lock_events\x18\x1f \x01(\x04\"\xba\x01\n\x08StepCost\x12\x17\n\x0fprefill_base_ms\x18\x01 \x01(\x01\x12\x1c\n\x14prefill_ms_per_token\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_base_ms\x18\x03 \x01(\x01\x12\x1e\n\x16\x64\x65\x63ode_ms_per_sequence\x18\x04 \x01(\x01\x12\x1f\n\x17prefill_ms_per_attended\x18\x05 \x01(\x01\x12\x1e\n\x16\x64\x65\x63ode_ms_per_kv_token\x18\x06 \x01(\x01\"\x11\n\x0fSnapshotRequest\"4\n\x10SnapshotResponse\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"J\n\x0eSetRoleRequest\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.pagewire.v1.WorkerRole\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"&\n\x0fSetRoleResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x1d\n\x1bWorkerServiceMetricsRequest\",\n\x1cWorkerServiceMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x19\n\x17ResetPrefixCacheRequest\".\n\x18ResetPrefixCacheResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x32\xa4\x04\n\rWorkerService\x12;\n\x04Info\x12\x18.pagewire.v1.InfoRequest\x1a\x19.pagewire.v1.InfoResponse\x12@\n\x05Stats\x12\x19.pagewire.v1.StatsRequest\x1a\x1a.pagewire.v1.StatsResponse0\x01\x12I\n\x08Snapshot\x12\x1c.pagewire.v1.SnapshotRequest\x1a\x1d.pagewire.v1.SnapshotResponse0\x01\x12@\n\x05\x44rain\x12\x19.pagewire.v1.DrainRequest\x1a\x1a.pagewire.v1.DrainResponse0\x01\x12\x46\n\x07SetRole\x12\x1b.pagewire.v1.SetRoleRequest\x1a\x1c.pagewire.v1.SetRoleResponse0\x01\x12_\n\x10ResetPrefixCache\x12$.pagewire.v1.ResetPrefixCacheRequest\x1a%.pagewire.v1.ResetPrefixCacheResponse\x12^\n\x07Metrics\x12(.pagewire.v1.WorkerServiceMetricsRequest\x1a).pagewire.v1.WorkerServiceMetricsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewire.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_INFORESPONSE_FLAGSENTRY']._loaded_options = None
+  _globals['_INFORESPONSE_FLAGSENTRY']._serialized_options = b'8\001'
   _globals['_INFOREQUEST']._serialized_start=67
   _globals['_INFOREQUEST']._serialized_end=80
   _globals['_INFORESPONSE']._serialized_start=83
-  _globals['_INFORESPONSE']._serialized_end=451
-  _globals['_STARTUPPHASE']._serialized_start=453
-  _globals['_STARTUPPHASE']._serialized_end=498
-  _globals['_STATSREQUEST']._serialized_start=500
-  _globals['_STATSREQUEST']._serialized_end=514
-  _globals['_STATSRESPONSE']._serialized_start=517
-  _globals['_STATSRESPONSE']._serialized_end=975
-  _globals['_STEPCOST']._serialized_start=978
-  _globals['_STEPCOST']._serialized_end=1164
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1166
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1183
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=1185
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=1237
-  _globals['_DRAINREQUEST']._serialized_start=1239
-  _globals['_DRAINREQUEST']._serialized_end=1272
-  _globals['_DRAINRESPONSE']._serialized_start=1274
-  _globals['_DRAINRESPONSE']._serialized_end=1310
-  _globals['_SETROLEREQUEST']._serialized_start=1312
-  _globals['_SETROLEREQUEST']._serialized_end=1386
-  _globals['_SETROLERESPONSE']._serialized_start=1388
-  _globals['_SETROLERESPONSE']._serialized_end=1426
-  _globals['_WORKERSERVICEMETRICSREQUEST']._serialized_start=1428
-  _globals['_WORKERSERVICEMETRICSREQUEST']._serialized_end=1457
-  _globals['_WORKERSERVICEMETRICSRESPONSE']._serialized_start=1459
-  _globals['_WORKERSERVICEMETRICSRESPONSE']._serialized_end=1503
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1505
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1530
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1532
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1578
-  _globals['_WORKERSERVICE']._serialized_start=1581
-  _globals['_WORKERSERVICE']._serialized_end=2129
+  _globals['_INFORESPONSE']._serialized_end=550
+  _globals['_INFORESPONSE_FLAGSENTRY']._serialized_start=506
+  _globals['_INFORESPONSE_FLAGSENTRY']._serialized_end=550
+  _globals['_STARTUPPHASE']._serialized_start=552
+  _globals['_STARTUPPHASE']._serialized_end=597
+  _globals['_STATSREQUEST']._serialized_start=599
+  _globals['_STATSREQUEST']._serialized_end=613
+  _globals['_STATSRESPONSE']._serialized_start=616
+  _globals['_STATSRESPONSE']._serialized_end=1074
+  _globals['_STEPCOST']._serialized_start=1077
+  _globals['_STEPCOST']._serialized_end=1263
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1265
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1282
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=1284
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=1336
+  _globals['_DRAINREQUEST']._serialized_start=1338
+  _globals['_DRAINREQUEST']._serialized_end=1371
+  _globals['_DRAINRESPONSE']._serialized_start=1373
+  _globals['_DRAINRESPONSE']._serialized_end=1409
+  _globals['_SETROLEREQUEST']._serialized_start=1411
+  _globals['_SETROLEREQUEST']._serialized_end=1485
+  _globals['_SETROLERESPONSE']._serialized_start=1487
+  _globals['_SETROLERESPONSE']._serialized_end=1525
+  _globals['_WORKERSERVICEMETRICSREQUEST']._serialized_start=1527
+  _globals['_WORKERSERVICEMETRICSREQUEST']._serialized_end=1556
+  _globals['_WORKERSERVICEMETRICSRESPONSE']._serialized_start=1558
+  _globals['_WORKERSERVICEMETRICSRESPONSE']._serialized_end=1602
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1604
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1629
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1631
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1677
+  _globals['_WORKERSERVICE']._serialized_start=1680
+  _globals['_WORKERSERVICE']._serialized_end=2228
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,14 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("worker_id", "instance", "role", "address", "fingerprint", "model_digest", "protocol", "max_model_len", "block_size", "total_blocks", "kv_bytes_per_token", "lanes", "startup", "constraints", "sampling_revision")
+    __slots__ = ("worker_id", "instance", "role", "address", "fingerprint", "model_digest", "protocol", "max_model_len", "block_size", "total_blocks", "kv_bytes_per_token", "lanes", "startup", "flags", "constraints", "sampling_revision")
+    class FlagsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +33,7 @@ class InfoResponse(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
     STARTUP_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_REVISION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
@@ -41,9 +49,10 @@ class InfoResponse(_message.Message):
     kv_bytes_per_token: int
     lanes: _containers.RepeatedScalarFieldContainer[str]
     startup: _containers.RepeatedCompositeFieldContainer[StartupPhase]
+    flags: _containers.ScalarMap[str, str]
     constraints: bool
     sampling_revision: int
-    def __init__(self, worker_id: _Optional[str] = ..., instance: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., model_digest: _Optional[bytes] = ..., protocol: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., lanes: _Optional[_Iterable[str]] = ..., startup: _Optional[_Iterable[_Union[StartupPhase, _Mapping]]] = ..., constraints: _Optional[bool] = ..., sampling_revision: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., instance: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., model_digest: _Optional[bytes] = ..., protocol: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., lanes: _Optional[_Iterable[str]] = ..., startup: _Optional[_Iterable[_Union[StartupPhase, _Mapping]]] = ..., flags: _Optional[_Mapping[str, str]] = ..., constraints: _Optional[bool] = ..., sampling_revision: _Optional[int] = ...) -> None: ...
 
 class StartupPhase(_message.Message):
     __slots__ = ("name", "seconds")

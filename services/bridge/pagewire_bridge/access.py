@@ -16,7 +16,7 @@ from pagewire_bridge.rate_limit import RateLimiter
 # Liveness, and the chat page and the document, which have no data of their own and are where a user enters the key.
 _OPEN = frozenset({"/health", "/ping", "/v2/health/live", "/openapi.json", "/docs"})
 _OPEN_FOLDERS = ("/page/", "/docs/")
-_ADMIN = frozenset({"/reset_prefix_cache"})
+_ADMIN = frozenset({"/reset_prefix_cache", "/server_info"})
 
 
 def is_open(path: str, method: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TypedDict
@@ -54,6 +54,7 @@ class State(TypedDict):
     background: BackgroundRuns
     document: Callable[[], bytes]
     root_path: str
+    flags: Mapping[str, str]
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -119,13 +120,15 @@ def create_app(
     allowed_origins: Sequence[str] = (),
     root_path: str = "",
     rank: int | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
     open_client is called in the serving event loop, on_ready just before requests are taken. answers: how the model
     writes calls and thoughts. redis_url: where the limits of keys are counted and responses are stored.
     response_ttl_s: for how long. allowed_origins: whose web pages may call it. root_path: where the proxy in front has
-    the routes; it may or may not take that prefix away. rank: which of several bridges it is.
+    the routes; it may or may not take that prefix away. rank: which of several bridges it is. flags: what
+    administrators are told of its start.
     """
     bridge_metrics, limiter = BridgeMetrics(instance_name("bridge", rank)), RateLimiter(redis_url)
     made = functools.cache(lambda: _document(bool(keys), root_path))
@@ -142,6 +145,7 @@ def create_app(
             "background": background,
             "document": made,
             "root_path": root_path,
+            "flags": flags or {},
         }
         await background.close()
         await client.close()

@@ -43,7 +43,7 @@ RENEW_S = 5.0  # how often certificates are looked at
 _PAUSES_S = (0.02, 0.1, 0.3, 1.0)  # the channel may take a moment to know
 _AGAIN = {"maxAttempts": 1 + len(_PAUSES_S), "initialBackoff": "0.02s", "maxBackoff": "1s", "backoffMultiplier": 4,
           "retryableStatusCodes": ["CANCELLED"]}  # fmt: skip
-_SHORT_CALLS = ("ListModels", "Embed", "Tokenize", "Detokenize", "Metrics")
+_SHORT_CALLS = ("ListModels", "Embed", "Tokenize", "Detokenize", "Metrics", "ServerInfo")
 _SERVICE_CONFIG = json.dumps({"methodConfig": [{
     "name": [{"service": "pagewire.v1.InferenceService", "method": method} for method in _SHORT_CALLS],
     "retryPolicy": _AGAIN,
@@ -223,6 +223,13 @@ class RouterClient:
         """Every worker forgets what nobody uses now. Raises PagewireError."""
         try:
             await self._stub.ResetPrefixCache(worker_pb2.ResetPrefixCacheRequest(), timeout=QUICK_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def server_info(self) -> pb.ServerInfoResponse:
+        """What the router and the workers were started with. Raises PagewireError."""
+        try:
+            return await self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=QUICK_S)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 

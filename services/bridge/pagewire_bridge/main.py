@@ -10,7 +10,7 @@ import socket
 import structlog
 import uvicorn
 from pagewire_core import tracing
-from pagewire_core.command_line import run_main
+from pagewire_core.command_line import run_main, shown_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS
 from pagewire_core.rpc import warn_of_plain_text
@@ -118,6 +118,7 @@ def serve(flags: argparse.Namespace) -> None:
         allowed_origins=flags.allowed_origins,
         root_path=flags.root_path,
         rank=flags.api_server_rank,
+        flags=shown_flags(flags, BRIDGE_FLAGS),
     )
     # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody
     # needs to, and the process ends with exit code 0.

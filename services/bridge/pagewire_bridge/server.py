@@ -33,6 +33,19 @@ async def reset_prefix_cache(request: Request) -> Response:
     return Response()
 
 
+async def server_info(request: Request) -> Response:
+    """For administrators; see Access."""
+    info = await request.state.client.server_info()
+    return json_response(
+        {
+            "version": version("pagewire"),
+            "bridge": request.state.flags,
+            "router": dict(info.flags),
+            "workers": {worker.worker_id: dict(worker.flags) for worker in info.workers},
+        }
+    )
+
+
 async def show_version(request: Request) -> Response:
     return json_response({"version": version("pagewire")})
 
@@ -57,6 +70,7 @@ ROUTES = [
     Route("/ping", health, methods=["GET", "POST"]),
     Route("/load", load, methods=["GET"]),
     Route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"]),
+    Route("/server_info", server_info, methods=["GET"]),
     Route("/version", show_version, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),
 ]

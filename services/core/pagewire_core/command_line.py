@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ Flags may also come from the environment (PAGEWIRE_MAX_NUM_SEQS=64) and from a Y
 like max-num-seqs: 64). The command line wins, then the environment, then the file, then the default."""
 
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_SECRET = frozenset({"api-key"})
+_PASSWORD = re.compile(r"://[^/]*@")
 _LONG_CHOICES = 40  # characters; beyond it they go into the text
 _METAVARS: dict[Callable[[str], Any], str] = {
     positive: "N",
@@ -182,6 +185,18 @@ def to_command_line(values: argparse.Namespace, names: Sequence[str]) -> list[st
         elif value is not None:
             line.append(f"--{name}={value}")
     return line
+
+
+def shown_flags(values: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+    """The named flags of `values` as they are typed, by name, for administrators: no key, no password in a URL."""
+    shown: dict[str, str] = {}
+    for word in to_command_line(values, [name for name in names if name not in _SECRET]):
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if has_value:
+            shown[name] = _PASSWORD.sub("://***@", value)
+        else:
+            shown[name.removeprefix("no-")] = str(not name.startswith("no-")).lower()
+    return shown
 
 
 def run_main(prog: str, main: Callable[[argparse.Namespace], None], names: Sequence[str], description: str) -> None:

@@ -31,6 +31,7 @@ ROLES = (ROUTER, WORKER, BRIDGE, OPERATOR, CLIENT)
 CALLERS: dict[str, frozenset[str]] = {
     "/pagewire.v1.InferenceService": frozenset({BRIDGE, CLIENT, OPERATOR}),
     "/pagewire.v1.InferenceService/ResetPrefixCache": frozenset({BRIDGE, OPERATOR}),
+    "/pagewire.v1.InferenceService/ServerInfo": frozenset({BRIDGE, OPERATOR}),
     "/pagewire.v1.PrefillService": frozenset({ROUTER}),
     "/pagewire.v1.DecodeService": frozenset({ROUTER}),
     "/pagewire.v1.KvChannelService": frozenset({WORKER}),

@@ -14,7 +14,7 @@ import structlog
 import uvloop
 from pagewire.v1 import inference_pb2, inference_pb2_grpc
 from pagewire_core import faults, tracing
-from pagewire_core.command_line import run_main
+from pagewire_core.command_line import run_main, shown_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.feed import Feeds
 from pagewire_core.flags import ROUTER_FLAGS
@@ -127,8 +127,11 @@ async def running_router(
     timeouts = Timeouts(args.request_timeout, args.send_timeout)
     grammars = Grammars(model.tokenizer.path, model.vocab_size, model.eos_token_ids)
     templates = RequestTemplates(model.special_texts, args.trust_request_chat_template)
+    flags = shown_flags(args, ROUTER_FLAGS)
     asked = RequestLog(model.tokenizer, args.max_log_len) if args.enable_log_requests else None
-    router = Router(model, services, admission, index, follower, discovery, timeouts, feeds, grammars, templates, asked)
+    router = Router(
+        model, services, admission, index, follower, discovery, timeouts, feeds, grammars, templates, asked, flags
+    )
     server = RpcServer(tls)
     server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -62,6 +62,7 @@ class Router:
     grammars: Grammars
     templates: RequestTemplates
     asked: RequestLog | None  # None: what clients ask is not logged
+    flags: Mapping[str, str]  # that it was started with
 
     @property
     def redis_connected(self) -> bool:
@@ -216,6 +217,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             redis_connected=router.redis_connected,
             indexed_blocks=router.index.num_blocks,
         )
+
+    async def ServerInfo(
+        self, request: inference_pb2.ServerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.ServerInfoResponse:
+        workers = self._router.services.workers.live
+        told = [inference_pb2.WorkerFlags(worker_id=w.worker_id, flags=w.info.flags) for w in workers]
+        return inference_pb2.ServerInfoResponse(flags=self._router.flags, workers=told)
 
     async def ResetPrefixCache(
         self, request: worker_pb2.ResetPrefixCacheRequest, context: grpc.aio.ServicerContext

@@ -27,6 +27,8 @@ from pagewire.v1 import (
 from pagewire_core import rpc, tracing
 from pagewire_core.announced_host import announced_host
 from pagewire_core.block_events import BlockEventPublisher
+from pagewire_core.command_line import shown_flags
+from pagewire_core.flags import WORKER_FLAGS
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.registry import Registration
 from pagewire_core.shutdown import exit_within
@@ -258,6 +260,7 @@ class Worker:
             lanes=self._lanes,
             constraints=self._loaded.constraints is not None,
             sampling_revision=rpc.SAMPLING_REVISION,
+            flags=shown_flags(self._args, WORKER_FLAGS),
         )
 
     def _stats(self) -> worker_pb2.StatsResponse:

@@ -29,6 +29,15 @@ class Load(TypedDict):
     server_load: int
 
 
+class ServerInfo(TypedDict):
+    """Flags as they are typed, by name, without secrets; workers' by worker id."""
+
+    version: str
+    bridge: dict[str, str]
+    router: dict[str, str]
+    workers: dict[str, dict[str, str]]
+
+
 class Version(TypedDict):
     version: str
 
@@ -60,6 +69,9 @@ API = Api(
         server.health: Operation("Without a body: requests can be served", statuses={503: TGIError}),
         server.load: Operation("How many requests are in flight", answer=Load),
         server.reset_prefix_cache: Operation("The workers forget cached blocks that nobody uses", raises=ASKING),
+        server.server_info: Operation(
+            "The flags that bridge, router and workers were started with", answer=ServerInfo, raises=ASKING
+        ),
         server.show_version: Operation("The version of this server", answer=Version),
         server.metrics: Operation(
             "Prometheus metrics of the bridge, the router and its workers", others={"text/plain": str}
