@@ -1,6 +1,6 @@
 # Everything a checkout needs. `make serve` and `make test` set up .venv by themselves.
 #
-#   make serve MODEL=path-or-hub-id PORT=8000 HOST=127.0.0.1 PREFILL=1 DECODE=1 ARGS='--max-num-seqs 64'
+#   make serve MODEL=path-or-hub-id PORT=8000 HOST=127.0.0.1 PREFILL=2 DECODE=2 ARGS='--max-num-seqs 64'
 #   make test ARGS='-k router'      make test-faults      make chaos      make soak MINUTES=20
 #   make test-api EXAMPLES=50      make test-clients      make test-security      make test-rolling ROUNDS=2
 #   make check      make bench BASE_URL=http://127.0.0.1:8000
@@ -12,8 +12,6 @@ MODEL ?=
 # Not ?=, as some shells export a HOST of their own.
 HOST := 127.0.0.1
 PORT ?= 8000
-PREFILL ?= 1
-DECODE ?= 1
 BASE_URL ?= http://127.0.0.1:$(PORT)
 ARGS ?=
 MINUTES ?= 20
@@ -39,7 +37,7 @@ IMAGES := router bridge edge worker pagewire
 
 serve: $(RUNTIME)
 	@exec $(BIN)/pagewire serve $(if $(MODEL),'$(MODEL)') --host '$(HOST)' --port '$(PORT)' \
-		--prefill '$(PREFILL)' --decode '$(DECODE)' $(ARGS)
+		$(if $(PREFILL),--prefill '$(PREFILL)') $(if $(DECODE),--decode '$(DECODE)') $(ARGS)
 
 test: $(TESTING)
 	$(BIN)/python -m pytest $(ARGS)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from pagewire_cli import console, gpus, main, plan, serve
+from pagewire_cli import copies as copies_
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, SO_ANYWAY
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS
+from pagewire_core.model_dir import ModelDir
 
 _FLAGS_OF = {"router": ROUTER_FLAGS, "bridge": BRIDGE_FLAGS}
 
@@ -190,6 +193,56 @@ def test_gpus_are_counted_by_their_device_files(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert gpus.available_gpus({}, tmp_path) == ["0", "1"]
     assert gpus.available_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == []
+
+
+GIB = 1 << 30
+
+
+def _model(tmp_path: Path, parameters: int, dtype: str = "bfloat16") -> ModelDir:
+    """Of so many bf16 weights, none of which are there."""
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [parameters], "data_offsets": [0, 2 * parameters]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return ModelDir(tmp_path, "m", {"dtype": dtype}, {})
+
+
+@pytest.mark.parametrize(
+    ("billions", "flags", "dtype", "copies"),
+    [
+        (1, [], "bfloat16", 2), (2, [], "bfloat16", 2), (3, [], "bfloat16", 1), (7, [], "bfloat16", 1),
+        (2, [], "float16", 1), (1, ["--dtype=float32"], "bfloat16", 2), (2, ["--dtype=float32"], "bfloat16", 1),
+        (3, ["--quantization=int8"], "bfloat16", 2), (7, ["--quantization=int8"], "bfloat16", 1),
+        (6, ["--quantization=int4"], "bfloat16", 2), (8, ["--quantization=int4"], "float16", 1),
+    ],
+)  # fmt: skip
+def test_there_are_two_copies_of_the_weights_where_they_fit_half_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, billions: int, flags: list[str], dtype: str, copies: int
+) -> None:
+    """A laptop whose memory the second copy fills would serve nothing, where another system serves with one."""
+    monkeypatch.setattr(copies_.psutil, "virtual_memory", lambda: argparse.Namespace(available=16 * GIB))
+    why = copies_.why_one(_args("m", *flags), _model(tmp_path, billions * 10**9, dtype), {"CUDA_VISIBLE_DEVICES": ""})
+    assert (1 if why else 2) == copies
+    assert why is None or re.fullmatch(r"two copies of the weights would take [\d.]+ of 16.0 GiB of memory", why)
+
+
+@pytest.mark.parametrize(
+    ("visible", "flags", "why"),
+    [
+        ("0,1", [], None), ("0", [], "two workers want 2 GPUs and there are 1"), ("0", ["--device=cpu"], None),
+        ("0,1", ["-tp=2"], "two workers want 4 GPUs and there are 2"), ("0,1,2,3", ["-tp=2"], None),
+    ],
+)  # fmt: skip
+def test_a_gpu_has_one_copy_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, flags: list[str], why: str | None
+) -> None:
+    monkeypatch.setattr(gpus, "torch_is_cpu_only", lambda: False)
+    model = _model(tmp_path, 10**6)
+    assert copies_.why_one(_args("m", *flags), model, {"CUDA_VISIBLE_DEVICES": visible}) == why
+
+
+def test_who_says_how_many_workers_has_them() -> None:
+    assert _args("m").any_workers
+    for flags in (["--prefill=1"], ["--decode=2"], ["--both=1"], ["--prefill=1", "--decode=1"]):
+        assert not _args("m", *flags).any_workers
 
 
 def test_the_supervisors_own_environment_does_not_reach_the_services(tmp_path: Path) -> None:

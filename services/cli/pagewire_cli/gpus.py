@@ -28,6 +28,11 @@ def available_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> 
     return list(map(str, range(len(files))))  # a container numbers from 0 whatever its files are called
 
 
+def seen(device: str, environ: Mapping[str, str]) -> list[str]:
+    """Those that workers with that --device will use."""
+    return [] if device == "cpu" or torch_is_cpu_only() else available_gpus(environ)
+
+
 def torch_is_cpu_only() -> bool:
     """Whether the workers cannot use a GPU, whatever the machine has. Importing torch would take a second."""
     return importlib.metadata.version("torch").endswith("+cpu")

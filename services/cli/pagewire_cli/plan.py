@@ -75,8 +75,9 @@ def make_plan(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     tls_directory = directory / "tls" if args.tls else None
     redis_address, redis_url = _redis(tls_directory, redis_port)
     redis_url = args.redis_url or redis_url
-    seen = [] if args.device == "cpu" or gpus.torch_is_cpu_only() else gpus.available_gpus(environ)
-    divided = gpus.divide(seen, len(names), args.tensor_parallel_size * args.pipeline_parallel_size)
+    divided = gpus.divide(
+        gpus.seen(args.device, environ), len(names), args.tensor_parallel_size * args.pipeline_parallel_size
+    )
     share = _share(args, len(names), divided.sharing)
     shared = {**vars(args), "redis_url": redis_url, "host": _LOOPBACK, "tls": tls_directory, **share}
     environment = _environment(environ, shared, args.parser.names)

@@ -51,9 +51,11 @@ def add_subcommand(
     parser.add_config()
     group = parser.add_argument_group("the deployment")
     for action in (
-        group.add_argument("--prefill", type=_count, metavar="N", help="prefill workers; default 1, or 0 with --both"),
-        group.add_argument("--decode", type=_count, metavar="N", help="decode workers; default 1, or 0 with --both"),
-        group.add_argument("--both", type=_count, metavar="N", help="workers that do both; default 0"),
+        group.add_argument("--prefill", type=_count, metavar="N", help="prefill workers; default 1, or 0 with "
+                           "--both and where the machine has no room for two copies of the weights"),
+        group.add_argument("--decode", type=_count, metavar="N", help="decode workers; as --prefill"),
+        group.add_argument("--both", type=_count, metavar="N", help="workers that do both; default 0, or 1 in "
+                           "place of the two"),
         group.add_argument("--api-server-count", "-asc", type=positive, metavar="N", default=1,
                            help="HTTP servers that share --port, each with a router of its own (Linux); default 1"),
         group.add_argument("--tls", action="store_true", help="mutual TLS between the services, with own certificates"),
@@ -68,7 +70,8 @@ def add_subcommand(
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in what depends on several flags: the model, its served name, how many workers of each role.
+    """Fills in what depends on several flags: the model, its served name, how many workers of each role (any_workers:
+    nobody said).
 
     Ends with exit code 2 where they contradict each other.
     """
@@ -83,6 +86,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
         model = str(demo_model())
         args.served_model_name = args.served_model_name or "pagewire-demo"
     args.model = model
+    args.any_workers = (args.prefill, args.decode, args.both) == (None, None, None)
     args.both = args.both or 0
     pair = 0 if args.both else 1
     args.prefill = pair if args.prefill is None else args.prefill

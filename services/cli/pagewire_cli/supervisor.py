@@ -21,11 +21,13 @@ import grpc
 from pagewire.v1 import inference_pb2 as pb
 from pagewire.v1 import inference_pb2_grpc as pb_grpc
 from pagewire_core.errors import StartupError
+from pagewire_core.model_dir import resolve_model
 from pagewire_core.redis_link import require_reachable
 from pagewire_core.rpc import open_channel
 from pagewire_core.tls import ROUTER
 
 from pagewire_cli import console, ports, readiness, state_file
+from pagewire_cli.copies import why_one
 from pagewire_cli.plan import WORKER_ROLES, Plan, make_plan
 from pagewire_cli.service import Service
 from pagewire_cli.version import installed_version
@@ -48,6 +50,10 @@ async def serve(args: argparse.Namespace, started: float) -> None:
         ports.require_free(args.host, args.port)
     if args.redis_url:
         await require_reachable(args.redis_url)
+    model = resolve_model(args.model, args.revision, args.download_dir)  # downloads it where that can be watched
+    if args.any_workers and (why := why_one(args, model)):
+        args.prefill, args.decode, args.both = 0, 0, 1
+        console.say(f"one worker for both stages, as {why}; --prefill 1 --decode 1 starts two all the same")
     plan = make_plan(args)
     console.say(f"pagewire {installed_version()} starts {_summary(plan)} for {args.model}; logs: {plan.directory}")
     await Supervisor(plan, started).run()
