@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,12 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 @contextlib.asynccontextmanager
 async def scene(
-    tokenizer: Tokenizer, names: str, reply: str = "hello world", eos: bool = True, **flags: Any
+    tokenizer: Tokenizer,
+    names: str,
+    reply: str = "hello world",
+    eos: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+    **flags: Any,
 ) -> AsyncIterator[Scene]:
     """Starts workers that all answer `reply` (and an end of sequence) and a router; stops everything at the end."""
     tokens = [*tokenizer.encode(reply, add_special_tokens=False), *([EOS] if eos else [])]
@@ -109,7 +114,8 @@ async def scene(
         "workers": ",".join(w.address for w in workers.values()), **flags,
     }  # fmt: skip
     template, texts = ChatTemplate(TEMPLATE, "<s>", "</s>"), ("<s>", "</s>")
-    model = ServedModel(("demo",), "demo", DIGEST, 256, 258, (EOS,), tokenizer, template, special_texts=texts)
+    model = ServedModel(("demo",), "demo", DIGEST, 256, 258, (EOS,), tokenizer, template,
+                        template_kwargs=template_kwargs or {}, special_texts=texts)  # fmt: skip
     async with running_router(argparse.Namespace(**values), model) as (router, _, port):
         await until(lambda: len(router.services.workers.live) >= len(workers))
         await until(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import httpx
@@ -194,14 +195,15 @@ async def running_router(
 
 @asynccontextmanager
 async def running_bridge(
-    request_timeout_s: float = 30.0, send_timeout_s: float = 30.0, answers: AnswerFormat = NO_FORMAT
+    request_timeout_s: float = 30.0, send_timeout_s: float = 30.0, answers: AnswerFormat = NO_FORMAT, **options: Any
 ) -> AsyncIterator[Bridge]:
     router = ScriptedRouter()
     async with running_router(router) as (router_server, address):
         listener = listen("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = build_server(
-            create_app(lambda: RouterClient(address, request_timeout_s), answers=answers), send_timeout_s=send_timeout_s
+            create_app(lambda: RouterClient(address, request_timeout_s), answers=answers, **options),
+            send_timeout_s=send_timeout_s,
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         async with (

@@ -14,6 +14,7 @@ from scripted_router import (
     delta,
     events_of,
     eventually,
+    running_bridge,
     says,
     summary,
     token,
@@ -92,6 +93,14 @@ async def test_usage_is_null_until_the_last_chunk_when_asked_for(bridge: Bridge)
     assert done == "[DONE]"
     assert all(c["usage"] is None for c in chunks)  # type: ignore[index]
     assert (last["choices"], last["usage"]) == ([], USAGE)  # type: ignore[index]
+
+
+async def test_usage_ends_every_stream_where_the_server_says_so() -> None:
+    """Gateways that bill by tokens cannot rely on their clients to ask."""
+    async with running_bridge(always_usage=True) as bridge:
+        for response in (await bridge.chat(stream=True), await bridge.complete(stream=True)):
+            *_, last, done = events_of(response.text)
+            assert (last["choices"], last["usage"], done) == ([], USAGE, "[DONE]")  # type: ignore[index]
 
 
 async def test_two_choices_stream_side_by_side_and_each_ends_once(bridge: Bridge) -> None:

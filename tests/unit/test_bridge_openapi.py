@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import typing
 from typing import Any
@@ -13,11 +12,10 @@ from openapi_spec_validator import validate
 from pagewire_bridge.app import ROUTES, create_app
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.keys import load_keys
-from pagewire_bridge.main import build_server, listen
 from pagewire_bridge.openapi.document import described, document
 from pagewire_core.errors import Unavailable
 from pydantic import BaseModel
-from scripted_router import Bridge, ScriptedRouter, refuses, running_router
+from scripted_router import Bridge, refuses, running_bridge
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -103,26 +101,28 @@ async def test_the_bridge_serves_the_document_and_a_page_of_its_own(bridge: Brid
 
 async def test_under_a_prefix_every_route_answers_whether_or_not_a_proxy_takes_it_away() -> None:
     """`/api/chat` under `/api` is Ollama's: nobody could say which was meant."""
-    async with running_router(ScriptedRouter()) as (_, address):
-        app = create_app(lambda: RouterClient(address, 10), root_path="/api")
-        listener = listen("127.0.0.1", 0)
-        server = build_server(app)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
-            for prefix in ("", "/api"):
-                assert (await http.get(f"{prefix}/v1/models")).json()["data"][0]["id"] == "demo"
-                assert (await http.get(f"{prefix}/openapi.json")).json() == made() | {"servers": [{"url": "/api"}]}
-                assert (await http.get(f"{prefix}/api/tags")).json()["models"]
-                assert (await http.get(f"{prefix}/nowhere")).status_code == 404
-                for page in ("/", ""):
-                    shown = await http.get(f"{prefix}{page}", headers={"accept": "text/html"})
-                    assert '"/api/page/page.js"' in shown.text and (await http.get("/api/page/page.js")).is_success
-            assert "error" in (await http.post("/api/v1/messages", json={})).json(), "in Anthropic's shape"
-            counts = (await http.get("/api/metrics")).text
-            assert 'pagewire_bridge_requests_total{instance="bridge",route="/v1/models",status="200"} 2.0' in counts
-            assert (await http.get("/apis/v1/models")).status_code == 404
-        server.should_exit = True
-        await serving
+    async with running_bridge(root_path="/api") as bridge:
+        http = bridge.http
+        for prefix in ("", "/api"):
+            assert (await http.get(f"{prefix}/v1/models")).json()["data"][0]["id"] == "demo"
+            assert (await http.get(f"{prefix}/openapi.json")).json() == made() | {"servers": [{"url": "/api"}]}
+            assert (await http.get(f"{prefix}/api/tags")).json()["models"]
+            assert (await http.get(f"{prefix}/nowhere")).status_code == 404
+            for page in ("/", ""):
+                shown = await http.get(f"{prefix}{page}", headers={"accept": "text/html"})
+                assert '"/api/page/page.js"' in shown.text and (await http.get("/api/page/page.js")).is_success
+        assert "error" in (await http.post("/api/v1/messages", json={})).json(), "in Anthropic's shape"
+        counts = (await http.get("/api/metrics")).text
+        assert 'pagewire_bridge_requests_total{instance="bridge",route="/v1/models",status="200"} 2.0' in counts
+        assert (await http.get("/apis/v1/models")).status_code == 404
+
+
+async def test_a_server_without_docs_has_neither_the_document_nor_the_page() -> None:
+    app = create_app(lambda: RouterClient("127.0.0.1:1", 1.0), with_docs=False)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bridge") as client:
+        for path in ("/openapi.json", "/docs", "/docs/docs.js"):
+            answer = await client.get(path)
+            assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
 
 
 async def test_keys_are_asked_for_where_the_document_says_so() -> None:

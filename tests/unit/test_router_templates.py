@@ -6,14 +6,19 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 from fakes import write_byte_tokenizer
 from pagewire.v1 import inference_pb2
-from pagewire_core.errors import InvalidRequest, from_rpc
+from pagewire_cli.serve import demo_model
+from pagewire_core.chat_template import ChatTemplate
+from pagewire_core.errors import InvalidRequest, StartupError, from_rpc
 from pagewire_core.tokenizer import Tokenizer
+from pagewire_router.chat import fill, render
+from pagewire_router.model import load_served_model
 from pagewire_router.request_templates import RequestTemplates
 from router_scene import scene
 
@@ -81,6 +86,28 @@ async def test_a_template_that_kills_its_process_holds_nobody_up(templates: Requ
         await asyncio.sleep(0.05)
         others += 1
     assert others > 3 and "too much time or memory" in str(hostile.exception())
+
+
+async def test_variables_that_a_chat_does_not_set_are_the_servers(tmp_path: Path) -> None:
+    """Whose template it is makes no difference."""
+    write_byte_tokenizer(tmp_path)
+    template = "{{ mood }}{{ messages[0].content }}"
+    flags: Any = {"trust_request_chat_template": True, "template_kwargs": {"mood": "glad ", "other": 1}}
+    async with scene(Tokenizer(tmp_path), "b1", **flags) as s:
+        for said, text in ((chat(template), "glad hi"), (chat(template, mood="sad "), "sad hi")):
+            told = await s.stub.Tokenize(inference_pb2.TokenizeRequest(chat=said))
+            request = inference_pb2.GenerateRequest(chat=said, return_prompt_token_ids=True)
+            accepted = (await anext(aiter(s.stub.Generate(request)))).accepted
+            assert told.text == text and [t.id for t in told.tokens] == list(accepted.prompt_token_ids)
+    mine = inference_pb2.Chat(messages=[{"role": "user", "content": "hi"}])
+    fill(mine, {"mood": "glad "})
+    assert render(mine, ChatTemplate(template, "<s>", "</s>")) == "glad hi"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"messages": []}'])
+async def test_default_variables_that_no_template_could_have_end_the_start(text: str) -> None:
+    with pytest.raises(StartupError, match="--default-chat-template-kwargs: "):
+        load_served_model(str(demo_model()), default_chat_template_kwargs=text)
 
 
 async def test_a_router_renders_counts_and_refuses(tmp_path: Path) -> None:

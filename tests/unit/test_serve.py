@@ -45,6 +45,7 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
     [
         (["--data-parallel-size", "2"], "--data-parallel-size is not implemented yet"),
         (["--load-format=dummy"], "argument --load-format: invalid choice: 'dummy'"),
+        (["--allowed-methods", '["GET"]'], "argument --allowed-methods: invalid choice"),
         (["--enable-log-requests", "--disable-log-requests"], "--enable-log-requests and --disable-log-requests con"),
         (["--max-logprobs", "-1"], "argument --max-logprobs: must be 0 or more"),
         (["-dp", "2"], "-dp is not implemented yet"),

@@ -54,6 +54,7 @@ class State(TypedDict):
     background: BackgroundRuns
     document: Callable[[], bytes]
     root_path: str
+    always_usage: bool
     flags: Mapping[str, str]
 
 
@@ -119,6 +120,8 @@ def create_app(
     response_ttl_s: float = 86400.0,
     allowed_origins: Sequence[str] = (),
     root_path: str = "",
+    always_usage: bool = False,
+    with_docs: bool = True,
     rank: int | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> ASGIApp:
@@ -128,7 +131,8 @@ def create_app(
     writes calls and thoughts. redis_url: where the limits of keys are counted and responses are stored.
     response_ttl_s: for how long. allowed_origins: whose web pages may call it. root_path: where the proxy in front has
     the routes; it may or may not take that prefix away. rank: which of several bridges it is. flags: what
-    administrators are told of its start.
+    administrators are told of its start. always_usage: streams end with it, asked for or not. with_docs: whether there
+    are the document and its page.
     """
     bridge_metrics, limiter = BridgeMetrics(instance_name("bridge", rank)), RateLimiter(redis_url)
     made = functools.cache(lambda: _document(bool(keys), root_path))
@@ -145,6 +149,7 @@ def create_app(
             "background": background,
             "document": made,
             "root_path": root_path,
+            "always_usage": always_usage,
             "flags": flags or {},
         }
         await background.close()
@@ -153,7 +158,7 @@ def create_app(
         await shelf.close()
 
     app = Starlette(
-        routes=ROUTES,
+        routes=[route for route in ROUTES if with_docs or route not in OPENAPI_ROUTES],
         exception_handlers={
             PagewireError: _on_error,
             HTTPException: _on_http_error,

@@ -117,6 +117,8 @@ def serve(flags: argparse.Namespace) -> None:
         response_ttl_s=flags.response_store_ttl,
         allowed_origins=flags.allowed_origins,
         root_path=flags.root_path,
+        always_usage=flags.enable_force_include_usage,
+        with_docs=not flags.disable_fastapi_docs,
         rank=flags.api_server_rank,
         flags=shown_flags(flags, BRIDGE_FLAGS),
     )

@@ -11,6 +11,11 @@ SO_ANYWAY: dict[str, tuple[str, ...]] = {
     "distributed-executor-backend": ("mp",),
     "scheduling-policy": ("priority",),
     "response-role": ("assistant",),
+    "allowed-methods": ('["*"]',),
+    "allowed-headers": ('["*"]',),
+    "enable-ssl-refresh": (),
+    "enable-offline-docs": (),
+    "exclude-tools-when-tool-choice-none": (),
     "enable-prompt-tokens-details": (),
     "enable-request-id-headers": (),
     "enable-server-load-tracking": (),
@@ -31,10 +36,8 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
     "enable-lora", "lora-modules", "max-loras", "max-lora-rank",
     "structured-outputs-config", "tool-parser-plugin", "watermark-config",
     # The HTTP server.
-    "uds", "enable-ssl-refresh",
-    "allowed-methods", "allowed-headers", "allow-credentials", "middleware",
-    "chat-template-content-format",
-    "uvicorn-log-level", "disable-fastapi-docs",
+    "uds", "allow-credentials", "middleware",
+    "chat-template-content-format", "uvicorn-log-level",
     # Transfer, events, tracing.
     "kv-transfer-config", "kv-events-config", "collect-detailed-traces",
 })  # fmt: skip

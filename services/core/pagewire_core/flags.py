@@ -127,6 +127,8 @@ FLAGS: dict[str, Flag] = {
                          choices=("int8", "int4", "fp8"), aliases=("-q",)),
     "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
     "chat-template": Flag(None, "a Jinja file or template; default: the model's"),
+    "default-chat-template-kwargs": Flag(None, "variables of the chat template where a request does not say, as JSON: "
+                                               '{"enable_thinking": false}'),
     "trust-request-chat-template": Flag(False, "requests may bring a chat template of their own; it is rendered in a "
                                                "process with bounds", None),
     "max-model-len": Flag(None, "longest prompt + output in tokens; default: the model's", positive),
@@ -184,6 +186,9 @@ FLAGS: dict[str, Flag] = {
                                seconds),
     "allowed-origins": Flag((), "web pages of these origins may call the APIs, as a JSON list; [\"*\"]: any", origins),
     "ollama-port": Flag(None, "a second port with the same APIs, for Ollama's clients, which expect 11434", port),
+    "enable-force-include-usage": Flag(False, "streams of chats and completions end with their usage, asked for or not",
+                                       None),
+    "disable-fastapi-docs": Flag(False, "no /openapi.json and no /docs", None),
     "root-path": Flag("", "the path under which a proxy serves the APIs, which it may take away or leave", root_path),
     "own-port": Flag(None, "a port on loopback that is this bridge's alone; several bridges then share --port and "
                            "--ollama-port, and the kernel spreads connections over them (Linux)", port),
@@ -224,7 +229,8 @@ TLS_FLAGS = ("tls-cert", "tls-key", "tls-ca")
 TRACE_FLAGS = ("otlp-traces-endpoint", "otlp-service-name")
 ROUTER_FLAGS = (
     "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template",
-    "trust-request-chat-template", "max-input-tokens", "generation-config", "override-generation-config",
+    "default-chat-template-kwargs", "trust-request-chat-template", "max-input-tokens", "generation-config",
+    "override-generation-config",
     "max-logprobs", "seed", "host", "port", "redis-url", "workers", "routing-policy", "max-queued-requests",
     "max-queued-tokens", "request-timeout", "send-timeout", "transfer-timeout", "graceful-termination-timeout",
     "api-server-rank", *TLS_FLAGS, *TRACE_FLAGS, "enable-log-requests", "max-log-len", "log-format", "log-level",
@@ -241,7 +247,8 @@ WORKER_FLAGS = (
 BRIDGE_FLAGS = (
     "router", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser",
     "host", "port", "redis-url", "api-key", "api-keys-file", "response-store-ttl", "allowed-origins", "ollama-port",
-    "root-path", "own-port", "api-server-rank", "request-timeout", "send-timeout", "graceful-termination-timeout",
+    "enable-force-include-usage", "disable-fastapi-docs", "root-path", "own-port", "api-server-rank",
+    "request-timeout", "send-timeout", "graceful-termination-timeout",
     *SSL_FLAGS, *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
 )  # fmt: skip
 
@@ -249,7 +256,7 @@ BRIDGE_FLAGS = (
 FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "the model": (
         "model", "tokenizer", "revision", "download-dir", "served-model-name", "chat-template",
-        "trust-request-chat-template", "max-model-len",
+        "default-chat-template-kwargs", "trust-request-chat-template", "max-model-len",
         "max-input-tokens", "generation-config", "override-generation-config", "max-logprobs", "seed", "dtype",
         "quantization",
     ),
@@ -265,6 +272,7 @@ FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "tools and thoughts": ("tool-call-parser", "enable-auto-tool-choice", "reasoning-parser"),
     "HTTP": (
         "root-path", "ollama-port", "own-port", "api-key", "api-keys-file", "allowed-origins", "response-store-ttl",
+        "enable-force-include-usage", "disable-fastapi-docs",
         "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs",
     ),
     "routing and queue": ("routing-policy", "max-queued-requests", "max-queued-tokens", "workers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pagewire.v1 import inference_pb2
@@ -31,9 +32,15 @@ def render(chat: inference_pb2.Chat, template: ChatTemplate | None) -> str:
         messages,
         add_generation_prompt=add_prompt,
         continue_final_message=chat.continue_final_message,
-        kwargs=_template_kwargs(chat.template_kwargs_json)
+        kwargs=template_kwargs(chat.template_kwargs_json)
         | ({"tools": _tools(chat.tools_json)} if chat.tools_json else {}),
     )
+
+
+def fill(chat: inference_pb2.Chat, defaults: Mapping[str, Any]) -> None:
+    """Sets the template's variables that a chat says nothing of. Raises InvalidRequest."""
+    if defaults:
+        chat.template_kwargs_json = json.dumps({**defaults, **template_kwargs(chat.template_kwargs_json)})
 
 
 def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
@@ -57,7 +64,8 @@ def _read_json(text: str, kind: type, param: str) -> Any:
     return value
 
 
-def _template_kwargs(text: str) -> dict[str, Any]:
+def template_kwargs(text: str) -> dict[str, Any]:
+    """Variables of a template from JSON; none of an empty text. Raises InvalidRequest."""
     try:
         kwargs = json.loads(text) if text else {}
     except (ValueError, RecursionError) as error:

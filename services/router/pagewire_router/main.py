@@ -69,6 +69,7 @@ def _run(args: argparse.Namespace) -> None:
         download_dir=args.download_dir,
         served_names=args.served_model_name,
         chat_template=args.chat_template,
+        default_chat_template_kwargs=args.default_chat_template_kwargs,
         max_input_tokens=args.max_input_tokens,
         generation_config=args.generation_config,
         override_generation_config=args.override_generation_config,

@@ -6,14 +6,17 @@ import functools
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pagewire.v1 import inference_pb2
 from pagewire_core.chat_template import ChatTemplate, load_chat_template, special_texts
+from pagewire_core.errors import InvalidRequest, StartupError
 from pagewire_core.model_dir import ModelDir, locate, resolve_model
 from pagewire_core.tokenizer import Tokenizer
 
+from pagewire_router.chat import template_kwargs
 from pagewire_router.sampling_defaults import SamplingDefaults, load_sampling_defaults, with_generation_config
 from pagewire_router.sampling_limits import MAX_LOGPROBS
 
@@ -37,6 +40,7 @@ class ServedModel:
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     max_logprobs: int = MAX_LOGPROBS
     draw_seed: Callable[[], int] = _any_seed  # of a request that has none
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # where a chat does not say
     special_texts: tuple[str, str] = ("", "")  # beginning and end of a sequence, as templates name them
 
 
@@ -48,6 +52,7 @@ def load_served_model(
     download_dir: str | None = None,
     served_names: str | None = None,
     chat_template: str | None = None,
+    default_chat_template_kwargs: str | None = None,
     max_input_tokens: int | None = None,
     generation_config: str = "auto",
     override_generation_config: str | None = None,
@@ -77,8 +82,16 @@ def load_served_model(
         sampling_defaults=load_sampling_defaults(model_dir, generation_config, override_generation_config),
         max_logprobs=max_logprobs,
         draw_seed=_any_seed if seed is None else functools.partial(random.Random(seed).getrandbits, 63),
+        template_kwargs=_template_kwargs(default_chat_template_kwargs or ""),
         special_texts=special_texts(text_dir),
     )
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        return template_kwargs(text)
+    except InvalidRequest as error:
+        raise StartupError(f"--default-chat-template-kwargs: {error.message}") from None
 
 
 def _describe(model: ModelDir, is_chat: bool) -> inference_pb2.Model:

@@ -22,6 +22,7 @@ from pagewire_router.account import Account
 from pagewire_router.admission import Admission, Slot
 from pagewire_router.beam_search import BeamSearch
 from pagewire_router.breakers import LEGS
+from pagewire_router.chat import fill
 from pagewire_router.discovery import Discovery
 from pagewire_router.embedding import Embedder, inputs_of
 from pagewire_router.explain import explain
@@ -98,8 +99,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     yield response
 
     async def _validated(self, request: inference_pb2.GenerateRequest) -> ValidRequest:
-        rendered = await self._router.templates.prompt_of(request.chat)
+        rendered = await self._rendered(request)
         return validate(request, self._router.model, self._router.max_model_len, rendered)
+
+    async def _rendered(self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> str | None:
+        """The text of a chat that brings a template; what it does not say to any template is filled in."""
+        if request.WhichOneof("prompt") != "chat":
+            return None
+        fill(request.chat, self._router.model.template_kwargs)
+        return await self._router.templates.prompt_of(request.chat)
 
     async def DeltaFeed(
         self, request: inference_pb2.DeltaFeedRequest, context: grpc.aio.ServicerContext
@@ -197,7 +205,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.TokenizeResponse:
-        response = tokenize(request, self._router.model, await self._router.templates.prompt_of(request.chat))
+        response = tokenize(request, self._router.model, await self._rendered(request))
         response.max_model_len = self._router.max_model_len
         return response
 

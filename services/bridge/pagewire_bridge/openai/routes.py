@@ -144,7 +144,8 @@ async def _generate(request: Request, body: GenerationBody, asked: list[Generate
         return json_response(content, headers={**headers, **served_by(generation.summaries)})
 
     def answer_stream() -> Response:
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        asked_for = bool(body.stream_options and body.stream_options.include_usage)
+        include_usage = asked_for or request.state.always_usage
         return EventStream(stream(answer(), generation, include_usage), generation.close, headers)
 
     with blaming(body):
