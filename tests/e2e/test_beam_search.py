@@ -67,6 +67,8 @@ async def check_ends_are_not_told(cluster: Cluster) -> None:
     assert [choice["token_ids"] for choice in answer["choices"]] == told != expected
     assert answer["usage"]["completion_tokens"] == sum(map(len, told))
     assert {len(top) for top in answer["choices"][-1]["logprobs"]["top_logprobs"]} <= {2, 3}
+    echoed = await search(cluster, ["one", "two"], n=2, max_tokens=2, echo=True)  # type: ignore[arg-type]
+    assert [choice["text"][:3] for choice in echoed["choices"]] == ["one", "one", "two", "two"]
 
 
 async def check_chats(cluster: Cluster) -> None:

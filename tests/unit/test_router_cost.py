@@ -60,6 +60,14 @@ def test_a_worker_of_both_roles_serves_alone_and_never_pairs_with_itself() -> No
     assert short == {None}
 
 
+def test_who_goes_on_after_output_is_not_handed_the_last_tokens_of_the_prompt() -> None:
+    """The decode worker computes the output's last tokens all the same. A prompt that it lacks is a prompt."""
+    workers = [load("p", PREFILL), load("d", DECODE, hit_tokens=960)]
+    for prompt, prefill in ((1000, {None}), (1024, {None, "p"})):
+        assert {plan.prefill for plan in found_by(Ask(prompt, goes_on=True), workers)} == prefill
+    assert {plan.prefill for plan in found_by(Ask(1000), workers)} == {None, "p"}
+
+
 def test_a_busy_both_worker_leaves_a_long_prompt_to_another() -> None:
     """Chunks of a long prompt delay every sequence that decodes on the same worker."""
     busy = load("b", BOTH, num_sequences=20)

@@ -1,8 +1,8 @@
-"""The life of one admitted beam search: rounds of requests for one token each, then the best beams as choices.
+"""The life of one admitted beam search: rounds of requests for one more token, then the best beams as choices.
 
-A step is a Generation like any other: placed, retried and booked by itself, and cheap because workers have all but its
-last tokens in their prefix caches. So whatever may befall a worker, the answer is the same. The search holds one place
-of the queue, for n sequences, which are the steps that it has at once.
+A round is a Generation like any other: placed, tried again and booked by itself. Its choices are the live beams, which
+go on after what they have, as those of a lost attempt do; a decode worker has all but their last tokens in its prefix
+cache. So whatever befalls a worker, the answer is the same. The search holds one place of the queue, for n sequences.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pagewire_router.beams import Beam, Beams
 from pagewire_router.choice import Choice
 from pagewire_router.generation import Generation, Services, opening, outcome_of
 from pagewire_router.request import ValidRequest
-from pagewire_router.together import together
 
 _TOKENS_PER_MESSAGE = 256
 
@@ -28,17 +27,10 @@ _TOKENS_PER_MESSAGE = 256
 class BeamSearch:
     """As Generation. Nothing is told before the search is over, so a failure is always raised."""
 
-    def __init__(
-        self,
-        request: ValidRequest,
-        services: Services,
-        account: Account,
-        deadline: float,
-    ) -> None:
+    def __init__(self, request: ValidRequest, services: Services, account: Account, deadline: float) -> None:
         assert request.length_penalty is not None
         sampling = request.sampling
         self._request, self._services, self._account, self._deadline = request, services, account, deadline
-        self._step = replace(request, sampling=_sampling_of_step(request), n=1, is_step=True)
         self._beams = Beams(
             width=request.n,
             length_penalty=request.length_penalty,
@@ -69,32 +61,43 @@ class BeamSearch:
 
     async def _search(self) -> None:
         beams = self._beams
-        for step in range(beams.max_tokens):
-            accounts = [self._account_of_step(step) for _ in beams.live]
-            offered = await together(map(self._next, beams.live, accounts))
+        for length in range(beams.max_tokens):
+            offered = await self._next(length)
             for index in range(len(offered)):
                 self._account.note_tokens(index, 1, self._services.metrics)
-            self._account.attempts += sum(account.attempts - 1 for account in accounts if account is not self._account)
             beams.advance(offered)
             if beams.settled:
                 return
 
-    def _account_of_step(self, step: int) -> Account:
-        """The first step's is that of the whole: it says how the prompt was computed, and by whom."""
-        mine = self._account
-        return Account(mine.request_id, mine.prompt_tokens + step, mine.slot, mine.span) if step else mine
-
-    async def _next(self, beam: Beam, account: Account) -> list[common_pb2.SampledToken]:
-        """The likeliest tokens after a beam, best first, as the client may be told of them. Raises PagewireError."""
-        request = replace(self._step, prompt_ids=[*self._request.prompt_ids, *beam.ids])
-        token = inference_pb2.TokenText()
-        generation = Generation(request, self._services, account, self._deadline)
+    async def _next(self, length: int) -> list[list[common_pb2.SampledToken]]:
+        """For each live beam, which has so many tokens, its likeliest next ones. Raises PagewireError."""
+        step, account = self._step(length), self._account_of_step(length)
+        given: dict[int, inference_pb2.TokenText] = {}
+        generation = Generation(step, self._services, account, self._deadline)
         async with contextlib.aclosing(generation.responses()) as responses:
             async for response in responses:
                 if response.HasField("error"):
                     raise from_proto(response.error)
                 if response.delta.tokens:
-                    token = response.delta.tokens[0]
+                    given[response.delta.choice] = response.delta.tokens[0]
+        if account is not self._account:
+            self._account.attempts += account.attempts - 1
+        return [self._offered(given[i]) for i in range(step.n)]
+
+    def _step(self, length: int) -> ValidRequest:
+        request, live = self._request, self._beams.live
+        sampling = common_pb2.SamplingParams(temperature=0.0, seed=0, max_tokens=length + 1, ignore_eos=True)
+        sampling.logprobs = max(2 * request.n, request.sampling.logprobs)
+        prior = tuple(tuple(beam.ids) for beam in live) if length else ()
+        return replace(request, sampling=sampling, n=len(live), prior=prior, is_step=True)
+
+    def _account_of_step(self, length: int) -> Account:
+        """The first step's is that of the whole: it says how the prompt was computed, and by whom."""
+        mine = self._account
+        return Account(mine.request_id, mine.prompt_tokens, mine.slot, mine.span) if length else mine
+
+    def _offered(self, token: inference_pb2.TokenText) -> list[common_pb2.SampledToken]:
+        """Of a step's token, those that were likeliest in its place, as the client may be told of them."""
         top = [common_pb2.TokenLogprob(token_id=t.token_id, logprob=t.logprob) for t in token.top]
         told = top[: self._request.sampling.logprobs]
         return [
@@ -116,8 +119,3 @@ class BeamSearch:
         self._services.metrics.count_finished(reason)
         self.answer_tokens.append(len(choice.ids))
         yield end
-
-
-def _sampling_of_step(request: ValidRequest) -> common_pb2.SamplingParams:
-    logprobs = max(2 * request.n, request.sampling.logprobs)
-    return common_pb2.SamplingParams(temperature=0.0, seed=0, max_tokens=1, ignore_eos=True, logprobs=logprobs)

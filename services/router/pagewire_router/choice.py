@@ -18,12 +18,12 @@ from pagewire_router.request import ValidRequest
 
 
 class Choice:
-    """State of choice number `index`. `ids` are the tokens given to the client."""
+    """State of choice number `index`. `ids` are the tokens given to the client, or to a search."""
 
     def __init__(self, index: int, request: ValidRequest, tokenizer: Tokenizer) -> None:
         sampling = request.sampling
         self.index = index
-        self.ids: list[int] = []
+        self.ids: list[int] = list(request.prior[index]) if request.prior else []
         self.finished = False
         self._request = request
         self._tokenizer = tokenizer

@@ -74,7 +74,7 @@ def plans(ask: Ask, pool: Pool, links: Links) -> list[Plan]:
     helpers = map(pool.fetching, _helpers(by_decode))
     found = [_local(ask, d, decode[d.worker_id], _reluctance(ask, d, pool)) for d in helpers]
     for d in by_decode[:_WIDTH]:
-        if d.can_prefill and ask.prompt_tokens - d.hit_tokens < _SMALL_REST:
+        if (d.can_prefill or ask.goes_on) and ask.prompt_tokens - d.hit_tokens < _SMALL_REST:
             continue
         for p in islice(pool.sources(d, by_prefill), _WIDTH):
             found.append(_pair(ask, p, d, {**prefill[p.worker_id], **decode[d.worker_id]}, links))

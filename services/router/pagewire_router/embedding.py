@@ -15,7 +15,6 @@ from pagewire_router.admission import Admission, Slot
 from pagewire_router.ledger import Booking
 from pagewire_router.model import ServedModel
 from pagewire_router.request import check_model
-from pagewire_router.together import together
 from pagewire_router.workers import Worker, WorkerTable
 
 MAX_INPUTS = 2048
@@ -63,7 +62,13 @@ class Embedder:
         self, inputs: Sequence[list[int]], request_id: str, tenant: str, deadline: float
     ) -> list[inference_pb2.Embedding]:
         """The vectors, in order; the first failure ends all. Raises PagewireError."""
-        return await together(self._one(ids, request_id, tenant, deadline) for ids in inputs)
+        tasks = [asyncio.ensure_future(self._one(ids, request_id, tenant, deadline)) for ids in inputs]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, ids: list[int], request_id: str, tenant: str, deadline: float) -> inference_pb2.Embedding:
         avoid: set[str] = set()

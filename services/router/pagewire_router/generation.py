@@ -173,7 +173,7 @@ class Generation:
 
     @property
     def _past_first_token(self) -> bool:
-        return any(len(choice.ids) > 1 for choice in self._choices)
+        return bool(self._request.prior) or any(len(choice.ids) > 1 for choice in self._choices)
 
     def _prior_output(self) -> list[decode_pb2.PriorOutput]:
         """What the client has of each choice; nothing while that is little enough to be made again."""
@@ -262,9 +262,12 @@ class Generation:
     def _resume(self) -> None:
         for choice in self._choices:
             choice.resume()
-        self._services.metrics.resumed.inc()
+        if not self._request.is_step:
+            self._services.metrics.resumed.inc()
 
     def _first(self, tokens: Iterable[common_pb2.SampledToken]) -> None:
+        if self._request.prior:  # beams have other tokens there
+            return
         for choice, token in zip(self._choices, tokens, strict=False):
             self._send_counted(choice.take_first(token))
 

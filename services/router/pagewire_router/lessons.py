@@ -37,9 +37,9 @@ def _learn_fetch(placement: Placement[Worker], placed: Placed[Worker], fetched: 
 
 
 def learn_end(placement: Placement[Worker], placed: Placed[Worker], request: ValidRequest, output_tokens: int) -> None:
-    """All that was wanted was given: output_tokens, over all choices. Who wants just one tells nothing of others."""
+    """The attempt gave all that was wanted; output_tokens: over all choices."""
     placement.breakers.succeeded("decode", placed.decode.worker_id)
-    if request.sampling.max_tokens > 1:
+    if not request.is_step:
         placement.observe_output(output_tokens / request.n)
 
 

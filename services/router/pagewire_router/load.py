@@ -121,6 +121,7 @@ class Ask:
     output_tokens: float = EXPECTED_OUTPUT  # of each choice, as far as one can tell
     previous: str | None = None
     usual_prefill_ms: float = 0.0  # of the prompts before it; 0: not known
+    goes_on: bool = False  # after output of which the decode worker computes the last tokens itself
 
 
 # (leg, workers) -> whether it may be tried

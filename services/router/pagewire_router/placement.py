@@ -152,9 +152,9 @@ class Placement(Generic[W]):
             chain, known = hashes[w.fingerprint], indexed[w.fingerprint]
             loads[w.worker_id] = w.load(w.hits(chain, known.get(w.worker_id, 0)))
             held[w.worker_id] = known.get(w.worker_id, 0) * HASH_BLOCK
-        output = min(float(request.sampling.max_tokens), self._output_tokens)
+        output = min(float(request.tokens_to_come), self._output_tokens)
         previous = self._sessions.get(request.session_id) if request.session_id else None
-        ask = Ask(len(request.prompt_ids), request.n, output, previous, self._prefill_ms)
+        ask = Ask(len(request.prompt_ids), request.n, output, previous, self._prefill_ms, bool(request.prior))
         return View(ask, loads, Fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 
     def plans(self, view: View, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()) -> list[Plan]:

@@ -43,7 +43,8 @@ class ValidRequest:
     prompt_logprobs: int | None = None  # as in GenerateRequest
     prompt_only: bool = False  # the one token that is made is shown to nobody
     length_penalty: float | None = None  # of a beam search for n choices; None: they are sampled
-    is_step: bool = False  # one token of a search, which counts and tells it
+    is_step: bool = False  # one more token for each beam of a search, which counts and tells it
+    prior: tuple[tuple[int, ...], ...] = ()  # of a step, the tokens that each of n beams has
 
     @property
     def sampling_revision(self) -> int:
@@ -53,6 +54,11 @@ class ValidRequest:
             return 2
         asks = self.prompt_logprobs is not None or sampling.watermark or sampling.HasField("typical_p")
         return 1 if asks else 0
+
+    @property
+    def tokens_to_come(self) -> int:
+        """For each choice, at most."""
+        return self.sampling.max_tokens - max(map(len, self.prior), default=0)
 
     @property
     def skip_special_tokens(self) -> bool:
