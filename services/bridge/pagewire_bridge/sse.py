@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
-import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pagewire_bridge.disconnect import ClientGone, until_disconnect
+from pagewire_bridge.json_line import json_line
 
 DONE = b"data: [DONE]\n\n"
 
 
 def event(data: Mapping[str, object], name: str = "") -> bytes:
-    """One event, of that name if it has one. JSON escapes line ends, so that one `data:` line always holds it."""
+    """One event, of that name if it has one."""
     head = b"event: " + name.encode() + b"\n" if name else b""
-    return head + b"data: " + orjson.dumps(data) + b"\n\n"
+    return head + b"data: " + json_line(data) + b"\n\n"
 
 
 class EventStream(Response):

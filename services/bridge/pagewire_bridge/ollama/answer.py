@@ -19,6 +19,7 @@ from pagewire_core.errors import PagewireError
 
 from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.generation import Generation
+from pagewire_bridge.json_line import json_line
 from pagewire_bridge.ollama.errors import error_object
 from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
 
@@ -147,4 +148,4 @@ async def lines(answer: Answer, generation: Generation) -> AsyncGenerator[bytes]
 
 
 def line(content: dict[str, Any]) -> bytes:
-    return orjson.dumps(content) + b"\n"
+    return json_line(content) + b"\n"
