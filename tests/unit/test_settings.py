@@ -201,7 +201,7 @@ def test_help_shows_every_flag_in_one_group_and_no_line_is_too_long(
         main.main(["serve", "--help"])
     lines = capsys.readouterr().out.splitlines()
     shown = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
-    own = {"config", "prefill", "decode", "both", "tls", "verbose", "state-file"}
+    own = {"config", "prefill", "decode", "both", "api-server-count", "tls", "verbose", "state-file"}
     flags = {*serve.SERVE_FLAGS, *SO_ANYWAY, *own}
     assert sorted(name.removeprefix("--").replace("[no-]", "") for name in shown) == sorted(flags)
     assert max(map(len, lines)) <= 110

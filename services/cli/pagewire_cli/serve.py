@@ -57,7 +57,7 @@ def add_subcommand(
         group.add_argument("--both", type=_count, metavar="N", help="workers that do both; default 0, or 1 in "
                            "place of the two"),
         group.add_argument("--api-server-count", "-asc", type=positive, metavar="N", default=1,
-                           help="HTTP servers that share --port, each with a router of its own (Linux); default 1"),
+                           help="HTTP servers that share --port, each with a router of its own (Linux)"),
         group.add_argument("--tls", action="store_true", help="mutual TLS between the services, with own certificates"),
         group.add_argument("--verbose", action="store_true", help="show the services' logs, as --log-level debug does"),
         group.add_argument("--state-file", type=Path, metavar="PATH", help="a JSON file that lists the ready services"),
