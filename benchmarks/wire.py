@@ -30,7 +30,7 @@ from pagewire_transfer.lanes import available_lanes
 from rich.console import Console
 from rich.table import Table
 
-REPEATS = {128: 5, 512: 3, 2048: 2, 8192: 1}
+REPEATS = {128: 5, 512: 3, 2048: 2, 8000: 1}
 UNCHECKED = "shm, no checksum"
 
 Rates = dict[str, dict[str, float]]

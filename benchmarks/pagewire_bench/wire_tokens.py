@@ -51,7 +51,7 @@ def measure(
             ], log))  # fmt: skip
         running.enter_context(_running([
             *prefixes[1], _script("pagewire-router"), f"--model={model}", f"--host={hosts[1]}", f"--port={ports[-1]}",
-            f"--workers={','.join(workers)}", "--log-level=warning",
+            f"--workers={','.join(workers)}", "--log-level=warning", "--routing-policy=prefix",  # always a pair
         ], log))  # fmt: skip
         command = [*prefixes[1], sys.executable, "-m", "pagewire_bench.wire_tokens", f"{hosts[1]}:{ports[-1]}",
                    str(len(workers)), json.dumps(prompts)]  # fmt: skip
