@@ -107,23 +107,22 @@ async def scene(
     tokens = [*tokenizer.encode(reply, add_special_tokens=False), *([EOS] if eos else [])]
     peers: dict[str, FakeWorker] = {}
     workers = {name: FakeWorker(name, ROLES[name[0]], Script(tokens), peers) for name in names.split()}
-    for worker in workers.values():
-        await worker.start()
-    values = {name.replace("-", "_"): FLAGS[name].default for name in ROUTER_FLAGS} | {
-        "max_queued_requests": 16, "request_timeout": 20.0, "send_timeout": 10.0, "transfer_timeout": 5.0,
-        "workers": ",".join(w.address for w in workers.values()), **flags,
-    }  # fmt: skip
     template, texts = ChatTemplate(TEMPLATE, "<s>", "</s>"), ("<s>", "</s>")
     model = ServedModel(("demo",), "demo", DIGEST, 256, 258, (EOS,), tokenizer, template,
                         template_kwargs=template_kwargs or {}, special_texts=texts)  # fmt: skip
-    async with running_router(argparse.Namespace(**values), model) as (router, _, port):
+    async with contextlib.AsyncExitStack() as started:
+        for worker in workers.values():
+            await worker.start()
+            started.push_async_callback(worker.kill)
+        values = {name.replace("-", "_"): FLAGS[name].default for name in ROUTER_FLAGS} | {
+            "max_queued_requests": 16, "request_timeout": 20.0, "send_timeout": 10.0, "transfer_timeout": 5.0,
+            "workers": ",".join(w.address for w in workers.values()), **flags,
+        }  # fmt: skip
+        router, _, port = await started.enter_async_context(running_router(argparse.Namespace(**values), model))
         await until(lambda: len(router.services.workers.live) >= len(workers))
         await until(
             lambda: all(w.feed.is_open for w in router.services.workers.live if FakeWorker.feed and w.can_decode)
         )
-        async with open_channel(f"127.0.0.1:{port}") as channel:
-            yield Scene(
-                workers, router, inference_pb2_grpc.InferenceServiceStub(channel), tokenizer, f"127.0.0.1:{port}"
-            )
-    for worker in workers.values():
-        await worker.kill()
+        channel = await started.enter_async_context(open_channel(f"127.0.0.1:{port}"))
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        yield Scene(workers, router, stub, tokenizer, f"127.0.0.1:{port}")
