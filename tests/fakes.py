@@ -152,6 +152,7 @@ class FakeWorker(
         self.digest = DIGEST
         self.protocol, self.sampling_revision = PROTOCOL, SAMPLING_REVISION
         self.step_cost = worker_pb2.StepCost()
+        self.waiting_prefill_tokens = 0  # as it says
         self.hashes: list[bytes] = []
         self.arrived: dict[bytes, asyncio.Event] = {}
         self.seen: list[str] = []  # what was asked of it, in order
@@ -217,7 +218,10 @@ class FakeWorker(
         while True:
             while self.silent:
                 await asyncio.sleep(0.01)
-            yield worker_pb2.StatsResponse(free_blocks=64, total_blocks=64, max_num_seqs=8, step_cost=self.step_cost)
+            yield worker_pb2.StatsResponse(
+                free_blocks=64, total_blocks=64, max_num_seqs=8, step_cost=self.step_cost,
+                waiting_prefill_tokens=self.waiting_prefill_tokens,
+            )  # fmt: skip
             await asyncio.sleep(0.2)
 
     async def Snapshot(

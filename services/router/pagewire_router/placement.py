@@ -24,6 +24,7 @@ from pagewire_router.request import ValidRequest
 
 _EWMA = 0.02  # weight of a request in the expected length of the next one's output
 _MAX_SESSIONS = 65_536
+_FORGOTTEN = 16  # placements, or twice as many as there are workers: who has had none of them may look slow by mistake
 
 W = TypeVar("W", bound=Ledger)
 W_co = TypeVar("W_co", bound=Ledger, covariant=True)
@@ -128,7 +129,25 @@ class Placement(Generic[W]):
         """
         view = self.view(request)
         plans = self.plans(view, avoid, refused)
-        return self._bind(request, view, self.policy.choose(plans, self._rng)) if plans else None
+        if not plans:
+            return None
+        plan = self.policy.choose(plans, self._rng)
+        return self._bind(request, view, self._with_a_forgotten_one(plan, plans, view))
+
+    def _with_a_forgotten_one(self, plan: Plan, plans: Sequence[Plan], view: View) -> Plan:
+        """Instead of a decode worker alone that has no more of the prompt: a pair with a prefill worker long idle.
+
+        What a worker measured at its start may be far from the truth, and only work can show that.
+        """
+        decode = view.loads[plan.decode]
+        if plan.prefill is not None or decode.can_prefill:
+            return plan
+        since = self._turn - max(_FORGOTTEN, 2 * len(view.loads))
+        for pair in plans:
+            prefill = view.loads[pair.prefill] if pair.prefill is not None else None
+            if prefill and prefill.turn <= since and not prefill.queue_ms and prefill.hit_tokens >= decode.hit_tokens:
+                return pair
+        return plan
 
     def view(self, request: ValidRequest) -> View:
         constrained = request.sampling.HasField("constraint")

@@ -1,0 +1,44 @@
+"""What the choice of workers learns, and how it gets to know that it was wrong."""
+
+from __future__ import annotations
+
+from pagewire.v1 import worker_pb2
+from pagewire_core.tokenizer import Tokenizer
+from router_scene import Scene, scene, until
+
+_SLOW, _QUICK = 50.0, 0.01  # milliseconds of a token
+
+
+async def _say(s: Scene, **milliseconds: float) -> None:
+    """Workers say so of themselves."""
+    for name, per_token in milliseconds.items():
+        s.workers[name].step_cost = worker_pb2.StepCost(prefill_ms_per_token=per_token, decode_base_ms=1.0)
+    for w in s.router.services.workers.live:
+        if w.worker_id in milliseconds:
+            await until(lambda w=w: w.model.prefill_ms_per_token == milliseconds[w.worker_id])  # type: ignore[misc]
+
+
+async def _told(s: Scene, count: int) -> list[str]:
+    """Who computed each of so many prompts."""
+    answers = [await s.ask(f"question number {number}") for number in range(count)]
+    return [answer.summary.prefill_worker if answer.summary else "?" for answer in answers]
+
+
+async def test_a_prefill_worker_that_looks_slow_by_mistake_is_tried_now_and_then(byte_tokenizer: Tokenizer) -> None:
+    """One that was held up while it measured itself never had work again, which alone could have shown the mistake."""
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        await _say(s, p1=_SLOW, d1=_QUICK)
+        told = await _told(s, 51)
+        assert told.count("p1") == 3, told
+        assert "p1" not in told[:15] and "p1" in told[15:17]
+        await _say(s, p1=_QUICK)
+        assert set(await _told(s, 5)) == {"p1"}
+
+
+async def test_one_that_has_work_is_no_mistake(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        await _say(s, p1=_SLOW, d1=_QUICK)
+        s.workers["p1"].waiting_prefill_tokens = 10
+        [p1] = [w for w in s.router.services.workers.live if w.can_prefill]
+        await until(lambda: p1.stats.waiting_prefill_tokens == 10)
+        assert "p1" not in await _told(s, 40)
