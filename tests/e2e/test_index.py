@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from cluster import Cluster, running
+from cluster import PAIRS, Cluster, running
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from pagewire_core.rpc import open_channel
 from processes import free_port, script
@@ -23,7 +23,9 @@ FLAGS = ("--kv-cache-memory-bytes=8M", "--max-model-len=512", "--max-num-batched
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    async with running(Cluster(llama, tmp_path_factory.mktemp("index"), prefill=2, decode=1, worker_flags=FLAGS)) as it:
+    """What the index says decides alone: by predicted time a tiny prompt may as well be computed anew."""
+    directory = tmp_path_factory.mktemp("index")
+    async with running(Cluster(llama, directory, prefill=2, worker_flags=FLAGS, router_flags=PAIRS)) as it:
         yield it
 
 
@@ -85,7 +87,7 @@ async def test_the_index_is_right_whatever_becomes_of_redis(cluster: Cluster) ->
     port = free_port()
     addresses = ",".join(worker.address for worker in cluster.workers)
     cold = cluster._add("router-2", [*script("pagewire-router"), f"--model={cluster.model}", f"--port={port}",
-                                     f"--workers={addresses}"], port)  # fmt: skip
+                                     f"--workers={addresses}", *PAIRS], port)  # fmt: skip
     await cluster.wait_serving(cold)
     second = Router(cold.address)
     await until(cluster, second, "pagewire_index_blocks", (await router.metrics())["pagewire_index_blocks"])
