@@ -146,8 +146,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         num_tokens = len(request.prompt_ids)
         slot = Slot(num_tokens, request.tenant, request.priority, n=request.n, deadline=deadline)
         account = Account(request.request_id, num_tokens, slot)
-        generation: Generation | BeamSearch = Generation(request, services, account, deadline, send)
-        if request.length_penalty is not None:
+        generation: Generation | BeamSearch
+        if request.length_penalty is None:
+            generation = Generation(request, services, account, deadline, send)
+        else:
             generation = BeamSearch(request, services, account, deadline)
         outcome = "rejected"
         services.metrics.asked_length.observe(request.sampling.max_tokens)
