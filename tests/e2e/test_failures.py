@@ -11,9 +11,7 @@ import httpx
 import leaks
 import pytest
 import pytest_asyncio
-from cluster import Cluster, running
-from pagewire.v1 import worker_pb2, worker_pb2_grpc
-from pagewire_core.rpc import open_channel
+from cluster import PAIRS, Cluster, running
 from streams import after, prompt_of, stream
 from tiny_models import reference_greedy, reference_logprobs
 
@@ -40,30 +38,14 @@ async def ask(cluster: Cluster, length: int, seed: int, max_tokens: int = 24) ->
     return 200, response.json()["choices"][0]["token_ids"]
 
 
-async def first_busy(cluster: Cluster, role: str) -> str:
-    """Name of a worker of this role that is in the middle of something."""
-
-    async def busy(name: str) -> str:
-        async with open_channel(cluster.processes[name].address) as channel:
-            async for stats in worker_pb2_grpc.WorkerServiceStub(channel).Stats(worker_pb2.StatsRequest(), timeout=30):
-                if stats.num_running + stats.num_waiting > 0:
-                    return name
-        raise AssertionError(f"{name} ended its stream")
-
-    watching = [asyncio.create_task(busy(name)) for name in cluster.processes if name.startswith(role)]
-    done, others = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    return next(iter(done)).result()
-
-
 async def test_killing_a_prefill_worker_fails_no_request(llama: Path, tmp_path: Path) -> None:
     """Whatever it had done of a prompt is done again elsewhere, and the client's stream goes on."""
-    async with running(Cluster(llama, tmp_path, prefill=2, decode=2, worker_flags=SLOW)) as cluster:
+    made = Cluster(llama, tmp_path, prefill=2, decode=2, worker_flags=SLOW, router_flags=PAIRS, with_faults=True)
+    async with running(made) as cluster:
+        assert cluster.faults is not None
+        (cluster.faults / "step:prefill:kill").write_text("after=5")  # of 32 steps that a prompt takes
         asking = [asyncio.create_task(ask(cluster, 250 + i, i)) for i in range(12)]
         judging = [asyncio.create_task(cluster.complete(prompt_of(150 + i, i), prompt_logprobs=0)) for i in range(4)]
-        cluster.processes[await first_busy(cluster, "prefill")].kill()
         for i, (status, tokens) in enumerate(await asyncio.gather(*asking)):
             assert (status, tokens) == (200, reference_greedy(llama, prompt_of(250 + i, i), 24)[0])
         for i, answer in enumerate(await asyncio.gather(*judging)):
@@ -72,6 +54,7 @@ async def test_killing_a_prefill_worker_fails_no_request(llama: Path, tmp_path: 
             found = [entry[str(t)]["logprob"] for entry, t in zip(told[1:], prompt[1:], strict=True)]
             assert told[0] is None and found == pytest.approx(expected, abs=2e-3)
         await cluster.wait_workers(3)
+        assert sum(process.alive for process in cluster.processes.values() if process.role == "prefill") == 1
         assert (await cluster.metrics())["pagewire_retries_total{leg=prefill}"] > 0
 
 
