@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pagewire_core.flags import available_cpus
+from pagewire_core.machine import available_cpus
 
 from pagewire_bench import compressed
 

@@ -94,6 +94,17 @@ def test_the_three_settings_of_the_comparison_are_taken_literally(limits: dict[s
     assert parsed(workloads(documents)["router"]["spec"]["containers"][0]).model == "org/model"
 
 
+def test_a_worker_has_as_many_threads_as_it_has_cores_of_its_node() -> None:
+    """Its request is told to it; a limit it sees itself."""
+    threads = {"name": "PAGEWIRE_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}}
+    by_request, by_limit = (
+        workloads(render({"resources": resources}))["decode"]["spec"]["containers"][0]["env"]
+        for resources in ({}, {"limits": {"cpu": 4}})
+    )
+    assert threads in by_request
+    assert "PAGEWIRE_THREADS" not in {variable["name"] for variable in by_limit}
+
+
 def test_certificates_that_helm_makes_are_taken_by_a_real_service() -> None:
     """One authority, and for each role a certificate with its name and the key that belongs to it."""
     import base64

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import pytest_asyncio
 from cluster import free_port, script
-from pagewire_core.flags import available_cpus
+from pagewire_core.machine import available_cpus
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SERVICES = {"redis", "prefill-0", "decode-0", "router", "bridge"}

@@ -27,7 +27,7 @@ from pagewire_bench.server_process import ServerProcess
 from pagewire_bench.token_workload import TokenWorkload
 from pagewire_cli.load.client import ServerUnfit, Target
 from pagewire_cli.load.http import Server
-from pagewire_core.flags import available_cpus
+from pagewire_core.machine import available_cpus
 from rich.console import Console
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_models
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import available_cpus
+from pagewire_core.machine import available_cpus
 from pagewire_core.model_dir import resolve_model
 from pagewire_engine.batch import Batch
 from pagewire_engine.cpu.runner import CpuRunner

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pagewire_core.errors import Internal
-from pagewire_core.flags import available_cpus
+from pagewire_core.machine import available_cpus
 from pagewire_core.model_dir import resolve_model
 from pagewire_engine.batch import Batch
 from pagewire_engine.cpu.runner import CpuRunner

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping
 
-import psutil
+from pagewire_core.machine import available_memory
 from pagewire_core.model_dir import ModelDir
 
 from pagewire_cli import gpus
@@ -21,7 +21,7 @@ def why_one(args: argparse.Namespace, model: ModelDir, environ: Mapping[str, str
     if seen:
         needed = 2 * args.tensor_parallel_size * args.pipeline_parallel_size
         return f"two workers want {needed} GPUs and there are {len(seen)}" if len(seen) < needed else None
-    copy, free = model.num_parameters * _bytes_per_weight(args, model), psutil.virtual_memory().available
+    copy, free = model.num_parameters * _bytes_per_weight(args, model), available_memory()
     if 2 * copy <= _SHARE * free:
         return None
     return f"two copies of the weights would take {2 * copy / 2**30:.1f} of {free / 2**30:.1f} GiB of memory"

@@ -14,7 +14,8 @@ from typing import Any
 
 from pagewire_core.command_line import to_command_line
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, available_cpus
+from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS
+from pagewire_core.machine import available_cpus, num_threads
 from pagewire_core.settings import CONFIG_VARIABLE, variable_of
 from pagewire_core.telemetry import instance_name
 from pagewire_core.tls import OPERATOR, TlsFiles
@@ -177,14 +178,17 @@ def _program(name: str) -> tuple[str, ...]:
 
 def _share(args: argparse.Namespace, num_workers: int, sharing: int) -> dict[str, object]:
     return {
-        "threads": args.threads or max(1, len(args.cpus or available_cpus()) // num_workers),
+        "threads": args.threads or max(1, num_threads(args.cpus) // num_workers),
         "gpu_memory_utilization": round(args.gpu_memory_utilization / sharing, 4),
     }
 
 
 def _core_file(args: argparse.Namespace, num_workers: int) -> CoreFile | None:
+    """To lend each other cores; not within a container's limit, which is not one of certain cores."""
     cores = len(args.cpus or available_cpus())
-    if args.threads or not 1 < num_workers <= cores or not hasattr(os, "memfd_create"):
+    if args.threads or not 1 < num_workers <= cores or num_threads(args.cpus) < cores:
+        return None
+    if not hasattr(os, "memfd_create"):
         return None
     return CoreFile()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,13 +102,6 @@ def collector(text: str) -> str:
     return text
 
 
-def available_cpus() -> tuple[int, ...]:
-    """Cores that this process and its children may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
-
-
 FLAGS: dict[str, Flag] = {
     # The model.
     "model": Flag(None, "a local directory or a Hugging Face Hub id"),
@@ -160,7 +152,8 @@ FLAGS: dict[str, Flag] = {
     "enable-chunked-prefill": Flag(True, "compute prompts in chunks beside decoding; cannot be turned off", None),
     "lanes": Flag("auto", "how KV travels, best first, of nccl (between two GPUs), shm (on one host), gloo, tcp (with "
                            "TLS), grpc; auto: all that work, with TLS those that strangers can neither read nor write"),
-    "threads": Flag(None, "CPU threads of the engine, of all its processes; default: the cores divided by the workers",
+    "threads": Flag(None, "CPU threads of the engine, of all its processes; default: the cores, or what a "
+                          "container may use of them, divided by the workers",
                     positive),
     "cpus": Flag((), "cores that the engine's threads divide among them (0,2-3); default: all", cpus),
     "cpu-lending": Flag(None, "a file in memory (/dev/shm/x) through which the workers of a host, each with --cpus of "

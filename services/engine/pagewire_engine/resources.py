@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import structlog
 import torch
 from pagewire_core.errors import StartupError
+from pagewire_core.machine import available_memory
 from pagewire_core.model_dir import ModelDir
 
 from pagewire_engine.config import DTYPES
@@ -91,7 +91,7 @@ class Space:
         """Fails before the system's memory does."""
         cpu, ranks = self.config.device.type == "cpu", self.part.ranks * self.part.stages
         needed = weight_bytes(self.model) // (1 if cpu else ranks)
-        free = psutil.virtual_memory().available if cpu else torch.cuda.mem_get_info(self.config.device)[0]
+        free = available_memory() if cpu else torch.cuda.mem_get_info(self.config.device)[0]
         if needed > free:
             raise StartupError(
                 f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
@@ -131,7 +131,7 @@ class Space:
     def _default_bytes(self) -> int:
         config, options = self.config, self.options
         if config.device.type == "cpu":
-            available = int(psutil.virtual_memory().available * options.gpu_memory_utilization)
+            available = int(available_memory() * options.gpu_memory_utilization)
             return min(available, DEFAULT_CPU_KV_BYTES)
         free, total = torch.cuda.mem_get_info(config.device)
         # The share is of each process: several workers on one GPU have a part of --gpu-memory-utilization each.

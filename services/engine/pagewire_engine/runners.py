@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 import torch
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import available_cpus
+from pagewire_core.machine import available_cpus, num_threads
 from pagewire_kernels import ops
 from pagewire_kernels.cpu import library as cpu_library
 from pagewire_kernels.cpu.build import BuildError
@@ -114,7 +114,7 @@ def _cpu_runner(
 def _cores(library: ctypes.CDLL, options: EngineOptions) -> tuple[int, Cores]:
     """How many threads the step has, and where they run. Without the memory for it, no core is lent."""
     cpus = options.cpus or available_cpus()
-    threads = options.threads or len(cpus)
+    threads = options.threads or num_threads(cpus)
     if options.cpu_lending:
         others = sorted(set(available_cpus()) - set(cpus))
         try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import available_cpus
+from pagewire_core.machine import available_cpus, num_threads
 from pagewire_core.model_dir import ModelDir
 from torch.distributed import Store
 
@@ -87,7 +87,7 @@ def _rank_options(options: EngineOptions, part: Part) -> EngineOptions:
     Where there are fewer cores than ranks, one thread each, anywhere.
     """
     cpus, ranks = options.cpus or available_cpus(), part.ranks * part.stages
-    threads = max(1, (options.threads or len(cpus)) // ranks)
+    threads = max(1, (options.threads or num_threads(cpus)) // ranks)
     own = cpus[len(cpus) * part.index // ranks : len(cpus) * (part.index + 1) // ranks]
     return replace(options, threads=threads, cpus=own if len(own) >= threads else (), cpu_lending=None)
 

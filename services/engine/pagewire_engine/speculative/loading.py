@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import psutil
 import structlog
 import torch
 from pagewire_core.errors import StartupError
+from pagewire_core.machine import available_memory
 from pagewire_core.model_dir import ModelDir, resolve_model
 
 from pagewire_engine.loader import Loaded, load
@@ -62,6 +62,6 @@ def _load_draft(draft: ModelDir, target: Loaded, options: EngineOptions) -> Draf
 
 def _free_bytes(shape: ModelConfig) -> int:
     if shape.device.type == "cpu":
-        return psutil.virtual_memory().available
+        return available_memory()
     free: int = torch.cuda.mem_get_info()[0]
     return free
