@@ -219,7 +219,7 @@ def test_there_are_two_copies_of_the_weights_where_they_fit_half_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, billions: int, flags: list[str], dtype: str, copies: int
 ) -> None:
     """A laptop whose memory the second copy fills would serve nothing, where another system serves with one."""
-    monkeypatch.setattr(copies_.psutil, "virtual_memory", lambda: argparse.Namespace(available=16 * GIB))
+    monkeypatch.setattr(copies_, "available_memory", lambda: 16 * GIB)
     why = copies_.why_one(_args("m", *flags), _model(tmp_path, billions * 10**9, dtype), {"CUDA_VISIBLE_DEVICES": ""})
     assert (1 if why else 2) == copies
     assert why is None or re.fullmatch(r"two copies of the weights would take [\d.]+ of 16.0 GiB of memory", why)
