@@ -50,9 +50,11 @@ test-faults: $(TESTING)
 test-kernels: $(TESTING)
 	PAGEWIRE_ALL_KERNEL_CASES=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
-# Whatever the OpenAPI document allows, and what it does not, EXAMPLES for each operation: no 5xx, no hang, no leak.
+# Whatever the OpenAPI document allows, and what it does not, EXAMPLES for each operation, without keys and with them:
+# no 5xx, no hang, no leak.
 test-api: $(TESTING)
 	$(BIN)/python tests/fuzz_api.py --examples $(or $(EXAMPLES),50) $(ARGS)
+	$(BIN)/python tests/fuzz_api.py --examples $(or $(EXAMPLES),50) --keys $(ARGS)
 
 # Who may do what, and what strangers get: every route, call and port, other tenants, bent input; then what time tells.
 test-security: $(TESTING)

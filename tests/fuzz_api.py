@@ -1,9 +1,10 @@
 """Everything that the OpenAPI document allows, and what it does not, asked of the running system by schemathesis.
 
-python tests/fuzz_api.py [--examples 50] [any option of `schemathesis run`, as --seed N or --include-path /v1/models]
+python tests/fuzz_api.py [--examples 50] [--keys] [any option of `schemathesis run`, as --seed N]
 
 Asserted are: no 5xx, no hang, statuses, headers and bodies as documented, nonsense refused, no method that is not
-documented; at the end no leak.
+documented; at the end no leak. With --keys an administrator asks, also in sequences in which one request uses what an
+earlier answer named, and whatever is documented to want a key must refuse who has none or a wrong one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Cluster, running
+from pagewire_bridge.keys import digest_of
 from pagewire_cli.serve import demo_model
 
 TESTS = Path(__file__).parent
@@ -32,6 +34,14 @@ CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
     "response_schema_conformance", "negative_data_rejection", "unsupported_method", "allow_header_conformance",
 )  # fmt: skip
+
+
+KEY = "sk-fuzz-admin"
+WITH_KEYS = (
+    f"--phases={PHASES},stateful",
+    f"--checks={','.join(CHECKS)},ignored_auth",
+    f"--header=Authorization: Bearer {KEY}",
+)
 
 
 async def fuzz(cluster: Cluster, examples: int, options: Sequence[str]) -> dict[str, Any]:
@@ -57,13 +67,18 @@ async def fuzz(cluster: Cluster, examples: int, options: Sequence[str]) -> dict[
     return found
 
 
-async def main(examples: int, options: Sequence[str]) -> bool:
+async def main(examples: int, with_keys: bool, options: Sequence[str]) -> bool:
     with tempfile.TemporaryDirectory() as directory:
+        bridge_flags = list(BRIDGE_FLAGS)
+        if with_keys:
+            keys = Path(directory) / "keys.yaml"
+            keys.write_text(f"- {{name: fuzz, sha256: {digest_of(KEY)}, admin: true}}\n")
+            bridge_flags.append(f"--api-keys-file={keys}")
         cluster = Cluster(
-            demo_model(), Path(directory), worker_flags=FLAGS, router_flags=ROUTER_FLAGS, bridge_flags=BRIDGE_FLAGS
+            demo_model(), Path(directory), worker_flags=FLAGS, router_flags=ROUTER_FLAGS, bridge_flags=bridge_flags
         )
         async with running(cluster):
-            found = await fuzz(cluster, examples, options)
+            found = await fuzz(cluster, examples, [*(WITH_KEYS if with_keys else ()), *options])
     tested, cases = found["operations"]["tested"], found["test_cases"]
     print(f"{tested} operations, {cases['generated']} requests, {cases['unique_failures']} failures")
     return found["exit_code"] == 0
@@ -72,5 +87,6 @@ async def main(examples: int, options: Sequence[str]) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=50)
+    parser.add_argument("--keys", action="store_true")
     known, others = parser.parse_known_args()
-    sys.exit(not asyncio.run(main(known.examples, others)))
+    sys.exit(not asyncio.run(main(known.examples, known.keys, others)))
