@@ -27,7 +27,8 @@ from processes import Process, free_port, redis_binary, script
 from prometheus_client.parser import text_string_to_metric_families
 
 START_S = 60.0
-SETTLE_S = 15.0
+ANSWER_S = 30.0  # of a process that others on its cores may hold up
+SETTLE_S = 30.0
 # Never a prompt on a decode worker because the others are predicted to be slower, as they are on a busy machine: for
 # tests of hand-overs.
 PAIRS = ("--routing-policy=prefix",)
@@ -141,11 +142,11 @@ class Cluster:
         return directory if self.with_faults else None
 
     @contextmanager
-    def slow_steps(self) -> Iterator[None]:
+    def slow_steps(self, seconds: float = 0.01) -> Iterator[None]:
         """So that streams are still under way when something is done meanwhile, however late that is."""
         assert self.faults is not None
         fault = self.faults / "step:decode:delay"
-        fault.write_text("times=1000000 seconds=0.01")
+        fault.write_text(f"times=1000000 seconds={seconds}")
         try:
             yield
         finally:
@@ -225,7 +226,7 @@ class Cluster:
 
     async def status(self) -> inference_pb2.StatusResponse:
         async with self.inference() as stub:
-            return await stub.Status(inference_pb2.StatusRequest(), timeout=5)
+            return await stub.Status(inference_pb2.StatusRequest(), timeout=ANSWER_S)
 
     async def complete(self, prompt: Sequence[int] | str, **body: Any) -> dict[str, Any]:
         """POST /v1/completions, greedy unless told otherwise, token ids in the answer; the JSON."""
@@ -250,7 +251,7 @@ class Cluster:
 
     async def worker_stats(self, process: Process) -> worker_pb2.StatsResponse:
         async with self.channel(process) as channel:
-            stats = worker_pb2_grpc.WorkerServiceStub(channel).Stats(worker_pb2.StatsRequest(), timeout=5)
+            stats = worker_pb2_grpc.WorkerServiceStub(channel).Stats(worker_pb2.StatsRequest(), timeout=ANSWER_S)
             return await anext(aiter(stats))
 
     @property

@@ -39,7 +39,7 @@ async def _with_pairs(cluster: Cluster, process: Process) -> Resources:
         return resources(process)
     async with cluster.channel(process) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
-        text = (await stub.Metrics(worker_pb2.WorkerServiceMetricsRequest(), timeout=5)).text
+        text = (await stub.Metrics(worker_pb2.WorkerServiceMetricsRequest(), timeout=30)).text
     [pairs] = [line.split()[1] for line in text.splitlines() if line.startswith("pagewire_kv_pairs ")]
     return resources(process)._replace(pairs=int(float(pairs)))
 

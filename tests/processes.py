@@ -104,6 +104,14 @@ class Process:
             raise AssertionError(f"{self.name} did not end on SIGTERM: {self.log.read_text()[-2000:]}") from None
 
 
+def lives(process: psutil.Process) -> bool:
+    """An orphan that has ended may wait for long to be buried, or be gone between two questions."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def script(name: str) -> list[str]:
     """A console script of this environment."""
     return [str(Path(sys.executable).with_name(name))]

@@ -40,9 +40,13 @@ LISTEN_S = 0.3  # for an answer that is not to come
 
 
 async def say(
-    port: int, words: bytes, context: ssl.SSLContext | None, name: str = "localhost", limit_s: float = LISTEN_S
-) -> bytes:
-    """What a port answers until it closes or says nothing for `limit_s`; nothing if there is no handshake."""
+    port: int, words: bytes, context: ssl.SSLContext | None, name: str = "localhost", limit_s: float = LISTEN_S,
+    first_s: float = 0.0,
+) -> bytes:  # fmt: skip
+    """What a port answers until it closes, or within `limit_s`; nothing if there is no handshake.
+
+    first_s: how much longer the beginning of an answer may take that is to come.
+    """
     answer = b""
     try:
         shown = name if context else None
@@ -51,6 +55,9 @@ async def say(
         return answer
     try:
         writer.write(words)
+        if first_s:
+            async with asyncio.timeout(first_s):
+                answer = await reader.read(1 << 16)
         async with asyncio.timeout(limit_s):
             while more := await reader.read(1 << 16):
                 answer += more
@@ -150,7 +157,7 @@ def channel_of(process: Process, files: Sequence[bytes | None] | None, expected:
     return grpc.aio.secure_channel(process.address, grpc.ssl_channel_credentials(ca, key, cert), options)
 
 
-async def outcome(channel: grpc.aio.Channel, method: str, message: bytes = b"", limit_s: float = 5) -> grpc.StatusCode:
+async def outcome(channel: grpc.aio.Channel, method: str, message: bytes = b"", limit_s: float = 20) -> grpc.StatusCode:
     """Of a call with this one message, whatever kind of call the method is."""
     call = channel.unary_stream(method)(message, timeout=limit_s)
     try:

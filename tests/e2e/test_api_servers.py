@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from cluster import free_port, script
+from pagewire_cli.readiness import http_healthy
+from processes import free_port, lives, script
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux spreads connections over a shared port")
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of Japan?"}], "temperature": 0}
@@ -108,12 +109,15 @@ async def test_both_answer_one_dies_and_comes_back_and_the_other_does_not_notice
         async with asyncio.timeout(60):
             while {name for name, pid in pids(state).items() if before[name] != pid} != {"bridge-0", "router-0"}:
                 await asyncio.sleep(0.05)
+            [own] = [service["address"] for service in facts["services"] if service["name"] == "bridge-0"]
+            while not await http_healthy(own):  # the file may tell of it before it listens
+                await asyncio.sleep(0.05)
         await answers((await one_connection_to_each(facts["base_url"], s))["bridge-0"])
 
         children += psutil.Process(popen.pid).children(recursive=True)
         popen.send_signal(signal.SIGINT)
-        assert await asyncio.to_thread(popen.wait, 30) == 0
-        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        assert await asyncio.to_thread(popen.wait, 60) == 0
+        assert not [child for child in children if lives(child)]
         assert not state.exists()
 
 

@@ -104,14 +104,15 @@ async def check_refusals(cluster: Cluster) -> None:
 
 async def check_cancel(cluster: Cluster) -> None:
     before = await cluster.metrics()
-    asking = asyncio.create_task(search(cluster, prompt_of(30, 8), n=8, max_tokens=220, ignore_eos=True))
 
     async def searching() -> bool:
         return (await cluster.metrics())["pagewire_route_total"] > before["pagewire_route_total"] + 16
 
-    await cluster.until(searching, "the search did not begin")
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
+    with cluster.slow_steps():
+        asking = asyncio.create_task(search(cluster, prompt_of(30, 8), n=8, max_tokens=220, ignore_eos=True))
+        await cluster.until(searching, "the search did not begin")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
     await cluster.settle()
     after = await cluster.metrics()
     assert after["pagewire_requests_total{outcome=cancelled}"] == 1

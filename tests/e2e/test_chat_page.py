@@ -25,6 +25,8 @@ ESCAPE_AT_THE_FIRST_WORD = """() => new MutationObserver((_, observer) => {
     document.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}));
 }).observe(document.querySelector("main"), {subtree: true, childList: true, characterData: true})"""
 
+expect.set_options(timeout=30_000)  # of 5 s, in which a browser on a busy machine may not get to it
+
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(not CHROMIUM, reason="no browser: install chromium, or name one in CHROMIUM"),
@@ -90,7 +92,7 @@ async def test_an_answer_is_stopped_with_escape_and_leaves_nothing_behind(page: 
     await page.evaluate(ESCAPE_AT_THE_FIRST_WORD)
     assert cluster.faults is not None
     slow = cluster.faults / "step:decode:delay"
-    slow.write_text("times=1000 seconds=0.05")  # a short answer would be over before the key
+    slow.write_text("times=1000 seconds=0.5")  # a short answer would be over before the key
     await page.keyboard.press("Enter")
     await expect(page.locator("article.assistant").last.locator("footer")).to_have_text("stopped")
     slow.unlink(missing_ok=True)

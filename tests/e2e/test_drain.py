@@ -100,9 +100,10 @@ async def test_a_worker_that_is_told_to_stop_hands_over_what_runs_on_it(cluster:
 async def test_with_time_enough_everything_ends_where_it_runs(cluster: Cluster) -> None:
     await cluster.wait_serving(cluster.add_worker("decode"))
     before, flowing = await handed_over(cluster), asyncio.Event()
-    asking = asyncio.create_task(all_streams(cluster, flowing))
-    await flowing.wait()
-    left = await drain(await busiest(cluster), 60)
+    with cluster.slow_steps():
+        asking = asyncio.create_task(all_streams(cluster, flowing))
+        await flowing.wait()
+        left = await drain(await busiest(cluster), 120)
     assert left[0] > 0 and left[-1] == 0
     await asking
     assert await handed_over(cluster) == before

@@ -194,10 +194,11 @@ async def test_a_killed_bridge_is_left_out_and_costs_only_what_it_was_doing(fron
     before = (await cluster.metrics())["pagewire_prompt_tokens_total"]
     async with front.client() as http:
         streams = []
-        for i, event in enumerate(flowing):  # begun at once, all might be given to one bridge: none has any yet
-            streams.append(asyncio.create_task(stream(http, i)))
-            await event.wait()
-        victim.kill()
+        with cluster.slow_steps():
+            for i, event in enumerate(flowing):  # begun at once, all might be given to one bridge: none has any yet
+                streams.append(asyncio.create_task(stream(http, i)))
+                await event.wait()
+            victim.kill()
         new = await asyncio.gather(*(http.post("/v1/completions", json=body(30 + i, max_tokens=2)) for i in range(20)))
         assert [answer.status_code for answer in new] == [200] * 20
         told = await asyncio.gather(*streams)

@@ -77,12 +77,15 @@ async def marked_stream(cluster: Cluster) -> list[int]:
 async def test_streams_outlive_their_decode_worker_byte_for_byte(llama: Path, tmp_path: Path) -> None:
     """Killed in mid-stream, under seeds, penalties, stop strings, log probabilities and several choices."""
     everywhere = ("--routing-policy=round_robin",)  # so that every victim has streams
-    async with running(Cluster(llama, tmp_path, decode=3, worker_flags=SLOW, router_flags=everywhere)) as cluster:
+    made = Cluster(llama, tmp_path, decode=3, worker_flags=SLOW, router_flags=everywhere, with_faults=True)
+    async with running(made) as cluster:
+        assert cluster.faults is not None
         expected = await asyncio.gather(*(stream(cluster, i) for i in range(15)), marked_stream(cluster))
         for victim in ("decode-0", "decode-1"):
-            kill = after(300, cluster.processes[victim].kill)
-            streams = *(stream(cluster, i, kill) for i in range(15)), marked_stream(cluster)
+            (cluster.faults / f"step:{victim}:kill").write_text("after=60")  # of 150 steps that each stream takes
+            streams = *(stream(cluster, i) for i in range(15)), marked_stream(cluster)
             assert await asyncio.gather(*streams) == expected
+            assert not cluster.processes[victim].alive
         metrics = await cluster.metrics()
         assert metrics["pagewire_resumed_requests_total"] > 0
         assert metrics["pagewire_retries_total{leg=decode}"] > 0
@@ -100,16 +103,15 @@ async def test_a_stream_waits_for_a_decode_worker_to_come(llama: Path, tmp_path:
 
 async def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error_event(llama: Path, tmp_path: Path) -> None:
     """Never in a clean stop after part of the text."""
-    async with running(Cluster(llama, tmp_path, worker_flags=SLOW)) as cluster:
+    made = Cluster(llama, tmp_path, worker_flags=SLOW, router_flags=PAIRS, with_faults=True)
+    async with running(made) as cluster:
+        assert cluster.faults is not None
+        (cluster.faults / "step:decode:kill").write_text("after=60")
         body = {"prompt": prompt_of(50, 1), "temperature": 0, "max_tokens": 400, "ignore_eos": True, "stream": True}
-        events: list[str] = []
         async with cluster.http.stream("POST", "/v1/completions", json=body) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: "):
-                    events.append(line.removeprefix("data: "))
-                if len(events) == 2:
-                    cluster.processes["decode-0"].kill()
-        assert events[-1] != "[DONE]"
+            lines = [line async for line in response.aiter_lines()]
+        events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert len(events) > 1 and events[-1] != "[DONE]"
         assert json.loads(events[-1])["error"]["message"]
         added = cluster.add_worker("decode")
         await cluster.wait_serving(added)

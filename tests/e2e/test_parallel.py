@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 from cluster import PAIRS, SMALL, Cluster, Process, running
 from engines import Run, make_engine, run_all
+from processes import lives
 from streams import after, stream
 from tiny_models import make_model, reference_greedy
 
@@ -52,14 +53,6 @@ async def test_workers_of_any_shape_hand_over_answer_and_die(tmp_path: Path) -> 
     assert not [rank for found in members for rank in found if lives(rank)], "a rank outlived its worker"
 
 
-def lives(process: psutil.Process) -> bool:
-    """An orphan that has ended may wait for long to be buried."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 async def check_answers(cluster: Cluster) -> None:
     """Greedy tokens are those of transformers, drawn ones and all log probabilities those of one rank, to the bit."""
     engine = make_engine(cluster.model)
@@ -91,7 +84,7 @@ async def all_streams(cluster: Cluster, arrived: Callable[[], object] = lambda: 
 
 
 async def gone(worker: Process, complaint: str) -> None:
-    for _ in range(200):
+    for _ in range(1200):
         if not worker.alive:
             return
         await asyncio.sleep(0.05)

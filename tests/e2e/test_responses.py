@@ -31,7 +31,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
     directory: Path = tmp_path_factory.mktemp("responses")
     tools = ("--tool-call-parser=json", "--enable-auto-tool-choice", f"--response-store-ttl={TTL_S}")
     made = Cluster(demo_model(), directory, worker_flags=FLAGS, router_flags=("--served-model-name=demo", *PAIRS),
-                   bridge_flags=tools)  # fmt: skip
+                   bridge_flags=tools, with_faults=True)  # fmt: skip
     async with running(made) as started:
         started.add_bridge("bridge-other", free_port())
         yield started
@@ -185,9 +185,14 @@ async def test_a_background_response_is_found_and_streamed_at_another_bridge(
 async def test_a_background_response_is_cancelled_from_another_bridge(
     cluster: Cluster, client: AsyncOpenAI, other: AsyncOpenAI
 ) -> None:
-    begun = await client.responses.create(**LONG, max_output_tokens=480)
-    assert (await cluster.status()).running_requests == 1
-    assert (await other.responses.cancel(begun.id)).status == "cancelled"
+    with cluster.slow_steps():
+        begun = await client.responses.create(**LONG, max_output_tokens=480)
+
+        async def runs() -> bool:  # the answer does not wait for it on a busy machine
+            return (await cluster.status()).running_requests == 1
+
+        await cluster.until(runs, "it does not run")
+        assert (await other.responses.cancel(begun.id)).status == "cancelled"
     await cluster.settle()  # long before 480 tokens
     assert (await client.responses.retrieve(begun.id)).status == "cancelled"
 
@@ -195,7 +200,8 @@ async def test_a_background_response_is_cancelled_from_another_bridge(
 async def test_a_bridge_that_is_stopped_fails_what_it_runs(
     cluster: Cluster, client: AsyncOpenAI, other: AsyncOpenAI
 ) -> None:
-    begun = await other.responses.create(**LONG, max_output_tokens=480)
-    assert cluster.processes["bridge-other"].stop() == 0
+    with cluster.slow_steps():
+        begun = await other.responses.create(**LONG, max_output_tokens=480)
+        assert cluster.processes["bridge-other"].stop() == 0
     failed = await client.responses.retrieve(begun.id)
     assert failed.status == "failed" and failed.error and failed.error.code == "server_error"

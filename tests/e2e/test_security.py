@@ -16,7 +16,7 @@ import certificates
 import httpx
 import pytest
 import pytest_asyncio
-from cluster import PAIRS, SMALL, Cluster, running
+from cluster import ANSWER_S, PAIRS, SMALL, Cluster, running
 from pagewire.v1 import worker_pb2, worker_pb2_grpc
 from pagewire_bridge.access import is_open
 from pagewire_bridge.app import ROUTES
@@ -174,7 +174,7 @@ async def cached_tokens(cluster: Cluster) -> float:
     for process in cluster.workers:
         async with cluster.channel(process) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
-            text = (await stub.Metrics(worker_pb2.WorkerServiceMetricsRequest(), timeout=5)).text
+            text = (await stub.Metrics(worker_pb2.WorkerServiceMetricsRequest(), timeout=ANSWER_S)).text
         found += float(text.partition("\npagewire_engine_prompt_tokens_cached_total ")[2].partition("\n")[0])
     return found
 

@@ -18,8 +18,8 @@ import openai
 import psutil
 import pytest
 import pytest_asyncio
-from cluster import free_port, script
 from pagewire_core.machine import available_cpus
+from processes import free_port, lives, script
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SERVICES = {"redis", "prefill-0", "decode-0", "router", "bridge"}
@@ -112,9 +112,12 @@ async def test_a_streamed_story_is_the_whole_one(served: Served) -> None:
 
 
 async def test_pagewire_bench_measures_it(served: Served, tmp_path: Path) -> None:
-    """Lengths are exact on a server that says how many tokens there are, and KV has moved for every prompt."""
+    """Lengths are exact on a server that says how many tokens there are, and KV has moved.
+
+    So many prompts that some do on any machine: a prefill worker that looks slow is tried again after 16.
+    """
     path = tmp_path / "result.json"
-    command = [*script("pagewire"), "bench", f"--base-url={served.state['base_url']}", "--num-prompts=6"]
+    command = [*script("pagewire"), "bench", f"--base-url={served.state['base_url']}", "--num-prompts=24"]
     command += ["--max-concurrency=2", "--random-input-len=64", "--random-output-len=12", "--random-prefix-len=32"]
     process = await asyncio.create_subprocess_exec(
         *command, "--save-result", f"--result-filename={path}", stdout=asyncio.subprocess.PIPE
@@ -122,8 +125,8 @@ async def test_pagewire_bench_measures_it(served: Served, tmp_path: Path) -> Non
     out, _ = await process.communicate()
     assert process.returncode == 0 and b"Mean TPOT (ms):" in out
     result = json.loads(path.read_text())
-    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (6, 0, 72)
-    assert result["total_input_tokens"] / 6 == pytest.approx(96, rel=0.15)
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (24, 0, 288)
+    assert result["total_input_tokens"] / 24 == pytest.approx(96, rel=0.15)
     assert result["kv_transfer"]["bytes"] > 0 and 0 < result["cached_tokens_share"] < 1
     assert 0 < result["median_tpot_ms"] and result["median_ttft_ms"] < result["median_e2el_ms"]
 
@@ -268,5 +271,5 @@ async def test_ctrl_c_stops_everything(served: Served) -> None:
     children = psutil.Process(served.popen.pid).children(recursive=True)
     assert len(children) >= len(SERVICES)
     served.popen.send_signal(signal.SIGINT)
-    assert await asyncio.to_thread(served.popen.wait, 20) == 0
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert await asyncio.to_thread(served.popen.wait, 60) == 0
+    assert not [child for child in children if lives(child)]

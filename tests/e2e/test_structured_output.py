@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from cluster import Cluster, running
+from cluster import PAIRS, Cluster, running
 from hypothesis import HealthCheck, given, settings
 from json_schemas import instance_of, schemas
 from jsonschema import Draft202012Validator
@@ -40,7 +40,8 @@ class Pet(BaseModel):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    async with running(Cluster(llama, tmp_path_factory.mktemp("structured"), worker_flags=FLAGS)) as cluster:
+    made = Cluster(llama, tmp_path_factory.mktemp("structured"), worker_flags=FLAGS, router_flags=PAIRS)
+    async with running(made) as cluster:
         yield cluster
 
 

@@ -16,7 +16,7 @@ import grpc
 import psutil
 import pytest
 import pytest_asyncio
-from cluster import PAIRS, SMALL, Cluster, running
+from cluster import ANSWER_S, PAIRS, SMALL, Cluster, running
 from pagewire.v1 import inference_pb2, inference_pb2_grpc
 from pagewire_core.rpc import MAX_MESSAGE_BYTES, open_channel
 from pagewire_core.tls import CALLERS, ROLES, may_call, san
@@ -154,7 +154,9 @@ async def test_callers_who_may_call_and_send_nonsense_are_refused(cluster: Clust
                 if role == "operator":  # what comes before a message is the same for every role
                     large = await outcome(channel, mine[0], bytes(MAX_MESSAGE_BYTES + 1))
                     assert large is grpc.StatusCode.RESOURCE_EXHAUSTED
-                    bent = [say(port, words, unchecking(files), san(expected)) for words in bent_calls(mine[0])]
+                    bent = [
+                        say(port, words, unchecking(files), san(expected), first_s=10) for words in bent_calls(mine[0])
+                    ]
                     answers = await asyncio.gather(*bent)
                     assert all(answers) and not [answer for answer in answers if DATA in kinds(answer)], answers
 
@@ -165,7 +167,7 @@ async def test_a_bridge_that_was_taken_over_reaches_the_router_alone(cluster: Cl
     bridge = certificates.of(cluster.tls, "bridge")
     async with open_channel(cluster.processes["router"].address, bridge, "router") as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        assert (await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=5)).models[0].ready
+        assert (await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=ANSWER_S)).models[0].ready
 
 
 async def test_certificates_are_replaced_while_streams_run(cluster: Cluster) -> None:

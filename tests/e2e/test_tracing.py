@@ -50,7 +50,9 @@ async def spans_of(cluster: Cluster, sink: Sink, trace_id: str, name: str, count
 
 def only(spans: list[Seen], parent: Seen, name: str) -> Seen:
     [found] = children(spans, parent, name)
-    assert parent.start - 2e6 <= found.start <= found.end <= parent.end + 2e6, (parent, found)  # of processes, apart
+    # The clock is the machine's, but each process sets its own by it, and it may be corrected in between.
+    apart = 1e6 if found.instance == parent.instance else 20e6
+    assert parent.start - apart <= found.start <= found.end <= parent.end + apart, (parent, found)
     return found
 
 
@@ -61,9 +63,12 @@ async def test_one_trace_has_the_tree_of_both_legs_and_the_transfer(traced: tupl
     response = await cluster.http.post("/v1/completions", json=body, headers=parent_of(trace_id))
     assert response.status_code == 200
     await cluster.settle()
-    for name in ("POST /v1/completions", "pagewire.v1.PrefillService/Prefill", "pagewire.v1.DecodeService/Decode",
-                 "receive"):  # fmt: skip
-        spans = await spans_of(cluster, sink, trace_id, name, 2 if "Service/" in name else 1)
+
+    async def whole() -> bool:  # each process exports its own, and not all at the same time
+        return len(sink.of(trace_id)) >= 14
+
+    await cluster.until(whole, f"there are only {[span.name for span in sink.of(trace_id)]}")
+    spans = sink.of(trace_id)
 
     [http] = [span for span in spans if span.parent_id == CALLER]
     assert (http.name, http.kind, http.service) == ("POST /v1/completions", "server", "pagewire-bridge")
@@ -138,7 +143,8 @@ async def test_a_stream_that_outlives_its_decode_worker_is_still_one_trace(trace
     assert cluster.faults is not None
     (cluster.faults / "step:decode:kill").write_text("after=9")
     body = {"prompt": prompt_of(40, 1), "max_tokens": 60, "ignore_eos": True, "stream": True, "temperature": 0}
-    answer = await cluster.http.post("/v1/completions", json=body, headers=parent_of(trace_id))
+    with cluster.slow_steps():  # else nine steps may be over before the router has anything to go on after
+        answer = await cluster.http.post("/v1/completions", json=body, headers=parent_of(trace_id))
     assert answer.text.endswith("data: [DONE]\n\n") and '"error"' not in answer.text
     for name, count in (("POST /v1/completions", 1), ("llm_request", 1), ("pagewire.v1.DecodeService/Decode", 3)):
         spans = await spans_of(cluster, sink, trace_id, name, count)
