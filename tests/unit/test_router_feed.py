@@ -112,7 +112,8 @@ async def test_many_requests_over_one_feed_get_each_their_own_text(pair: Scene, 
 async def test_an_error_comes_after_the_deltas_that_were_made_before_it(pair: Scene, deltas: FeedReader) -> None:
     async def fail(worker: FakeWorker) -> None:
         if worker.seen.count("decode") >= 4:
-            await asyncio.sleep(0.05)
+            for _ in range(20):  # turns of the loop, for what it has made to leave it
+                await asyncio.sleep(0.005)
             raise Unavailable("the engine failed")
 
     pair.workers["d1"].script.hooks["decode"] = fail

@@ -13,7 +13,7 @@ from fakes import FakeWorker
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import Internal, Overloaded, Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
-from router_scene import EOS, Scene, request, scene, until
+from router_scene import EOS, Answer, Scene, request, scene, until
 
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 
@@ -38,7 +38,8 @@ def later(what: Callable[[FakeWorker], Any]) -> Callable[[FakeWorker], Any]:
     """The hook, when what the worker has made has left it."""
 
     async def wait(worker: FakeWorker) -> None:
-        await asyncio.sleep(0.1)
+        for _ in range(20):  # turns of the loop, in which all of this runs: one that is held up counts once
+            await asyncio.sleep(0.005)
         result = what(worker)
         if result is not None:
             await result
@@ -166,18 +167,21 @@ async def test_a_killed_prefill_worker_costs_nothing_but_time(
 
 async def test_a_prefill_worker_lost_after_the_kv_arrived_is_not_missed(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
-        go = asyncio.Event()
-        s.workers["d1"].script.hooks["decode_started"] = lambda worker: go.wait()
+        decoding, go = asyncio.Event(), asyncio.Event()
+        s.workers["d1"].script.hooks["decode"] = at(3, lambda worker: go.wait())
 
         async def lose(worker: FakeWorker) -> None:
             s.workers["d1"].kv_arrived(s.workers["d1"].requests[0].transfer_id).set()
-            await until(lambda: "decode_started" in s.workers["d1"].seen)
-            await asyncio.sleep(0.05)
+            await decoding.wait()
             go.set()
             raise Unavailable("gone")
 
         s.workers["p1"].script.hooks["first_token"] = lose
-        answer = await s.ask()
+        answer = Answer()
+        async for response in s.stub.Generate(request()):
+            answer.add(response)
+            if len(answer.ids.get(0, ())) == 2:  # a token of the decode worker's own is here
+                decoding.set()
         assert answer.text == {0: "hello world"}
         assert answer.summary is not None
         assert answer.summary.attempts == 1
@@ -225,7 +229,7 @@ async def test_waiting_for_room_ends_with_the_deadline(byte_tokenizer: Tokenizer
 
 
 async def test_a_decode_worker_lost_before_it_gave_anything_is_replaced(byte_tokenizer: Tokenizer) -> None:
-    async with scene(byte_tokenizer, "p1 d1 d2") as s:
+    async with scene(byte_tokenizer, "p1 d1 d2", routing_policy="round_robin") as s:
         s.workers["d1"].script.hooks["decode_started"] = kill
         answers = [await s.ask() for _ in range(6)]
         assert [a.text for a in answers] == [{0: "hello world"}] * 6
@@ -373,7 +377,7 @@ async def test_a_full_router_answers_overloaded_with_a_time(byte_tokenizer: Toke
 
 
 async def test_a_request_that_takes_too_long_ends_with_an_error_event(byte_tokenizer: Tokenizer) -> None:
-    async with scene(byte_tokenizer, "p1 d1", request_timeout=0.3) as s:
+    async with scene(byte_tokenizer, "p1 d1", request_timeout=1.0) as s:
         s.workers["d1"].script.hooks["decode_started"] = never
         answer = await s.ask()
         assert answer.error is not None
