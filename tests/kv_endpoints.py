@@ -176,7 +176,7 @@ async def ends(
         await servicer.close()
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 3.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 15.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"

@@ -88,7 +88,7 @@ def request(text: str = "hello", **fields: Any) -> inference_pb2.GenerateRequest
     return inference_pb2.GenerateRequest(text=text, sampling=sampling, **fields)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)

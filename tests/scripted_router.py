@@ -223,7 +223,7 @@ def events_of(text: str) -> list[dict[str, object] | str]:
     return [d if d == "[DONE]" else orjson.loads(d) for d in data]
 
 
-async def eventually(condition: Callable[[], bool], within_s: float = 2.0) -> None:
+async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.005)

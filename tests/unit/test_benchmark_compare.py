@@ -91,12 +91,12 @@ END = chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 async def test_a_body_is_whole_however_it_is_cut_and_has_the_time_of_each_piece() -> None:
     body = chunk(TOKEN) + chunk(TOKEN)
     cut = len(chunk(TOKEN)) - 7  # within the first event
-    async with serving([OK + body[:cut], body[cut:], END], gap_s=0.02) as url:
+    async with serving([OK + body[:cut], body[cut:], END], gap_s=0.1) as url:
         server = Server(url)
         response = await server.send(server.request("POST", "/v1/completions", {}), 5.0)
     assert (response.status, response.complete) == (200, True)
     assert b"".join(piece.body for piece in response.pieces) == TOKEN + TOKEN + b"data: [DONE]\n\n"
-    assert response.pieces[-1].at - response.pieces[0].at > 0.03
+    assert response.pieces[-1].at - response.pieces[0].at > 0.1
 
 
 @pytest.mark.parametrize(

@@ -361,7 +361,7 @@ async def test_what_has_lost_its_bridge_has_failed(shelf: Shelf) -> None:
 
 
 async def ended(client: AsyncOpenAI, response_id: str) -> Response:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while (found := await client.responses.retrieve(response_id)).status in ("queued", "in_progress"):
             await asyncio.sleep(0.01)
     return found

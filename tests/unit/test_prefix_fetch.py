@@ -161,7 +161,7 @@ def halted(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         gathers += 1
         if gathers > 3:
             reached.set()
-            over.wait(10)
+            over.wait(30)
         gather(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PrefixLender, "gather", halting)
@@ -174,8 +174,8 @@ async def test_a_holder_that_stands_still_costs_no_longer_than_computing(
     llama: Path, expected: list[int], halted: threading.Event
 ) -> None:
     async with scene(llama) as s:
-        asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD, 0.5)))
-        assert await asyncio.to_thread(halted.wait, 10)
+        asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD, 2)))
+        assert await asyncio.to_thread(halted.wait, 30)
         alone = await asking
         assert alone.tokens == expected and not alone.started.fetched.tokens
         assert s.worker.metric("fetches_total", outcome="given up") == 1
@@ -188,7 +188,7 @@ async def test_a_holder_that_dies_in_the_middle_costs_nothing_but_time(
 ) -> None:
     async with scene(llama) as s:
         asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD, 20)))
-        assert await asyncio.to_thread(halted.wait, 10)
+        assert await asyncio.to_thread(halted.wait, 30)
         stopping = asyncio.gather(s.holder.server.stop(0), s.holder.sender.close())
         halted.over.set()  # type: ignore[attr-defined]
         await stopping
@@ -201,7 +201,7 @@ async def test_a_holder_that_dies_in_the_middle_costs_nothing_but_time(
 async def test_a_client_that_leaves_meanwhile_leaves_nothing_behind(llama: Path, halted: threading.Event) -> None:
     async with scene(llama) as s:
         asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD, 20)))
-        assert await asyncio.to_thread(halted.wait, 10)
+        assert await asyncio.to_thread(halted.wait, 30)
         asking.cancel()
         halted.over.set()  # type: ignore[attr-defined]
         with pytest.raises(asyncio.CancelledError):

@@ -74,7 +74,7 @@ async def running(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]
         assert all(isinstance(r, asyncio.CancelledError) for r in results), results
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
@@ -214,7 +214,7 @@ async def test_the_index_heals_when_redis_comes_back(redis_server: RedisServer) 
         await until(lambda: not follower.connected)
         assert index.match(BLOCKS) == {"w": 2}
         redis_server.start()
-        await until(lambda: index.match(BLOCKS) == {"w": 5}, seconds=10)
+        await until(lambda: index.match(BLOCKS) == {"w": 5})
         assert follower.connected
 
 
@@ -345,7 +345,7 @@ async def test_without_redis_the_index_goes_down_level_by_level_and_comes_back(
         cache.store(*BLOCKS[:4])
         await until(lambda: index.match(BLOCKS) == {"w": 4} and follower.level == 0)
         redis_server.kill() if outage == "killed" else redis_server.pause()
-        await until(lambda: follower.level == 1, seconds=10)
+        await until(lambda: follower.level == 1)
         cache.store(*BLOCKS[4:6])
         index.told("w", cache.publisher.sequence)
         await until(lambda: index.match(BLOCKS) == {"w": 6})  # asked of the worker
@@ -355,7 +355,7 @@ async def test_without_redis_the_index_goes_down_level_by_level_and_comes_back(
         clock.now += 60
         assert follower.level == 2 and index.match(BLOCKS) == {"w": 3}
         redis_server.start() if outage == "killed" else redis_server.resume()
-        await until(lambda: index.match(BLOCKS) == {"w": 7}, seconds=10)
+        await until(lambda: index.match(BLOCKS) == {"w": 7})
         assert follower.level == 0
         assert "forgotten" not in mended
 
@@ -387,10 +387,10 @@ async def test_a_redis_that_comes_back_empty_loses_nothing(redis_server: RedisSe
             redis_server.kill()
             cache.store(block(number))
             redis_server.start()
-            await until(lambda expected=number + 1: index.match(BLOCKS) == {"w": expected}, seconds=10)
+            await until(lambda expected=number + 1: index.match(BLOCKS) == {"w": expected})
         redis = open_redis(redis_server.url)
         await redis.flushall()
         await redis.aclose()
         cache.store(*BLOCKS[6:])
-        await until(lambda: index.match(BLOCKS) == {"w": 10}, seconds=10)
+        await until(lambda: index.match(BLOCKS) == {"w": 10})
     assert set(mended) <= {"snapshot"}

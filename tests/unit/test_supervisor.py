@@ -191,7 +191,7 @@ async def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
         started = time.monotonic()
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.wait_for(task, 15)
-    assert time.monotonic() - started < 5 < plan.grace_s
+    assert time.monotonic() - started < plan.grace_s
 
 
 async def test_ctrl_c_while_services_load_stops_them(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ asyncio.run(Supervisor(plan, time.monotonic()).run())
         assert match is not None
         child = psutil.Process(int(match[1]))
         parent.kill()
-        child.wait(5)
+        child.wait(30)
 
 
 @contextmanager

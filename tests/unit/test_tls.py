@@ -40,7 +40,7 @@ from redis.asyncio import Redis
 from scripted_router import ScriptedRouter, accepted, running_router, summary
 
 MODULES = (common_pb2, decode_pb2, inference_pb2, kv_channel_pb2, prefill_pb2, worker_pb2)
-CALL_S = 5.0
+CALL_S = 20.0
 
 
 class Servicer(worker_pb2_grpc.WorkerServiceServicer):

@@ -46,7 +46,7 @@ async def test_the_prefill_side_may_abort_at_any_stage(lane: str, stage: Stage) 
         outgoing = await stage(both)
         outgoing.abort(Cancelled("the client has gone"))
         outgoing.abort(Unavailable("a second abort changes nothing"))
-        await asyncio.wait_for(outgoing.closed(), 2)
+        await asyncio.wait_for(outgoing.closed(), 4)
         gathers = both.source.gathers
         await until(lambda: outgoing.transfer_id in both.sink.failures)
         assert both.sink.failures[outgoing.transfer_id].message == "the client has gone"
@@ -83,7 +83,7 @@ async def test_a_lost_decode_worker_fails_the_transfer_and_its_successor_gets_a_
     async with ends(lane, chunk_bytes=400) as both:
         outgoing = await stage(both)
         await both.server.stop(0)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4):
             with pytest.raises(Unavailable):
                 await outgoing.seal(FIRST)
             await outgoing.closed()
@@ -105,9 +105,9 @@ async def test_a_lost_decode_worker_fails_the_transfer_and_its_successor_gets_a_
 async def test_a_prefill_worker_that_leaves_fails_its_transfers(lane: str, stage: Stage) -> None:
     async with ends(lane, chunk_bytes=400) as both:
         outgoing = await stage(both)
-        await asyncio.wait_for(both.sender.close(), 2)
+        await asyncio.wait_for(both.sender.close(), 4)
         assert isinstance(outgoing.error, Unavailable)
-        await until(lambda: outgoing.transfer_id in both.sink.failures, 2)
+        await until(lambda: outgoing.transfer_id in both.sink.failures, 4)
         assert isinstance(both.sink.failures[outgoing.transfer_id], Unavailable)
         await both.assert_empty()
         await until(lambda: not lane_threads())
@@ -146,7 +146,7 @@ async def test_a_killed_prefill_worker_fails_its_transfer_at_once() -> None:
         tid = b"k" * 16
         await until(lambda: tid in both.sink.pages and not both.sink.pages[tid][:, :, 0].isnan().any(), 30)
         os.kill(child.pid, signal.SIGKILL)
-        await until(lambda: tid in both.sink.failures, 2)
+        await until(lambda: tid in both.sink.failures, 4)
         await child.wait()
         assert "was lost" in both.sink.failures[tid].message
-        await until(lambda: both.held() == (0, 0, 0, 0), 7)  # a chunk in mid-transfer holds its slot for 5 s
+        await until(lambda: both.held() == (0, 0, 0, 0), 20)  # a chunk in mid-transfer holds its slot for 5 s

@@ -51,7 +51,7 @@ async def fails(both: Ends) -> None:
 
 async def test_after_a_lane_that_never_comes_up_comes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagewire_transfer.pair.PREFILL_RANK", 1)  # both wait for a rank 0 that never comes
-    async with ends("gloo,grpc", timeout_s=0.5) as both:
+    async with ends("gloo,grpc", timeout_s=1.0) as both:
         assert await asyncio.gather(moved(both), moved(both)) == ["grpc", "grpc"]
         await both.assert_empty()
         assert both.metric("pairs") == 2
@@ -70,7 +70,7 @@ async def test_nothing_is_tried_any_more_once_the_sender_closes(monkeypatch: pyt
 
 async def test_after_a_lane_that_carries_nothing_comes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     mute(monkeypatch, "shm")
-    async with ends("shm,gloo,grpc", timeout_s=0.3) as both:
+    async with ends("shm,gloo,grpc", timeout_s=1.0) as both:
         await fails(both)
         assert await moved(both) == await moved(both) == "gloo"
 
@@ -79,7 +79,7 @@ async def test_after_a_lane_that_carries_nothing_comes_the_next(monkeypatch: pyt
 async def test_a_lane_that_failed_is_better_than_none(lanes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have been the network; and what else there is does not work with every peer."""
     mute(monkeypatch, "shm")
-    async with ends(lanes, timeout_s=0.3) as both:
+    async with ends(lanes, timeout_s=1.0) as both:
         await fails(both)
         monkeypatch.undo()
         assert await moved(both) == "shm"
@@ -88,14 +88,14 @@ async def test_a_lane_that_failed_is_better_than_none(lanes: str, monkeypatch: p
 async def test_a_lane_that_has_worked_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers are lost in the middle of transfers, and that is not the lane's fault."""
     mute(monkeypatch, "shm", heard=1)
-    async with ends("shm,grpc", timeout_s=0.3, chunk_bytes=1000) as both:
+    async with ends("shm,grpc", timeout_s=1.0, chunk_bytes=1000) as both:
         await fails(both)
         monkeypatch.undo()
         assert await moved(both) == "shm"
 
 
 async def test_a_peer_that_grants_nothing_says_nothing_of_the_lane() -> None:
-    async with ends("shm,grpc", timeout_s=0.3) as both:
+    async with ends("shm,grpc", timeout_s=1.0) as both:
         both.sink.refuse = Unavailable("no pages")
         await fails(both)
         await both.servicer.release()

@@ -87,7 +87,7 @@ async def test_closed_waits_for_the_gather_that_is_running() -> None:
     """Blocks released while their gather still runs could be read after they belong to another prompt."""
     async with ends("grpc") as both:
         release = threading.Event()
-        both.source.before = lambda _: release.wait(2) and None
+        both.source.before = lambda _: release.wait(20) and None
         outgoing = await both.open(random_kv(LAYOUT, 4))
         outgoing.extend(4)
         await until(lambda: outgoing.transfer_id in both.source.gathering)
@@ -152,7 +152,7 @@ async def test_what_was_bound_after_the_end_is_given_back(ender: str) -> None:
 
 
 async def test_a_bind_that_takes_too_long_is_a_deadline() -> None:
-    async with ends("grpc", timeout_s=0.2) as both:
+    async with ends("grpc", timeout_s=1.0) as both:
         both.sink.hold_bind = asyncio.Event()
         with pytest.raises(DeadlineExceeded, match="did not grant"):
             await both.open(random_kv(LAYOUT, 4))
@@ -161,9 +161,9 @@ async def test_a_bind_that_takes_too_long_is_a_deadline() -> None:
 
 
 async def test_a_peer_that_acknowledges_nothing_is_dropped() -> None:
-    async with ends("grpc", timeout_s=0.3) as both:
+    async with ends("grpc", timeout_s=1.0) as both:
         release = threading.Event()
-        both.sink.before = lambda _: release.wait(3) and None
+        both.sink.before = lambda _: release.wait(20) and None
         outgoing = await both.open(random_kv(LAYOUT, 4))
         with pytest.raises(DeadlineExceeded, match="acknowledged nothing"):
             await outgoing.seal(FIRST)

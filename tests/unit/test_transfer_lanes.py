@@ -47,7 +47,7 @@ def test_with_tls_auto_is_what_no_stranger_can_read_or_write() -> None:
         available_lanes("tcp", "cpu")
 
 
-def relayed(timeout_s: float = 2.0) -> tuple[RelayStore, RelayStore]:
+def relayed(timeout_s: float = 20.0) -> tuple[RelayStore, RelayStore]:
     stores: list[RelayStore] = []
     left = RelayStore(lambda key, value: stores[1].receive(key, value), timeout_s)
     right = RelayStore(lambda key, value: stores[0].receive(key, value), timeout_s)
@@ -59,7 +59,7 @@ def opened(name: str) -> tuple[Lane, Lane]:
     left, right = relayed()
     with ThreadPoolExecutor(2) as threads:
         ends = [
-            threads.submit(open_lane, name, store, rank, "127.0.0.1", 1, 2.0)
+            threads.submit(open_lane, name, store, rank, "127.0.0.1", 1, 20.0)
             for rank, store in enumerate((left, right))
         ]
         return ends[0].result(), ends[1].result()
@@ -101,7 +101,7 @@ def test_an_interrupt_ends_a_send_that_nobody_receives(name: str) -> None:
         sender.interrupt()
         with pytest.raises(Unavailable, match=f"{name} lane failed"):
             sending.result()
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
     sender.close()
     receiver.close()
 

@@ -73,7 +73,7 @@ async def test_nccl_on_one_gpu_is_refused_at_once_and_in_one_sentence() -> None:
 async def test_a_lane_that_never_comes_up_fails_the_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode worker's address for Gloo may be unreachable though its gRPC port is not."""
     monkeypatch.setattr("pagewire_transfer.pair.PREFILL_RANK", 1)  # both wait for a rank 0 that never comes
-    async with ends("gloo", timeout_s=0.5) as both:
+    async with ends("gloo", timeout_s=1.0) as both:
         with pytest.raises((Unavailable, DeadlineExceeded)):
             await both.open(random_kv(LAYOUT, 4))
         await until(lambda: both.metric("pairs") == 0 and not lane_threads())
