@@ -6,10 +6,9 @@ Seeded and short here; `make fuzz` takes other examples every time, and many of 
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +157,6 @@ async def _talk(both: Ends, rng: random.Random, theirs: bytes) -> None:
             pass
         finally:
             call.cancel()
-
-
-@pytest.fixture
-def frozen_heap() -> Iterator[None]:
-    """As in a service: every end of a pair looks for garbage."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 async def test_a_peer_that_keeps_to_no_rules_ends_its_own_stream_alone(frozen_heap: None) -> None:

@@ -9,6 +9,8 @@ import torch
 from kv_endpoints import FIRST, LAYOUT, ends, held_by_process, lane_threads, new_id, random_kv, until
 from pagewire.v1 import kv_channel_pb2 as kv
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
+
 LANES = ("shm", "gloo", "tcp", "grpc")
 
 

@@ -14,6 +14,8 @@ from kv_endpoints import FIRST, LAYOUT, Ends, ends, lane_threads, new_id, random
 from pagewire_core.errors import Cancelled, Unavailable
 from pagewire_transfer.sender import Outgoing
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
+
 LANES = ("shm", "gloo", "tcp", "grpc")
 
 

@@ -11,6 +11,8 @@ from pagewire_core.errors import DeadlineExceeded, Unavailable
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
+
 
 class MuteLane:
     """Says of every chunk that it has been sent, and of those after the first `heard` sends none."""

@@ -14,6 +14,8 @@ from pagewire_core.errors import Cancelled, DeadlineExceeded, Overloaded, Unavai
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
+
 LANES = ("shm", "gloo", "tcp", "grpc")
 
 

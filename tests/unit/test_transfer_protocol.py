@@ -16,6 +16,8 @@ from pagewire_core.errors import Incompatible, PagewireError, from_proto, from_r
 from pagewire_core.rpc import open_channel
 from pagewire_transfer.wire import MAX_CHUNK_BYTES, checksum, root_checksum, to_bytes
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
+
 TID = b"t" * 16
 TOKENS = 4
 

@@ -9,6 +9,8 @@ from pagewire_core.errors import DeadlineExceeded, Incompatible, Unavailable
 from pagewire_core.rpc import PROTOCOL
 from pagewire_transfer.identity import WorkerIdentity
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
+
 
 @pytest.mark.parametrize(
     ("prefill", "instance", "sentence"),
