@@ -116,6 +116,27 @@ def test_work_is_dearer_the_more_prompts_wait_for_it_to_be_over() -> None:
     assert found_by(crowded, [warm, *cold, load("d", DECODE, num_sequences=50)])[0].prefill == "p"
 
 
+def test_what_is_cached_and_not_how_quick_a_worker_thinks_it_is_counts_for_those_that_come_after() -> None:
+    """Of equal workers one measured itself 5 % quicker, and got prompt after prompt for which ten others waited."""
+    quick = load("p", PREFILL, waiting_tokens=13_500, model=StepModel(prefill_ms_per_token=0.19))
+    others = [load(name, PREFILL, waiting_tokens=11_000, model=StepModel(prefill_ms_per_token=0.2)) for name in "qr"]
+    crowded = Ask(8000, usual_prefill_ms=200.0)
+    assert found_by(crowded, [quick, *others, load("d", DECODE, num_sequences=50)])[0].prefill in ("q", "r")
+
+
+def test_tokens_do_not_come_between_the_chunks_of_somebody_elses_prompt_if_others_are_free() -> None:
+    p, computing, busier = (
+        load("p", PREFILL),
+        load("d", DECODE, waiting_tokens=20_000),
+        load("e", DECODE, num_sequences=6),
+    )
+    assert best(100, p, computing, busier) == ("p", "e")
+    chunks = terms(Ask(100, output_tokens=10), ("p", "d"), p, computing)["held"]
+    assert 9 * 50 < chunks <= 10 * 50, "ten tokens are held up ten times"
+    done_by_then = load("p", PREFILL, waiting_tokens=40_000)
+    assert terms(Ask(100), ("p", "d"), done_by_then, computing)["held"] == 0
+
+
 def test_the_same_tokens_cost_more_after_a_long_prefix() -> None:
     model = StepModel(prefill_ms_per_attended=1e-4)
     assert model.prefill_ms(500, 8000) == pytest.approx(model.prefill_ms(500) + 1e-4 * 500 * 8000)

@@ -38,7 +38,7 @@ async def test_every_term_is_told_and_nothing_is_run(byte_tokenizer: Tokenizer) 
         assert chosen == {("p1", "d1"): True, ("p2", "d1"): True, ("", "d1"): False}
         for candidate in answer.candidates:
             terms = {term.name: term.value for term in candidate.terms}
-            always = {"queue", "prefill", "delay", "eviction", "decode", "harm", "eviction_d"}
+            always = {"queue", "prefill", "delay", "eviction", "decode", "harm", "eviction_d", "held"}
             assert terms.keys() - always == ({"transfer"} if candidate.prefill_worker else {"stall", "role"})
             assert candidate.cost == pytest.approx(sum(terms.values()))
             assert candidate.predicted_ttft_ms > 0

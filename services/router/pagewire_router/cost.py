@@ -5,8 +5,12 @@
                  fetch      getting what another worker has, where that is cheaper than computing it; then a hit
                  prefill    t_pre(prompt - hit_p, hit_p)
                  delay      t_pre * N                      it holds up the prompts that come after it; about as many as
-                                                           wait now, on average, at a prefill worker
+                                                           wait now, on average, at a prefill worker. t_pre as of a
+                                                           usual one: N times what a worker thinks that it is quicker
+                                                           than its equals would be more than its queue
                  transfer   max(0, x - 0.7 * t_pre)        moving the KV, as far as computing does not hide it
+                 held       queue_d - (queue_p + t_pre)    its tokens come between the chunks of what d computes itself,
+                                                           as far as that is not done by then: 50 ms each at most
     local(d)     queue      queue_d                        these two with the steps of the B others in between
                  prefill    t_pre(prompt - hit_d, hit_d)
                  stall      B * t_pre                      the others wait for the prompt's chunks
@@ -29,7 +33,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pagewire_router.links import Links
-from pagewire_router.load import Ask, Load, Pool
+from pagewire_router.load import Ask, Load, Pool, StepModel
 from pagewire_router.plan import Plan, Policy
 
 OVERLAP = 0.7  # share of the prompt's computation that hides its transfer
@@ -68,7 +72,8 @@ def plans(ask: Ask, pool: Pool, links: Links) -> list[Plan]:
     for terms in decode.values():  # what every plan has would make all of them look equal
         terms["decode"] -= quickest
     crowd = _crowd(ask, pool)
-    prefill = {p.worker_id: _prefill(ask, pool.fetching(p), crowd) for p in pool.prefill}
+    usual = _usual_model(pool)
+    prefill = {p.worker_id: _prefill(ask, pool.fetching(p), crowd, usual) for p in pool.prefill}
     by_decode = _ranked(pool.decode, decode)
     by_prefill = _ranked(pool.prefill, prefill)
     helpers = map(pool.fetching, _helpers(by_decode))
@@ -119,12 +124,18 @@ def _crowd(ask: Ask, pool: Pool) -> float:
     return sum(p.queue_ms for p in pool.prefill) / len(pool.prefill) / ask.usual_prefill_ms
 
 
-def _prefill(ask: Ask, p: Load, crowd: float) -> Terms:
+def _usual_model(pool: Pool) -> StepModel:
+    """Of the prefill worker in the middle."""
+    models = sorted((p.model for p in pool.prefill), key=lambda m: m.prefill_ms_per_token)
+    return models[len(models) // 2] if models else StepModel()
+
+
+def _prefill(ask: Ask, p: Load, crowd: float, usual: StepModel) -> Terms:
     computing = p.model.prefill_ms(*to_compute(ask, p))
     terms = {
         "queue": p.queue_ms,
         "prefill": computing,
-        "delay": crowd * computing,
+        "delay": crowd * usual.prefill_ms(*to_compute(ask, p)),
         "eviction": _evicted_ms(p, _rest(ask, p)[0]),
     }
     return terms | {"fetch": p.fetch.ms} if p.fetch else terms
@@ -140,11 +151,14 @@ def _decode(ask: Ask, d: Load) -> Terms:
         "decode": ask.output_tokens * with_it,
         "harm": ask.output_tokens * (with_it - without_it) * d.num_sequences,
         "eviction_d": _evicted_ms(d, held),
+        "held": min(_beside_decoding(d, d.queue_ms), ask.output_tokens * _STEP_MS),
     }
 
 
 def _pair(ask: Ask, p: Load, d: Load, legs: Terms, links: Links) -> Plan:
-    return _plan(ask, p, d, {**legs, "transfer": _tail_ms(ask, p, d, legs["prefill"], links)})
+    until_there = legs["queue"] + legs.get("fetch", 0.0) + legs["prefill"]
+    held = max(legs["held"] - until_there, 0.0)
+    return _plan(ask, p, d, {**legs, "transfer": _tail_ms(ask, p, d, legs["prefill"], links), "held": held})
 
 
 def _reluctance(ask: Ask, d: Load, pool: Pool) -> float:
@@ -156,13 +170,14 @@ def _reluctance(ask: Ask, d: Load, pool: Pool) -> float:
 
 
 def _local(ask: Ask, d: Load, decode: Terms, reluctance: float) -> Plan:
-    legs = _prefill(ask, d, 0.0)
+    legs = _prefill(ask, d, 0.0, d.model)
     computing = legs["prefill"]
     own = {
         "queue": _beside_decoding(d, d.queue_ms),
         "prefill": _beside_decoding(d, computing),
         "stall": d.num_sequences * computing,
         "role": reluctance,
+        "held": 0.0,  # it waits for the same prompts in the queue
     }
     return _plan(ask, None, d, {**legs, **decode, **own})
 
