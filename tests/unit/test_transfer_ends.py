@@ -152,3 +152,27 @@ async def test_a_killed_prefill_worker_fails_its_transfer_at_once() -> None:
         await child.wait()
         assert "was lost" in both.sink.failures[tid].message
         await until(lambda: both.held() == (0, 0, 0, 0), 20)  # a chunk in mid-transfer holds its slot for 5 s
+
+
+async def test_an_offer_that_comes_while_the_receiver_lets_go_does_not_keep_it() -> None:
+    """A worker once waited for such a pair to end for as long as it lived, and its change of role with it."""
+    async with ends("shm") as both:
+        both.sink.hold_bind = asyncio.Event()
+        opening = asyncio.create_task(both.open(random_kv(LAYOUT, 9)))
+        await until(lambda: both.servicer.open_transfers == 1)
+        both.sink.refuse_late = Cancelled("this transfer was stopped")
+        releasing = asyncio.create_task(both.servicer.release())
+        await asyncio.sleep(0)
+        both.sink.hold_bind.set()
+        with pytest.raises(Cancelled, match="stopped"):
+            await opening
+        await asyncio.wait_for(releasing, 20)
+        await until(lambda: both.metric("pairs") == 0 and not lane_threads())
+
+
+async def test_a_pair_that_goes_on_to_receive_stays_when_the_receiver_lets_go() -> None:
+    async with ends("shm") as both:
+        outgoing = await both.open(random_kv(LAYOUT, 9))
+        await asyncio.wait_for(both.servicer.release(), 20)
+        await outgoing.seal(FIRST)
+        assert both.sink.done[outgoing.transfer_id].tokens == 9

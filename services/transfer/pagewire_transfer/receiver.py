@@ -24,6 +24,7 @@ __all__ = ["KvChannelServicer", "KvSink", "ReceiveStats"]
 
 
 _MAX_HELLO_BYTES = 16 << 10
+_LOOK_S, _LOOKS = 0.02, 50  # of a pair that may soon receive nothing any more
 
 
 class KvChannelServicer(KvChannelServiceServicer):
@@ -49,6 +50,7 @@ class KvChannelServicer(KvChannelServiceServicer):
         self._pairs: set[ReceivingPair] = set()
         self._owners: dict[bytes, ReceivingPair] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()  # those of them that end with a pair's thread
         self.lend: Callable[[kv.FetchRequest], Awaitable[kv.FetchResponse]] = _nothing_to_lend
 
     @property
@@ -71,12 +73,22 @@ class KvChannelServicer(KvChannelServiceServicer):
             pair.abort(transfer_id, error)
 
     async def release(self) -> None:
-        """Closes the pairs that receive nothing; peers make new ones. Returns when their threads are gone."""
-        for pair in list(self._pairs):
-            if not pair.num_transfers:
-                pair.close(Unavailable("this worker has nothing to receive any more"))
-        if self._tasks:
-            await asyncio.wait(set(self._tasks))
+        """Closes the pairs that receive nothing; peers make new ones. Returns when their threads are gone.
+
+        An offer that has just come is still to be refused: such a pair is waited for, a little. One that goes on to
+        receive, a prefix that is fetched, stays.
+        """
+        leaving = set(self._pairs)
+        for _ in range(_LOOKS):
+            for pair in leaving:
+                if not pair.num_transfers:
+                    pair.close(Unavailable("this worker has nothing to receive any more"))
+            await asyncio.sleep(_LOOK_S)
+            leaving &= self._pairs
+            if not leaving:
+                break
+        if self._closing:
+            await asyncio.wait(set(self._closing))
 
     async def close(self) -> None:
         """Fails every open transfer and returns when nothing of it runs any more; stop the server first."""
@@ -108,7 +120,9 @@ class KvChannelServicer(KvChannelServiceServicer):
         finally:  # no await here: a vanished client cancels this very coroutine
             pair.close(Unavailable(f"prefill worker {hello.worker_id!r} was lost"))
             self._pairs.discard(pair)
-            self._spawn(pair.closed())
+            closing = self._spawn(pair.closed())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _hello(self, requests: AsyncIterator[kv.ConnectRequest]) -> kv.Hello:
         try:
