@@ -95,7 +95,7 @@ class Space:
         if needed > free:
             raise StartupError(
                 f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
-                "use a smaller model or a machine with more memory"
+                "use a smaller model, or a machine or a container's limit with more memory"
             )
 
     @property

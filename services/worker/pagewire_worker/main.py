@@ -13,6 +13,7 @@ from pagewire_core import faults, tracing
 from pagewire_core.command_line import run_main
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import WORKER_FLAGS
+from pagewire_core.machine import num_threads
 from pagewire_core.model_dir import resolve_model
 from pagewire_core.startup import Timeline
 from pagewire_core.telemetry import configure_logging
@@ -38,8 +39,7 @@ def _run(args: argparse.Namespace) -> None:
     configure_logging(f"worker-{args.role}", args.log_format, args.log_level)
     tls = tls_files(args.tls_cert, args.tls_key, args.tls_ca)
     args.redis_url = with_certificates(args.redis_url, tls)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or min(torch.get_num_threads(), num_threads(args.cpus)))
     torch.set_num_interop_threads(1)
     model = resolve_model(args.model, args.revision, args.download_dir)
     options = _options(args)
