@@ -37,7 +37,7 @@ CHECKS = (
 
 
 KEY = "sk-fuzz-admin"
-WITH_KEYS = (
+WITH_KEYS = (  # beside the others, of which these take the place
     f"--phases={PHASES},stateful",
     f"--checks={','.join(CHECKS)},ignored_auth",
     f"--header=Authorization: Bearer {KEY}",
@@ -87,6 +87,6 @@ async def main(examples: int, with_keys: bool, options: Sequence[str]) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=50)
-    parser.add_argument("--keys", action="store_true")
+    parser.add_argument("--keys", action="store_true", help="ask with a key, of a server that wants one")
     known, others = parser.parse_known_args()
     sys.exit(not asyncio.run(main(known.examples, known.keys, others)))

@@ -80,18 +80,15 @@ class Sink:
     first_tokens: dict[bytes, list[pb.SampledToken]] = field(default_factory=dict)
     failures: dict[bytes, PagewireError] = field(default_factory=dict)
     refuse: PagewireError | None = None
-    refuse_late: PagewireError | None = None  # once `hold_bind` lets it
     refuse_seal: PagewireError | None = None
     hold_bind: asyncio.Event | None = None
     before: Callable[[bytes], None] = lambda _: None
 
     async def bind(self, transfer_id: bytes, token_begin: int, token_end: int) -> None:
-        if self.refuse is not None:
-            raise self.refuse
         if self.hold_bind is not None:
             await self.hold_bind.wait()
-        if self.refuse_late is not None:
-            raise self.refuse_late
+        if self.refuse is not None:
+            raise self.refuse
         layout = self.layout
         shape = (layout.num_layers, 2, token_end - token_begin, layout.num_kv_heads, layout.head_dim)
         self.pages[transfer_id] = torch.full(shape, torch.nan, dtype=DTYPES[layout.dtype])

@@ -131,11 +131,11 @@ def _usual_model(pool: Pool) -> StepModel:
 
 
 def _prefill(ask: Ask, p: Load, crowd: float, usual: StepModel) -> Terms:
-    computing = p.model.prefill_ms(*to_compute(ask, p))
+    rest = to_compute(ask, p)
     terms = {
         "queue": p.queue_ms,
-        "prefill": computing,
-        "delay": crowd * usual.prefill_ms(*to_compute(ask, p)),
+        "prefill": p.model.prefill_ms(*rest),
+        "delay": crowd * usual.prefill_ms(*rest),
         "eviction": _evicted_ms(p, _rest(ask, p)[0]),
     }
     return terms | {"fetch": p.fetch.ms} if p.fetch else terms
@@ -146,11 +146,11 @@ def _decode(ask: Ask, d: Load) -> Terms:
         d.num_sequences + ask.n, d.kv_tokens + int(ask.n * (ask.prompt_tokens + ask.output_tokens / 2))
     )
     without_it = d.model.decode_ms(d.num_sequences, d.kv_tokens)
-    held = max(ask.prompt_tokens - d.hit_tokens, 0) + int(ask.n * ask.output_tokens)
+    more_tokens = max(ask.prompt_tokens - d.hit_tokens, 0) + int(ask.n * ask.output_tokens)
     return {
         "decode": ask.output_tokens * with_it,
         "harm": ask.output_tokens * (with_it - without_it) * d.num_sequences,
-        "eviction_d": _evicted_ms(d, held),
+        "eviction_d": _evicted_ms(d, more_tokens),
         "held": min(_beside_decoding(d, d.queue_ms), ask.output_tokens * _STEP_MS),
     }
 
