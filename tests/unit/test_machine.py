@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pagewire_core.machine import available_cpus, available_memory, num_threads
+from pagewire_core.machine import available_cpus, available_memory, num_threads, oom_kills
 
 GIB = 1 << 30
 CPUS = tuple(range(64))
@@ -118,3 +118,8 @@ def test_the_kernels_own_groups(half_a_core: list[Path]) -> None:
     threads, memory = map(int, told.stdout.split())
     assert threads == 1 <= len(available_cpus())
     assert 128 << 20 < memory < 256 << 20
+
+
+def test_who_was_killed_for_want_of_memory_is_counted(tmp_path: Path) -> None:
+    assert oom_kills(made(tmp_path, "", "", {"proc/vmstat": "nr_free_pages 5\noom_kill 3\nballoon_inflate 0"})) == 3
+    assert oom_kills(tmp_path / "elsewhere") == 0

@@ -23,6 +23,7 @@ from pagewire_core.registry import Registration
 from pagewire_core.rpc import PROTOCOL, open_channel
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_router import ledger, workers
+from pagewire_router.main import _report_health
 from prometheus_client.parser import text_string_to_metric_families
 from router_scene import EOS, ROLES, Scene, scene, until
 
@@ -83,6 +84,58 @@ async def test_a_worker_that_comes_back_on_its_address_is_a_new_one(byte_tokeniz
             assert s.router.index.instance_of("d1") == "d1-2"
             assert (await s.ask()).text == {0: "hello world"}
             assert "decode" in again.seen
+
+
+async def test_a_worker_that_registers_again_is_not_left_to_the_back_off(
+    byte_tokenizer: Tokenizer, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it has long been away, the next attempt of its own accord would come too late for whoever waits."""
+    async with scene(byte_tokenizer, "p1 d1", redis_url=redis_server.url) as s:
+        d1 = s.workers["d1"]
+        monkeypatch.setattr(workers, "_MIN_BACKOFF_S", 600.0)
+        monkeypatch.setattr(workers, "_MAX_BACKOFF_S", 600.0)
+        await d1.kill()
+        await until(lambda: live(s) == ["p1"])
+        async with one_more(s, "d1", d1.address) as again:
+            again.instance = "d1-2"
+            await again.start()
+            async with registered(redis_server, again):
+                await until(lambda: live(s) == ["d1", "p1"])
+
+
+async def test_a_worker_that_joins_while_another_change_is_told_makes_the_router_serving(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody looks again by himself here: a change that goes unseen is never told."""
+    told: list[bool] = []
+
+    async def until_changed(self: workers.WorkerTable, timeout_s: float) -> None:
+        await self._changed.wait()
+
+    class Server:
+        async def set_serving(self, serving: bool) -> None:
+            told.append(serving)
+            await asyncio.sleep(0.05)
+
+    class Table(workers.WorkerTable):
+        usable = False
+
+    class Queue:
+        def wake(self) -> None: ...
+
+    monkeypatch.setattr(workers.WorkerTable, "wait_changed", until_changed)
+    table = Table(b"")
+    task = asyncio.create_task(_report_health(Server(), table, Queue()))  # type: ignore[arg-type]
+    await until(lambda: told == [False])
+    table.usable = True
+    table._notify()  # while that is being told
+    await until(lambda: told == [False, True])
+    table._notify()
+    await asyncio.sleep(0)  # it has seen that one, and gathers what else there may be
+    table.usable = False
+    table._notify()
+    await until(lambda: told == [False, True, False])
+    task.cancel()
 
 
 @pytest.mark.parametrize(("field", "value"), [("digest", b"x" * 32), ("protocol", PROTOCOL + 2)])

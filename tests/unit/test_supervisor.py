@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pagewire_cli import ports, readiness, redis_server, supervisor
+from pagewire_cli import ports, readiness, redis_server, service, supervisor
 from pagewire_cli.plan import Plan, ServiceSpec
 from pagewire_cli.supervisor import Supervisor
 from pagewire_core.errors import StartupError
@@ -138,6 +139,16 @@ async def test_a_service_killed_before_it_is_ready_says_so(tmp_path: Path) -> No
     suicide = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     async with _running(_make_plan(tmp_path, {"router": suicide})) as task:
         with pytest.raises(StartupError, match="router did not start: killed by SIGSEGV"):
+            await asyncio.wait_for(task, 15)
+
+
+async def test_a_service_killed_while_memory_runs_out_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suicide = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(service, "oom_kills", itertools.count().__next__)
+    async with _running(_make_plan(tmp_path, {"decode-0": suicide})) as task:
+        with pytest.raises(
+            StartupError, match="decode-0 did not start: killed by SIGKILL, it seems for want of memory"
+        ):
             await asyncio.wait_for(task, 15)
 
 

@@ -39,6 +39,7 @@ class ServiceSpec:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     is_ready: Callable[[str], Awaitable[bool]]
+    flags: tuple[str, ...] = ()  # of the command, which is the program and these
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _service(
     flags = tuple(flag for flag in flags if flag != "api-key")
     own, asking = _tls_files(values["tls"], program), _tls_files(values["tls"], OPERATOR)
     paths = {"tls_cert": own and own.cert, "tls_key": own and own.key, "tls_ca": own and own.ca}
-    command = (*_program(program), *to_command_line(argparse.Namespace(**values, **paths), flags))
+    given = tuple(to_command_line(argparse.Namespace(**values, **paths), flags))
     is_ready: Callable[[str], Awaitable[bool]]
     if role == "bridge":
         is_ready = _asks_bridge(values)
@@ -159,7 +160,7 @@ def _service(
         is_ready = functools.partial(asks, tls=asking)
     own_port = values.get("own_port")  # at the shared one another might answer
     address = f"{_LOOPBACK}:{own_port}" if own_port else _dialled(str(values["host"]), values["port"])
-    return ServiceSpec(name, role, address, command, environment, is_ready)
+    return ServiceSpec(name, role, address, (*_program(program), *given), environment, is_ready, given)
 
 
 def _asks_bridge(values: Mapping[str, Any]) -> Callable[[str], Awaitable[bool]]:

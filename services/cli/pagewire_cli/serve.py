@@ -16,6 +16,7 @@ from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, number, positive
 
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, add_so_anyway, refuse_otherwise
+from pagewire_cli.zygote import Zygote, helps
 
 # What the supervisor decides for each process itself.
 _OWN = frozenset({"role", "worker-id", "router", "cpu-lending", "own-port", "api-server-rank", *TLS_FLAGS})
@@ -112,6 +113,12 @@ def demo_model() -> Path:
 
 def _run(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    from pagewire_cli.supervisor import serve  # grpc and redis: not wanted by `pagewire version`
+    args = settle(args)
+    zygote = Zygote() if helps(args) else None  # now: what it imports takes longest of all
+    try:
+        from pagewire_cli.supervisor import serve
 
-    asyncio.run(serve(settle(args), started))
+        asyncio.run(serve(args, started, zygote))
+    finally:
+        if zygote:
+            zygote.close()

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from pagewire_core import tether
 from pagewire_core.errors import StartupError
+from pagewire_core.machine import oom_kills
 
 from pagewire_cli.plan import ServiceSpec
+from pagewire_cli.zygote import Forked, Zygote
 
 _POLL_S = 0.05
 _TAIL_BYTES = 8192
@@ -27,8 +29,9 @@ class Service:
         self.spec = spec
         self.log_path = log_path
         self.started_at = 0.0  # time.monotonic() of the current life
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._log_start = 0
+        self._oom_kills = oom_kills()  # before the current life
 
     @property
     def pid(self) -> int | None:
@@ -37,6 +40,7 @@ class Service:
     def spawn(self) -> None:
         """Starts the process, in a session of its own: Ctrl-C in the terminal is the supervisor's to pass on."""
         command = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *self.spec.command]
+        self._oom_kills = oom_kills()
         with self.log_path.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
@@ -44,6 +48,14 @@ class Service:
                 env=dict(self.spec.environment), start_new_session=True,
             )  # fmt: skip
         self.started_at = time.monotonic()
+
+    async def spawn_from(self, zygote: Zygote) -> None:
+        """The same without the imports, or the usual way if the zygote fails."""
+        if await zygote.ready():
+            self._process = zygote.fork(self.spec.flags, self.spec.environment, self.log_path)
+            self.started_at = zygote.started_at
+        if self._process is None:
+            self.spawn()
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -83,6 +95,8 @@ class Service:
         """Why the process ended, as far as its output or its exit status tells."""
         assert self._process is not None and self._process.returncode is not None
         code = self._process.returncode
+        if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            return "killed by SIGKILL, it seems for want of memory"
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         return self._last_sentence() or f"exited with code {code}"

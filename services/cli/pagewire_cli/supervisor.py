@@ -1,6 +1,6 @@
 """Starts every service of one machine, keeps them running, and stops them in order.
 
-serve -> checks (port, Redis) -> redis -> workers, router, bridge together -> all ready -> watch
+serve -> checks (port, Redis) -> redis -> workers; router, bridge -> all ready -> watch
 SIGINT, SIGTERM, SIGHUP: bridge -> router -> workers -> redis; a second one kills all at once
 A service that ends before it was ever ready ends everything; later it is started again.
 """
@@ -31,17 +31,21 @@ from pagewire_cli.copies import why_one
 from pagewire_cli.plan import WORKER_ROLES, Plan, make_plan
 from pagewire_cli.service import Service
 from pagewire_cli.version import installed_version
+from pagewire_cli.zygote import Zygote
 
 FIRST_RESTART_S = 1.0
 LAST_RESTART_S = 30.0
+_POLL_S = 0.02
 _STABLE_S = 60.0  # a life this long forgets the deaths before it
 _STOP_ORDER = {"bridge": 0, "router": 1, "redis": 3}  # workers: 2
 _ONCE = frozenset({"redis", "router", "bridge"})  # unless told otherwise
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-async def serve(args: argparse.Namespace, started: float) -> None:
+async def serve(args: argparse.Namespace, started: float, zygote: Zygote | None = None) -> None:
     """Runs settled `serve` arguments until a signal. `started`: time.monotonic() of the command's start.
+
+    zygote: of the workers, closed as soon as they run.
 
     Raises StartupError before anything runs if the port is taken or Redis cannot be reached, and after
     everything is stopped again if a service does not start.
@@ -56,12 +60,13 @@ async def serve(args: argparse.Namespace, started: float) -> None:
         console.say(f"one worker for both stages, as {why}; --prefill 1 --decode 1 starts two all the same")
     plan = make_plan(args)
     console.say(f"pagewire {installed_version()} starts {_summary(plan)} for {args.model}; logs: {plan.directory}")
-    await Supervisor(plan, started).run()
+    await Supervisor(plan, started, zygote).run()
 
 
 class Supervisor:
-    def __init__(self, plan: Plan, started: float) -> None:
+    def __init__(self, plan: Plan, started: float, zygote: Zygote | None = None) -> None:
         self._plan = plan
+        self._zygote = zygote
         self._started = started
         self._services = [Service(spec, plan.directory / f"{spec.name}.log") for spec in plan.services]
         self._unready = {service.spec.name for service in self._services}
@@ -116,21 +121,42 @@ class Supervisor:
     async def _supervise_all(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                for role, services in groupby(self._services, key=lambda service: service.spec.role):
-                    for service in services:
-                        await self._begin(service, group, wait=role == "redis")
+                for redis in self._of("redis"):
+                    redis.spawn()
+                    await self._watch(redis, group).wait()
+                group.create_task(self._begin_workers(group))
+                await self._begin_fronts(group)
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
-    async def _begin(self, service: Service, group: asyncio.TaskGroup, wait: bool) -> None:
-        """Spawns a service and watches it from then on; `wait`: returns only when it is ready."""
-        service.spawn()
+    def _of(self, *roles: str) -> list[Service]:
+        return [service for service in self._services if service.spec.role in roles]
+
+    async def _begin_workers(self, group: asyncio.TaskGroup) -> None:
+        for worker in self._of(*WORKER_ROLES):
+            if self._zygote is None:
+                worker.spawn()
+            else:
+                await worker.spawn_from(self._zygote)
+            self._watch(worker, group)
+        if self._zygote is not None:
+            self._zygote.close()
+
+    async def _begin_fronts(self, group: asyncio.TaskGroup) -> None:
+        """One after the other: of two cores, one is for the workers' imports, which take longest."""
+        for front in self._of("router", "bridge"):
+            front.spawn()
+            self._watch(front, group)
+            while front.spec.role == "router" and not await readiness.listens(front.spec.address):
+                await asyncio.sleep(_POLL_S)
+
+    def _watch(self, service: Service, group: asyncio.TaskGroup) -> asyncio.Event:
+        """Keeps what has been spawned running. The event is set when it is ready."""
         if self._plan.verbose:
             group.create_task(console.follow(service.spec.name, service.log_path))
         ready = asyncio.Event()
         group.create_task(self._supervise(service, ready))
-        if wait:
-            await ready.wait()
+        return ready
 
     async def _supervise(self, service: Service, ready: asyncio.Event) -> None:
         await self._say_ready(service)

@@ -39,6 +39,12 @@ def available_memory(root: Path = _ROOT) -> int:
     return max(0, min([psutil.virtual_memory().available, *left]))
 
 
+def oom_kills(root: Path = _ROOT) -> int:
+    """Processes that the system has killed for want of memory since it started, in whatever container; 0: unknown."""
+    counts = dict(line.split() for line in _read(root / "proc/vmstat").splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """Directories of the groups that hold this process, the innermost first; none where there are no such groups."""
     try:

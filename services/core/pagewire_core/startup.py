@@ -11,10 +11,10 @@ import psutil
 
 
 class Timeline:
-    """`mark` ends a phase. The first one began with the process itself, the interpreter's start included."""
+    """`mark` ends a phase. The first one began at `began`, or with the process, the interpreter's start included."""
 
-    def __init__(self) -> None:
-        self._last = time.time() - _age()
+    def __init__(self, began: float | None = None) -> None:
+        self._last = process_began() if began is None else began
         self.phases: dict[str, float] = {}  # name -> seconds, in order
 
     def mark(self, name: str) -> None:
@@ -23,13 +23,13 @@ class Timeline:
         self._last = now
 
 
-def _age() -> float:
-    """Seconds since the system made this process. psutil knows it to a second, Linux to a hundredth."""
+def process_began() -> float:
+    """When the system made this process, as time.time(). psutil knows it to a second, Linux to a hundredth."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + started
     except (OSError, AttributeError):
-        return time.time() - psutil.Process().create_time()
+        return psutil.Process().create_time()
 
 
 def freeze_heap() -> None:

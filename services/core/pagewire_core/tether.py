@@ -14,12 +14,18 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def end_with(parent: int) -> None:
+    """This process is killed when `parent` ends, and ends at once if it has already."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the signal was asked for
+        sys.exit(1)
+
+
 def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the signal was asked for
-            sys.exit(1)
+    end_with(parent)
     os.execv(command[0], command)
 
 

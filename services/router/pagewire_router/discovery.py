@@ -10,7 +10,7 @@ from pagewire_core.registry import list_workers
 
 from pagewire_router.workers import WorkerTable
 
-_EVERY_S = 0.5
+_EVERY_S, _WANTING_S = 0.5, 0.1  # the latter while nobody can be served
 
 
 class Discovery:
@@ -31,5 +31,5 @@ class Discovery:
         while True:
             listed = await list_workers(redis)
             self._link.alive()
-            self._workers.set_registered(worker.address for worker in listed)
-            await asyncio.sleep(_EVERY_S)
+            self._workers.set_registered(listed)
+            await asyncio.sleep(_EVERY_S if self._workers.usable else _WANTING_S)

@@ -169,12 +169,12 @@ async def _report_health(server: RpcServer, workers: WorkerTable, admission: Adm
     """SERVING while some request could be served; a change of the workers lets waiting requests in."""
     serving: bool | None = None
     while True:
-        if workers.usable != serving:
+        while workers.usable != serving:
             serving = workers.usable
             await server.set_serving(serving)
         admission.wake()
+        await workers.wait_changed(1.0)  # nothing has changed since they were looked at: no other task had a turn
         await asyncio.sleep(_LOOK_S)
-        await workers.wait_changed(1.0)
 
 
 if __name__ == "__main__":

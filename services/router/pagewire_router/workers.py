@@ -20,6 +20,7 @@ from pagewire_core.block_events import HASH_BYTES
 from pagewire_core.errors import PagewireError, Unavailable, from_rpc
 from pagewire_core.feed import FeedReader
 from pagewire_core.prefix_index import Snapshot
+from pagewire_core.registry import RegisteredWorker
 from pagewire_core.rpc import PROTOCOL, open_channel, speaks
 from pagewire_core.tls import WORKER, TlsFiles
 
@@ -90,7 +91,8 @@ class WorkerTable:
         self._tls = tls
         self._live: dict[str, Worker] = {}
         self._static: set[str] = set()
-        self._registered: set[str] = set()
+        self._registered: dict[str, str] = {}  # address -> the instance that is there
+        self._appeared: dict[str, asyncio.Event] = {}  # by address; set by another instance than was there
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}  # address -> what was last logged
         self._changed = asyncio.Event()
@@ -123,10 +125,13 @@ class WorkerTable:
         self._static = set(addresses)
         self._follow_known()
 
-    def set_registered(self, addresses: Iterable[str]) -> None:
+    def set_registered(self, workers: Iterable[RegisteredWorker]) -> None:
         """What the registry lists now. A live worker that is not listed stays until its stream ends."""
-        self._registered = set(addresses)
+        before, self._registered = self._registered, {worker.address: worker.instance for worker in workers}
         self._follow_known()
+        for address, instance in self._registered.items():
+            if before.get(address) != instance:
+                self._appeared[address].set()
 
     async def close(self) -> None:
         followers = list(self._followers.values())
@@ -154,17 +159,21 @@ class WorkerTable:
         return Snapshot(sequence, hashes)
 
     def _follow_known(self) -> None:
-        for address in (self._static | self._registered) - self._followers.keys():
-            task = asyncio.create_task(self._follow(address))
-            self._followers[address] = task
+        for address in (self._static | self._registered.keys()) - self._followers.keys():
+            self._appeared[address] = asyncio.Event()
+            self._followers[address] = asyncio.create_task(self._follow(address))
 
     async def _follow(self, address: str) -> None:
-        """Connects to one address again and again as long as it is known."""
+        """Connects to one address again and again as long as it is known; at once when somebody registers it."""
+        appeared = self._appeared[address]
         backoff = _MIN_BACKOFF_S
         while address in self._static or address in self._registered:
             lived = await self._one_life(address)
             backoff = _MIN_BACKOFF_S if lived else min(2 * backoff, _MAX_BACKOFF_S)
-            await asyncio.sleep(backoff)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(backoff):
+                    await appeared.wait()
+            appeared.clear()
         self._followers.pop(address, None)
 
     async def _one_life(self, address: str) -> bool:

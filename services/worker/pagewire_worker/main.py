@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import uuid
+from functools import partial
 
 import torch
 import uvloop
@@ -26,12 +27,15 @@ from pagewire_engine.speculative.loading import load_proposer, resolve_draft
 from pagewire_worker.worker import Worker
 
 
-def main() -> None:
-    run_main("pagewire-worker", _run, WORKER_FLAGS, "Computes prompts, generates tokens, or both.")
+def main(began: float | None = None) -> None:
+    """began: time.time() of the start, where it was before that of this process."""
+    run_main(
+        "pagewire-worker", partial(_run, began=began), WORKER_FLAGS, "Computes prompts, generates tokens, or both."
+    )
 
 
-def _run(args: argparse.Namespace) -> None:
-    timeline = Timeline()
+def _run(args: argparse.Namespace, began: float | None) -> None:
+    timeline = Timeline(began)
     timeline.mark("imports")
     faults.arm(os.environ.get(faults.VARIABLE))
     if not args.enable_chunked_prefill:
