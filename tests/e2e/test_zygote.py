@@ -112,12 +112,7 @@ time.sleep(600)
         assert len(family) == 2 and not psutil.wait_procs(family, 30)[1]
 
 
-@pytest.mark.parametrize(
-    ("workers", "gpus", "helps"), [((1, 1, 0), [], True), ((0, 0, 1), [], False), ((1, 1, 0), ["0"], False)]
-)
-def test_it_is_for_several_workers_without_gpus(
-    workers: tuple[int, int, int], gpus: list[str], helps: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("gpus", "helps"), [([], True), (["0"], False)])
+def test_it_is_for_workers_without_gpus(gpus: list[str], helps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forking.gpus, "seen", lambda device, environ: gpus)
-    prefill, decode, both = workers
-    assert forking.helps(argparse.Namespace(prefill=prefill, decode=decode, both=both, device="auto")) is helps
+    assert forking.helps(argparse.Namespace(device="auto")) is helps

@@ -55,9 +55,8 @@ class Forked:
 
 
 def helps(args: argparse.Namespace) -> bool:
-    """Whether settled arguments of `serve` ask for several workers that can be forked: what CUDA has begun cannot."""
-    several = args.prefill + args.decode + args.both > 1
-    return sys.platform == "linux" and several and not gpus.seen(args.device, os.environ)
+    """Whether the workers of settled arguments of `serve` can be forked: what CUDA has begun cannot."""
+    return sys.platform == "linux" and not gpus.seen(args.device, os.environ)
 
 
 class Zygote:
