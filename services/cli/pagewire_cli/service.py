@@ -70,7 +70,8 @@ class Service:
 
     async def wait_exit(self) -> None:
         while self.is_running():
-            await asyncio.sleep(_POLL_S)
+            assert self._process is not None
+            await _ended(self._process.pid)
 
     async def stop(self, grace_s: float) -> bool:
         """SIGTERM, and SIGKILL after `grace_s`; False if it took the latter. A process not running is left alone."""
@@ -107,6 +108,21 @@ class Service:
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         ours = [line for line in lines if line.startswith("pagewire-")]  # how run_main words a StartupError
         return _readable((ours or lines or [""])[-1].strip())
+
+
+async def _ended(pid: int) -> None:
+    """Returns when a child has ended, or after a moment where the system has no pidfds."""
+    if not hasattr(os, "pidfd_open"):
+        await asyncio.sleep(_POLL_S)
+        return
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    handle = os.pidfd_open(pid)
+    loop.add_reader(handle, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
 
 
 def _readable(line: str) -> str:

@@ -12,6 +12,7 @@ knows when it lost something; a snapshot includes at least the events up to its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 import threading
 import time
@@ -102,6 +103,7 @@ class BlockEventPublisher:
         self._first_pending = 1  # number of the first pending event
         self._sequence = 0
         self._dirty = True  # readers cannot follow by events alone: write a snapshot
+        self._tell: Callable[[], object] = lambda: None  # that something is pending
 
     @property
     def sequence(self) -> int:
@@ -125,6 +127,8 @@ class BlockEventPublisher:
         packed = pack_event(kind, hashes)
         with self._lock:
             self._sequence += 1
+            if not self._pending:
+                self._tell()
             if len(self._pending) + len(packed) > _MAX_PENDING_BYTES:
                 self._drop_pending()
             else:
@@ -143,10 +147,18 @@ class BlockEventPublisher:
         return first, packed
 
     async def _publish(self, redis: Redis) -> None:
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: there is nobody to be told
+                loop.call_soon_threadsafe(news.set)
+
         with self._lock:
+            self._tell = tell
             self._drop_pending()  # what was being sent when Redis went away may have arrived or not
         snapshot_at = 0.0
         while True:
+            news.clear()
             if self._dirty or time.monotonic() - snapshot_at > _SNAPSHOT_EVERY_S:
                 await self._write_snapshot(redis)
                 snapshot_at = time.monotonic()
@@ -156,6 +168,9 @@ class BlockEventPublisher:
                 await self._add(redis, first, packed)
                 self._link.alive()
             await asyncio.sleep(_BATCH_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(snapshot_at + _SNAPSHOT_EVERY_S - time.monotonic()):
+                    await news.wait()
 
     async def _write_snapshot(self, redis: Redis) -> None:
         was_dirty, self._dirty = self._dirty, False

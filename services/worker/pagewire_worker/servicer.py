@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from pagewire_worker.roles import Roles
 
-_POLL_S = 0.05  # load is looked at this often and sent when it changed
+_POLL_S, _IDLE_POLL_S = 0.05, 0.25  # load is looked at this often and sent when it changed; the latter if it has not
+_BUSY_S = 1.0  # for so long
 _AT_LEAST_EVERY_S = 1.0
 _HASHES_PER_MESSAGE = 10_000
 
@@ -42,13 +43,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def Stats(
         self, request: worker_pb2.StatsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.StatsResponse]:
-        sent, sent_at = None, 0.0
+        sent, sent_at, changed_at = None, 0.0, 0.0
         while True:
             stats, now = self._stats(), time.monotonic()
+            if stats != sent:
+                changed_at = now
             if stats != sent or now - sent_at >= _AT_LEAST_EVERY_S:
                 yield stats
                 sent, sent_at = stats, now
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_POLL_S if now - changed_at < _BUSY_S else _IDLE_POLL_S)
 
     async def Snapshot(
         self, request: worker_pb2.SnapshotRequest, context: grpc.aio.ServicerContext
