@@ -283,9 +283,19 @@ async def test_a_request_is_given_up_only_when_attempts_in_a_row_gave_nothing(by
 
 
 async def test_a_worker_lost_after_the_last_token_is_not_missed(byte_tokenizer: Tokenizer) -> None:
+    told = asyncio.Event()
+
+    async def lost(worker: FakeWorker) -> None:
+        await told.wait()  # a failure and the tokens on a feed may overtake each other
+        fail(worker)
+
     async with scene(byte_tokenizer, "p1 d1") as s:
-        s.workers["d1"].script.hooks["finished"] = fail
-        answer = await s.ask()
+        s.workers["d1"].script.hooks["finished"] = lost
+        answer = Answer()
+        async for response in s.stub.Generate(request()):
+            answer.add(response)
+            if answer.finish:
+                told.set()
         assert answer.text == {0: "hello world"}
         assert answer.summary is not None
         assert answer.summary.attempts == 1

@@ -106,6 +106,7 @@ async def test_a_feed_that_nobody_reads_ends_its_calls(byte_tokenizer: Tokenizer
     async with scene(byte_tokenizer, "p1 d1", "x" * 200, send_timeout=TIMEOUT_S) as s, narrow(s) as stub:
         deltas = stub.DeltaFeed(inference_pb2.DeltaFeedRequest(feed_id=b"f" * 16))
         await deltas.read()
+        s.workers["d1"].script.step_s = 4 * TIMEOUT_S / 200  # nothing that comes later would notice
         s.workers["d1"].script.hooks["finished"] = lambda worker: asyncio.sleep(30)
         call = stub.Generate(request(feed_id=b"f" * 16, feed_call=1, **LONG))
         responses = [response async for response in call]

@@ -50,5 +50,5 @@ async def ended_if_unread(
 
 async def _tell(context: grpc.aio.ServicerContext, timeout_s: float) -> None:
     """Sends the status, which waits behind what is unread until the client reads or its connection ends."""
-    with contextlib.suppress(grpc.aio.AbortError, grpc.aio.UsageError, asyncio.InvalidStateError):
+    with contextlib.suppress(grpc.aio.BaseError, asyncio.InvalidStateError):
         await abort_with(context, Cancelled(f"the client took nothing of its answer for {timeout_s:g} s"))
