@@ -95,6 +95,13 @@ async def test_without_a_zygote_a_worker_starts_the_usual_way(log: Path) -> None
         broken.close()
 
 
+async def test_where_orphans_cannot_be_adopted_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "_adopt_orphans", lambda on: False)
+    lonely = Zygote()
+    assert not await lonely.ready()
+    lonely.close()
+
+
 def test_no_worker_outlives_a_supervisor_that_is_killed(llama: Path, log: Path) -> None:
     script = f"""
 import asyncio, os, time

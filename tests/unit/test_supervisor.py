@@ -168,6 +168,21 @@ async def test_a_service_that_dies_later_comes_back_on_its_port(
     assert len(re.findall(r"^decode-0 +ready", out, re.MULTILINE)) == 2
 
 
+async def test_a_death_is_noticed_where_a_sandbox_forbids_pidfds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(pid: int) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "pidfd_open", forbidden, raising=False)
+    monkeypatch.setattr(supervisor, "FIRST_RESTART_S", 0.1)
+    plan = _make_plan(tmp_path)
+    async with _running(plan):
+        before = await _state(plan)
+        os.kill(before["decode-0"], signal.SIGKILL)
+        assert (await _state(plan, unlike=before))["decode-0"] != before["decode-0"]
+
+
 async def test_waits_between_restarts_double_while_a_service_keeps_dying(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

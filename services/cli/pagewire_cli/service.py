@@ -7,13 +7,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from pagewire_core import tether
 from pagewire_core.errors import StartupError
 from pagewire_core.machine import oom_kills
+from pagewire_core.tether import tethered
 
 from pagewire_cli.plan import ServiceSpec
 from pagewire_cli.zygote import Forked, Zygote
@@ -39,12 +38,11 @@ class Service:
 
     def spawn(self) -> None:
         """Starts the process, in a session of its own: Ctrl-C in the terminal is the supervisor's to pass on."""
-        command = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *self.spec.command]
         self._oom_kills = oom_kills()
         with self.log_path.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                tethered(self.spec.command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env=dict(self.spec.environment), start_new_session=True,
             )  # fmt: skip
         self.started_at = time.monotonic()
@@ -111,12 +109,13 @@ class Service:
 
 
 async def _ended(pid: int) -> None:
-    """Returns when a child has ended, or after a moment where the system has no pidfds."""
-    if not hasattr(os, "pidfd_open"):
+    """Returns when a child has ended, or after a moment where the system has no pidfds, or a sandbox forbids them."""
+    try:
+        handle = os.pidfd_open(pid)
+    except (AttributeError, OSError):
         await asyncio.sleep(_POLL_S)
         return
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    handle = os.pidfd_open(pid)
     loop.add_reader(handle, ended.set)
     try:
         await ended.wait()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pagewire_core import tether
+from pagewire_core.tether import tethered
 
 from pagewire_cli import gpus
 
@@ -64,14 +64,13 @@ class Zygote:
 
     def __init__(self) -> None:
         self.started_at = time.monotonic()
-        self._is_ready: bool | None = None  # None: not known yet
-        _adopt_orphans(True)
-        program = (sys.executable, "-P", "-c", "from pagewire_worker.zygote import main; main()")
-        command = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *program]
+        # None: not known yet. What it forks must become a child of this process.
+        self._is_ready: bool | None = None if _adopt_orphans(True) else False
+        command = (sys.executable, "-P", "-m", "pagewire_worker.zygote")
         # One thread: workers set the number of theirs, and threads do not survive a fork.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            tethered(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=environment, start_new_session=True,
         )  # fmt: skip
 
@@ -104,6 +103,6 @@ class Zygote:
         return Forked(int(pid)) if pid else None
 
 
-def _adopt_orphans(on: bool) -> None:
-    """Whether a descendant that loses its parent becomes a child of this process."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
+def _adopt_orphans(on: bool) -> bool:
+    """Whether a descendant that loses its parent is to become a child of this process; False if that cannot be had."""
+    return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0) == 0)

@@ -175,6 +175,7 @@ class WorkerTable:
                     await appeared.wait()
             appeared.clear()
         self._followers.pop(address, None)
+        self._appeared.pop(address, None)
 
     async def _one_life(self, address: str) -> bool:
         """Follows a worker from its first word to its last; says whether it was alive at all."""

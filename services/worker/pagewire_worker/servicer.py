@@ -46,9 +46,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         sent, sent_at, changed_at = None, 0.0, 0.0
         while True:
             stats, now = self._stats(), time.monotonic()
-            if stats != sent:
+            changed = stats != sent
+            if changed:
                 changed_at = now
-            if stats != sent or now - sent_at >= _AT_LEAST_EVERY_S:
+            if changed or now - sent_at >= _AT_LEAST_EVERY_S:
                 yield stats
                 sent, sent_at = stats, now
             await asyncio.sleep(_POLL_S if now - changed_at < _BUSY_S else _IDLE_POLL_S)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import structlog
-from pagewire_core import tether
+from pagewire_core.tether import tethered
 from pagewire_transfer.relay_store import RelayStore
 
 from pagewire_engine.options import EngineOptions
@@ -132,9 +132,6 @@ def _start(rank: int) -> Member:
     pairs = [socket.socketpair() for _ in range(3)]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(theirs).fileno() for _, theirs in pairs]
-        command = [
-            *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
-            *(sys.executable, "-m", "pagewire_engine.parallel.rank", str(rank), *map(str, files)),
-        ]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=files)
+        command = (sys.executable, "-m", "pagewire_engine.parallel.rank", str(rank), *map(str, files))
+        process = subprocess.Popen(tethered(command), stdin=subprocess.DEVNULL, pass_fds=files)
     return Member(process, *(ours for ours, _ in pairs))
