@@ -13,8 +13,8 @@
 //
 // Only the owner asks and seizes. Workers are known by the number of their first own core, plus one.
 //
-// A core may be busy with processes that know nothing of this. A step would wait for the thread there at every meeting,
-// and take several times as long as without it. So a thread that waited for its core in much of a step sits out the next.
+// A core may be busy with processes that know nothing of this. A thread there would wait for most of every step, and keep
+// those processes from being put on another core. So one that waited so sits out the next steps.
 
 #pragma once
 
@@ -127,10 +127,10 @@ class Cores {
         }
     }
 
-    // How long a step took, and how much of it this thread waited for its core. One that waited long sits out for so long
-    // that trying again costs a twentieth.
+    // How long this thread was in a step, and how much of it it waited for its core. One that waited nearly all the time
+    // sits out for so long that trying again costs a twentieth.
     void note(int thread, int64_t step_ns, int64_t waited_ns) {
-        if (step_ns > WORTH_NOTING && waited_ns > step_ns * 2 / 5)
+        if (step_ns > WORTH_NOTING && waited_ns > step_ns * 4 / 5)
             out_until_[thread].store(now_ns() + std::min(20 * waited_ns, LONGEST_OUT), std::memory_order_relaxed);
     }
 

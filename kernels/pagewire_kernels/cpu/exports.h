@@ -177,12 +177,14 @@ double pw_peak(void* runner, int kind, int rounds) {
     double best = 0;
     for (int round = 0; round < rounds; round++) {
         auto started = std::chrono::steady_clock::now();
-        threads.run([&](int) {
+        threads.run([&](int thread) {
             std::vector<float> weight(STRIP * k, 0.0f), x(rows * k, 0.0f), scales(STRIP * k, 1.0f), c(rows * STRIP);
             std::vector<int32_t> sums(STRIP * k, 0);
             Linear w = {kind, STRIP, k, 64, (uint8_t*)weight.data(), scales.data(), sums.data(), nullptr};
             Rows r = {x.data(), (Bf16Row*)x.data(), (int8_t*)x.data(), scales.data(), sums.data(), k, k / 64};
-            for (int i = 0; i < repeats; i++) tile(w, 0, r, 0, rows, {nullptr, nullptr, 0}, c.data());
+            threads.share(thread, repeats * threads.count(), repeats / 100, [&](int begin, int end) {
+                for (int i = begin; i < end; i++) tile(w, 0, r, 0, rows, {nullptr, nullptr, 0}, c.data());
+            });
         });
         double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
         best = std::max(best, 2.0 * STRIP * k * rows * repeats * threads.count() / seconds);

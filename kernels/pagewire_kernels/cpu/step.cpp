@@ -218,8 +218,9 @@ class Runner {
 
     // Every rank's `mine_` into `all_`, once all threads have filled their part of it.
     void gather(int thread, int64_t bytes) {
-        if (thread == 0 && !failed_) failed_ = model_->peers.gather(mine_, all_, bytes);
-        threads_.barrier();
+        threads_.first_alone(thread, [&] {
+            if (!failed_) failed_ = model_->peers.gather(mine_, all_, bytes);
+        });
     }
 
     // mine_ [rows][widest] of every rank, elements of type E, side by side in the rows of `to`, and zeros from there up
@@ -362,7 +363,7 @@ class Runner {
             put_row(to, row, own.row, m.hidden);
         };
         if (b_->num_rows <= FEW_ROWS) {
-            for (int r = 0; r < b_->num_rows; r++) one(own.normed, r);
+            for (int r = 0; r < b_->num_rows && !threads_.is_late(thread); r++) one(own.normed, r);
             return own.normed.rows();
         }
         threads_.share(thread, b_->num_rows, piece(b_->num_rows, 4), [&](int begin, int end) {
@@ -531,8 +532,7 @@ class Runner {
                     std::memcpy(b_->logits + wanted_[i] * logits_stride_ + vocab_.first(rank), logits(from) + i * width, rounded(vocab_.width(rank), STRIP) * sizeof(float));
             });
         }
-        if (thread == 0) std::fill(best_.begin() + samples, best_.end(), Best{-INFINITY, -1});
-        threads_.barrier();
+        threads_.first_alone(thread, [&] { std::fill(best_.begin() + samples, best_.end(), Best{-INFINITY, -1}); });
     }
 
     static Best better(const Best& a, const Best& b) {

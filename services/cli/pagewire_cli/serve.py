@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import sys
 import time
@@ -111,10 +112,24 @@ def demo_model() -> Path:
     raise StartupError("the demo model is not installed; name a model: pagewire serve path-or-hub-id")
 
 
+def _give_way_to_steps() -> None:
+    """For this process and all that it starts: whoever wakes up waits for a turn and takes no core away at once.
+
+    On a CPU a token's way through worker, router and bridge needs the cores that compute the next one. A thread that is
+    stopped in the middle of a piece of a step holds up the others; between two pieces it makes room by itself, every
+    30 microseconds (`threads.h`).
+    """
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def _run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     args = settle(args)
-    zygote = Zygote() if helps(args) else None  # now: what it imports takes longest of all
+    zygote = None
+    if helps(args):
+        _give_way_to_steps()
+        zygote = Zygote()  # now: what it imports takes longest of all
     try:
         from pagewire_cli.supervisor import serve
 
