@@ -29,12 +29,17 @@ def make_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     monkeypatch.setattr("pagewire_engine.cpu.kv_cache._STRETCH_BYTES", 16 * PAGE)
     hf = json.loads((tiny_models.make_model(tmp_path, "llama") / "config.json").read_text())
     config = read_config(hf, torch.float32, torch.device("cpu"))
+    before = threads()  # of other tests' pools
+    monkeypatch.setattr(sys.modules[__name__], "others", before)
     yield lambda num_blocks: PackedKVCache(cpu_library.best(), config, num_blocks, 16)
     wait_until(lambda: not threads())
 
 
+others: list[threading.Thread] = []
+
+
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "kv-memory"]
+    return [t for t in threading.enumerate() if t.name == "kv-memory" and t not in others]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

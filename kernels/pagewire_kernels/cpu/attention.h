@@ -16,7 +16,7 @@
 
 namespace pw {
 
-constexpr int PAGE = 16, SPAN = 64, QUERY_ROWS = 48;
+constexpr int PAGE = 16, SPAN = 64, PAGES = SPAN / PAGE, QUERY_ROWS = 48;
 
 struct Cache {
     void* data;
@@ -28,6 +28,34 @@ struct Cache {
         int64_t unit = ((int64_t(layer) * 2 + which) * num_blocks + block) * num_kv_heads + kv_head;
         return (unit * (block_size / PAGE) + in_block) * PAGE * head_dim;
     }
+};
+
+// Goes through the key pages of one sequence and kv head, a span at a time.
+template <class T>
+class KeyPages {
+   public:
+    KeyPages(const Cache& cache, int layer, const int32_t* table, int kv_head, int64_t position)
+        : table_(table + position / cache.block_size), in_block_(position % cache.block_size / PAGE), of_block_(cache.block_size / PAGE),
+          page_(PAGE * cache.head_dim), head_(kv_head * of_block_ * page_), block_(cache.num_kv_heads * of_block_ * page_),
+          layer_((const T*)cache.data + int64_t(layer) * 2 * cache.num_blocks * block_) {}
+
+    // The pages of the next `tokens` tokens, the first of them once more in the place of those that are missing to a span.
+    void next(int64_t tokens, const T** pages) {
+        for (int i = 0; i < PAGES; i++) {
+            if (i && i * PAGE >= tokens) {
+                pages[i] = pages[0];
+                continue;
+            }
+            pages[i] = layer_ + *table_ * block_ + head_ + in_block_ * page_;
+            if (++in_block_ == of_block_) in_block_ = 0, table_++;
+        }
+    }
+
+   private:
+    const int32_t* table_;
+    int64_t in_block_;
+    const int64_t of_block_, page_, head_, block_;
+    const T* const layer_;
 };
 
 template <class T>
@@ -82,6 +110,80 @@ struct AttentionScratch {
 
 constexpr int MAX_HEAD_DIM = 512;
 
+#if defined(__AVX512F__)
+
+// So few rows do not keep the multipliers busy with two vectors of sums each: with four they do, and read a span at once.
+// Every sum is made in the same order as by attention_product.
+constexpr int FEW_QUERIES = 6;
+
+// score[M][SPAN] = q times the keys of `pages`. Fetches as much of `next`.
+template <int M, class T>
+__attribute__((noinline)) void few_scores(const RowOf<T>* q, int64_t dim, const T* const* pages, const T* const* next, float* score) {
+    F16 acc[M][PAGES];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < PAGES; v++) acc[m][v] = splat(0.0f);
+    for (int64_t s = 0; s < dim / PAIR<T>; s++) {
+        decltype(load_step(pages[0])) w[PAGES];
+#pragma GCC unroll 4
+        for (int v = 0; v < PAGES; v++) w[v] = load_step(pages[v] + s * PAGE * PAIR<T>), prefetch(next[v] + s * PAGE * PAIR<T>);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < PAGES; v++) acc[m][v] = multiply(acc[m][v], w[v], q + m * dim + PAIR<T> * s);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < PAGES; v++) store(score + m * SPAN + v * PAGE, acc[m][v]);
+}
+
+// sum[M][dim] = sum * shrink + weight times the values of `tokens` in `pages`, in the 64 dimensions from `d` on.
+// half: the last pair of tokens, the second of which does not count, where their number is odd.
+template <int M, class T>
+__attribute__((noinline)) void few_values(const RowOf<T>* weight, int64_t dim, int64_t d, const T* const* pages, const T* const* next, int64_t tokens, const T* half, const float* shrink, float* sum) {
+    constexpr int V = 4;
+    F16 acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) acc[m][v] = splat(0.0f);
+    auto step = [&](const T* b, const RowOf<T>* x) __attribute__((always_inline)) {
+        decltype(load_step(b)) w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) w[v] = load_step(b + v * 16 * PAIR<T>);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) acc[m][v] = multiply(acc[m][v], w[v], x + m * SPAN);
+    };
+    for (int64_t at = 0; at < tokens; at += PAGE) {
+        const T *b = pages[at / PAGE] + d * PAIR<T>, *fetched = next[at / PAGE] + d * PAIR<T>;
+        const int64_t steps = (tokens - at < PAGE ? tokens - at : PAGE) / PAIR<T>;
+        for (int64_t s = 0; s < steps; s++, b += dim * PAIR<T>, fetched += dim * PAIR<T>) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) prefetch(fetched + v * 16 * PAIR<T>);
+            step(b, weight + at + s * PAIR<T>);
+        }
+    }
+    if (tokens % PAIR<T>) step(half + d * PAIR<T>, weight + tokens - 1);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) {
+            float* to = sum + m * dim + d + v * 16;
+            store(to, fma(load(to), splat(shrink[m]), acc[m][v]));
+        }
+}
+
+template <class T>
+using FewScores = void (*)(const RowOf<T>*, int64_t, const T* const*, const T* const*, float*);
+template <class T>
+using FewValues = void (*)(const RowOf<T>*, int64_t, int64_t, const T* const*, const T* const*, int64_t, const T*, const float*, float*);
+template <class T>
+constexpr FewScores<T> FEW_SCORES[] = {few_scores<1, T>, few_scores<2, T>, few_scores<3, T>, few_scores<4, T>, few_scores<5, T>, few_scores<6, T>};
+template <class T>
+constexpr FewValues<T> FEW_VALUES[] = {few_values<1, T>, few_values<2, T>, few_values<3, T>, few_values<4, T>, few_values<5, T>, few_values<6, T>};
+
+#endif
+
 struct Attention {
     Cache cache;
     int num_heads;
@@ -118,66 +220,83 @@ PW_INLINE float soften(float* score, RowOf<T>* weight, int64_t span, int64_t wid
     return shrink[0];
 }
 
+// The position with which attention of a row at `position` begins.
+inline int64_t first_key(int64_t position, int window) { return window && position + 1 > window ? (position + 1 - window) / SPAN * SPAN : 0; }
+
 // Rows of one tile: query rows first..first+count of the flattened (token, head of the group) order of a chunk that
-// starts at batch row `row` and position `position`. q [rows][H][D]; out [rows][H * D] with `out_stride`.
+// starts at batch row `row` and position `position`. q [rows][H][D]; out [rows][H * D] with `out_stride`. Fetches `then`,
+// the first pages of the tile after this one, or null, while it computes the last of its own.
 template <class T, class Out>
 inline void attend(const Attention& a, int layer, int window, int kv_head, const int32_t* table, const RowOf<T>* q, int64_t row, int64_t position,
-                   int first, int count, AttentionScratch<T>& s, Out* out, int64_t out_stride) {
+                   int first, int count, const T* const* then, AttentionScratch<T>& s, Out* out, int64_t out_stride) {
     const int64_t dim = a.cache.head_dim;
     const int group = a.num_heads / int(a.cache.num_kv_heads);
-    const T* data = (const T*)a.cache.data;
-    int64_t begin = INT64_MAX, end = 0;
+    int64_t end = 0;
     for (int i = 0; i < count; i++) {
         int64_t token = (first + i) / group, head = kv_head * group + (first + i) % group;
         std::memcpy(s.query + i * dim, q + ((row + token) * a.num_heads + head) * dim, dim * sizeof(*q));
         s.to[i] = position + token + 1;
         s.from[i] = window && s.to[i] > window ? s.to[i] - window : 0;
         s.most[i] = -INFINITY, s.total[i] = 0;
-        begin = s.from[i] < begin ? s.from[i] : begin;
         end = s.to[i] > end ? s.to[i] : end;
     }
     std::memset(s.sum, 0, count * dim * sizeof(float));
-    for (int64_t span = begin / SPAN * SPAN; span < end; span += SPAN) {
-        int64_t tokens = end - span < SPAN ? end - span : SPAN, width = (tokens + PAGE - 1) / PAGE * PAGE;
-        // Each product fetches the page that it will need a span later.
-        auto later = [&](int which, int64_t at) {
-            const int64_t position = span + SPAN + at;
-            return (const char*)(position < end ? data + a.cache.page(layer, which, table, kv_head, position) : nullptr);
-        };
-        for (int64_t at = 0; at < width; at += 2 * PAGE) {
-            const T* page = data + a.cache.page(layer, 0, table, kv_head, span + at);
-            const int steps = int(dim / PAIR<T>);
-            const char *p = later(0, at), *q = later(0, at + PAGE);
-            const Ahead ahead = {p, q ? q : p, p ? 64 : 0};
-            if (at + PAGE < width) {
-                const T* next = data + a.cache.page(layer, 0, table, kv_head, span + at + PAGE);
-                attention_product<2>(false, count, s.query, dim, page, next, PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
-            } else {
-                attention_product<1>(false, count, s.query, dim, page, page, PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
-            }
+    const int64_t start = first_key(position + first / group, window), values = a.cache.num_blocks * a.cache.num_kv_heads * a.cache.block_size * dim;
+    KeyPages<T> walk(a.cache, layer, table, kv_head, start);
+    const T *keys[PAGES], *next_keys[PAGES];
+    walk.next(end - start, next_keys);
+    for (int64_t span = start; span < end; span += SPAN) {
+        const int64_t tokens = std::min<int64_t>(end - span, SPAN), width = (tokens + PAGE - 1) / PAGE * PAGE;
+        // Each product fetches the page that will be needed a span later.
+        std::copy(next_keys, next_keys + PAGES, keys);
+        if (span + SPAN < end) walk.next(end - span - SPAN, next_keys);
+        else if (then) std::copy(then, then + PAGES, next_keys);
+        const int64_t pairs = tokens % PAGE / PAIR<T>;
+        const bool odd = tokens % PAIR<T>;  // half of the last pair was never written: it may hold anything
+        if (odd) {
+            const T* last = keys[tokens / PAGE] + values + pairs * dim * PAIR<T>;
+            for (int64_t d = 0; d < dim; d++) s.masked[2 * d] = last[2 * d], s.masked[2 * d + 1] = 0;
         }
         float shrink[QUERY_ROWS];
-        for (int i = 0; i < count; i++)
-            shrink[i] = soften<T>(s.score + i * SPAN, s.weight + i * SPAN, span, width, a.scale, s.from[i], s.to[i], s.most[i], s.total[i]);
+        auto soften_all = [&] {
+            for (int i = 0; i < count; i++)
+                shrink[i] = soften<T>(s.score + i * SPAN, s.weight + i * SPAN, span, width, a.scale, s.from[i], s.to[i], s.most[i], s.total[i]);
+        };
+#if defined(__AVX512F__)
+        if (count <= FEW_QUERIES && dim % 64 == 0) {
+            FEW_SCORES<T>[count - 1](s.query, dim, keys, next_keys, s.score);
+            soften_all();
+            const T *v[PAGES], *next_v[PAGES];
+            for (int i = 0; i < PAGES; i++) v[i] = keys[i] + values, next_v[i] = next_keys[i] + values;
+            for (int64_t d = 0; d < dim; d += 64) FEW_VALUES<T>[count - 1](s.weight, dim, d, v, next_v, tokens, s.masked, shrink, s.sum);
+            continue;
+        }
+#endif
+        for (int64_t at = 0; at < width; at += 2 * PAGE) {
+            const int i = int(at / PAGE), steps = int(dim / PAIR<T>);
+            const Ahead ahead = {(const char*)next_keys[i], (const char*)next_keys[i + 1], 64};
+            if (at + PAGE < width) {
+                attention_product<2>(false, count, s.query, dim, keys[i], keys[i + 1], PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
+            } else {
+                attention_product<1>(false, count, s.query, dim, keys[i], keys[i], PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
+            }
+        }
+        soften_all();
         for (int64_t at = 0; at < tokens; at += PAGE) {
-            const T* page = data + a.cache.page(layer, 1, table, kv_head, span + at);
-            int in_page = int(tokens - at < PAGE ? tokens - at : PAGE), steps = in_page / PAIR<T>;
-            const bool odd = in_page % PAIR<T>;  // half of the last pair was never written: it may hold anything
-            const T* last = page + int64_t(steps) * dim * PAIR<T>;
-            if (odd)
-                for (int64_t d = 0; d < dim; d++) s.masked[2 * d] = last[2 * d], s.masked[2 * d + 1] = 0;
+            const T *page = keys[at / PAGE] + values, *fetched = next_keys[at / PAGE] + values;
+            const bool last = tokens - at < PAGE;
+            const int steps = int(last ? pairs : PAGE / PAIR<T>);
             const RowOf<T>* p = s.weight + at;
-            const char* fetched = later(1, at);
             for (int64_t d = 0; d < dim; d += 32) {
-                const char* part = fetched + d * PAGE * int64_t(sizeof(T));
-                const Ahead ahead = {part, part + 64, fetched ? 128 : 0};
+                const char* part = (const char*)fetched + d * PAGE * int64_t(sizeof(T));
+                const Ahead ahead = {part, part + 64, 128};
                 const int64_t next = d * PAIR<T> + 16 * PAIR<T>;
                 if (d + 16 < dim) {
                     attention_product<2>(at > 0, count, p, SPAN, page + d * PAIR<T>, page + next, dim * PAIR<T>, steps, ahead, s.part + d, dim);
-                    if (odd) attention_product<2>(true, count, p + 2 * steps, SPAN, s.masked + 2 * d, s.masked + next, 0, 1, NOTHING_AHEAD, s.part + d, dim);
+                    if (odd && last) attention_product<2>(true, count, p + 2 * steps, SPAN, s.masked + 2 * d, s.masked + next, 0, 1, NOTHING_AHEAD, s.part + d, dim);
                 } else {
                     attention_product<1>(at > 0, count, p, SPAN, page + d * PAIR<T>, page, dim * PAIR<T>, steps, ahead, s.part + d, dim);
-                    if (odd) attention_product<1>(true, count, p + 2 * steps, SPAN, s.masked + 2 * d, s.masked, 0, 1, NOTHING_AHEAD, s.part + d, dim);
+                    if (odd && last) attention_product<1>(true, count, p + 2 * steps, SPAN, s.masked + 2 * d, s.masked, 0, 1, NOTHING_AHEAD, s.part + d, dim);
                 }
             }
         }

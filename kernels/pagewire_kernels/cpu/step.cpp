@@ -421,8 +421,10 @@ class Runner {
                 if (decode_only_ && q.first == 0) this->position<T>(l, index, row, kv_head);
                 const int64_t position = b_->seq_lens[q.sequence] - (b_->query_start[q.sequence + 1] - row);
                 const int32_t* table = b_->tables + b_->seats[q.sequence] * b_->table_stride;
+                const T* then[PAGES];
+                const bool goes_on = first_pages(l, index, i + 1, then);
                 auto go = [&](auto* out, int64_t stride) {
-                    attend<T>(a, index, l.window, kv_head, table, (const RowOf<T>*)query_, row, position, q.first, q.count, scratch, out, stride);
+                    attend<T>(a, index, l.window, kv_head, table, (const RowOf<T>*)query_, row, position, q.first, q.count, goes_on ? then : nullptr, scratch, out, stride);
                 };
                 if (divided()) direct && attended_.kind == BF16 ? go((uint16_t*)mine_, attended_shares_.widest) : go(mine_, attended_shares_.widest);
                 else if (!direct) go(wide_, wide_stride_);
@@ -432,6 +434,18 @@ class Runner {
         });
         if (divided()) gather_rows(attended_shares_, attended_, thread);
         else if (!direct) put_rows(attended_, m.heads * int64_t(m.head_dim), thread);
+    }
+
+    // Where piece `i` of attention begins to read; false where there is none.
+    template <class T>
+    bool first_pages(const Layer& l, int index, int i, const T** pages) const {
+        const int kv_heads = model_->kv_heads;
+        if (i >= int(queries_.size()) * kv_heads) return false;
+        const Query& q = queries_[i / kv_heads];
+        const int64_t length = b_->seq_lens[q.sequence], rows = b_->query_start[q.sequence + 1] - b_->query_start[q.sequence];
+        const int64_t start = first_key(length - rows + q.first / (model_->heads / kv_heads), l.window);
+        KeyPages<T>(cache(), index, b_->tables + b_->seats[q.sequence] * b_->table_stride, i % kv_heads, start).next(length - start, pages);
+        return true;
     }
 
     // done(row, strip, c[32]) for every row and strip of y = W x. next: the layer that comes after.
