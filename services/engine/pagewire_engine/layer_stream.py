@@ -11,7 +11,7 @@ from pagewire_engine.outbox import Outbox
 from pagewire_engine.sequence import Request
 
 # KV of one prompt that is worth telling of: less makes small chunks, and each wakes three threads.
-GROUP_BYTES = 1 << 20
+GROUP_BYTES = 2 << 20
 
 
 class LayerStream:
