@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,6 +73,17 @@ def test_waiting_prompts_join_in_order_while_budget_and_blocks_last() -> None:
     waiting = [sequence(30), sequence(30), sequence(5)]
     decision = decide(running([]), waiting, pool(64), CONFIG)
     assert admitted(decision) == [(waiting[0], 30), (waiting[1], 20)]
+
+
+def test_no_further_prompt_joins_a_step_that_has_enough_of_them() -> None:
+    """The first token of each comes at the step's end: who waits for others' prompts gains nothing by it."""
+    config = replace(CONFIG, enough_prompt_tokens=30)
+    waiting = [sequence(20), sequence(25), sequence(5)]
+    assert admitted(decide(running([]), waiting, pool(64), config)) == [(waiting[0], 20), (waiting[1], 25)]
+    assert admitted(decide(running([]), [sequence(30), sequence(5)], pool(64), config))[1:] == []
+    begun = decide(running([(64, 32), (33, 1)]), [sequence(5)], pool(64), config)
+    assert begun.chunks[0][1] == 32 and not begun.admitted
+    assert decide(running([(60, 28), (33, 1)]), [sequence(5)], pool(64), config).admitted
 
 
 def test_a_prompt_that_does_not_fit_holds_up_those_behind_it() -> None:

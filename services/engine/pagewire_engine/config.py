@@ -26,6 +26,7 @@ class EngineConfig:
     max_num_batched_tokens: int
     enable_prefix_caching: bool = True
     max_prefill_delay_ms: float = 0.0  # that prompts may add to a decode step; 0: no limit
+    enough_prompt_tokens: int = 1 << 30  # of a step: more are no quicker each, and all first tokens wait for the last
     vocab_size: int = 1 << 32  # token ids are below it
     attention_work: float = 0.0  # of attending to one token, as a share of a token's other work
 

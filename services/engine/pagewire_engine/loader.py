@@ -23,6 +23,8 @@ from pagewire_engine.weights import Checkpoint
 
 log = structlog.get_logger(__name__)
 
+_ENOUGH_ON_A_CPU = 128  # tokens: as many as the compiled step multiplies with one pass through the weights
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -59,6 +61,7 @@ def load(model: ModelDir, options: EngineOptions, draft: ModelDir | None = None)
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_prefill_delay_ms=options.max_prefill_delay_ms,
         enable_prefix_caching=options.enable_prefix_caching,
+        enough_prompt_tokens=_ENOUGH_ON_A_CPU if config.device.type == "cpu" else options.max_num_batched_tokens,
         vocab_size=config.vocab_size,
         attention_work=config.attention_work,
     )

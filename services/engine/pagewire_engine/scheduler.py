@@ -2,7 +2,7 @@
 
 Policy, as in Sarathi-Serve (arXiv 2403.02310) and vLLM: every running sequence that decodes gets its
 token; what is left of the token budget goes to prompts that are partly computed, then to waiting ones,
-in order of arrival. When a decoding sequence finds no block, the sequence that arrived last is
+in order of arrival, as long as the prompts' tokens are fewer than make a step efficient. When a decoding sequence finds no block, the sequence that arrived last is
 preempted: it gives its blocks back and is computed anew later (mostly from the prefix cache).
 
 The cost is that of the sequences that change: those that only go on by a token are counted, not visited.
@@ -94,8 +94,8 @@ def decide(
     free, budget = pool.free - len(growing) - len(copying), config.max_num_batched_tokens - len(ready)
     drafted, free, budget = _drafts(running, ready, free - pool.reserved, free, budget, config)
     limit = budget if prefill_limit is None or not len(ready) else min(budget, prefill_limit)
-    chunks, limit = _chunks(running.prompts, limit)
-    admitted, refused = _admit(running, waiting, pool, config, free, limit)
+    chunks, left = _chunks(running.prompts, limit)
+    admitted, refused = _admit(running, waiting, pool, config, free, left, limit - config.enough_prompt_tokens)
     if drafted:
         single = np.ones(len(rows), bool)
         single[[seq.row for seq in drafted]] = False
@@ -133,15 +133,15 @@ def _chunks(prompts: Iterable[Sequence], limit: int) -> tuple[list[tuple[Sequenc
 
 
 def _admit(
-    running: Running, waiting: Iterable[Sequence], pool: Pool, config: EngineConfig, free: int, limit: int
+    running: Running, waiting: Iterable[Sequence], pool: Pool, config: EngineConfig, free: int, limit: int, enough: int
 ) -> tuple[list[Admission], tuple[Sequence, int] | None]:
-    """Takes sequences from the head of the queue while they fit."""
+    """Takes sequences from the head of the queue while they fit and more than `enough` of the limit is left."""
     admitted: list[Admission] = []
     seats = config.max_num_seqs - len(running.rows) - sum(_seats(seq) for seq in running.prompts)
     for seq in waiting:
         # Whoever decodes beside it may want a block at the next step.
         available = free - pool.reserved - len(running.order) - len(admitted)
-        if limit == 0 or _seats(seq) > seats or (seq.wanted_blocks > available and not pool.recheck):
+        if limit <= max(enough, 0) or _seats(seq) > seats or (seq.wanted_blocks > available and not pool.recheck):
             break
         cached = pool.lookup(seq)
         unheld = sum(pool.ref_count(block) == 0 for block in cached)
