@@ -2,8 +2,9 @@
 
 Policy, as in Sarathi-Serve (arXiv 2403.02310) and vLLM: every running sequence that decodes gets its
 token; what is left of the token budget goes to prompts that are partly computed, then to waiting ones,
-in order of arrival, as long as the prompts' tokens are fewer than make a step efficient. When a decoding sequence finds no block, the sequence that arrived last is
-preempted: it gives its blocks back and is computed anew later (mostly from the prefix cache).
+in order of arrival, as long as the prompts' tokens are fewer than make a step efficient. When a decoding
+sequence finds no block, the sequence that arrived last is preempted: it gives its blocks back and is
+computed anew later (mostly from the prefix cache).
 
 The cost is that of the sequences that change: those that only go on by a token are counted, not visited.
 """
