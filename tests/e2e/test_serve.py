@@ -18,6 +18,7 @@ import openai
 import psutil
 import pytest
 import pytest_asyncio
+from pagewire_cli import gpus
 from pagewire_core.machine import available_cpus
 from processes import free_port, lives, script
 
@@ -254,6 +255,12 @@ async def test_a_prompt_is_computed_on_the_idle_decode_workers_core_too(served: 
     async with httpx.AsyncClient(trust_env=False) as http:
         text = (await http.get(served.state["base_url"] + "/metrics")).text
     assert re.search(r'pagewire_engine_cores_borrowed_total{.*instance="prefill[^"]*".*} [1-9]', text)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or bool(gpus.seen("auto", os.environ)), reason="for steps on Linux' CPUs")
+async def test_no_service_that_wakes_up_takes_the_core_of_a_step_at_once(served: Served) -> None:
+    """A step waited for the thread that had lost its core until a token was on its way."""
+    assert {os.sched_getscheduler(pid) for pid in served.pids().values()} == {os.SCHED_BATCH}
 
 
 async def test_the_example_client_speaks_the_native_api(served: Served) -> None:
