@@ -22,6 +22,7 @@ import leaks
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from network import Network
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from pagewire_core.redis_link import REDIS_ERRORS, ping
 from pagewire_core.rpc import open_channel
 from processes import Process, free_port, redis_binary, script
 from prometheus_client.parser import text_string_to_metric_families
@@ -67,6 +68,7 @@ class Cluster:
         self.base_url = f"http{'s' if self.https else ''}://127.0.0.1:{bridge_port}"
         self.http = self.client()
         self._start_redis()
+        await self._wait_redis()
         for role in ("prefill", "decode", "both"):
             for _ in range(getattr(self, role)):
                 self.add_worker(role, wait=False, flags=self.role_flags.get(role, ()))
@@ -175,6 +177,8 @@ class Cluster:
                 process.start()
             elif process.frozen:
                 process.thaw()
+            if process.role == "redis":  # the first of them
+                await self._wait_redis()
         for process in dead:
             if process.role not in ("redis", "bridge"):
                 await self.wait_serving(process)
@@ -194,6 +198,18 @@ class Cluster:
             return (await self.http.get("/health")).status_code == 200
         except httpx.TransportError:
             return False
+
+    async def _wait_redis(self) -> None:
+        """Before anybody else starts: none does without it, and a forked worker is quicker than Redis."""
+
+        async def answers() -> bool:
+            try:
+                await ping(self.redis_url)
+            except REDIS_ERRORS:
+                return False
+            return True
+
+        await self.until(answers, "Redis does not answer")
 
     async def wait_serving(self, process: Process) -> None:
         """gRPC health SERVING."""
