@@ -79,6 +79,19 @@ def test_bytes_cross_in_order(name: str) -> None:
     receiver.close()
 
 
+def test_gloo_outlives_a_peer_that_sends_another_chunk_than_it_announced() -> None:
+    """Gloo's own thread threw, and the decode worker was gone."""
+    sender, receiver = opened("gloo")
+    wire = torch.randint(0, 256, (57_600,), dtype=torch.uint8)
+    for announced in (8448, MAX_CHUNK_BYTES):
+        send(sender, wire)
+        with receiver.recv(announced, b"", 0) as received:
+            assert len(received) == announced
+            assert torch.equal(received[:8448], wire[:8448])
+    sender.close()
+    receiver.close()
+
+
 def send(sender: Lane, wire: torch.Tensor) -> bytes:
     staging = sender.staging(wire.numel())
     staging.copy_(wire)

@@ -23,6 +23,7 @@ from pagewire_core.errors import Unavailable
 
 from pagewire_transfer.relay_store import RelayStore
 from pagewire_transfer.reused import Reused
+from pagewire_transfer.wire import MAX_CHUNK_BYTES
 
 PREFILL_RANK = 0
 DECODE_RANK = 1
@@ -107,14 +108,17 @@ class _GroupLane:
             if next_bytes:
                 self._begin_recv(next_bytes)
             wire, work = self._coming.popleft()
-            assert len(wire) == num_bytes
             work.wait(self._recv_timeout)
-        yield wire.cpu()
+        yield wire[:num_bytes].cpu()
 
     def _begin_recv(self, num_bytes: int) -> None:
         self._memory.rotate()  # the newer piece may hold what is being verified
-        wire = self._memory[0].take(num_bytes)
+        wire = self._memory[0].take(self._room_for(num_bytes))
         self._coming.append((wire, self._group.recv([wire], self._peer, _DATA_TAG)))
+
+    def _room_for(self, num_bytes: int) -> int:
+        """Of the memory that a chunk is received into."""
+        return num_bytes
 
     @property
     def _is_waiting(self) -> bool:
@@ -142,6 +146,12 @@ class GlooLane(_GroupLane):
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timeout
         return dist.ProcessGroupGloo(store, rank, 2, options)
+
+    def _room_for(self, num_bytes: int) -> int:
+        """For any chunk: Gloo ends the process when more arrives than there is room for, and a peer that announces other
+        chunks than it sends must not be able to do that. The checksum tells them apart.
+        """
+        return MAX_CHUNK_BYTES
 
     def interrupt(self) -> None:
         group = getattr(self, "_group", None)
