@@ -148,8 +148,8 @@ class GlooLane(_GroupLane):
         return dist.ProcessGroupGloo(store, rank, 2, options)
 
     def _room_for(self, num_bytes: int) -> int:
-        """For any chunk: Gloo ends the process when more arrives than there is room for, and a peer that announces other
-        chunks than it sends must not be able to do that. The checksum tells them apart.
+        """For any chunk: Gloo ends the process when more arrives than there is room for, and a peer that announces
+        other chunks than it sends must not be able to do that. The checksum tells them apart.
         """
         return MAX_CHUNK_BYTES
 
