@@ -20,7 +20,7 @@ async def test_every_token_of_every_stream_arrives_and_none_before_its_time(name
         measured = await run(url, Load(streams=4, tokens=8, seconds=1.0), PACE)
         assert not measured.errors and len(measured.ttft_s) >= 4
         assert measured.num_tokens == 8 * len(measured.ttft_s)
-        assert min(measured.ttft_s) >= PACE.ttft_s
+        assert min(measured.ttft_s) > PACE.ttft_s - 0.001  # timers of event loops count whole milliseconds
         assert len(processes) == (2 if name == "pagewire" else 0)
         async with held(url, 3):
             pass

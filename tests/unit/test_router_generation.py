@@ -302,11 +302,21 @@ async def test_a_worker_lost_after_the_last_token_is_not_missed(byte_tokenizer: 
 
 
 async def test_what_is_told_of_the_prompt_is_what_its_own_attempt_did(byte_tokenizer: Tokenizer) -> None:
+    told = asyncio.Event()
+
+    async def lost(worker: FakeWorker) -> None:
+        await told.wait()  # a failure and the tokens on a feed may overtake each other
+        fail(worker)
+
     async with scene(byte_tokenizer, "p1 d1") as s:
-        s.workers["d1"].script.hooks["decode"] = at(9, fail)  # by then the client has some tokens
+        s.workers["d1"].script.hooks["decode"] = at(9, lost)
         first = at(1, lambda worker: setattr(worker.script, "cached_tokens", 4))
         s.workers["p1"].script.hooks["first_token"] = first
-        answer = await s.ask("question")
+        answer = Answer()
+        async for response in s.stub.Generate(request("question")):
+            answer.add(response)
+            if len(answer.text.get(0, "")) > 2:
+                told.set()
         assert answer.summary is not None
         assert answer.summary.attempts == 2
         assert (answer.summary.cached_tokens, answer.summary.computed_tokens) == (0, 8)
