@@ -96,7 +96,8 @@ def decide(
     drafted, free, budget = _drafts(running, ready, free - pool.reserved, free, budget, config)
     limit = budget if prefill_limit is None or not len(ready) else min(budget, prefill_limit)
     chunks, left = _chunks(running.prompts, limit)
-    admitted, refused = _admit(running, waiting, pool, config, free, left, limit - config.enough_prompt_tokens)
+    least = max(limit - config.enough_prompt_tokens, 0)
+    admitted, refused = _admit(running, waiting, pool, config, free, left, least)
     if drafted:
         single = np.ones(len(rows), bool)
         single[[seq.row for seq in drafted]] = False
@@ -134,15 +135,15 @@ def _chunks(prompts: Iterable[Sequence], limit: int) -> tuple[list[tuple[Sequenc
 
 
 def _admit(
-    running: Running, waiting: Iterable[Sequence], pool: Pool, config: EngineConfig, free: int, limit: int, enough: int
+    running: Running, waiting: Iterable[Sequence], pool: Pool, config: EngineConfig, free: int, limit: int, least: int
 ) -> tuple[list[Admission], tuple[Sequence, int] | None]:
-    """Takes sequences from the head of the queue while they fit and more than `enough` of the limit is left."""
+    """Takes sequences from the head of the queue while they fit and more than `least` of the limit is left."""
     admitted: list[Admission] = []
     seats = config.max_num_seqs - len(running.rows) - sum(_seats(seq) for seq in running.prompts)
     for seq in waiting:
         # Whoever decodes beside it may want a block at the next step.
         available = free - pool.reserved - len(running.order) - len(admitted)
-        if limit <= max(enough, 0) or _seats(seq) > seats or (seq.wanted_blocks > available and not pool.recheck):
+        if limit <= least or _seats(seq) > seats or (seq.wanted_blocks > available and not pool.recheck):
             break
         cached = pool.lookup(seq)
         unheld = sum(pool.ref_count(block) == 0 for block in cached)
