@@ -70,7 +70,7 @@ inline void write_value(T* page, int token, const float* value, int64_t head_dim
 }
 
 template <int M, int V, class T>
-__attribute__((noinline)) void attention_tile(bool more, const RowOf<T>* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
+__attribute__((noinline)) void attention_tile(bool more, const RowOf<T>* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, const Ahead& ahead, float* c, int64_t ldc) {
     tile_float<M, V>(more, a, lda, b0, b1, ldb, steps, ahead, c, ldc);
 }
 
@@ -78,8 +78,8 @@ constexpr Ahead NOTHING_AHEAD = {nullptr, nullptr, 0};
 
 // c[rows][16 V] (+)= a b for any number of rows.
 template <int V, class T>
-inline void attention_product(bool more, int rows, const RowOf<T>* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, Ahead ahead, float* c, int64_t ldc) {
-    using Tile = void (*)(bool, const RowOf<T>*, int64_t, const T*, const T*, int64_t, int, Ahead, float*, int64_t);
+inline void attention_product(bool more, int rows, const RowOf<T>* a, int64_t lda, const T* b0, const T* b1, int64_t ldb, int steps, const Ahead& ahead, float* c, int64_t ldc) {
+    using Tile = void (*)(bool, const RowOf<T>*, int64_t, const T*, const T*, int64_t, int, const Ahead&, float*, int64_t);
 #if defined(__AVX512F__)
     static constexpr Tile tiles[] = {attention_tile<1, V, T>, attention_tile<2, V, T>, attention_tile<3, V, T>, attention_tile<4, V, T>, attention_tile<5, V, T>, attention_tile<6, V, T>, attention_tile<7, V, T>, attention_tile<8, V, T>, attention_tile<9, V, T>, attention_tile<10, V, T>, attention_tile<11, V, T>, attention_tile<12, V, T>};
 #elif defined(__AVX2__)

@@ -76,7 +76,8 @@ constexpr int ALONE_AHEAD = 2048;
 PW_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // What a tile fetches while it computes: two cache lines a step, in two streams. Spread over the steps, so that memory
-// is busy all the time and no load waits behind a burst.
+// is busy all the time and no load waits behind a burst. Functions that are called take it by reference: by value it is
+// copied in one load of two members just written, which waits until every store before them has reached the cache.
 struct Ahead {
     const char *p, *q;
     int64_t stride;  // 0: nothing
@@ -225,7 +226,7 @@ inline int64_t strip_bytes(const Linear& w) {
 }
 
 template <int M>
-__attribute__((noinline)) void tile_of(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
+__attribute__((noinline)) void tile_of(const Linear& w, int strip, const Rows& x, int64_t row, const Ahead& ahead, float* c) {
     if (w.kind == F32) {
         const float* b = (const float*)w.weight + int64_t(strip) * w.k * STRIP;
         return tile_float<M, 2>(false, x.f32 + row * x.stride, x.stride, b, b + 16, 32, w.k, ahead, c, STRIP);
@@ -244,8 +245,8 @@ __attribute__((noinline)) void tile_of(const Linear& w, int strip, const Rows& x
 }
 
 // c[rows][32]: one strip for rows [row, row + rows), rows <= rows_per_tile(kind).
-inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int rows, Ahead ahead, float* c) {
-    using Tile = void (*)(const Linear&, int, const Rows&, int64_t, Ahead, float*);
+inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int rows, const Ahead& ahead, float* c) {
+    using Tile = void (*)(const Linear&, int, const Rows&, int64_t, const Ahead&, float*);
 #if defined(__AVX512F__)
     static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>, tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
 #elif defined(__AVX2__)
