@@ -16,7 +16,7 @@
 
 namespace pw {
 
-constexpr int PAGE = 16, SPAN = 64, PAGES = SPAN / PAGE, QUERY_ROWS = 48;
+constexpr int PAGE = 16, SPAN = 64, PAGES = SPAN / PAGE, QUERY_ROWS = 48, MAX_HEAD_DIM = 512;
 
 struct Cache {
     void* data;
@@ -58,15 +58,21 @@ class KeyPages {
     const T* const layer_;
 };
 
+// head_dim: a multiple of 16.
 template <class T>
 inline void write_key(T* page, int token, const float* key, int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d++) put(page + (d / PAIR<T>)*PAGE * PAIR<T> + token * PAIR<T> + d % PAIR<T>, key[d]);
+    T row[MAX_HEAD_DIM];
+    for (int64_t d = 0; d < head_dim; d += 16) put(row + d, load(key + d));
+    for (int64_t d = 0; d < head_dim; d += PAIR<T>) std::memcpy(page + d * PAGE + token * PAIR<T>, row + d, PAIR<T> * sizeof(T));
 }
 
-template <class T>
-inline void write_value(T* page, int token, const float* value, int64_t head_dim) {
-    T* row = page + (token / PAIR<T>)*head_dim * PAIR<T> + token % PAIR<T>;
-    for (int64_t d = 0; d < head_dim; d++) put(row + d * PAIR<T>, value[d]);
+inline void write_value(float* page, int token, const float* value, int64_t head_dim) {
+    std::memcpy(page + token * head_dim, value, head_dim * sizeof(float));
+}
+
+inline void write_value(uint16_t* page, int token, const float* value, int64_t head_dim) {
+    uint16_t* pairs = page + token / 2 * head_dim * 2;
+    for (int64_t d = 0; d < head_dim; d += 16) store_half_pairs(pairs + 2 * d, token % 2, load(value + d));
 }
 
 template <int M, int V, class T>
@@ -104,11 +110,10 @@ struct AttentionScratch {
     alignas(64) float part[QUERY_ROWS * 512];
     alignas(64) float sum[QUERY_ROWS * 512];
     alignas(64) T masked[2 * 512];
-    float most[QUERY_ROWS], total[QUERY_ROWS];
+    alignas(64) float most[QUERY_ROWS];
+    float total[QUERY_ROWS];
     int64_t from[QUERY_ROWS], to[QUERY_ROWS];  // the keys that a row sees
 };
-
-constexpr int MAX_HEAD_DIM = 512;
 
 #if defined(__AVX512F__)
 
@@ -190,34 +195,35 @@ struct Attention {
     float scale;
 };
 
-// Scores of a span -> probabilities relative to the row's greatest score so far. Returns what older sums shrink by.
-template <class T>
-PW_INLINE float soften(float* score, RowOf<T>* weight, int64_t span, int64_t width, float scale, int64_t from, int64_t to, float& most, float& total) {
+// The greatest of a row's scores of the span at `span`, those of keys that it does not see being made -inf.
+PW_INLINE float greatest_score(float* score, int64_t span, int64_t width, int64_t from, int64_t to) {
     for (int64_t i = 0; i < width && span + i < from; i++) score[i] = -INFINITY;
     for (int64_t i = to > span ? to - span : 0; i < width; i++) score[i] = -INFINITY;
-    F16 best = splat(-INFINITY);
-    for (int64_t i = 0; i < width; i += 16) {
-        F16 s = load(score + i) * splat(scale);
-        store(score + i, s);
-        best = max(best, s);
+    F16 best = load(score);
+    for (int64_t i = 16; i < width; i += 16) best = max(best, load(score + i));
+    return largest(best);
+}
+
+// Scores of a span -> probabilities relative to the greatest score so far, for `count` rows. `shrink` is by how much older
+// sums are less then, for each row; it has room for whole vectors, as most and total have.
+template <class T>
+PW_INLINE void soften(AttentionScratch<T>& s, int count, int64_t span, int64_t width, float scale, float* shrink) {
+    alignas(64) float now[QUERY_ROWS];
+    for (int i = 0; i < count; i++) now[i] = std::max(s.most[i], scale * greatest_score(s.score + i * SPAN, span, width, s.from[i], s.to[i]));
+    for (int i = 0; i < count; i += 16) store(shrink + i, exponential(load(s.most + i) - load(now + i)));
+    for (int i = 0; i < count; i++) {
+        const float* score = s.score + i * SPAN;
+        const bool none = now[i] == -INFINITY;
+        s.most[i] = now[i];
+        if (none) shrink[i] = 1.0f;  // no key seen yet: every weight is e^-inf
+        F16 sums = splat(0.0f), least = splat(none ? 0.0f : now[i]);
+        for (int64_t j = 0; j < width; j += 16) {
+            F16 p = exponential(fma(load(score + j), splat(scale), splat(0.0f) - least));
+            put(s.weight + i * SPAN + j, p);
+            sums = sums + p;
+        }
+        s.total[i] = s.total[i] * shrink[i] + sum(sums);
     }
-    float now = largest(best);
-    if (now < most) now = most;
-    if (now == -INFINITY) {
-        for (int64_t i = 0; i < width; i++) weight[i] = {};
-        return 1.0f;
-    }
-    F16 sums = splat(0.0f);
-    for (int64_t i = 0; i < width; i += 16) {
-        F16 p = exponential(load(score + i) - splat(now));
-        put(weight + i, p);
-        sums = sums + p;
-    }
-    float shrink[16];
-    store(shrink, exponential(splat(most - now)));
-    most = now;
-    total = total * shrink[0] + pw::sum(sums);
-    return shrink[0];
 }
 
 // The position with which attention of a row at `position` begins.
@@ -257,15 +263,11 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
             const T* last = keys[tokens / PAGE] + values + pairs * dim * PAIR<T>;
             for (int64_t d = 0; d < dim; d++) s.masked[2 * d] = last[2 * d], s.masked[2 * d + 1] = 0;
         }
-        float shrink[QUERY_ROWS];
-        auto soften_all = [&] {
-            for (int i = 0; i < count; i++)
-                shrink[i] = soften<T>(s.score + i * SPAN, s.weight + i * SPAN, span, width, a.scale, s.from[i], s.to[i], s.most[i], s.total[i]);
-        };
+        alignas(64) float shrink[QUERY_ROWS];
 #if defined(__AVX512F__)
         if (count <= FEW_QUERIES && dim % 64 == 0) {
             FEW_SCORES<T>[count - 1](s.query, dim, keys, next_keys, s.score);
-            soften_all();
+            soften(s, count, span, width, a.scale, shrink);
             const T *v[PAGES], *next_v[PAGES];
             for (int i = 0; i < PAGES; i++) v[i] = keys[i] + values, next_v[i] = next_keys[i] + values;
             for (int64_t d = 0; d < dim; d += 64) FEW_VALUES<T>[count - 1](s.weight, dim, d, v, next_v, tokens, s.masked, shrink, s.sum);
@@ -281,7 +283,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
                 attention_product<1>(false, count, s.query, dim, keys[i], keys[i], PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
             }
         }
-        soften_all();
+        soften(s, count, span, width, a.scale, shrink);
         for (int64_t at = 0; at < tokens; at += PAGE) {
             const T *page = keys[at / PAGE] + values, *fetched = next_keys[at / PAGE] + values;
             const bool last = tokens - at < PAGE;

@@ -70,7 +70,7 @@ struct Rows {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int ALONE_AHEAD = 1024;
 #else
-constexpr int ALONE_AHEAD = 2048;
+constexpr int ALONE_AHEAD = 8192;
 #endif
 
 PW_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

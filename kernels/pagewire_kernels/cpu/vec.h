@@ -69,16 +69,17 @@ PW_INLINE float largest(F16 a) { return _mm512_reduce_max_ps(a.v); }
 PW_INLINE F16 load_bf16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-PW_INLINE void store_bf16(uint16_t* p, F16 a) {
+PW_INLINE __m256i to_bf16(F16 a) {
 #if defined(__AVX512BF16__)
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+    return (__m256i)_mm512_cvtneps_pbh(a.v);
 #else
     __m512i bits = _mm512_castps_si512(a.v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 #endif
 }
+PW_INLINE void store_bf16(uint16_t* p, F16 a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); }
 // Round to nearest, saturate to [-128, 127].
 PW_INLINE void store_int8(int8_t* p, F16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v))); }
 PW_INLINE F16 absolute(F16 a) { return {_mm512_abs_ps(a.v)}; }
@@ -213,6 +214,19 @@ PW_INLINE float largest(F16 x) {
 #else
 #include "vec_portable.h"
 #endif
+
+// One of each of 16 pairs of bf16 numbers; the others are not touched, as another thread may be writing them.
+PW_INLINE void store_half_pairs(uint16_t* pairs, bool second, F16 a) {
+#if defined(__AVX512F__)
+    const __m512i wide = _mm512_cvtepu16_epi32(to_bf16(a));
+    if (second) _mm512_mask_storeu_epi16(pairs, 0xaaaaaaaa, _mm512_slli_epi32(wide, 16));
+    else _mm512_mask_storeu_epi16(pairs, 0x55555555, wide);
+#else
+    uint16_t numbers[16];
+    store_bf16(numbers, a);
+    for (int i = 0; i < 16; i++) pairs[2 * i + second] = numbers[i];
+#endif
+}
 
 constexpr float EXP_LEAST = -87.0f;  // below it e^x is no normal float, and exactly 0 here
 
