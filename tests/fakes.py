@@ -209,6 +209,7 @@ class FakeWorker(
             block_size=16,
             total_blocks=64,
             kv_bytes_per_token=1000,
+            one_token=True,
             sampling_revision=self.sampling_revision,
         )
 

@@ -48,9 +48,9 @@ async def wait_roles(cluster: Cluster, **roles: int) -> None:
     await cluster.until(known, f"the router does not know {roles}")
 
 
-async def ask(cluster: Cluster, seed: int) -> tuple[list[int], str, str]:
+async def ask(cluster: Cluster, seed: int, max_tokens: int = 20) -> tuple[list[int], str, str]:
     """Tokens, and who served: the addresses of the prefill and the decode worker."""
-    body = {"prompt": prompt_of(100, seed), "temperature": 0, "max_tokens": 20, "return_token_ids": True}
+    body = {"prompt": prompt_of(100, seed), "temperature": 0, "max_tokens": max_tokens, "return_token_ids": True}
     response = await cluster.http.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     served = (response.headers.get(f"x-pagewire-{leg}-worker", "").rpartition("-")[2] for leg in ("prefill", "decode"))
@@ -76,6 +76,22 @@ async def test_workers_swap_their_roles_without_being_started_again(cluster: Clu
     for name in ("decode-0", "prefill-0", "decode-1", "prefill-1"):
         await set_role(cluster.processes[name], DECODE if name.startswith("decode") else PREFILL)
     await wait_roles(cluster, prefill_0=PREFILL, prefill_1=PREFILL, decode_0=DECODE, decode_1=DECODE)
+    await cluster.settle()
+
+
+async def test_a_prefill_worker_serves_one_token_and_hands_nothing_over_for_it(cluster: Cluster) -> None:
+    before = (await cluster.metrics())["pagewire_kv_transfer_bytes_total"]
+    computing = {cluster.processes[name].address for name in ("prefill-0", "prefill-1")}
+    decoding = {cluster.processes[name].address for name in ("decode-0", "decode-1")}
+    for seed in range(100, 104):
+        [token], prefill, alone = await ask(cluster, seed, max_tokens=1)
+        assert (prefill, alone in computing) == ("", True)
+        assert (await cluster.metrics())["pagewire_kv_transfer_bytes_total"] == before
+        tokens, prefill, decode = await ask(cluster, seed)
+        assert tokens[0] == token
+        assert prefill in computing
+        assert decode in decoding
+        before = (await cluster.metrics())["pagewire_kv_transfer_bytes_total"]
     await cluster.settle()
 
 

@@ -35,6 +35,18 @@ def test_a_pair_serves_even_one_token() -> None:
     assert best(1, load("p", PREFILL), load("d", DECODE)) == ("p", "d")
 
 
+def test_who_computes_the_prompt_of_a_request_for_one_token_serves_it_alone() -> None:
+    ask, older = Ask(500, output_tokens=1, one_token=True), load("p", PREFILL)
+    workers = [load("p", PREFILL, one_token=True), load("q", PREFILL, one_token=True), load("d", DECODE)]
+    found = found_by(ask, workers)
+    assert found[0].prefill is None
+    assert found[0].decode in ("p", "q")
+    assert all(plan.prefill is None for plan in found), "nobody hands it over"
+    assert {plan.decode for plan in found_by(Ask(500), workers)} == {"d"}
+    assert found_by(ask, [older, load("d", DECODE)])[0].workers == ("p", "d")
+    assert found_by(ask, workers[:1])[0].workers == ("p",)
+
+
 def test_a_decode_worker_computes_the_prompt_when_nobody_else_can() -> None:
     assert best(500, load("d", DECODE)) == (None, "d")
     other_model = load("p", PREFILL, fingerprint=b"g" * 32)

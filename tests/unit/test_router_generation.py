@@ -110,6 +110,17 @@ async def test_without_a_prefill_worker_the_decode_worker_does_it_all(byte_token
         assert total("pagewire_route_total", s, decision="local") == 1
 
 
+async def test_one_token_is_not_handed_over(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        answer = await s.ask(n=2, sampling={"max_tokens": 1})
+        assert answer.text == {0: "h", 1: "h"}
+        assert {d.finish_reason for d in answer.finish.values()} == {LENGTH}
+        assert answer.summary is not None
+        assert (answer.summary.decode_worker, answer.summary.prefill_worker) == ("p1", "")
+        assert answer.summary.transferred_tokens == 0
+        await s.settle()
+
+
 async def test_length_and_choices_and_echo(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         answer = await s.ask("Q:", n=3, echo=True, sampling={"max_tokens": 4})

@@ -90,6 +90,16 @@ def test_llm_d_leaves_prefill_out_when_less_than_16_tokens_are_missing() -> None
     assert best("llm_d", 272, worker("p"), worker("d", hit_tokens=256)) == ("p", "d")
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prefill_worker_serves_one_token_alone_unless_it_has_no_room(policy: str) -> None:
+    ask = Ask(500, output_tokens=1, one_token=True)
+    p, d = worker("p", one_token=True), worker("d", num_sequences=4)
+    assert ranked(policy, ask, p)[0].workers == ("p",)
+    assert all(plan.prefill is None for plan in ranked(policy, ask, p, d))
+    full = worker("p", one_token=True, free_tokens=100)
+    assert {plan.decode for plan in ranked(policy, ask, full, d)} == {"d"}
+
+
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "pagewire"])
 def test_a_worker_of_both_roles_computes_its_own_prompts(policy: str) -> None:
     assert {p.prefill for p in ranked(policy, Ask(512), worker("b"), worker("c"))} == {None}
@@ -98,6 +108,7 @@ def test_a_worker_of_both_roles_computes_its_own_prompts(policy: str) -> None:
 @given(
     policy=st.sampled_from(list(POLICIES)),
     prompt=st.integers(1, 5000),
+    one_token=st.booleans(),
     facts=st.lists(
         st.tuples(
             st.sampled_from("pdb"), st.integers(0, 6000), st.integers(0, 9000), st.integers(0, 200), st.booleans()
@@ -106,20 +117,23 @@ def test_a_worker_of_both_roles_computes_its_own_prompts(policy: str) -> None:
     ),
 )
 def test_every_plan_of_every_policy_can_be_carried_out(
-    policy: str, prompt: int, facts: list[tuple[str, int, int, int, bool]]
+    policy: str, prompt: int, one_token: bool, facts: list[tuple[str, int, int, int, bool]]
 ) -> None:
     loads = {
         f"{role}{i}": worker(
             f"{role}{i}", hit_tokens=hit, waiting_tokens=waiting, num_sequences=running, num_waiting=running // 2,
-            free_tokens=1 << 20 if room else 0,
+            free_tokens=1 << 20 if room else 0, one_token=hit % 2 == 0,
         )
         for i, (role, hit, waiting, running, room) in enumerate(facts)
     }  # fmt: skip
-    found = ranked(policy, Ask(prompt), *loads.values())
-    assert bool(found) == any(w.can_decode for w in loads.values())
-    roomy = any(w.can_decode and w.free_tokens for w in loads.values())
+    ask = Ask(prompt, one_token=one_token)
+    found = ranked(policy, ask, *loads.values())
+    ends = {w.worker_id for w in loads.values() if w.can_decode or w.ends(ask)}
+    assert bool(found) == bool(ends)
+    roomy = any(loads[w].free_tokens for w in ends)
     for plan in found:
-        assert loads[plan.decode].can_decode and plan.prefill != plan.decode
+        assert plan.decode in ends and plan.prefill != plan.decode
+        assert plan.prefill is None or loads[plan.decode].can_decode
         assert plan.prefill is None or loads[plan.prefill].can_prefill
         assert not roomy or loads[plan.decode].free_tokens, "a worker without room while another has some"
     if found:

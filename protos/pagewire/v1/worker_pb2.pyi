@@ -12,7 +12,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("worker_id", "instance", "role", "address", "fingerprint", "model_digest", "protocol", "max_model_len", "block_size", "total_blocks", "kv_bytes_per_token", "lanes", "startup", "flags", "constraints", "sampling_revision")
+    __slots__ = ("worker_id", "instance", "role", "address", "fingerprint", "model_digest", "protocol", "max_model_len", "block_size", "total_blocks", "kv_bytes_per_token", "lanes", "startup", "flags", "constraints", "one_token", "sampling_revision")
     class FlagsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class InfoResponse(_message.Message):
     STARTUP_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINTS_FIELD_NUMBER: _ClassVar[int]
+    ONE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_REVISION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     instance: str
@@ -51,8 +52,9 @@ class InfoResponse(_message.Message):
     startup: _containers.RepeatedCompositeFieldContainer[StartupPhase]
     flags: _containers.ScalarMap[str, str]
     constraints: bool
+    one_token: bool
     sampling_revision: int
-    def __init__(self, worker_id: _Optional[str] = ..., instance: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., model_digest: _Optional[bytes] = ..., protocol: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., lanes: _Optional[_Iterable[str]] = ..., startup: _Optional[_Iterable[_Union[StartupPhase, _Mapping]]] = ..., flags: _Optional[_Mapping[str, str]] = ..., constraints: _Optional[bool] = ..., sampling_revision: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., instance: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., model_digest: _Optional[bytes] = ..., protocol: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., lanes: _Optional[_Iterable[str]] = ..., startup: _Optional[_Iterable[_Union[StartupPhase, _Mapping]]] = ..., flags: _Optional[_Mapping[str, str]] = ..., constraints: _Optional[bool] = ..., one_token: _Optional[bool] = ..., sampling_revision: _Optional[int] = ...) -> None: ...
 
 class StartupPhase(_message.Message):
     __slots__ = ("name", "seconds")

@@ -45,6 +45,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._calls: dict[bytes, Call] = {}
         self._feeds = Feeds(decode_pb2.FeedResponse)
         self.refusing = False  # new requests, as if there were no room for them; running ones go on
+        self.taking_one_token = False  # though refusing, requests for one token whose prompt is to be computed here
 
     @property
     def num_calls(self) -> int:
@@ -132,7 +133,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Puts the request into the engine, once its prompt's KV is here."""
         request = call.request
         if request.local_prefill:
-            self._check_not_refusing()
+            if not (self.taking_one_token and request.sampling.max_tokens == 1):
+                self._check_not_refusing()
             if request.prior:
                 self._engine.resume(call.work, call.prior)
             else:

@@ -16,6 +16,8 @@
                  stall      B * t_pre                      the others wait for the prompt's chunks
                  role       t_pre + 20 ms                  on a worker of role decode: others will come and wait, and
                                                            a few milliseconds are less than the error of all this
+                                                           d is also any prefill worker for a request of one token,
+                                                           with its queue, prefill and delay; it then pairs with nobody
     both         decode     E[out] * t_dec(B + n, K + L)   the request's own steps, beyond the quickest worker's
                  harm       E[out] * (t_dec(B + n, K + L) - t_dec(B, K)) * B    what they cost the B others
                  eviction   t_pre of cached prefixes that make room, times how likely they were to be used
@@ -76,13 +78,16 @@ def plans(ask: Ask, pool: Pool, links: Links) -> list[Plan]:
     prefill = {p.worker_id: _prefill(ask, pool.fetching(p), crowd, usual) for p in pool.prefill}
     by_decode = _ranked(pool.decode, decode)
     by_prefill = _ranked(pool.prefill, prefill)
-    helpers = map(pool.fetching, _helpers(by_decode))
-    found = [_local(ask, d, decode[d.worker_id], _reluctance(ask, d, pool)) for d in helpers]
+    found = []
+    for d in map(pool.fetching, _helpers(by_decode)):
+        legs = _prefill(ask, d, 0.0, d.model) if d.can_decode else prefill[d.worker_id]
+        found.append(_local(ask, d, {**legs, **decode[d.worker_id]}, _reluctance(ask, d, pool)))
     for d in by_decode[:_WIDTH]:
         if (d.can_prefill or ask.goes_on) and ask.prompt_tokens - d.hit_tokens < _SMALL_REST:
             continue
         for p in islice(pool.sources(d, by_prefill), _WIDTH):
-            found.append(_pair(ask, p, d, {**prefill[p.worker_id], **decode[d.worker_id]}, links))
+            if p.worker_id not in pool.ending:
+                found.append(_pair(ask, p, d, {**prefill[p.worker_id], **decode[d.worker_id]}, links))
     return sorted(found, key=lambda plan: plan.cost)
 
 
@@ -169,8 +174,7 @@ def _reluctance(ask: Ask, d: Load, pool: Pool) -> float:
     return d.model.prefill_ms(*to_compute(ask, d)) + _ROLE_MS
 
 
-def _local(ask: Ask, d: Load, decode: Terms, reluctance: float) -> Plan:
-    legs = _prefill(ask, d, 0.0, d.model)
+def _local(ask: Ask, d: Load, legs: Terms, reluctance: float) -> Plan:
     computing = legs["prefill"]
     own = {
         "queue": _beside_decoding(d, d.queue_ms),
@@ -179,7 +183,7 @@ def _local(ask: Ask, d: Load, decode: Terms, reluctance: float) -> Plan:
         "role": reluctance,
         "held": 0.0,  # it waits for the same prompts in the queue
     }
-    return _plan(ask, None, d, {**legs, **decode, **own})
+    return _plan(ask, None, d, {**legs, **own})
 
 
 def _beside_decoding(d: Load, prefill_ms: float) -> float:

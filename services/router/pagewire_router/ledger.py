@@ -139,4 +139,5 @@ class Ledger:
             unused_tokens=max(free - int(stats.cached_blocks) * block_size, 0),
             kv_bytes_per_token=self._kv_bytes_per_token,
             turn=self.turn,
+            one_token=self.info.one_token,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,6 +93,7 @@ class Load:
     kv_bytes_per_token: int = 0
     turn: int = 0  # the number of the last placement on it
     fetch: Fetch | None = None  # what it had better fetch if it is to compute the prompt
+    one_token: bool = False  # whether, though it only computes prompts, it serves requests for one token alone
 
     @property
     def can_prefill(self) -> bool:
@@ -101,6 +102,10 @@ class Load:
     @property
     def can_decode(self) -> bool:
         return self.role in (common_pb2.WORKER_ROLE_DECODE, common_pb2.WORKER_ROLE_BOTH)
+
+    def ends(self, ask: Ask) -> bool:
+        """Whether it has all of the answer when it has computed the prompt, and need not hand it over."""
+        return ask.one_token and self.one_token and self.can_prefill
 
     @cached_property
     def queue_ms(self) -> float:
@@ -122,6 +127,7 @@ class Ask:
     previous: str | None = None
     usual_prefill_ms: float = 0.0  # of the prompts before it; 0: not known
     goes_on: bool = False  # after output of which the decode worker computes the last tokens itself
+    one_token: bool = False  # of each choice: who computes the prompt has all of the answer
 
 
 # (leg, workers) -> whether it may be tried
@@ -144,15 +150,18 @@ class Pool:
     decode: Sequence[Load]
     allows: Allows = anything
     fetching: Callable[[Load], Load] = as_it_is  # a worker with what it had better fetch if it computes the prompt
+    ending: Set[str] = frozenset()  # of those that decode, who hands nothing over: see Load.ends
 
     @classmethod
     def of(
         cls, loads: Sequence[Load], ask: Ask, allows: Allows = anything, fetching: Callable[[Load], Load] = as_it_is
     ) -> Pool:
-        """Decode workers without room are left out unless none has any."""
+        """Decode workers without room are left out unless none has any. Who can end the request counts as one."""
         prefill = [w for w in loads if w.can_prefill and allows("prefill", w.worker_id)]
-        decode = [w for w in loads if w.can_decode and allows("decode", w.worker_id)]
-        return cls(prefill, [w for w in decode if w.has_room(ask)] or decode, allows, fetching)
+        able = [*(w for w in loads if w.can_decode), *(w for w in prefill if w.ends(ask) and not w.can_decode)]
+        decode = [w for w in able if allows("decode", w.worker_id)]
+        decode = [w for w in decode if w.has_room(ask)] or decode
+        return cls(prefill, decode, allows, fetching, frozenset(w.worker_id for w in decode if w.ends(ask)))
 
     @cached_property
     def prefill_queues(self) -> tuple[int, int]:
@@ -165,6 +174,8 @@ class Pool:
 
     def sources(self, d: Load, ranked: Sequence[Load] | None = None) -> Iterator[Load]:
         """Prefill workers that may compute a prompt for decode worker `d`, in the order of `ranked`."""
+        if not d.can_decode:
+            return
         for p in self.prefill if ranked is None else ranked:
             same_kv = p.worker_id != d.worker_id and p.fingerprint == d.fingerprint
             if same_kv and self.allows("transfer", p.worker_id, d.worker_id):

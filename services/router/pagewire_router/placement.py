@@ -173,7 +173,10 @@ class Placement(Generic[W]):
             held[w.worker_id] = known.get(w.worker_id, 0) * HASH_BLOCK
         output = min(float(request.tokens_to_come), self._output_tokens)
         previous = self._sessions.get(request.session_id) if request.session_id else None
-        ask = Ask(len(request.prompt_ids), request.n, output, previous, self._prefill_ms, bool(request.prior))
+        ask = Ask(
+            len(request.prompt_ids), request.n, output, previous, self._prefill_ms, goes_on=bool(request.prior),
+            one_token=request.tokens_to_come == 1 and not request.is_step,
+        )  # fmt: skip
         return View(ask, loads, Fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 
     def plans(self, view: View, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()) -> list[Plan]:
@@ -226,7 +229,7 @@ class Placement(Generic[W]):
             prefill.turn = self._turn
             self.breakers.attempt("prefill", prefill.worker_id)
             self.breakers.attempt("transfer", prefill.worker_id, decode.worker_id)
-        if request.session_id:
+        if request.session_id and decode.can_decode:
             self._sessions[request.session_id] = decode.worker_id
             self._sessions.move_to_end(request.session_id)
             if len(self._sessions) > _MAX_SESSIONS:

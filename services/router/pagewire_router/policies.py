@@ -41,7 +41,8 @@ def _independent(prefill: Side, decode: Side, alone: Alone, ask: Ask, pool: Pool
         if len(found) >= _PLANS and cost > found[-1][0]:
             break
         sources = [] if alone(ask, d) else list(islice(pool.sources(d, by_prefill), _SOURCES))
-        found += [(cost, Plan(p.worker_id, d.worker_id, {**cost_p[p.worker_id], **terms})) for p in sources]
+        pairing = [p for p in sources if p.worker_id not in pool.ending]
+        found += [(cost, Plan(p.worker_id, d.worker_id, {**cost_p[p.worker_id], **terms})) for p in pairing]
         if not sources:
             found.append((cost, Plan(None, d.worker_id, terms)))
     return [plan for _, plan in sorted(found, key=lambda pair: (pair[0], pair[1].cost))]

@@ -48,6 +48,7 @@ class Roles:
         self._changed = changed
         self._giving_up: asyncio.Task[None] | None = None
         self._apply()
+        self._take_one_token()
 
     async def switch(self, role: common_pb2.WorkerRole, timeout_s: float) -> AsyncIterator[int]:
         """Has the role from now on. How many calls of what it gave up still run, until none does.
@@ -89,6 +90,11 @@ class Roles:
     def _apply(self) -> None:
         self._prefill.refusing = self.draining or self.role == common_pb2.WORKER_ROLE_DECODE
         self._decode.refusing = self.draining or self.role == common_pb2.WORKER_ROLE_PREFILL
+        self._decode.taking_one_token = False  # not before what it gives up is over: of these there may always be some
+
+    def _take_one_token(self) -> None:
+        """A prompt whose answer is one token need not be handed over for it."""
+        self._decode.taking_one_token = not self.draining and self.role == common_pb2.WORKER_ROLE_PREFILL
 
     async def _give_up(self, servicers: Sequence[PrefillServicer | DecodeServicer], timeout_s: float) -> None:
         async for _ in _until_ended(servicers, timeout_s):
@@ -97,6 +103,7 @@ class Roles:
             await self._sender.release()
         if self._decode.refusing:
             await self._receiver.release()
+        self._take_one_token()
 
     async def _stop_giving_up(self) -> None:
         giving_up, self._giving_up = self._giving_up, None

@@ -259,6 +259,7 @@ class Worker:
             kv_bytes_per_token=self._loaded.runner.cache.bytes_per_token,
             lanes=self._lanes,
             constraints=self._loaded.constraints is not None,
+            one_token=True,
             sampling_revision=rpc.SAMPLING_REVISION,
             flags=shown_flags(self._args, WORKER_FLAGS),
         )
