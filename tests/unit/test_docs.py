@@ -262,7 +262,7 @@ def test_figures_of_roles_are_those_of_the_results() -> None:
 
 
 def test_figures_of_one_worker_are_those_of_the_results() -> None:
-    """docs/when-to-disaggregate.md: both rounds."""
+    """docs/when-to-disaggregate.md: every round."""
     rounds = json.loads((ROOT / "benchmarks/results/compare-smol135.json").read_text())["results"]["bf16"]["rounds"]
     table = list(rows(text_of("when-to-disaggregate.md"), "load", "tokens a second: `both`"))
     for load, *cells in table[:-1]:
