@@ -16,7 +16,8 @@
 
 namespace pw {
 
-constexpr int PAGE = 16, SPAN = 64, PAGES = SPAN / PAGE, QUERY_ROWS = 48, MAX_HEAD_DIM = 512;
+constexpr int PAGE = 16, SPAN = 64, PAGES = SPAN / PAGE;
+constexpr int QUERY_ROWS = 48, MAX_HEAD_DIM = 512;  // of a tile; the first is a multiple of 16
 
 struct Cache {
     void* data;
@@ -104,12 +105,12 @@ inline void attention_product(bool more, int rows, const RowOf<T>* a, int64_t ld
 // What one tile needs; a thread has one of these.
 template <class T>
 struct AttentionScratch {
-    alignas(64) RowOf<T> query[QUERY_ROWS * 512];
+    alignas(64) RowOf<T> query[QUERY_ROWS * MAX_HEAD_DIM];
     alignas(64) float score[QUERY_ROWS * SPAN];
     alignas(64) RowOf<T> weight[QUERY_ROWS * SPAN];
-    alignas(64) float part[QUERY_ROWS * 512];
-    alignas(64) float sum[QUERY_ROWS * 512];
-    alignas(64) T masked[2 * 512];
+    alignas(64) float part[QUERY_ROWS * MAX_HEAD_DIM];
+    alignas(64) float sum[QUERY_ROWS * MAX_HEAD_DIM];
+    alignas(64) T masked[2 * MAX_HEAD_DIM];
     alignas(64) float most[QUERY_ROWS];
     float total[QUERY_ROWS];
     int64_t from[QUERY_ROWS], to[QUERY_ROWS];  // the keys that a row sees
@@ -204,8 +205,8 @@ PW_INLINE float greatest_score(float* score, int64_t span, int64_t width, int64_
     return largest(best);
 }
 
-// Scores of a span -> probabilities relative to the greatest score so far, for `count` rows. `shrink` is by how much older
-// sums are less then, for each row; it has room for whole vectors, as most and total have.
+// Scores of a span -> probabilities relative to the greatest score so far, for `count` rows. shrink [QUERY_ROWS]: what the
+// older sums of each row are to be multiplied by.
 template <class T>
 PW_INLINE void soften(AttentionScratch<T>& s, int count, int64_t span, int64_t width, float scale, float* shrink) {
     alignas(64) float now[QUERY_ROWS];
@@ -216,9 +217,9 @@ PW_INLINE void soften(AttentionScratch<T>& s, int count, int64_t span, int64_t w
         const bool none = now[i] == -INFINITY;
         s.most[i] = now[i];
         if (none) shrink[i] = 1.0f;  // no key seen yet: every weight is e^-inf
-        F16 sums = splat(0.0f), least = splat(none ? 0.0f : now[i]);
+        F16 sums = splat(0.0f), offset = splat(none ? 0.0f : -now[i]);
         for (int64_t j = 0; j < width; j += 16) {
-            F16 p = exponential(fma(load(score + j), splat(scale), splat(0.0f) - least));
+            F16 p = exponential(fma(load(score + j), splat(scale), offset));
             put(s.weight + i * SPAN + j, p);
             sums = sums + p;
         }
