@@ -106,7 +106,7 @@ OVERVIEW = Dashboard("pagewire-overview", "pagewire: overview", (
 
 BALANCE = Dashboard("pagewire-balance", "pagewire: prefill and decode", (
     Panel("Plans", {"{{decision}}": rate("pagewire_route_total", "decision")}, "reqps",
-          description="A pair of workers, or a decode worker alone."),
+          description="A pair of workers, or one worker alone."),
     count("Waiting", {"{{pool}}": of_pool("pagewire_engine_num_waiting")}),
     count("Running", {"{{pool}}": of_pool("pagewire_engine_num_running")}),
     Panel("Prompt tokens computed a second", {"{{pool}}": of_pool(_COMPUTED)}),

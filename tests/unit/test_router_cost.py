@@ -31,7 +31,7 @@ def best(prompt: int, *loads: Load) -> tuple[str | None, str]:
     return first.prefill, first.decode
 
 
-def test_a_pair_serves_even_one_token() -> None:
+def test_a_pair_serves_even_a_prompt_of_one_token() -> None:
     assert best(1, load("p", PREFILL), load("d", DECODE)) == ("p", "d")
 
 

@@ -121,6 +121,12 @@ async def test_one_token_is_not_handed_over(byte_tokenizer: Tokenizer) -> None:
         await s.settle()
 
 
+async def test_one_token_needs_no_decode_worker(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1") as s:
+        answer = await s.ask(sampling={"max_tokens": 1})
+        assert answer.text == {0: "h"}
+
+
 async def test_length_and_choices_and_echo(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         answer = await s.ask("Q:", n=3, echo=True, sampling={"max_tokens": 4})

@@ -22,7 +22,6 @@ struct Wide {  // as float32: to widen them for every strip anew was half of a t
     float value;
 };
 using Bf16Row = Wide;
-inline void put(Wide* p, float x) { p->value = bf16_to_float(float_to_bf16(x)); }
 PW_INLINE void put(Wide* p, F16 x) { store(&p->value, rounded_to_bf16(x)); }
 inline void copy(Wide* to, const uint16_t* from, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i].value = bf16_to_float(from[i]);
@@ -33,8 +32,6 @@ using Bf16Row = uint16_t;
 template <class T>
 using RowOf = std::conditional_t<sizeof(T) == 2, Bf16Row, T>;
 
-inline void put(float* p, float x) { *p = x; }
-inline void put(uint16_t* p, float x) { *p = float_to_bf16(x); }
 PW_INLINE void put(float* p, F16 x) { store(p, x); }
 PW_INLINE void put(uint16_t* p, F16 x) { store_bf16(p, x); }
 template <class T>

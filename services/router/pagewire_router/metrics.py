@@ -70,7 +70,7 @@ class RouterMetrics:
             "pagewire_cached_tokens", "Prompt tokens whose KV was there already", registry=registry
         )
         self.routes = Counter(
-            "pagewire_route", "Attempts by plan: a prefill and a decode worker, or decode alone", ["decision"],
+            "pagewire_route", "Attempts by plan: a prefill and a decode worker, or one worker alone", ["decision"],
             registry=registry,
         )  # fmt: skip
         self.retries = Counter("pagewire_retries", "Attempts lost, by the leg that failed", ["leg"], registry=registry)
