@@ -104,22 +104,28 @@ async def test_an_honest_peer_is_believed() -> None:
         ({"seq": 1}, "where chunk 0 was due"),
     ],
 )
-async def test_a_chunk_that_is_not_of_the_offer_fails_the_transfer(changes: dict[str, int], sentence: str) -> None:
+async def test_a_chunk_that_is_not_of_the_offer_ends_the_pair(changes: dict[str, int], sentence: str) -> None:
     async with ends("grpc", window=2) as both, liar(both) as peer:
         chunk = a_chunk(**changes)
         chunk.data = bytes(chunk.num_bytes)
         await peer.say(chunk=chunk)
-        await peer.hears_abort(Incompatible, sentence)
-        assert isinstance(both.sink.failures[TID], Incompatible)
+        await peer.ends_with(Incompatible, sentence)
+        assert TID in both.sink.failures and TID not in both.sink.pages
         await both.assert_empty()
 
 
-async def test_the_same_chunk_twice_fails_the_transfer() -> None:
+@pytest.mark.parametrize(("seq", "sentence"), [(0, "came where chunk 1 was due"), (1, "overlaps")])
+async def test_the_same_chunk_twice_ends_the_pair(seq: int, sentence: str) -> None:
+    """At once, whatever else it carries: bytes for both may never come, and who waits for them waits in vain."""
     async with ends("grpc", window=2) as both, liar(both) as peer:
+        other = new_id()
+        await peer.say(offer=kv.Offer(transfer_id=other, token_end=TOKENS))
+        await peer.hear()
         await peer.say(chunk=a_chunk())
         await peer.hear()
-        await peer.say(chunk=a_chunk(seq=1))
-        await peer.hears_abort(Incompatible, "overlaps")
+        await peer.say(chunk=a_chunk(seq=seq))
+        await peer.ends_with(Incompatible, sentence)
+        assert {TID, other} <= set(both.sink.failures)
         await both.assert_empty()
 
 
@@ -144,13 +150,22 @@ async def test_a_seal_with_tokens_missing_fails_the_transfer() -> None:
         assert TID in both.sink.failures and not both.sink.done
 
 
-@pytest.mark.parametrize("message", [{"chunk": a_chunk()}, {"sealed": the_seal()}])
-async def test_what_comes_before_its_grant_fails_the_transfer(message: dict[str, object]) -> None:
+async def test_a_seal_before_its_grant_fails_the_transfer() -> None:
     async with ends("grpc", window=2) as both, liar(both, granted=False) as peer:
         both.sink.hold_bind = asyncio.Event()
         await peer.say(offer=kv.Offer(transfer_id=TID, token_end=TOKENS))
-        await peer.say(**message)
+        await peer.say(sealed=the_seal())
         await peer.hears_abort(Incompatible, "before its grant")
+        both.sink.hold_bind.set()
+        await both.assert_empty()
+
+
+async def test_a_chunk_before_its_grant_ends_the_pair() -> None:
+    async with ends("grpc", window=2) as both, liar(both, granted=False) as peer:
+        both.sink.hold_bind = asyncio.Event()
+        await peer.say(offer=kv.Offer(transfer_id=TID, token_end=TOKENS))
+        await peer.say(chunk=a_chunk())
+        await peer.ends_with(Incompatible, "before its grant")
         both.sink.hold_bind.set()
         await both.assert_empty()
 

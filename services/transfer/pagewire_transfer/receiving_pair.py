@@ -154,13 +154,11 @@ class ReceivingPair:
             raise Incompatible(f"a chunk of {chunk.num_bytes} bytes; the limit is {MAX_CHUNK_BYTES}")
         landing = Landing(chunk)
         if chunk.transfer_id in self._open:
-            try:
-                landing.incoming = self._open[chunk.transfer_id]
-                if landing.incoming is None:
-                    raise Incompatible("a chunk came before its grant")
-                landing.part = landing.incoming.announce(chunk)
-            except PagewireError as error:
-                self._fail(chunk.transfer_id, error)
+            # After an announcement against the rules nobody knows what comes over the lane: that ends the pair.
+            landing.incoming = self._open[chunk.transfer_id]
+            if landing.incoming is None:
+                raise Incompatible("a chunk came before its grant")
+            landing.part = landing.incoming.announce(chunk)
         await self._lane_is_open.wait()
         await self._room.acquire()
         self._receive(landing)
