@@ -24,6 +24,7 @@ SERVICES = {
         "DeltaFeed",
         "Tokenize",
         "Detokenize",
+        "TokenizerInfo",
         "Embed",
         "ResetPrefixCache",
         "ServerInfo",

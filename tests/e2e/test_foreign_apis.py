@@ -261,6 +261,27 @@ async def test_tokenize_speaks_tgi_and_vllm_by_the_body(cluster: Cluster) -> Non
 # ---------------------------------------------------------------- OpenAI with vLLM's fields
 
 
+async def test_tokens_in_tokens_out_is_a_completion_without_its_text(cluster: Cluster) -> None:
+    prompt = (await cluster.http.post("/tokenize", json={"prompt": RAW})).json()["tokens"]
+    fields = {"temperature": 0, "max_tokens": 24, "logprobs": 1, "prompt_logprobs": 0}
+    expected = await cluster.complete(prompt, **fields)
+    body = {"token_ids": prompt, "sampling_params": fields}
+    whole = (await cluster.http.post("/inference/v1/generate", json=body)).json()
+    [choice], [completion] = whole["choices"], expected["choices"]
+    assert choice["token_ids"] == completion["token_ids"]
+    assert choice["finish_reason"] == completion["finish_reason"] and whole["usage"] == expected["usage"]
+    assert whole["prompt_logprobs"] == completion["prompt_logprobs"]
+    told = choice["logprobs"]["content"]
+    assert [token["logprob"] for token in told] == completion["logprobs"]["token_logprobs"]
+    assert [token["token"] for token in told] == [f"token_id:{i}" for i in choice["token_ids"]]
+    del fields["prompt_logprobs"]
+    streamed = (await cluster.http.post("/inference/v1/generate", json={**body, "stream": True})).text
+    chunks = data_of(streamed.removesuffix("data: [DONE]\n\n"))
+    assert [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]] == choice["token_ids"]
+    sentence = (await cluster.http.post("/detokenize", json={"tokens": choice["token_ids"]})).json()["prompt"]
+    assert sentence.removesuffix("<|im_end|>") == completion["text"]
+
+
 async def test_vllms_truncation_leaves_room_for_the_answer(cluster: Cluster) -> None:
     """The same tokens as a prompt that was cut before it was sent; both endpoints, from both sides."""
     words = [str(number) for number in range(400)]

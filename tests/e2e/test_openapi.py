@@ -37,7 +37,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
         directory,
         worker_flags=FLAGS,
         router_flags=("--served-model-name=demo",),
-        bridge_flags=("--tool-call-parser=json", "--enable-auto-tool-choice"),
+        bridge_flags=("--tool-call-parser=json", "--enable-auto-tool-choice", "--enable-tokenizer-info-endpoint"),
     )
     async with running(made) as started:
         yield started

@@ -95,6 +95,24 @@ async def test_usage_is_null_until_the_last_chunk_when_asked_for(bridge: Bridge)
     assert (last["choices"], last["usage"]) == ([], USAGE)  # type: ignore[index]
 
 
+async def test_every_chunk_counts_the_tokens_so_far_when_asked_for(bridge: Bridge) -> None:
+    """vLLM's; without `include_usage` it asks for nothing."""
+    two = [TokenText(token_id=5), TokenText(token_id=6)]
+    bridge.router.script = says(
+        accepted(), delta("He", tokens=two[:1]), delta("llo", tokens=two), delta(finish=STOP), summary()
+    )
+    options = {"continuous_usage_stats": True}
+    *chunks, last, _ = events_of(
+        (await bridge.complete(stream=True, stream_options=options | {"include_usage": True})).text
+    )
+    so_far = [chunk["usage"] for chunk in chunks]  # type: ignore[index]
+    assert [usage["completion_tokens"] for usage in so_far] == [1, 3, 3]
+    assert all(u["prompt_tokens"] == 7 and u["total_tokens"] == 7 + u["completion_tokens"] for u in so_far)
+    assert (last["choices"], last["usage"]) == ([], USAGE)  # type: ignore[index]
+    *chunks, _ = events_of((await bridge.complete(stream=True, stream_options=options)).text)
+    assert not any("usage" in chunk for chunk in chunks)
+
+
 async def test_usage_ends_every_stream_where_the_server_says_so() -> None:
     """Gateways that bill by tokens cannot rely on their clients to ask."""
     async with running_bridge(always_usage=True) as bridge:

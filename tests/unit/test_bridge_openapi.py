@@ -13,6 +13,7 @@ from pagewire_bridge.app import ROUTES, create_app
 from pagewire_bridge.client import RouterClient
 from pagewire_bridge.keys import load_keys
 from pagewire_bridge.openapi.document import described, document
+from pagewire_bridge.tokenize import TOKENIZER_INFO
 from pagewire_core.errors import Unavailable
 from pydantic import BaseModel
 from scripted_router import Bridge, refuses, running_bridge
@@ -26,6 +27,11 @@ _PATH_VALUES = {"model": "demo", "version": "1"}
 @functools.cache
 def made(with_keys: bool = False) -> Document:
     return document(ROUTES, with_keys)
+
+
+def without_tokenizer_info() -> Document:
+    """What a bridge serves whose operator has not asked for that route."""
+    return document([route for route in ROUTES if route is not TOKENIZER_INFO], False)
 
 
 async def test_every_route_is_described_and_nothing_else_is() -> None:
@@ -88,7 +94,7 @@ async def test_documented_bodies_are_those_that_validate(bridge: Bridge, monkeyp
 
 
 async def test_the_bridge_serves_the_document_and_a_page_of_its_own(bridge: Bridge) -> None:
-    assert (await bridge.http.get("/openapi.json")).json() == made()
+    assert (await bridge.http.get("/openapi.json")).json() == without_tokenizer_info()
     page = await bridge.http.get("/docs")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'self'" in page.headers["content-security-policy"] and "://" not in page.text
@@ -105,7 +111,9 @@ async def test_under_a_prefix_every_route_answers_whether_or_not_a_proxy_takes_i
         http = bridge.http
         for prefix in ("", "/api"):
             assert (await http.get(f"{prefix}/v1/models")).json()["data"][0]["id"] == "demo"
-            assert (await http.get(f"{prefix}/openapi.json")).json() == made() | {"servers": [{"url": "/api"}]}
+            assert (await http.get(f"{prefix}/openapi.json")).json() == without_tokenizer_info() | {
+                "servers": [{"url": "/api"}]
+            }
             assert (await http.get(f"{prefix}/api/tags")).json()["models"]
             assert (await http.get(f"{prefix}/nowhere")).status_code == 404
             for page in ("/", ""):
@@ -123,6 +131,12 @@ async def test_a_server_without_docs_has_neither_the_document_nor_the_page() -> 
         for path in ("/openapi.json", "/docs", "/docs/docs.js"):
             answer = await client.get(path)
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+
+
+async def test_the_tokenizers_settings_are_told_where_the_operator_says_so(bridge: Bridge) -> None:
+    assert (await bridge.http.get("/tokenizer_info")).json()["error"]["code"] == "not_found"
+    async with running_bridge(with_tokenizer_info=True) as open_bridge:
+        assert (await open_bridge.http.get("/openapi.json")).json() == made()
 
 
 async def test_keys_are_asked_for_where_the_document_says_so() -> None:

@@ -58,6 +58,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "allowed-origins": ('["https://a.example"]', ("https://a.example",)),
     "ollama-port": ("11434", 11434),
     "enable-force-include-usage": ("", True),
+    "enable-tokenizer-info-endpoint": ("", True),
     "disable-fastapi-docs": ("", True),
     "root-path": ("/llm/v2/", "/llm/v2"),
     "own-port": ("20001", 20001),

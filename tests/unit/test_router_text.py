@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_cli.serve import demo_model
 from pagewire_core.errors import InvalidRequest, ModelNotFound
 from pagewire_router.model import ServedModel, load_served_model
 from pagewire_router.request import validate
-from pagewire_router.text import detokenize, tokenize
+from pagewire_router.text import detokenize, tokenize, tokenizer_info
 
 CHAT = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="Héllo 🙂")])
 
@@ -31,6 +34,20 @@ def test_tokens_are_bytes_and_places_of_the_text(model: ServedModel) -> None:
     assert response.tokens[-1].end == len("a fox 🙂!")
     ids = [t.id for t in response.tokens]
     assert detokenize(inference_pb2.DetokenizeRequest(token_ids=ids), model).text == "a fox 🙂!"
+
+
+def test_the_tokenizers_settings_have_the_template_that_is_served(model: ServedModel, tmp_path: Path) -> None:
+    """Clients that make a tokenizer of it must get the prompts that this server makes."""
+    told = json.loads(tokenizer_info(inference_pb2.TokenizerInfoRequest(), model).config_json)
+    own = json.loads((demo_model() / "tokenizer_config.json").read_text())
+    assert told == {"tokenizer_class": "PreTrainedTokenizerFast", **own, "chat_template": told["chat_template"]}
+    assert "<|im_start|>" in told["chat_template"]
+    (tmp_path / "other.jinja").write_text("{{ messages[0].content }}!")
+    other = load_served_model(str(demo_model()), chat_template=str(tmp_path / "other.jinja"))
+    told = json.loads(tokenizer_info(inference_pb2.TokenizerInfoRequest(), other).config_json)
+    assert told["chat_template"] == "{{ messages[0].content }}!"
+    with pytest.raises(ModelNotFound):
+        tokenizer_info(inference_pb2.TokenizerInfoRequest(model="none"), model)
 
 
 def test_bad_requests_are_refused(model: ServedModel) -> None:

@@ -80,6 +80,11 @@ class InferenceServiceStub:
                 request_serializer=pagewire_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.TokenizerInfo = channel.unary_unary(
+                '/pagewire.v1.InferenceService/TokenizerInfo',
+                request_serializer=pagewire_dot_v1_dot_inference__pb2.TokenizerInfoRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_inference__pb2.TokenizerInfoResponse.FromString,
+                _registered_method=True)
         self.ServerInfo = channel.unary_unary(
                 '/pagewire.v1.InferenceService/ServerInfo',
                 request_serializer=pagewire_dot_v1_dot_inference__pb2.ServerInfoRequest.SerializeToString,
@@ -160,6 +165,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TokenizerInfo(self, request, context):
+        """How the model's tokenizer is set up, for clients that make a tokenizer of their own of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ServerInfo(self, request, context):
         """What the router and its workers were started with; for administrators.
         """
@@ -221,6 +233,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=pagewire_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'TokenizerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.TokenizerInfo,
+                    request_deserializer=pagewire_dot_v1_dot_inference__pb2.TokenizerInfoRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_inference__pb2.TokenizerInfoResponse.SerializeToString,
             ),
             'ServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.ServerInfo,
@@ -476,6 +493,33 @@ class InferenceService:
             '/pagewire.v1.InferenceService/Detokenize',
             pagewire_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
             pagewire_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TokenizerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.InferenceService/TokenizerInfo',
+            pagewire_dot_v1_dot_inference__pb2.TokenizerInfoRequest.SerializeToString,
+            pagewire_dot_v1_dot_inference__pb2.TokenizerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from pagewire_bridge.access import Access
@@ -41,7 +41,9 @@ from pagewire_bridge.rate_limit import RateLimiter
 from pagewire_bridge.root_path import RootPath
 from pagewire_bridge.server import ROUTES as SERVER_ROUTES
 from pagewire_bridge.tgi.routes import ROUTES as TGI_ROUTES
+from pagewire_bridge.token_generation import ROUTES as TOKEN_GENERATION_ROUTES
 from pagewire_bridge.tokenize import ROUTES as TOKENIZE_ROUTES
+from pagewire_bridge.tokenize import TOKENIZER_INFO
 
 
 class State(TypedDict):
@@ -97,6 +99,7 @@ ROUTES = (
     *OLLAMA_ROUTES,
     *OLLAMA_EMBED_ROUTES,
     *ANTHROPIC_ROUTES,
+    *TOKEN_GENERATION_ROUTES,
     *TOKENIZE_ROUTES,
     *CHAT_PAGE_ROUTES,
     *SERVER_ROUTES,
@@ -104,10 +107,10 @@ ROUTES = (
 )
 
 
-def _document(with_keys: bool, root_path: str) -> bytes:
+def _document(routes: Sequence[Route], with_keys: bool, root_path: str) -> bytes:
     from pagewire_bridge.openapi.document import document  # a tenth of a second that no start need take
 
-    return orjson.dumps(document(ROUTES, with_keys, root_path))
+    return orjson.dumps(document(routes, with_keys, root_path))
 
 
 def create_app(
@@ -122,6 +125,7 @@ def create_app(
     root_path: str = "",
     always_usage: bool = False,
     with_docs: bool = True,
+    with_tokenizer_info: bool = False,
     rank: int | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> ASGIApp:
@@ -132,10 +136,12 @@ def create_app(
     response_ttl_s: for how long. allowed_origins: whose web pages may call it. root_path: where the proxy in front has
     the routes; it may or may not take that prefix away. rank: which of several bridges it is. flags: what
     administrators are told of its start. always_usage: streams end with it, asked for or not. with_docs: whether there
-    are the document and its page.
+    are the document and its page. with_tokenizer_info: whether clients may see the tokenizer's settings.
     """
     bridge_metrics, limiter = BridgeMetrics(instance_name("bridge", rank)), RateLimiter(redis_url)
-    made = functools.cache(lambda: _document(bool(keys), root_path))
+    left_out = (*(() if with_docs else OPENAPI_ROUTES), *(() if with_tokenizer_info else (TOKENIZER_INFO,)))
+    routes = [route for route in ROUTES if route not in left_out]
+    made = functools.cache(lambda: _document(routes, bool(keys), root_path))
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[State]:
@@ -158,7 +164,7 @@ def create_app(
         await shelf.close()
 
     app = Starlette(
-        routes=[route for route in ROUTES if with_docs or route not in OPENAPI_ROUTES],
+        routes=routes,
         exception_handlers={
             PagewireError: _on_error,
             HTTPException: _on_http_error,
@@ -174,5 +180,5 @@ def create_app(
         guarded = CORSMiddleware(
             guarded, allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
-    observed = Observe(guarded, bridge_metrics, ROUTES)
-    return RootPath(observed, root_path, ROUTES) if root_path else observed
+    observed = Observe(guarded, bridge_metrics, routes)
+    return RootPath(observed, root_path, routes) if root_path else observed

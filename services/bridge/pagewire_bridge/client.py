@@ -43,7 +43,7 @@ RENEW_S = 5.0  # how often certificates are looked at
 _PAUSES_S = (0.02, 0.1, 0.3, 1.0)  # the channel may take a moment to know
 _AGAIN = {"maxAttempts": 1 + len(_PAUSES_S), "initialBackoff": "0.02s", "maxBackoff": "1s", "backoffMultiplier": 4,
           "retryableStatusCodes": ["CANCELLED"]}  # fmt: skip
-_SHORT_CALLS = ("ListModels", "Embed", "Tokenize", "Detokenize", "Metrics", "ServerInfo")
+_SHORT_CALLS = ("ListModels", "Embed", "Tokenize", "Detokenize", "TokenizerInfo", "Metrics", "ServerInfo")
 _SERVICE_CONFIG = json.dumps({"methodConfig": [{
     "name": [{"service": "pagewire.v1.InferenceService", "method": method} for method in _SHORT_CALLS],
     "retryPolicy": _AGAIN,
@@ -244,6 +244,13 @@ class RouterClient:
         """Tokens as text. Raises PagewireError."""
         try:
             return await self._stub.Detokenize(request, timeout=QUICK_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def tokenizer_info(self, request: pb.TokenizerInfoRequest) -> pb.TokenizerInfoResponse:
+        """How the tokenizer is set up. Raises PagewireError."""
+        try:
+            return await self._stub.TokenizerInfo(request, timeout=QUICK_S)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 

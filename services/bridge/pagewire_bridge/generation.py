@@ -63,7 +63,7 @@ class Generation:
         self._ended = 0
         self._unfinished = set(range(len(streams) * n))
         self._charge = charge
-        self._num_output_tokens = 0
+        self.num_output_tokens = 0  # so far
 
     async def open(self) -> None:
         """Returns when all prompts are accepted. Raises PagewireError when one is refused."""
@@ -91,7 +91,11 @@ class Generation:
     async def close(self) -> None:
         """Cancels what still runs."""
         await self._events.aclose()
-        self._charge(sum(accepted.prompt_tokens for accepted in self.accepted) + self._num_output_tokens)
+        self._charge(self.num_prompt_tokens + self.num_output_tokens)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(accepted.prompt_tokens for accepted in self.accepted)
 
     def _take(self, prompt: int, event: Event) -> tuple[int, inference_pb2.Delta] | None:
         if isinstance(event, inference_pb2.Delta):
@@ -108,7 +112,7 @@ class Generation:
 
     def _numbered(self, prompt: int, delta: inference_pb2.Delta) -> tuple[int, inference_pb2.Delta]:
         index = prompt * self._n + delta.choice
-        self._num_output_tokens += len(delta.tokens)
+        self.num_output_tokens += len(delta.tokens)
         if delta.finish_reason in _FINISHED:
             self._unfinished.discard(index)
         return index, delta

@@ -119,6 +119,7 @@ def serve(flags: argparse.Namespace) -> None:
         root_path=flags.root_path,
         always_usage=flags.enable_force_include_usage,
         with_docs=not flags.disable_fastapi_docs,
+        with_tokenizer_info=flags.enable_tokenizer_info_endpoint,
         rank=flags.api_server_rank,
         flags=shown_flags(flags, BRIDGE_FLAGS),
     )

@@ -15,6 +15,14 @@ from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.generation import Generation
 
 
+def name_request(request: Request, asked: str | None) -> str:
+    """Its id: the X-Request-Id header wins over the field `asked`, and both over the minted one."""
+    if asked and not request.state.named_by_client:
+        request.state.request_id = asked
+    request_id: str = request.state.request_id
+    return request_id
+
+
 def begin(request: Request, asked: Sequence[GenerateRequest], n: int, *, detached: bool = False) -> Generation:
     """The calls behind a request, one for each prompt, for the tenant whose key it has shown.
 

@@ -89,6 +89,12 @@ async def detokenize(request: Request) -> Response:
     return json_response({"prompt": (await client_of(request).detokenize(asked)).text})
 
 
+async def tokenizer_info(request: Request) -> Response:
+    """Only where the operator lets clients see the template."""
+    answer = await client_of(request).tokenizer_info(pb.TokenizerInfoRequest())
+    return Response(answer.config_json, media_type="application/json")
+
+
 def _of_chat(data: bytes, fields: dict[str, Any]) -> pb.TokenizeRequest:
     body = parse_body(ChatBody, data)
     if body.truncate_prompt_tokens is not None:
@@ -108,7 +114,9 @@ def _texts(tokens: Iterable[pb.Token]) -> list[str]:
     return [decoder.decode(token.bytes) for token in tokens]
 
 
+TOKENIZER_INFO = Route("/tokenizer_info", tokenizer_info, methods=["GET"])
 ROUTES = [
+    TOKENIZER_INFO,
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/chat_tokenize", chat_tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),

@@ -37,6 +37,7 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise StartupError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
+        self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(

@@ -181,6 +181,8 @@ FLAGS: dict[str, Flag] = {
     "ollama-port": Flag(None, "a second port with the same APIs, for Ollama's clients, which expect 11434", port),
     "enable-force-include-usage": Flag(False, "streams of chats and completions end with their usage, asked for or not",
                                        None),
+    "enable-tokenizer-info-endpoint": Flag(False, "GET /tokenizer_info tells clients the tokenizer's settings, its "
+                                                  "chat template among them", None),
     "disable-fastapi-docs": Flag(False, "no /openapi.json and no /docs", None),
     "root-path": Flag("", "the path under which a proxy serves the APIs, which it may take away or leave", root_path),
     "own-port": Flag(None, "a port on loopback that is this bridge's alone; several bridges then share --port and "
@@ -240,7 +242,8 @@ WORKER_FLAGS = (
 BRIDGE_FLAGS = (
     "router", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser",
     "host", "port", "redis-url", "api-key", "api-keys-file", "response-store-ttl", "allowed-origins", "ollama-port",
-    "enable-force-include-usage", "disable-fastapi-docs", "root-path", "own-port", "api-server-rank",
+    "enable-force-include-usage", "enable-tokenizer-info-endpoint", "disable-fastapi-docs", "root-path", "own-port",
+    "api-server-rank",
     "request-timeout", "send-timeout", "graceful-termination-timeout",
     *SSL_FLAGS, *TLS_FLAGS, *TRACE_FLAGS, "log-format", "log-level",
 )  # fmt: skip
@@ -265,7 +268,7 @@ FLAG_GROUPS: dict[str, tuple[str, ...]] = {
     "tools and thoughts": ("tool-call-parser", "enable-auto-tool-choice", "reasoning-parser"),
     "HTTP": (
         "root-path", "ollama-port", "own-port", "api-key", "api-keys-file", "allowed-origins", "response-store-ttl",
-        "enable-force-include-usage", "disable-fastapi-docs",
+        "enable-force-include-usage", "enable-tokenizer-info-endpoint", "disable-fastapi-docs",
         "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs",
     ),
     "routing and queue": ("routing-policy", "max-queued-requests", "max-queued-tokens", "workers"),

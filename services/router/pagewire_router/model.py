@@ -13,7 +13,7 @@ from typing import Any
 from pagewire.v1 import inference_pb2
 from pagewire_core.chat_template import ChatTemplate, load_chat_template, special_texts
 from pagewire_core.errors import InvalidRequest, StartupError
-from pagewire_core.model_dir import ModelDir, locate, resolve_model
+from pagewire_core.model_dir import ModelDir, locate, read_json, resolve_model
 from pagewire_core.tokenizer import Tokenizer
 
 from pagewire_router.chat import template_kwargs
@@ -42,6 +42,7 @@ class ServedModel:
     draw_seed: Callable[[], int] = _any_seed  # of a request that has none
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # where a chat does not say
     special_texts: tuple[str, str] = ("", "")  # beginning and end of a sequence, as templates name them
+    tokenizer_config: Mapping[str, Any] = field(default_factory=dict)  # its file
 
 
 def load_served_model(
@@ -84,6 +85,7 @@ def load_served_model(
         draw_seed=_any_seed if seed is None else functools.partial(random.Random(seed).getrandbits, 63),
         template_kwargs=_template_kwargs(default_chat_template_kwargs or ""),
         special_texts=special_texts(text_dir),
+        tokenizer_config=read_json(text_dir / "tokenizer_config.json", {}),
     )
 
 

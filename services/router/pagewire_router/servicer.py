@@ -33,7 +33,7 @@ from pagewire_router.request import ValidRequest, validate
 from pagewire_router.request_log import RequestLog
 from pagewire_router.request_templates import RequestTemplates
 from pagewire_router.spans import describe_request
-from pagewire_router.text import detokenize, tokenize
+from pagewire_router.text import detokenize, tokenize, tokenizer_info
 from pagewire_router.workers import Worker
 
 _METRICS_TIMEOUT_S = 1.0
@@ -215,6 +215,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.DetokenizeResponse:
         return detokenize(request, self._router.model)
+
+    async def TokenizerInfo(
+        self, request: inference_pb2.TokenizerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.TokenizerInfoResponse:
+        return tokenizer_info(request, self._router.model)
 
     async def Status(
         self, request: inference_pb2.StatusRequest, context: grpc.aio.ServicerContext

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from pagewire.v1 import inference_pb2
 from pagewire_core.errors import InvalidRequest
 
@@ -10,6 +12,7 @@ from pagewire_router.model import ServedModel
 from pagewire_router.request import check_model
 
 _MAX_TEXT = 1 << 20
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # what any tokenizer.json is one of
 
 
 def tokenize(
@@ -42,3 +45,13 @@ def detokenize(request: inference_pb2.DetokenizeRequest, model: ServedModel) -> 
         raise InvalidRequest(f"token ids must be below the vocabulary size, {model.vocab_size}", param="tokens")
     text = model.tokenizer.decode(request.token_ids, skip_special_tokens=False)
     return inference_pb2.DetokenizeResponse(text=text)
+
+
+def tokenizer_info(
+    request: inference_pb2.TokenizerInfoRequest, model: ServedModel
+) -> inference_pb2.TokenizerInfoResponse:
+    """The model's own settings, and the template that is served. Raises ModelNotFound."""
+    check_model(request.model, model)
+    template = model.chat_template.source if model.chat_template is not None else None
+    config = {"tokenizer_class": _TOKENIZER_CLASS, **model.tokenizer_config, "chat_template": template}
+    return inference_pb2.TokenizerInfoResponse(config_json=json.dumps(config))

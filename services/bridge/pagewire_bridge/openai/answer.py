@@ -17,6 +17,7 @@ from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.errors import from_error
 from pagewire_bridge.openai.prompts import Echo, listed
+from pagewire_bridge.openai.schema import StreamOptions
 from pagewire_bridge.openai.shapes import Choice, Shape
 from pagewire_bridge.served_by import account
 from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
@@ -117,28 +118,47 @@ def usage(summaries: Sequence[Summary]) -> dict[str, Any]:
     """Tokens over all prompts and choices; a prompt counts once however many choices it has."""
     prompt = sum(s.prompt_tokens for s in summaries)
     completion = sum(s.completion_tokens for s in summaries)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in summaries)},
-    }
+    cached = sum(s.cached_tokens for s in summaries)
+    return {**_counted(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-async def stream(answer: Answer, generation: Generation, include_usage: bool) -> AsyncGenerator[bytes]:
+def _counted(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+@dataclass(frozen=True)
+class StreamedUsage:
+    """What a stream tells of its tokens: `at_end` in a chunk of its own, `so_far` in every chunk before."""
+
+    at_end: bool
+    so_far: bool
+
+    @classmethod
+    def asked(cls, options: StreamOptions | None, always: bool) -> StreamedUsage:
+        """always: the server's own setting, which needs no options."""
+        at_end = always or bool(options and options.include_usage)
+        return cls(at_end, at_end and bool(options and options.continuous_usage_stats))
+
+    def fields(self, generation: Generation) -> dict[str, Any]:
+        """Of a chunk that is not the last."""
+        if self.so_far:
+            return {"usage": _counted(generation.num_prompt_tokens, generation.num_output_tokens)}
+        return {"usage": None} if self.at_end else {}
+
+
+async def stream(answer: Answer, generation: Generation, told: StreamedUsage) -> AsyncGenerator[bytes]:
     """Encoded events up to [DONE]; a failure is one error event, and then neither usage nor [DONE]."""
     head = {**answer.head, "object": answer.shape.chunk_object}
-    tail = {"usage": None} if include_usage else {}
     opened: set[int] = set()
     try:
         async for index, delta in generation.deltas():
             for choice in answer.choices(index, delta, opened):
-                yield sse.event({**head, "choices": [choice], **tail})
+                yield sse.event({**head, "choices": [choice], **told.fields(generation)})
     except PagewireError as error:
         log.warning("request failed after its answer began", error=type(error).__name__)
         yield sse.event(from_error(error))
         return
-    if include_usage:
+    if told.at_end:
         summaries = generation.summaries
         yield sse.event({**head, "choices": [], "usage": answer.usage(summaries), "pagewire": account(summaries)})
     yield sse.DONE

@@ -21,10 +21,12 @@ class ReasoningTokens(TypedDict):
 
 
 class Usage(TypedDict):
+    """prompt_tokens_details: known when the answer is whole."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: NotRequired[CachedTokens]
     completion_tokens_details: NotRequired[ReasoningTokens]
 
 
@@ -149,7 +151,7 @@ class ChatChunkChoice(TypedDict):
 
 
 class _Chunk(_Head):
-    """usage: null in every chunk but the last, which has no choice; only if it was asked for."""
+    """usage: only if it was asked for: in the last chunk, which has no choice; before it null, or the count so far."""
 
     usage: NotRequired[Usage | None]
     pagewire: NotRequired[Account]
@@ -200,6 +202,35 @@ class CompletionChunk(_Chunk):
     choices: list[CompletionChunkChoice]
 
 
+class TokensChoice(TypedDict):
+    """finish_reason: null in a chunk that is not the choice's last. Tokens are named `token_id:N` in logprobs."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class TokensAnswer(TypedDict):
+    """kv_transfer_params: always null: the router arranges transfers."""
+
+    request_id: str
+    choices: list[TokensChoice]
+    prompt_logprobs: PromptLogprobs | None
+    kv_transfer_params: None
+    usage: Usage
+
+
+class TokensChunk(TypedDict):
+    """usage: null unless it was asked for; in the last chunk, which has no choice, or the count so far in each."""
+
+    request_id: str
+    choices: list[TokensChoice]
+    usage: Usage | None
+    pagewire: NotRequired[Account]
+
+
+TokensEvent = TokensChunk | OpenAIError | DONE
 ChatEvent = ChatChunk | OpenAIError | DONE
 CompletionEvent = CompletionChunk | OpenAIError | DONE
 

@@ -26,6 +26,7 @@ _TOOL: dict[str, Any] = {
     },
 }
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+_COUNTED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 _DETAILED = {"n": 2, "return_token_ids": True, "service_tier": "auto"}
 _CALL = {"tools": [_TOOL], "tool_choice": "required", "max_tokens": 60}
 _FUNCTION = {"functions": [_TOOL["function"]], "function_call": {"name": "get_weather"}, "max_tokens": 60}
@@ -35,7 +36,7 @@ CHAT_EXAMPLES: dict[str, dict[str, Any]] = {
     "whole": _QUESTION,
     "streamed": {**_QUESTION, **_STREAMED},
     "detailed": {**_QUESTION, **_DETAILED, "logprobs": True, "top_logprobs": 2},
-    "detailed and streamed": {**_QUESTION, **_STREAMED, **_DETAILED, "logprobs": True},
+    "detailed and streamed": {**_QUESTION, **_COUNTED, **_DETAILED, "logprobs": True},
     "a call of a tool": {**_QUESTION, **_CALL},
     "a call of a tool, streamed": {**_QUESTION, **_CALL, **_STREAMED},
     "a call of a function, as before there were tools": {**_QUESTION, **_FUNCTION},
@@ -44,7 +45,7 @@ CHAT_EXAMPLES: dict[str, dict[str, Any]] = {
 }
 COMPLETION_EXAMPLES: dict[str, dict[str, Any]] = {
     "whole": {"prompt": "Once upon a time", "max_tokens": 8},
-    "streamed": {"prompt": "Once upon a time", "max_tokens": 8, **_STREAMED},
+    "streamed": {"prompt": "Once upon a time", "max_tokens": 8, **_COUNTED},
     "detailed": {"prompt": ["Once", "Twice"], "max_tokens": 4, **_DETAILED, "logprobs": 2},
     "beam search": {"prompt": "Once upon a time", "max_tokens": 4, "use_beam_search": True, "n": 2},
     "token ids": {"prompt": [5, 6, 7], "max_tokens": 4, "stream": True, "logprobs": 0, "return_token_ids": True},

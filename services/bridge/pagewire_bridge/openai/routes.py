@@ -15,7 +15,7 @@ from starlette.routing import Route
 from pagewire_bridge.body import read_body
 from pagewire_bridge.client import client_of
 from pagewire_bridge.generation import Generation
-from pagewire_bridge.openai.answer import Answer, stream, whole
+from pagewire_bridge.openai.answer import Answer, StreamedUsage, stream, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
 from pagewire_bridge.openai.prompts import Echo
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
@@ -31,7 +31,7 @@ from pagewire_bridge.openai.translate import (
     to_completion_requests,
 )
 from pagewire_bridge.openai.unsupported import ignored_fields_header
-from pagewire_bridge.respond import begin, respond
+from pagewire_bridge.respond import begin, name_request, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
@@ -49,13 +49,13 @@ async def completions(request: Request) -> Response:
 
 async def answer_chat(request: Request, data: bytes) -> Response:
     body = parse_body(ChatBody, data)
-    asked = [to_chat_request(body, _request_id(request, body), request.state.answers)]
+    asked = [to_chat_request(body, name_request(request, body.request_id), request.state.answers)]
     return await _generate(request, body, asked, ChatShape(chat_echo(body), _naming(body), bool(body.functions)))
 
 
 async def answer_completion(request: Request, data: bytes) -> Response:
     body = parse_body(CompletionBody, data)
-    asked = to_completion_requests(body, _request_id(request, body))
+    asked = to_completion_requests(body, name_request(request, body.request_id))
     return await _generate(request, body, asked, CompletionShape(_naming(body)))
 
 
@@ -77,14 +77,6 @@ ROUTES = [
     Route("/v1/models", list_models, methods=["GET"]),
     Route("/v1/models/{model:path}", retrieve_model, methods=["GET"]),
 ]
-
-
-def _request_id(request: Request, body: GenerationBody) -> str:
-    """The X-Request-Id header wins over the field, and both over the minted one."""
-    if body.request_id and not request.state.named_by_client:
-        request.state.request_id = body.request_id
-    request_id: str = request.state.request_id
-    return request_id
 
 
 def _naming(body: GenerationBody) -> Naming:
@@ -144,9 +136,8 @@ async def _generate(request: Request, body: GenerationBody, asked: list[Generate
         return json_response(content, headers={**headers, **served_by(generation.summaries)})
 
     def answer_stream() -> Response:
-        asked_for = bool(body.stream_options and body.stream_options.include_usage)
-        include_usage = asked_for or request.state.always_usage
-        return EventStream(stream(answer(), generation, include_usage), generation.close, headers)
+        told = StreamedUsage.asked(body.stream_options, request.state.always_usage)
+        return EventStream(stream(answer(), generation, told), generation.close, headers)
 
     with blaming(body):
         return await respond(request, generation, stream=answer_stream if body.stream else None, whole=answer_whole)

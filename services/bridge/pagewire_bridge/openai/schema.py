@@ -39,6 +39,8 @@ TokenId = Annotated[int, Field(ge=0, le=_UINT32_MAX)]
 TokenCount = Annotated[int, Field(ge=1, le=_UINT32_MAX)]
 NumLogprobs = Annotated[int, Field(ge=0, le=_UINT32_MAX)]  # the router says how many are too many
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=1024)]
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 # As they are described; functions below judge them.
 _Stop = Annotated[str, Field(min_length=1)]
 _Stops = _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOP_STRINGS)] | None
@@ -119,8 +121,8 @@ def num_kept(asked: int | None) -> int:
     return min(max(asked or 0, 0), _UINT32_MAX)
 
 
-def _request_id(value: str | None) -> str | None:
-    if value is not None and not is_sane_request_id(value):
+def _request_id(value: str) -> str:
+    if not is_sane_request_id(value):
         raise InvalidRequest("`request_id` must be 1 to 128 letters, digits or ._:@/+=- characters.", "request_id")
     return value
 
@@ -129,15 +131,31 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
+RequestId = Annotated[_RequestId, AfterValidator(_request_id)]
+
+
 class StreamOptions(_Body):
     include_usage: bool | None = None
+    continuous_usage_stats: Annotated[
+        bool | None, Field(description="With `include_usage`: every chunk says how many tokens there are so far.")
+    ] = None
 
 
-class SamplingBody(_Body):
-    """What every endpoint that generates takes. `model` absent: the only model."""
+def check_stream_options(options: StreamOptions | None, stream: bool | None) -> None:
+    """Raises InvalidRequest where there is no stream for them."""
+    if options is not None and not stream:
+        raise InvalidRequest("`stream_options` is only allowed with `stream: true`.", "stream_options")
 
-    model: str | None = None
-    stream: bool | None = None
+
+def check_min_tokens(at_least: int | None, limit: int | None) -> None:
+    """Raises InvalidRequest where an answer must be longer than it may be."""
+    if limit is not None and (at_least or 0) > limit:
+        raise InvalidRequest("`min_tokens` must not be greater than the limit of tokens.", "min_tokens")
+
+
+class Sampling(_Body):
+    """How tokens are chosen, and where the answer ends."""
+
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -160,14 +178,21 @@ class SamplingBody(_Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+class SamplingBody(Sampling):
+    """What every endpoint that generates text takes. `model` absent: the only model."""
+
+    model: str | None = None
+    stream: bool | None = None
     truncate_prompt_tokens: Truncation = None
     truncation_side: Literal["left", "right"] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    cache_salt: CacheSalt | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     session_id: Annotated[str, Field(max_length=1024)] | None = None
-    structured_outputs: StructuredOutputs | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    priority: Priority | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
 
     @property
@@ -183,7 +208,7 @@ class GenerationBody(SamplingBody):
     stream_options: StreamOptions | None = None
     max_tokens: TokenCount | None = None
     add_special_tokens: bool | None = None
-    request_id: Annotated[_RequestId | None, AfterValidator(_request_id)] = None
+    request_id: RequestId | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
@@ -204,15 +229,12 @@ class GenerationBody(SamplingBody):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("`stream_options` is only allowed with `stream: true`.", "stream_options")
+        check_stream_options(self.stream_options, self.stream)
         if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
             raise InvalidRequest("`response_format` and `structured_outputs` exclude each other.", "response_format")
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequest("`prompt_logprobs` are not available with `stream: true`.", "prompt_logprobs")
-        limit = self.length_limit()
-        if limit is not None and (self.min_tokens or 0) > limit:
-            raise InvalidRequest("`min_tokens` must not be greater than the limit of tokens.", "min_tokens")
+        check_min_tokens(self.min_tokens, self.length_limit())
         return self
 
 

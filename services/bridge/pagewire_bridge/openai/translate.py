@@ -12,7 +12,15 @@ from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody, Message, SamplingBody, num_kept
+from pagewire_bridge.openai.schema import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    Message,
+    Sampling,
+    SamplingBody,
+    num_kept,
+)
 from pagewire_bridge.openai.tool_use import tool_use
 
 # OpenAI's service tiers as priorities; lower goes first.
@@ -24,8 +32,12 @@ def to_priority(body: GenerationBody) -> int:
     return _TIER_PRIORITY.get(body.service_tier or "", 0) if body.priority is None else body.priority
 
 
-def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.SamplingParams:
-    """logprobs: how many alternatives beside the chosen token; None: no log probabilities at all."""
+def to_sampling(
+    body: Sampling, limit: int | None, logprobs: int | None, logprob_token_ids: Iterable[int] | None
+) -> common_pb2.SamplingParams:
+    """limit: of tokens; None: what fits. logprobs: how many alternatives beside the chosen token; None: no log
+    probabilities at all. logprob_token_ids: whose log probabilities are told besides.
+    """
     return common_pb2.SamplingParams(
         temperature=body.temperature,
         top_p=body.top_p,
@@ -38,16 +50,20 @@ def to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.Sampli
         allowed_token_ids=body.allowed_token_ids or (),
         bad_words=body.bad_words or (),
         seed=None if body.seed is None else body.seed % 2**64,
-        max_tokens=body.length_limit() or 0,
+        max_tokens=limit or 0,
         min_tokens=body.min_tokens or 0,
         stop=body.stop or (),
         stop_token_ids=body.stop_token_ids or (),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
-        logprob_token_ids=body.logprob_token_ids or (),
+        logprob_token_ids=logprob_token_ids or (),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens,
     )
+
+
+def _to_sampling(body: GenerationBody, logprobs: int | None) -> common_pb2.SamplingParams:
+    return to_sampling(body, body.length_limit(), logprobs, body.logprob_token_ids)
 
 
 def to_structured_output(body: GenerationBody) -> inference_pb2.StructuredOutput | None:
@@ -111,7 +127,7 @@ def to_chat_request(
 ) -> inference_pb2.GenerateRequest:
     """answers: how the model writes calls and thoughts. Raises InvalidRequest."""
     use, reasoning = tool_use(body, answers), _reasoning(body, answers)
-    sampling = to_sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
+    sampling = _to_sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
     if body.skip_special_tokens is None and (reasoning or (use.form and use.form.needs_special_tokens)):
         sampling.skip_special_tokens = False  # the marks may be such tokens
     return inference_pb2.GenerateRequest(
@@ -153,7 +169,7 @@ def to_completion_requests(body: CompletionBody, request_id: str) -> list[infere
             model=to_served_name(body.model),
             text=prompt if isinstance(prompt, str) else None,
             token_ids=None if isinstance(prompt, str) else inference_pb2.TokenIds(ids=prompt),
-            sampling=to_sampling(body, body.logprobs),
+            sampling=_to_sampling(body, body.logprobs),
             n=body.n or 1,
             echo=bool(body.echo),
             cache_salt=body.cache_salt or "",

@@ -52,10 +52,18 @@ def refuse_unsupported_in_responses(body: Mapping[str, object]) -> None:
     _refuse(body, _UNSUPPORTED | _UNSUPPORTED_IN_RESPONSES)
 
 
-def _refuse(body: Mapping[str, object], unsupported: Mapping[str, Iterable[object]]) -> None:
+def refuse_unsupported_in_tokens(body: Mapping[str, object]) -> None:
+    """The same for POST /inference/v1/generate, whose parameters of sampling are an object in the body."""
+    _refuse(body, {"features": ()})  # of images and the like
+    sampling = body.get("sampling_params")
+    _refuse(sampling if isinstance(sampling, Mapping) else {}, _UNSUPPORTED, "sampling_params.")
+
+
+def _refuse(body: Mapping[str, object], unsupported: Mapping[str, Iterable[object]], where: str = "") -> None:
+    """where: what stands before a name in the error's `param`."""
     for name, harmless in unsupported.items():
         if _refused(body.get(name), harmless):
-            raise InvalidRequest(f"`{name}` is not supported yet.", name)
+            raise InvalidRequest(f"`{name}` is not supported yet.", where + name)
 
 
 def refuse_unsupported_in_message(fields: Mapping[str, object], where: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
-from pagewire_bridge import chat_page, server, tokenize
+from pagewire_bridge import chat_page, server, token_generation, tokenize
+from pagewire_bridge.openai import answer_types as answers
 from pagewire_bridge.openai.schema import ChatBody
 from pagewire_bridge.openapi import routes
 from pagewire_bridge.openapi.errors import TGIError
-from pagewire_bridge.openapi.operation import ASKING, ASKING_OF_MODEL, JSON, Api, Operation
+from pagewire_bridge.openapi.headers import IGNORED_FIELDS, SERVED_BY
+from pagewire_bridge.openapi.operation import ASKING, ASKING_OF_MODEL, EVENTS, JSON, Api, Operation
 from pagewire_bridge.tgi.answer_types import SimpleToken
 
 
@@ -23,6 +26,15 @@ class Tokens(TypedDict):
 
 class Prompt(TypedDict):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """With everything else that is in the model's tokenizer_config.json."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | None
 
 
 class Load(TypedDict):
@@ -46,8 +58,30 @@ _HTML = "text/html"
 
 API = Api(
     "Server",
-    "vLLM's routes that are not generation, health, administration, and pages.",
+    "vLLM's routes beside OpenAI's, health, administration, and pages.",
     {
+        token_generation.generate: Operation(
+            "Continues token ids by token ids, whole or as a stream of events: vLLM's route for clients that have the "
+            "tokenizer themselves",
+            token_generation.TokensBody,
+            answers.TokensAnswer,
+            {EVENTS: answers.TokensEvent},
+            ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS, *SERVED_BY),
+            examples={
+                "whole": {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 4}},
+                "detailed": {
+                    "token_ids": [5, 6, 7],
+                    "sampling_params": {"max_tokens": 4, "n": 2, "seed": 1, "logprobs": 2, "prompt_logprobs": 1},
+                },
+                "streamed": {
+                    "token_ids": [5, 6, 7],
+                    "sampling_params": {"max_tokens": 4, "logprobs": 0},
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                },
+            },
+        ),
         tokenize.tokenize: Operation(
             "A prompt as tokens: `prompt` or `messages` means vLLM's form, `inputs` TGI's, which is answered by a list",
             tokenize.PromptBody | ChatBody | tokenize.TgiBody,
@@ -65,6 +99,11 @@ API = Api(
             Prompt,
             raises=ASKING_OF_MODEL,
             examples={"some": {"tokens": [5, 6, 7]}},
+        ),
+        tokenize.tokenizer_info: Operation(
+            "The settings of the tokenizer, with the chat template that is served",
+            answer=TokenizerInfo,
+            raises=ASKING,
         ),
         server.health: Operation("Without a body: requests can be served", statuses={503: TGIError}),
         server.load: Operation("How many requests are in flight", answer=Load),
