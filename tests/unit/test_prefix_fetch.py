@@ -213,7 +213,8 @@ class _Damaging:
     """Flips a bit of every chunk that it receives."""
 
     def __init__(self, lane: Lane) -> None:
-        self.name, self.staging, self.send = lane.name, lane.staging, lane.send
+        self.name, self.most_bytes = lane.name, lane.most_bytes
+        self.staging, self.send = lane.staging, lane.send
         self.interrupt, self.close, self._recv = lane.interrupt, lane.close, lane.recv
 
     @contextlib.contextmanager

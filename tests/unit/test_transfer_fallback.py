@@ -18,7 +18,8 @@ class MuteLane:
     """Says of every chunk that it has been sent, and of those after the first `heard` sends none."""
 
     def __init__(self, lane: Lane, heard: int) -> None:
-        self.name, self.staging, self.recv = lane.name, lane.staging, lane.recv
+        self.name, self.most_bytes = lane.name, lane.most_bytes
+        self.staging, self.recv = lane.staging, lane.recv
         self.interrupt, self.close = lane.interrupt, lane.close
         self._send, self._heard = lane.send, heard
 

@@ -23,7 +23,8 @@ class DamagingLane:
     """Flips a bit of the received chunks whose number is in `damage`."""
 
     def __init__(self, lane: Lane, damage: set[int]) -> None:
-        self.name, self.staging, self.send = lane.name, lane.staging, lane.send
+        self.name, self.most_bytes = lane.name, lane.most_bytes
+        self.staging, self.send = lane.staging, lane.send
         self.interrupt, self.close = lane.interrupt, lane.close
         self._recv = lane.recv
         self._damage = damage

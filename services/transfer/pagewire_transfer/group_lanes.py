@@ -53,6 +53,7 @@ class _GroupLane:
     """
 
     name: str
+    most_bytes = MAX_CHUNK_BYTES
     _device: ClassVar[str]
 
     def __init__(self, store: RelayStore, rank: int, host: str, epoch: int, timeout_s: float) -> None:

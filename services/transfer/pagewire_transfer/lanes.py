@@ -36,6 +36,7 @@ class Lane(Protocol):
     """
 
     name: str
+    most_bytes: int  # of a chunk: larger ones travel slower
 
     def staging(self, num_bytes: int) -> torch.Tensor:
         """Where the next chunk to send is to be put; waits until what was there has been sent."""
@@ -57,9 +58,13 @@ class Lane(Protocol):
 
 
 class GrpcLane:
-    """Bytes inside the control message: works wherever the control stream does."""
+    """Bytes inside the control message: works wherever the control stream does.
+
+    A message is copied several times on its way. With 1 MiB that stays in the caches: half the time of 4 MiB.
+    """
 
     name = "grpc"
+    most_bytes = 1 << 20
 
     def __init__(self) -> None:
         self._memory = Reused()

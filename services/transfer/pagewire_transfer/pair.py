@@ -144,7 +144,7 @@ class Pair:
         if self.error is not None:
             raise self.error
         assert transfer_id not in self._transfers, "one transfer, one offer"
-        limit = self._settings.chunk_bytes
+        limit = min(self._settings.chunk_bytes, self._thread.lane.most_bytes)
         plan = ChunkPlan(self._settings.identity.layout, tokens, limit, limit // 4)
         outgoing = Outgoing(self, transfer_id, plan, self._settings.timeout_s, span)
         self._transfers[transfer_id] = outgoing

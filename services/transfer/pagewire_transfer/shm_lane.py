@@ -48,6 +48,7 @@ class ShmLane:
     """Same-host memory. The decode worker makes it, the prefill worker maps it."""
 
     name = "shm"
+    most_bytes = MAX_CHUNK_BYTES
 
     def __init__(self, store: dist.Store, rank: int, host: str, epoch: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s

@@ -51,6 +51,7 @@ class TcpLane:
     """
 
     name = "tcp"
+    most_bytes = MAX_CHUNK_BYTES
 
     def __init__(self, store: dist.Store, rank: int, host: str, epoch: int, timeout_s: float) -> None:
         self._plain = Reused()
