@@ -2,7 +2,8 @@
 //
 // Keys of a page are a matrix of 4-byte words, turned on its side; values are rows (float32) or pairs of rows woven
 // into each other (bf16). Whole pages take the fast way, which goes at about half the speed of memcpy; word by word,
-// with the place of each computed anew, it was a tenth.
+// with the place of each computed anew, it was a tenth. Pages lie anywhere in the pool, where no prefetcher follows: each
+// is asked for while the one before it is moved (6 -> 10 GB/s where none is in a cache).
 
 #pragma once
 
@@ -94,20 +95,31 @@ inline void move_pairs(const Move& m) {
     }
 }
 
+// Asks for a page that is moved soon.
+template <bool TO_WIRE>
+PW_INLINE void ask_for(const uint8_t* page, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(page + at, !TO_WIRE, 2);
+}
+
 // The tokens at `slots` (block * block_size + offset), layers [first, last), in wire layout [layers][2][tokens][kv heads][D].
 template <bool TO_WIRE>
 inline void move_kv(const Model& model, const int64_t* slots, int64_t tokens, int first, int last, uint8_t* wire) {
     const int64_t bytes = int64_t(model.head_dim) * (model.half ? 2 : 4), stride = model.kv_heads * bytes;
     for (int64_t plane = int64_t(first) * 2; plane < int64_t(last) * 2; plane++)
         for (int64_t t = 0, count; t < tokens; t += count) {
-            const int64_t block = slots[t] / model.block_size, offset = slots[t] % model.block_size;
-            const int64_t most = std::min<int64_t>(PAGE - offset % PAGE, tokens - t);
+            const int first_of_page = int(slots[t] % PAGE);  // a block is whole pages
+            const int64_t most = std::min<int64_t>(PAGE - first_of_page, tokens - t);
             for (count = 1; count < most && slots[t + count] == slots[t] + count; count++) {}
+            const int64_t next = slots[std::min(t + count, tokens - 1)];
             for (int64_t h = 0; h < model.kv_heads; h++) {
-                const int64_t unit = (plane * model.num_blocks + block) * model.kv_heads + h;
-                const int64_t page = unit * (model.block_size / PAGE) + offset / PAGE;
-                const Move m = {(uint8_t*)model.cache + page * PAGE * bytes, wire + ((plane - first * 2) * tokens + t) * stride + h * bytes,
-                                stride, int(offset % PAGE), int(count), bytes};
+                const auto page_of = [&](int64_t slot) {
+                    const int64_t unit = (plane * model.num_blocks + slot / model.block_size) * model.kv_heads + h;
+                    const int64_t page = unit * (model.block_size / PAGE) + slot % model.block_size / PAGE;
+                    return (uint8_t*)model.cache + page * PAGE * bytes;
+                };
+                ask_for<TO_WIRE>(page_of(next), PAGE * bytes);
+                uint8_t* rows = wire + ((plane - first * 2) * tokens + t) * stride + h * bytes;
+                const Move m = {page_of(slots[t]), rows, stride, first_of_page, int(count), bytes};
                 if (plane % 2 == 0) move_keys<TO_WIRE>(m);
                 else if (model.half) move_pairs<TO_WIRE>(m);
                 else move_rows<TO_WIRE>(m);
