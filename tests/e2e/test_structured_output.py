@@ -93,6 +93,13 @@ async def test_other_forms(shared: Cluster, wanted: dict[str, Any], pattern: str
     assert (await shared.metrics())["pagewire_kv_transfer_bytes_total"] > bytes_before
 
 
+async def test_forms_by_their_older_names(shared: Cluster) -> None:
+    answer = await shared.complete("some prompt", guided_choice=["north", "south"], temperature=1.0, seed=3)
+    assert answer["choices"][0]["text"] in ("north", "south")
+    told = await chat(shared, guided_json=SCHEMA, response_format=None, seed=4, temperature=1)
+    Draft202012Validator(SCHEMA).validate(json.loads(told["choices"][0]["message"]["content"]))
+
+
 async def test_a_bad_form_is_refused_in_the_apis_words_and_harms_nobody(shared: Cluster, llama: Path) -> None:
     hostile = {"messages": ASK, "structured_outputs": {"regex": "(a{1000}){1000}"}}
     refused = asyncio.create_task(shared.http.post("/v1/chat/completions", json=hostile))

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from pagewire_bridge.body import to_object, validated
 from pagewire_bridge.openai.functions import with_tools
+from pagewire_bridge.openai.guided import with_structured_outputs
 from pagewire_bridge.openai.schema import ChatBody, GenerationBody
 from pagewire_bridge.openai.unsupported import refuse_unsupported, refuse_unsupported_in_message
 
@@ -24,6 +25,7 @@ def parse_body(model: type[Body], data: bytes) -> Body:
         for i, message in enumerate(body.messages):
             refuse_unsupported_in_message(message.model_extra or {}, f"messages[{i}]")
         with_tools(body)
+    with_structured_outputs(body)
     return body
 
 

@@ -49,6 +49,7 @@ _TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = str | _TokenIds | Annotated[list[str | _TokenIds], Field(min_length=1)]
 _BiasedToken = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_TOKEN_ID_KEY.pattern}$"})]
 _RequestId = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_REQUEST_ID.pattern}$"})]
+_OLDER = Field(description="As the field of this name in `structured_outputs`; vLLM's before there was that.")
 _TRUNCATION = {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1, "maximum": _INT64_MAX}]}
 _TextPart = {
     "type": "object",
@@ -215,6 +216,11 @@ class GenerationBody(SamplingBody):
     prompt_logprobs: NumLogprobs | None = None
     logprob_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
     response_format: ResponseFormat | None = None
+    guided_json: Annotated[dict[str, Any] | str | None, _OLDER] = None
+    guided_regex: Annotated[str | None, _OLDER] = None
+    guided_choice: Annotated[list[str] | None, _OLDER] = None
+    guided_grammar: Annotated[str | None, _OLDER] = None
+    guided_whitespace_pattern: Annotated[str | None, _OLDER] = None
     use_beam_search: Annotated[
         bool | None, Field(description="The choices are the n best sequences that a beam search of width n finds.")
     ] = None

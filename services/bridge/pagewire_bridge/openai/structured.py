@@ -26,7 +26,13 @@ class JsonSchema(_Shape):
 
 
 class ResponseFormat(_Shape):
-    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    """OpenAI's, and its kin. value: TGI's; a schema or its text, for json_schema an object that has it, for regex that.
+    schema: llama.cpp's, with json_object.
+    """
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag", "json", "regex"]
+    value: dict[str, Any] | str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     json_schema: JsonSchema | None = None
     structures: list[dict[str, Any]] | None = None
     triggers: list[str] | None = None
@@ -34,22 +40,47 @@ class ResponseFormat(_Shape):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        if self.type in ("json", "regex") or self.value is not None:
+            self._check_value()
+            return self
+        if self.schema_ is not None and self.type != "json_object":
+            raise InvalidRequest("`response_format.schema` is for `json_object` alone.", "response_format.schema")
         if self.type == "json_schema" and self.json_schema is None:
             raise InvalidRequest("`response_format.json_schema` is required.", "response_format.json_schema")
         if self.type == "structural_tag" and self.format is None and (self.structures is None or self.triggers is None):
             raise InvalidRequest("A structural tag needs `format`, or `structures` and `triggers`.", "response_format")
         return self
 
+    def _check_value(self) -> None:
+        where = "response_format.value"
+        if self.value is None:
+            raise InvalidRequest(f"`{where}` is required.", where)
+        if self.type in ("text", "structural_tag") or self.json_schema or self.schema_ is not None:
+            raise InvalidRequest(f"`{where}` is for a schema or a regex alone.", where)
+        if self.type == "regex" and not isinstance(self.value, str):
+            raise InvalidRequest(f"`{where}` must be a string.", where)
+
     def to_proto(self) -> StructuredOutput | None:
         """None for plain text."""
         if self.type == "text":
             return None
+        if self.value is not None:
+            return self._of_value(self.value)
+        if self.schema_ is not None:
+            return StructuredOutput(json_schema=_text(self.schema_))
         if self.type == "json_object" or (self.json_schema and self.json_schema.schema_ is None):
             return StructuredOutput(json_object=True)
         if self.json_schema:
             return StructuredOutput(json_schema=_text(self.json_schema.schema_))
         older: dict[str, Any] = {"structures": self.structures, "triggers": self.triggers}
         return StructuredOutput(structural_tag=_text(older if self.format is None else {"format": self.format}))
+
+    def _of_value(self, value: dict[str, Any] | str) -> StructuredOutput:
+        if self.type == "regex":
+            return StructuredOutput(regex=_text(value))
+        if self.type == "json_schema" and isinstance(value, dict):
+            value = value.get("schema", value)
+        return StructuredOutput(json_schema=_text(value))
 
 
 class StructuredOutputs(_Shape):

@@ -12,6 +12,7 @@ from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
 from pagewire_bridge.model_names import to_served_name
+from pagewire_bridge.openai.guided import guided_field
 from pagewire_bridge.openai.schema import (
     ChatBody,
     CompletionBody,
@@ -91,6 +92,8 @@ def blaming(body: GenerationBody) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
+        if error.param == "structured_outputs" and (guided := guided_field(body)):
+            raise InvalidRequest(error.message, guided) from error
         if error.param in ("structured_outputs", "structural_tag") and body.structured_outputs is None:
             asked = body.response_format is not None and body.response_format.type != "text"
             tools = "functions" if isinstance(body, ChatBody) and body.functions else "tools"
