@@ -108,6 +108,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> Events:
         self.requests.append(request)
+        self.context = context  # of the last call
         self.time_remaining: float | None = context.time_remaining()
         self.num_started += 1
         feed = self.feeds.get(request.feed_id)

@@ -17,7 +17,19 @@ from pagewire_core.errors import Overloaded, PagewireError, Unavailable
 from pagewire_core.rpc import RpcServer
 from processes import free_port
 from router_scene import until
-from scripted_router import STOP, ScriptedRouter, accepted, delta, refuses, running_router, says, stalls_after, summary
+from scripted_router import (
+    HELLO,
+    STOP,
+    Events,
+    ScriptedRouter,
+    accepted,
+    delta,
+    refuses,
+    running_router,
+    says,
+    stalls_after,
+    summary,
+)
 
 
 @dataclass
@@ -107,6 +119,29 @@ async def test_leaving_a_stream_cancels_its_call_and_later_ones_are_whole(link: 
     assert not any(isinstance(events, BaseException) for events in together)
 
 
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_call_that_a_stopping_router_has_overlooked_is_asked_of_the_next_one(link: Link, begun: bool) -> None:
+    """Its server ends what is left when its time is over. Not where the client has seen some of the answer."""
+    asked: list[str] = []
+
+    async def script(request: GenerateRequest) -> Events:
+        asked.append(request.request_id)
+        if begun:
+            yield accepted()
+        if len(asked) == 1:
+            await link.router.context.abort(grpc.StatusCode.UNAVAILABLE, "Cancelling all calls")
+        async for event in HELLO(request):
+            yield event
+
+    link.router.script = script
+    if begun:
+        with pytest.raises(Unavailable, match="try again"):
+            await link.events()
+    else:
+        assert isinstance((await link.events())[-1], GenerateResponse)
+    assert len(asked) == 2 - begun
+
+
 async def test_routers_that_stop_one_after_the_other_lose_no_request() -> None:
     """A stopping server cancels calls that are on their way to it: gRPC alone lost a dozen of them each time."""
     ports, over = [free_port(), free_port()], asyncio.Event()
@@ -130,7 +165,7 @@ async def test_routers_that_stop_one_after_the_other_lose_no_request() -> None:
         for i in (0, 1, 0, 1):
             await asyncio.sleep(0.2)
             routers[i].feeds.drain()
-            await servers[i][0].stop(5)  # seldom a call is neither served nor cancelled before this is over
+            await servers[i][0].stop(2)  # seldom a call is neither served nor cancelled before this is over
             routers[i] = ScriptedRouter(with_feed=True)
             servers[i] = await stack.enter_async_context(running_router(routers[i], port=ports[i]))
         over.set()

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pagewire.v1 import inference_pb2 as pb
 from pagewire.v1 import inference_pb2_grpc as pb_grpc
@@ -39,7 +40,10 @@ _Arrived = pb.GenerateResponse | pb.DeltaFeedEntry | PagewireError | None
 
 QUICK_S = 5.0  # bound on everything but generation
 RENEW_S = 5.0  # how often certificates are looked at
-# A router that stops cancels calls that it has not begun. By then the channel has another router, if there is one.
+# A router that stops cancels calls that it has not begun; seldom it overlooks one until its time is over, and then its
+# server says this to all that are left.
+_CUT_OFF = "Cancelling all calls"
+# By then the channel has another router, if there is one.
 _PAUSES_S = (0.02, 0.1, 0.3, 1.0)  # the channel may take a moment to know
 _AGAIN = {"maxAttempts": 1 + len(_PAUSES_S), "initialBackoff": "0.02s", "maxBackoff": "1s", "backoffMultiplier": 4,
           "retryableStatusCodes": ["CANCELLED"]}  # fmt: skip
@@ -204,62 +208,52 @@ class RouterClient:
 
     async def list_models(self) -> Sequence[pb.Model]:
         """The models that can be asked for. Raises PagewireError."""
-        try:
-            return (await self._stub.ListModels(pb.ListModelsRequest(), timeout=QUICK_S)).models
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        return (await self._ask("ListModels", pb.ListModelsRequest())).models
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """Vectors of the inputs. Raises PagewireError."""
         if request.ByteSize() > MAX_MESSAGE_BYTES:
             raise InvalidRequest(f"The inputs are larger than {MAX_MESSAGE_BYTES >> 20} MiB; send several requests.")
-        try:
-            metadata = request_metadata(request.request_id)
-            return await self._stub.Embed(request, timeout=self._timeout_s, metadata=metadata)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        metadata = request_metadata(request.request_id)
+        response: pb.EmbedResponse = await self._ask("Embed", request, timeout_s=self._timeout_s, metadata=metadata)
+        return response
 
     async def reset_prefix_cache(self) -> None:
         """Every worker forgets what nobody uses now. Raises PagewireError."""
-        try:
-            await self._stub.ResetPrefixCache(worker_pb2.ResetPrefixCacheRequest(), timeout=QUICK_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        await self._ask("ResetPrefixCache", worker_pb2.ResetPrefixCacheRequest())
 
     async def server_info(self) -> pb.ServerInfoResponse:
         """What the router and the workers were started with. Raises PagewireError."""
-        try:
-            return await self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=QUICK_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        response: pb.ServerInfoResponse = await self._ask("ServerInfo", pb.ServerInfoRequest())
+        return response
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """A prompt as tokens. Raises PagewireError."""
-        try:
-            return await self._stub.Tokenize(request, timeout=QUICK_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        response: pb.TokenizeResponse = await self._ask("Tokenize", request)
+        return response
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         """Tokens as text. Raises PagewireError."""
-        try:
-            return await self._stub.Detokenize(request, timeout=QUICK_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        response: pb.DetokenizeResponse = await self._ask("Detokenize", request)
+        return response
 
     async def tokenizer_info(self, request: pb.TokenizerInfoRequest) -> pb.TokenizerInfoResponse:
         """How the tokenizer is set up. Raises PagewireError."""
-        try:
-            return await self._stub.TokenizerInfo(request, timeout=QUICK_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        response: pb.TokenizerInfoResponse = await self._ask("TokenizerInfo", request)
+        return response
 
     async def metrics(self) -> str:
         """Prometheus text of the router and its workers. Raises PagewireError."""
-        try:
-            return (await self._stub.Metrics(pb.MetricsRequest(), timeout=QUICK_S)).text
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        return str((await self._ask("Metrics", pb.MetricsRequest())).text)
+
+    async def _ask(self, method: str, request: Message, *, timeout_s: float = QUICK_S, metadata: Any = None) -> Any:
+        """The answer to a call that is no stream. Raises PagewireError."""
+        for again in (True, False):
+            try:
+                return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                if not (again and error.details() == _CUT_OFF):
+                    raise self._error(error) from error
 
     async def is_serving(self) -> bool:
         """Whether the router says that it can take requests."""
@@ -277,7 +271,8 @@ class RouterClient:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"The request took longer than the server's limit of {self._timeout_s:g} s.")
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-            kind = Unavailable if error.code() is grpc.StatusCode.UNAVAILABLE else _RouterStops
+            stops = error.code() is grpc.StatusCode.CANCELLED or error.details() == _CUT_OFF
+            kind = _RouterStops if stops else Unavailable
             return kind("The service cannot be reached right now; try again.", retry_after_s=1.0)
         return from_rpc(error)
 
