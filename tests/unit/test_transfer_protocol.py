@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import pytest
@@ -48,6 +48,9 @@ class Liar:
         assert response.abort.transfer_id == TID, response
         found = from_proto(response.abort.error)
         assert isinstance(found, error) and sentence in found.message, found
+
+
+Hears = Callable[[Liar, type[PagewireError], str], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
@@ -150,22 +153,17 @@ async def test_a_seal_with_tokens_missing_fails_the_transfer() -> None:
         assert TID in both.sink.failures and not both.sink.done
 
 
-async def test_a_seal_before_its_grant_fails_the_transfer() -> None:
+@pytest.mark.parametrize(
+    ("message", "hears"), [({"chunk": a_chunk()}, Liar.ends_with), ({"sealed": the_seal()}, Liar.hears_abort)]
+)
+async def test_a_chunk_before_its_grant_ends_the_pair_and_a_seal_the_transfer(
+    message: dict[str, object], hears: Hears
+) -> None:
     async with ends("grpc", window=2) as both, liar(both, granted=False) as peer:
         both.sink.hold_bind = asyncio.Event()
         await peer.say(offer=kv.Offer(transfer_id=TID, token_end=TOKENS))
-        await peer.say(sealed=the_seal())
-        await peer.hears_abort(Incompatible, "before its grant")
-        both.sink.hold_bind.set()
-        await both.assert_empty()
-
-
-async def test_a_chunk_before_its_grant_ends_the_pair() -> None:
-    async with ends("grpc", window=2) as both, liar(both, granted=False) as peer:
-        both.sink.hold_bind = asyncio.Event()
-        await peer.say(offer=kv.Offer(transfer_id=TID, token_end=TOKENS))
-        await peer.say(chunk=a_chunk())
-        await peer.ends_with(Incompatible, "before its grant")
+        await peer.say(**message)
+        await hears(peer, Incompatible, "before its grant")
         both.sink.hold_bind.set()
         await both.assert_empty()
 

@@ -40,13 +40,11 @@ _Arrived = pb.GenerateResponse | pb.DeltaFeedEntry | PagewireError | None
 
 QUICK_S = 5.0  # bound on everything but generation
 RENEW_S = 5.0  # how often certificates are looked at
-# A router that stops cancels calls that it has not begun; seldom it overlooks one until its time is over, and then its
-# server says this to all that are left.
-_CUT_OFF = "Cancelling all calls"
-# By then the channel has another router, if there is one.
+# A router that stops cancels calls that it has not begun. By then the channel has another router, if there is one.
 _PAUSES_S = (0.02, 0.1, 0.3, 1.0)  # the channel may take a moment to know
 _AGAIN = {"maxAttempts": 1 + len(_PAUSES_S), "initialBackoff": "0.02s", "maxBackoff": "1s", "backoffMultiplier": 4,
           "retryableStatusCodes": ["CANCELLED"]}  # fmt: skip
+_CUT_OFF = "Cancelling all calls"  # what a server whose time is over says to those that it has seldom overlooked
 _SHORT_CALLS = ("ListModels", "Embed", "Tokenize", "Detokenize", "TokenizerInfo", "Metrics", "ServerInfo")
 _SERVICE_CONFIG = json.dumps({"methodConfig": [{
     "name": [{"service": "pagewire.v1.InferenceService", "method": method} for method in _SHORT_CALLS],

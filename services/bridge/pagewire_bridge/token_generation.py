@@ -6,20 +6,17 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Self
 
-import structlog
 from pagewire.v1.inference_pb2 import Delta, GenerateRequest, TokenIds, TokenText
-from pagewire_core.errors import InvalidRequest, PagewireError
+from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pagewire_bridge import sse
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.openai.answer import FINISH_REASONS, StreamedUsage, usage
-from pagewire_bridge.openai.errors import from_error
+from pagewire_bridge.openai.answer import FINISH_REASONS, StreamedUsage, stream, usage
 from pagewire_bridge.openai.prompts import listed
 from pagewire_bridge.openai.schema import (
     DEFAULT_COMPLETION_TOKENS,
@@ -35,14 +32,13 @@ from pagewire_bridge.openai.schema import (
     check_min_tokens,
     check_stream_options,
 )
-from pagewire_bridge.openai.shapes import chat_logprobs, id_of
+from pagewire_bridge.openai.shapes import Choice, chat_logprobs, id_of
 from pagewire_bridge.openai.translate import to_sampling
 from pagewire_bridge.openai.unsupported import ignored_fields_header, refuse_unsupported_in_tokens
 from pagewire_bridge.respond import begin, name_request, respond
 from pagewire_bridge.responses import json_response
-from pagewire_bridge.served_by import account, served_by
-
-log = structlog.get_logger(__name__)
+from pagewire_bridge.served_by import served_by
+from pagewire_bridge.sse import EventStream
 
 
 class TokenSampling(Sampling):
@@ -102,7 +98,7 @@ async def generate(request: Request) -> Response:
 
         def answer_stream() -> Response:
             told = StreamedUsage.asked(body.stream_options, request.state.always_usage)
-            return sse.EventStream(stream(asked, generation, told), generation.close, headers)
+            return EventStream(_events(asked, generation, told), generation.close, headers)
 
         return await respond(request, generation, stream=answer_stream if body.stream else None, whole=answer_whole)
 
@@ -143,7 +139,7 @@ def _ignored(body: TokensBody) -> list[str]:
     return [*(body.model_extra or ()), *(f"sampling_params.{name}" for name in body.sampling_params.model_extra or ())]
 
 
-def _choice(index: int, tokens: Sequence[TokenText], finish_reason: str | None, logprobs: bool) -> dict[str, Any]:
+def _choice(index: int, tokens: Sequence[TokenText], finish_reason: str | None, logprobs: bool) -> Choice:
     return {
         "index": index,
         "logprobs": chat_logprobs(tokens, id_of) if logprobs else None,
@@ -156,22 +152,14 @@ def _finish_reason(delta: Delta) -> str | None:
     return FINISH_REASONS.get(delta.finish_reason)
 
 
-async def stream(asked: GenerateRequest, generation: Generation, told: StreamedUsage) -> AsyncGenerator[bytes]:
-    """Encoded events up to [DONE]; a failure is one error event, and then neither usage nor [DONE]."""
-    head, logprobs = {"request_id": asked.request_id}, asked.sampling.HasField("logprobs")
-    try:
-        async for index, delta in generation.deltas():
-            if delta.tokens or delta.finish_reason:
-                choice = _choice(index, delta.tokens, _finish_reason(delta), logprobs)
-                yield sse.event({**head, "choices": [choice], "usage": None, **told.fields(generation)})
-    except PagewireError as error:
-        log.warning("request failed after its answer began", error=type(error).__name__)
-        yield sse.event(from_error(error))
-        return
-    if told.at_end:
-        counted, served = usage(generation.summaries), account(generation.summaries)
-        yield sse.event({**head, "choices": [], "usage": counted, "pagewire": served})
-    yield sse.DONE
+def _events(asked: GenerateRequest, generation: Generation, told: StreamedUsage) -> AsyncGenerator[bytes]:
+    logprobs = asked.sampling.HasField("logprobs")
+
+    def choices(index: int, delta: Delta) -> Iterator[Choice]:
+        if delta.tokens or delta.finish_reason:
+            yield _choice(index, delta.tokens, _finish_reason(delta), logprobs)
+
+    return stream({"request_id": asked.request_id, "usage": None}, choices, usage, generation, told)
 
 
 async def whole(body: TokensBody, asked: GenerateRequest, generation: Generation) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,11 @@ class Answer:
     include_reasoning: bool = True
     echo: Echo | None = None
     prompt_logprobs: int | None = None
+
+    def stream(self, generation: Generation, told: StreamedUsage) -> AsyncGenerator[bytes]:
+        """Its events."""
+        head, opened = {**self.head, "object": self.shape.chunk_object}, set[int]()
+        return stream(head, lambda index, delta: self.choices(index, delta, opened), self.usage, generation, told)
 
     def stop_reason(self, delta: Delta) -> str | int | None:
         if delta.HasField("stop_string"):
@@ -146,13 +151,20 @@ class StreamedUsage:
         return {"usage": None} if self.at_end else {}
 
 
-async def stream(answer: Answer, generation: Generation, told: StreamedUsage) -> AsyncGenerator[bytes]:
-    """Encoded events up to [DONE]; a failure is one error event, and then neither usage nor [DONE]."""
-    head = {**answer.head, "object": answer.shape.chunk_object}
-    opened: set[int] = set()
+async def stream(
+    head: Mapping[str, Any],
+    choices: Callable[[int, Delta], Iterable[Choice]],
+    count: Callable[[Sequence[Summary]], dict[str, Any]],
+    generation: Generation,
+    told: StreamedUsage,
+) -> AsyncGenerator[bytes]:
+    """Encoded events up to [DONE]; a failure is one error event, and then neither usage nor [DONE].
+
+    head: of every chunk. choices: those of the chunks that a delta gives. count: the usage, at the end.
+    """
     try:
         async for index, delta in generation.deltas():
-            for choice in answer.choices(index, delta, opened):
+            for choice in choices(index, delta):
                 yield sse.event({**head, "choices": [choice], **told.fields(generation)})
     except PagewireError as error:
         log.warning("request failed after its answer began", error=type(error).__name__)
@@ -160,7 +172,7 @@ async def stream(answer: Answer, generation: Generation, told: StreamedUsage) ->
         return
     if told.at_end:
         summaries = generation.summaries
-        yield sse.event({**head, "choices": [], "usage": answer.usage(summaries), "pagewire": account(summaries)})
+        yield sse.event({**head, "choices": [], "usage": count(summaries), "pagewire": account(summaries)})
     yield sse.DONE
 
 

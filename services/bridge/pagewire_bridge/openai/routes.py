@@ -15,7 +15,7 @@ from starlette.routing import Route
 from pagewire_bridge.body import read_body
 from pagewire_bridge.client import client_of
 from pagewire_bridge.generation import Generation
-from pagewire_bridge.openai.answer import Answer, StreamedUsage, stream, whole
+from pagewire_bridge.openai.answer import Answer, StreamedUsage, whole
 from pagewire_bridge.openai.body import ignored_fields, parse_body
 from pagewire_bridge.openai.prompts import Echo
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
@@ -137,7 +137,7 @@ async def _generate(request: Request, body: GenerationBody, asked: list[Generate
 
     def answer_stream() -> Response:
         told = StreamedUsage.asked(body.stream_options, request.state.always_usage)
-        return EventStream(stream(answer(), generation, told), generation.close, headers)
+        return EventStream(answer().stream(generation, told), generation.close, headers)
 
     with blaming(body):
         return await respond(request, generation, stream=answer_stream if body.stream else None, whole=answer_whole)
