@@ -33,6 +33,7 @@ _FLAGS = (
     "-pthread",
 )
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
 
 # Best first: compiler flags, and what /proc/cpuinfo must list for the code to run.
 VARIANTS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
@@ -45,7 +46,8 @@ VARIANTS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
         frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}),
     ),
     "avx512": (_AVX512, frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})),
-    "avx2": (("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})),
+    "avx2-vnni": ((*_AVX2, "-mavxvnni"), frozenset({"avx2", "fma", "f16c", "avx_vnni"})),
+    "avx2": (_AVX2, frozenset({"avx2", "fma", "f16c"})),
     "neon": (("-march=armv8.2-a+dotprod",), frozenset({"asimd", "asimddp"})),
     "portable": ((), frozenset()),
 }
@@ -55,11 +57,36 @@ class BuildError(Exception):
     """The CPU step cannot be compiled or run here; the message says why."""
 
 
+class CompileError(BuildError):
+    """The compiler here cannot make a variant; perhaps it is older than the instructions."""
+
+
 def runnable() -> list[str]:
     """Variants that this CPU can run, best first."""
     features = _cpu_features()
     names = [name for name, (_, needed) in VARIANTS.items() if needed <= features]
     return [name for name in names if name != "neon" or platform.machine() in ("aarch64", "arm64")]
+
+
+def best_variant() -> str:
+    """The best variant that this CPU can run and the compiler here can make, which is built then.
+
+    PAGEWIRE_CPU_VARIANT forces one. Raises BuildError.
+    """
+    variants = runnable()
+    if forced := os.environ.get("PAGEWIRE_CPU_VARIANT"):
+        if forced not in variants:
+            raise BuildError(f"PAGEWIRE_CPU_VARIANT={forced!r} cannot run here; this CPU runs {', '.join(variants)}")
+        variants = [forced]
+    for variant, is_last in zip(variants, [False] * (len(variants) - 1) + [True], strict=True):
+        try:
+            library_path(variant)
+            return variant
+        except CompileError as error:
+            if is_last:
+                raise
+            logger.warning("the CPU step is slower than it could be: there is none for %s, as %s", variant, error)
+    raise AssertionError("every CPU runs the portable variant")
 
 
 def library_path(variant: str) -> Path:
@@ -125,7 +152,7 @@ def _compile(variant: str, path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:])
-            raise BuildError(f"the compiler failed: {reason.strip()}")
+            raise CompileError(f"the compiler failed: {reason.strip()}")
         os.replace(part, path)
     finally:
         Path(part).unlink(missing_ok=True)
@@ -143,9 +170,8 @@ def main() -> None:
     """Builds the variant that this machine will use: `python -m pagewire_kernels.cpu.build`."""
     if sys.argv[1:] == ["--all"]:
         return compile_all()
-    variant = runnable()[0]
     try:
-        print(f"CPU step, {variant}: {library_path(variant)}")
+        print(f"CPU step, {(variant := best_variant())}: {library_path(variant)}")
     except BuildError as error:
         print(f"No compiled CPU step: {error}. Models will run on plain torch, several times slower.")
 

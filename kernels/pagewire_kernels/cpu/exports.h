@@ -199,6 +199,8 @@ const char* pw_variant() {
     return "avx512-vnni";
 #elif defined(__AVX512F__)
     return "avx512";
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+    return "avx2-vnni";
 #elif defined(__AVX2__)
     return "avx2";
 #elif defined(__ARM_NEON)

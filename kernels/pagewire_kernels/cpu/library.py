@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 
-from pagewire_kernels.cpu.build import BuildError, library_path, runnable
+from pagewire_kernels.cpu.build import BuildError, best_variant, library_path
 
 ABI = 7
 STRIP = 32  # outputs in a strip of packed weights
@@ -104,9 +103,5 @@ def load(variant: str) -> ctypes.CDLL:
 
 
 def best() -> ctypes.CDLL:
-    """The library for this CPU; PAGEWIRE_CPU_VARIANT forces a variant. Raises BuildError if there can be none."""
-    variants = runnable()
-    forced = os.environ.get("PAGEWIRE_CPU_VARIANT")
-    if forced and forced not in variants:
-        raise BuildError(f"PAGEWIRE_CPU_VARIANT={forced!r} cannot run here; this CPU runs {', '.join(variants)}")
-    return load(forced or variants[0])
+    """The library for this CPU. Raises BuildError if there can be none."""
+    return load(best_variant())

@@ -87,6 +87,13 @@ PW_INLINE uint32_t load32(const void* p) {
     return x;
 }
 
+// What sums of 16 outputs over int8 begin with: their `sums`, negative as packed, where rows are SHIFTED.
+PW_INLINE I16 first_sums(const int32_t* sums) {
+    I16 r = splat(int32_t(0));
+    if (SHIFTED) std::memcpy(&r, sums, 64);
+    return r;
+}
+
 // One step of a tile: one k of float rows, two of bf16 rows.
 template <class T>
 constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
@@ -122,12 +129,6 @@ PW_INLINE void tile_float(bool more, const RowOf<T>* a, int64_t lda, const T* b0
         for (int v = 0; v < V; v++) store(c + m * ldc + 16 * v, acc[m][v]);
 }
 
-PW_INLINE I16 load_int(const int32_t* p) {
-    I16 r;
-    std::memcpy(&r, p, 64);
-    return r;
-}
-
 // Row scales and output scales over the whole of k.
 template <int M>
 PW_INLINE void tile_int8(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
@@ -136,8 +137,8 @@ PW_INLINE void tile_int8(const Linear& w, int strip, const Rows& x, int64_t row,
     const int8_t* a = x.int8 + row * x.stride;
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-        acc[m][0] = SHIFTED ? load_int(w.sums + strip * STRIP) : splat(int32_t(0));
-        acc[m][1] = SHIFTED ? load_int(w.sums + strip * STRIP + 16) : splat(int32_t(0));
+        acc[m][0] = first_sums(w.sums + strip * STRIP);
+        acc[m][1] = first_sums(w.sums + strip * STRIP + 16);
     }
     for (int s = 0; s < w.k / 4; s++, b += 128) {
         Weights w0 = load_weights(b), w1 = load_weights(b + 64);
@@ -174,10 +175,8 @@ PW_INLINE void tile_grouped(const Linear& w, int strip, const Rows& x, int64_t r
         for (int m = 0; m < M; m++) {
             if (NIBBLES) {
                 part[m][0] = part[m][1] = splat(int32_t(-8 * x.sums[(row + m) * x.group_stride + g]));
-            } else if (SHIFTED) {
-                part[m][0] = load_int(w.sums + at), part[m][1] = load_int(w.sums + at + 16);  // packed negative
             } else {
-                part[m][0] = part[m][1] = splat(int32_t(0));
+                part[m][0] = first_sums(w.sums + at), part[m][1] = first_sums(w.sums + at + 16);
             }
         }
         for (int s = 0; s < w.group / per_step; s++, b += 128) {

@@ -80,6 +80,26 @@ PW_INLINE void tile_float(bool more, const RowOf<T>* rows, int64_t lda, const T*
     if (V > 1) half_float<M>(more, a, lda, b1, ldb, steps, {nullptr, nullptr, 0}, c + 16, ldc);
 }
 
+#if defined(__AVXVNNI__)
+
+// sum += four products for each of 8 outputs; u unsigned, s signed. As assembly for the same reason.
+PW_INLINE void add_quads(__m256i& sum, __m256i u, __m256i s) { asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(s)); }
+
+PW_INLINE __m256i quad(const int8_t* x) { return _mm256_set1_epi32(int32_t(load32(x))); }
+
+// sums[M] += four k of rows, which are SHIFTED, x 16 outputs
+template <int M>
+PW_INLINE void step_int8(I16 (&sums)[M], const int8_t* a, int64_t lda, const uint8_t* b) {
+    const __m256i w0 = _mm256_loadu_si256((const __m256i*)b), w1 = _mm256_loadu_si256((const __m256i*)b + 1);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        const __m256i x = quad(a + m * lda);
+        add_quads(sums[m].a, x, w0), add_quads(sums[m].b, x, w1);
+    }
+}
+
+#else
+
 // Four products for each of 8 outputs. Neither sums of two overflow, |w| <= 128 and |x| <= 127, nor x's sign: it is
 // never -128.
 PW_INLINE __m256i dot_int8_8(__m256i acc, __m256i w, __m256i magnitude, __m256i x) {
@@ -98,13 +118,15 @@ PW_INLINE void step_int8(I16 (&sums)[M], const int8_t* a, int64_t lda, const uin
     for (int m = 0; m < M; m++) sums[m].b = dot_int8_8(sums[m].b, w1, size1, _mm256_set1_epi32(int32_t(load32(a + m * lda))));
 }
 
+#endif
+
 // `parts` halves of a strip, the first of them being `half`.
 template <int M, int PARTS>
 PW_INLINE void part_int8(const Linear& w, int strip, int half, const Rows& x, int64_t row, Ahead ahead, float* c) {
     I16 sums[PARTS][M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
-        for (int p = 0; p < PARTS; p++) sums[p][m] = splat(int32_t(0));
+        for (int p = 0; p < PARTS; p++) sums[p][m] = first_sums(w.sums + strip * STRIP + 16 * (half + p));
     const uint8_t* b = w.weight + int64_t(strip) * w.k * STRIP + 64 * half;
     const int8_t* a = x.int8 + row * x.stride;
     for (int s = 0; s < w.k / 4; s++, a += 4, b += 128) {
@@ -128,6 +150,26 @@ PW_INLINE void tile_int8(const Linear& w, int strip, const Rows& x, int64_t row,
     part_int8<M, 1>(w, strip, 1, x, row, ahead, c);
 }
 
+PW_INLINE __m256i nibbles(__m256i w, bool high) { return _mm256_and_si256(high ? _mm256_srli_epi16(w, 4) : w, _mm256_set1_epi8(15)); }
+
+#if defined(__AVXVNNI__)
+
+// sums[M] += 32 k of rows x 16 outputs
+template <int M>
+PW_INLINE void nibbles_32(I16 (&sums)[M], const int8_t* a, int64_t lda, const uint8_t* b) {
+    for (int s = 0; s < 4; s++, a += 8, b += 128)
+        for (int high = 0; high < 2; high++) {
+            const __m256i w0 = nibbles(_mm256_loadu_si256((const __m256i*)b), high), w1 = nibbles(_mm256_loadu_si256((const __m256i*)b + 1), high);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const __m256i x = quad(a + m * lda + 4 * high);
+                add_quads(sums[m].a, w0, x), add_quads(sums[m].b, w1, x);
+            }
+        }
+}
+
+#else
+
 // sum += four products for each of 16 outputs, as sums of two. As assembly for the same reason.
 PW_INLINE void add_pairs(I16& sum, __m256i w0, __m256i w1, const int8_t* x) {
     __m256i t, p;
@@ -140,17 +182,15 @@ PW_INLINE void add_pairs(I16& sum, __m256i w0, __m256i w1, const int8_t* x) {
         : [x] "m"(*(const char(*)[4])x), [w0] "x"(w0), [w1] "x"(w1));
 }
 
-// Sums of 32 k of nibbles fit 16 bits: at most 8 * 2 * 15 * 127.
+// sums[M] += 32 k of rows x 16 outputs, whose sums of nibbles fit 16 bits: at most 8 * 2 * 15 * 127.
 template <int M>
 PW_INLINE void nibbles_32(I16 (&sums)[M], const int8_t* a, int64_t lda, const uint8_t* b) {
     I16 pairs[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) pairs[m] = splat(int32_t(0));
-    const __m256i mask = _mm256_set1_epi8(15);
     for (int s = 0; s < 4; s++, a += 8, b += 128)
         for (int high = 0; high < 2; high++) {
-            __m256i w0 = _mm256_loadu_si256((const __m256i*)b), w1 = _mm256_loadu_si256((const __m256i*)b + 1);
-            w0 = _mm256_and_si256(high ? _mm256_srli_epi16(w0, 4) : w0, mask), w1 = _mm256_and_si256(high ? _mm256_srli_epi16(w1, 4) : w1, mask);
+            const __m256i w0 = nibbles(_mm256_loadu_si256((const __m256i*)b), high), w1 = nibbles(_mm256_loadu_si256((const __m256i*)b + 1), high);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) add_pairs(pairs[m], w0, w1, a + m * lda + 4 * high);
         }
@@ -162,6 +202,8 @@ PW_INLINE void nibbles_32(I16 (&sums)[M], const int8_t* a, int64_t lda, const ui
     }
 }
 
+#endif
+
 // The float sums stay in `c`: they are touched once for each group.
 template <int M, bool NIBBLES>
 PW_INLINE void tile_grouped(const Linear& w, int strip, const Rows& x, int64_t row, Ahead ahead, float* c) {
@@ -172,7 +214,7 @@ PW_INLINE void tile_grouped(const Linear& w, int strip, const Rows& x, int64_t r
             const int8_t* a = x.int8 + row * x.stride + g * w.group;
             I16 sums[M];
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) sums[m] = splat(NIBBLES ? int32_t(-8 * x.sums[(row + m) * x.group_stride + g]) : 0);
+            for (int m = 0; m < M; m++) sums[m] = NIBBLES ? splat(int32_t(-8 * x.sums[(row + m) * x.group_stride + g])) : first_sums(w.sums + (int64_t(strip) * groups + g) * STRIP + 16 * half);
             for (int i = 0; !half && i < bytes; i += 128) ahead();
             if (NIBBLES)
                 for (int k = 0; k < w.group; k += 32) nibbles_32<M>(sums, a + k, x.stride, b + k / 8 * 128);

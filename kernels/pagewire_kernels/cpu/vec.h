@@ -197,7 +197,11 @@ PW_INLINE void store_int8(int8_t* p, F16 x) {
 
 PW_INLINE I16 splat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 PW_INLINE F16 to_float(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+#if defined(__AVXVNNI__)
+constexpr bool SHIFTED = true;
+#else
 constexpr bool SHIFTED = false;
+#endif
 PW_INLINE float sum(F16 x) {
     __m256 half = _mm256_add_ps(x.a, x.b);
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
