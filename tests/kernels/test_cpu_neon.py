@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pagewire_kernels.cpu.build import VARIANTS
 
 PROGRAM = Path(__file__).with_name("cpu_step_dump.cpp")
 SOURCES = Path(__file__).parents[2] / "kernels/pagewire_kernels/cpu"
@@ -32,10 +33,11 @@ def run(command: list[str]) -> np.ndarray:
 
 
 @pytest.mark.skipif(not shutil.which(CROSS) or not EMULATOR, reason="no cross compiler or emulator for aarch64")
-def test_neon_computes_what_the_portable_build_computes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["neon", "neon-bf16"])
+def test_neon_computes_what_the_portable_build_computes(variant: str, tmp_path: Path) -> None:
     assert EMULATOR
     expected = run([str(build("g++", [], tmp_path / "portable"))])
-    arm = build(CROSS, ["-march=armv8.2-a+dotprod", "-static"], tmp_path / "arm")
+    arm = build(CROSS, [*VARIANTS[variant][0], "-static"], tmp_path / "arm")
     got = run([EMULATOR, "-cpu", "max", str(arm)])
     for kind, ours, theirs in zip(KINDS, got, expected, strict=True):
         assert np.abs(ours - theirs).max() < 1e-3, kind

@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "avx512": (_AVX512, frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})),
     "avx2-vnni": ((*_AVX2, "-mavxvnni"), frozenset({"avx2", "fma", "f16c", "avx_vnni"})),
     "avx2": (_AVX2, frozenset({"avx2", "fma", "f16c"})),
+    "neon-bf16": (("-march=armv8.2-a+dotprod+bf16",), frozenset({"asimd", "asimddp", "bf16"})),
     "neon": (("-march=armv8.2-a+dotprod",), frozenset({"asimd", "asimddp"})),
     "portable": ((), frozenset()),
 }
@@ -64,8 +65,7 @@ class CompileError(BuildError):
 def runnable() -> list[str]:
     """Variants that this CPU can run, best first."""
     features = _cpu_features()
-    names = [name for name, (_, needed) in VARIANTS.items() if needed <= features]
-    return [name for name in names if name != "neon" or platform.machine() in ("aarch64", "arm64")]
+    return [name for name, (_, needed) in VARIANTS.items() if needed <= features]
 
 
 def best_variant() -> str:
@@ -162,7 +162,7 @@ def compile_all() -> None:
     """Every variant of this architecture, into the package itself: `python -m pagewire_kernels.cpu.build --all`."""
     is_arm = platform.machine() in ("aarch64", "arm64")
     for variant in VARIANTS:
-        if variant == "portable" or (variant == "neon") == is_arm:
+        if variant == "portable" or variant.startswith("neon") == is_arm:
             _compile(variant, _BUILT / f"{variant}.so")
 
 

@@ -203,6 +203,8 @@ const char* pw_variant() {
     return "avx2-vnni";
 #elif defined(__AVX2__)
     return "avx2";
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return "neon-bf16";
 #elif defined(__ARM_NEON)
     return "neon";
 #else

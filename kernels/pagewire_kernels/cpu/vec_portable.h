@@ -75,12 +75,17 @@ PW_INLINE Weights high_nibbles(Weights w) {
     return w;
 }
 PW_INLINE F16 dot_bf16(F16 acc, Weights w, uint32_t x) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    const bfloat16x8_t pair = vreinterpretq_bf16_u32(vdupq_n_u32(x));
+    for (int i = 0; i < 4; i++) acc.v[i] = vbfdotq_f32(acc.v[i], vreinterpretq_bf16_u8(w.v[i]), pair);
+#else
     float32x4_t even = vreinterpretq_f32_u32(vdupq_n_u32(x << 16)), odd = vreinterpretq_f32_u32(vdupq_n_u32(x & 0xffff0000u));
     for (int i = 0; i < 4; i++) {
         uint32x4_t pair = vreinterpretq_u32_u8(w.v[i]);
         acc.v[i] = vfmaq_f32(acc.v[i], vreinterpretq_f32_u32(vshlq_n_u32(pair, 16)), even);
         acc.v[i] = vfmaq_f32(acc.v[i], vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000u))), odd);
     }
+#endif
     return acc;
 }
 PW_INLINE int32x4_t dot_quads(int32x4_t acc, int8x16_t a, int8x16_t b) {
