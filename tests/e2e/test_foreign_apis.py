@@ -599,10 +599,80 @@ async def test_anthropic_tools_are_blocks_whole_and_streamed(cluster: Cluster) -
         assert counted.input_tokens == after.usage.input_tokens + (after.usage.cache_read_input_tokens or 0)
 
 
-async def test_anthropic_thinking_needs_a_model_that_thinks(cluster: Cluster) -> None:
-    body = {"model": "demo", "max_tokens": 8, "messages": MESSAGES, "thinking": {"type": "enabled", "budget_tokens": 9}}
-    response = await cluster.http.post("/v1/messages", json=body)
-    assert response.status_code == 400 and "thinking" in response.json()["error"]["message"]
+async def anthropic_message(cluster: Cluster, **fields: Any) -> httpx.Response:
+    body = {"model": "demo", "max_tokens": 24, "messages": MESSAGES, **GREEDY, **fields}
+    return await cluster.http.post("/v1/messages", json=body)
+
+
+@pytest.mark.parametrize("thinking", [{"type": "enabled", "budget_tokens": 9}, {"type": "adaptive"}])
+async def test_anthropic_thinking_of_a_model_that_does_not_is_ignored_and_told(
+    cluster: Cluster, thinking: dict[str, Any]
+) -> None:
+    """Coding agents ask whatever model they are given to think."""
+    plain = await anthropic_message(cluster)
+    asked = await anthropic_message(cluster, thinking=thinking, output_config={"effort": "max"})
+    assert asked.json()["content"] == plain.json()["content"]
+    assert asked.headers["x-pagewire-ignored-fields"] == "thinking"
+    assert "x-pagewire-ignored-fields" not in plain.headers
+
+
+async def test_anthropic_thinking_that_is_wrong_is_refused(cluster: Cluster) -> None:
+    for wrong in ({"type": "deep"}, {"type": "enabled", "budget_tokens": 0}, {"type": "enabled", "display": "all"}):
+        response = await anthropic_message(cluster, thinking=wrong)
+        assert response.status_code == 400 and "thinking" in response.json()["error"]["message"]
+    response = await anthropic_message(cluster, output_config={"effort": "none"})
+    assert response.status_code == 400 and "output_config.effort" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["output_config", "output_format"])
+async def test_anthropic_output_formats_are_followed(cluster: Cluster, name: str) -> None:
+    def field(schema: dict[str, Any]) -> dict[str, Any]:
+        form = {"type": "json_schema", "schema": schema}
+        return {name: {"format": form} if name == "output_config" else form}
+
+    answer = (await anthropic_message(cluster, max_tokens=80, **field(PERSON))).json()
+    jsonschema.validate(json.loads(answer["content"][0]["text"]), PERSON)
+    assert answer["stop_reason"] == "end_turn"
+    refused = await anthropic_message(cluster, **field({"type": "no such type"}))
+    assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_anthropic_answers_may_fill_the_context(cluster: Cluster) -> None:
+    """Coding agents ask for as many tokens as any model gives; the prompt alone has to fit."""
+    assert (await anthropic_message(cluster, max_tokens=100_000)).json()["stop_reason"] == "end_turn"
+    endless = {"type": "json_schema", "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 1000}}
+    answer = (await anthropic_message(cluster, max_tokens=100_000, output_config={"format": endless})).json()
+    usage = answer["usage"]
+    assert answer["stop_reason"] == "model_context_window_exceeded"
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["output_tokens"] == 512
+    cut = (await anthropic_message(cluster, max_tokens=9, output_config={"format": endless})).json()
+    assert cut["stop_reason"] == "max_tokens" and cut["usage"]["output_tokens"] == 9
+
+
+async def test_anthropic_documents_and_search_results_are_text(cluster: Cluster) -> None:
+    blocks = [
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "A"}, "title": "T"},
+        {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "B"}]}},
+        {"type": "search_result", "source": "S", "title": "R", "content": [{"type": "text", "text": "C"}]},
+        {"type": "text", "text": QUESTION},
+    ]
+
+    async def count(messages: list[dict[str, Any]]) -> int:
+        body = {"model": "demo", "messages": messages}
+        counted = await cluster.http.post("/v1/messages/count_tokens", json=body)
+        return int(counted.json()["input_tokens"])
+
+    written = f"T\nA\n\nB\n\nR\nS\nC\n\n{QUESTION}"
+    later = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    for content in (blocks, written):
+        told = [{"role": "user", "content": content}, later]
+        answer = await anthropic_message(cluster, messages=told)
+        assert answer.status_code == 200, answer.text
+        prompt = answer.json()["usage"]["input_tokens"] + answer.json()["usage"]["cache_read_input_tokens"]
+        assert await count(told) == prompt == await count([{"role": "user", "content": written}, later])
+    pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}
+    refused = await anthropic_message(cluster, messages=[{"role": "user", "content": [pdf]}])
+    assert refused.status_code == 400 and "'base64'" in refused.json()["error"]["message"]
 
 
 async def test_anthropic_errors_have_its_shape(cluster: Cluster) -> None:
@@ -611,7 +681,9 @@ async def test_anthropic_errors_have_its_shape(cluster: Cluster) -> None:
             await client.messages.create(model="none", max_tokens=2, messages=MESSAGES)  # type: ignore[arg-type]
         assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
         with pytest.raises(anthropic.BadRequestError) as long:
-            await client.messages.create(model="demo", max_tokens=4096, messages=MESSAGES)  # type: ignore[arg-type]
+            await client.messages.create(
+                model="demo", max_tokens=8, messages=[{"role": "user", "content": "a b " * 600}]
+            )
         assert "prompt is too long" in long.value.message
     for body in ({"model": "demo", "messages": MESSAGES}, {"model": "demo", "max_tokens": 1, "messages": []}):
         response = await cluster.http.post("/v1/messages", json=body)

@@ -55,6 +55,15 @@ def test_a_server_may_take_shorter_prompts_than_the_context_allows(model: Served
         ask(short, text="x" * 6)
 
 
+def test_max_tokens_are_clipped_to_the_context_where_that_is_asked_for(model: ServedModel) -> None:
+    for asked, clipped in ((LIMIT, True), (LIMIT - 5, False), (3, False)):
+        sampling = common_pb2.SamplingParams(max_tokens=asked)
+        valid = ask(model, clip_max_tokens=True, sampling=sampling)
+        assert valid.sampling.max_tokens == min(asked, LIMIT - 5) and valid.max_tokens_clipped == clipped
+    with pytest.raises(ContextLength):
+        ask(model, text="x" * LIMIT, clip_max_tokens=True, sampling=sampling)
+
+
 def test_a_prompt_is_cut_to_what_leaves_room(model: ServedModel) -> None:
     """vLLM's -1; the room is that of the answer, or of one token."""
     text = "".join(map(chr, range(33, 127))) * 2

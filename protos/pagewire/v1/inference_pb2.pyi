@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "echo", "cache_salt", "completion_default_length", "add_special_tokens", "return_prompt_token_ids", "feed_id", "feed_call", "session_id", "tenant", "priority", "truncate_prompt_tokens", "structured_output", "reasoning", "prompt_logprobs", "prompt_only", "truncate_to_fit", "keep_first_tokens", "model_sampling_defaults", "beam_search")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "echo", "cache_salt", "completion_default_length", "add_special_tokens", "return_prompt_token_ids", "feed_id", "feed_call", "session_id", "tenant", "priority", "truncate_prompt_tokens", "structured_output", "reasoning", "prompt_logprobs", "prompt_only", "truncate_to_fit", "keep_first_tokens", "model_sampling_defaults", "clip_max_tokens", "beam_search")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class GenerateRequest(_message.Message):
     TRUNCATE_TO_FIT_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MODEL_SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BEAM_SEARCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
@@ -61,8 +62,9 @@ class GenerateRequest(_message.Message):
     truncate_to_fit: bool
     keep_first_tokens: bool
     model_sampling_defaults: bool
+    clip_max_tokens: bool
     beam_search: BeamSearch
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., echo: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., completion_default_length: _Optional[bool] = ..., add_special_tokens: _Optional[bool] = ..., return_prompt_token_ids: _Optional[bool] = ..., feed_id: _Optional[bytes] = ..., feed_call: _Optional[int] = ..., session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., truncate_prompt_tokens: _Optional[int] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., reasoning: _Optional[_Union[Reasoning, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ..., prompt_only: _Optional[bool] = ..., truncate_to_fit: _Optional[bool] = ..., keep_first_tokens: _Optional[bool] = ..., model_sampling_defaults: _Optional[bool] = ..., beam_search: _Optional[_Union[BeamSearch, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., echo: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., completion_default_length: _Optional[bool] = ..., add_special_tokens: _Optional[bool] = ..., return_prompt_token_ids: _Optional[bool] = ..., feed_id: _Optional[bytes] = ..., feed_call: _Optional[int] = ..., session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., truncate_prompt_tokens: _Optional[int] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., reasoning: _Optional[_Union[Reasoning, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ..., prompt_only: _Optional[bool] = ..., truncate_to_fit: _Optional[bool] = ..., keep_first_tokens: _Optional[bool] = ..., model_sampling_defaults: _Optional[bool] = ..., clip_max_tokens: _Optional[bool] = ..., beam_search: _Optional[_Union[BeamSearch, _Mapping]] = ...) -> None: ...
 
 class BeamSearch(_message.Message):
     __slots__ = ("length_penalty",)
@@ -157,18 +159,20 @@ class GenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ..., prompt_tokens: _Optional[_Union[PromptTokens, _Mapping]] = ..., feed_entries: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "model", "prompt_tokens", "prompt_token_ids", "prompt_tail")
+    __slots__ = ("request_id", "model", "prompt_tokens", "prompt_token_ids", "max_tokens_clipped", "prompt_tail")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_CLIPPED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TAIL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt_tokens: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    max_tokens_clipped: bool
     prompt_tail: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., prompt_tail: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., max_tokens_clipped: _Optional[bool] = ..., prompt_tail: _Optional[str] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("choice", "text", "tokens", "finish_reason", "stop_string", "stop_token_id")

@@ -45,6 +45,7 @@ class ValidRequest:
     length_penalty: float | None = None  # of a beam search for n choices; None: they are sampled
     is_step: bool = False  # one more token for each beam of a search, which counts and tells it
     prior: tuple[tuple[int, ...], ...] = ()  # of a step, the tokens that each of n beams has
+    max_tokens_clipped: bool = False  # to the room in the context
 
     @property
     def sampling_revision(self) -> int:
@@ -149,6 +150,7 @@ def validate(
         prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         prompt_only=request.prompt_only,
         length_penalty=length_penalty,
+        max_tokens_clipped=request.clip_max_tokens and request.sampling.max_tokens > max_model_len - len(prompt_ids),
     )
 
 
@@ -219,6 +221,8 @@ def _cut(
 def _max_tokens(request: inference_pb2.GenerateRequest, model: ServedModel, prompt_tokens: int, limit: int) -> int:
     defaults = model.sampling_defaults if request.model_sampling_defaults else SamplingDefaults()
     room, asked = limit - prompt_tokens, request.sampling.max_tokens
+    if request.clip_max_tokens and room > 0:
+        asked = min(asked, room)
     most = defaults.most_tokens or max(asked, room)
     asked = min(asked, most)
     if room < 1 or asked > room:

@@ -30,11 +30,14 @@ Fields = dict[str, Any]
 
 @dataclass
 class Answer:
-    """head: id, type, role, model. parser: where the text is more than text."""
+    """head: id, type, role, model. parser: where the text is more than text. is_clipped: an answer of full length ends
+    because the context does.
+    """
 
     head: Fields
     parser: AnswerParser | None = None
     with_thoughts: bool = False
+    is_clipped: bool = False
     stop_reason: str | None = None
     stop_sequence: str | None = None
 
@@ -48,7 +51,7 @@ class Answer:
         if delta.HasField("stop_string"):
             self.stop_reason, self.stop_sequence = "stop_sequence", delta.stop_string
         elif delta.finish_reason == common_pb2.FINISH_REASON_LENGTH:
-            self.stop_reason = "max_tokens"
+            self.stop_reason = "model_context_window_exceeded" if self.is_clipped else "max_tokens"
         elif delta.finish_reason == common_pb2.FINISH_REASON_STOP:
             self.stop_reason = "tool_use" if self.parser and self.parser.num_calls else "end_turn"
         return [piece for piece in pieces if self.with_thoughts or not isinstance(piece, Thought)]

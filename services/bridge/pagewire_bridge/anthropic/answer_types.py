@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from pagewire_bridge.openapi.errors import AnthropicError
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
 
 class TextBlock(TypedDict):

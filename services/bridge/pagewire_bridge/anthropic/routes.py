@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from pagewire_bridge.anthropic.answer import Answer, events, whole
 from pagewire_bridge.anthropic.schema import CountBody, MessagesBody
-from pagewire_bridge.anthropic.translate import to_chat_body
+from pagewire_bridge.anthropic.translate import ignored_fields, to_chat_body
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.model_names import to_served_name
@@ -25,13 +25,16 @@ from pagewire_bridge.sse import EventStream
 async def messages(request: Request) -> Response:
     body, answers = validated(MessagesBody, to_object(await read_body(request))), request.state.answers.with_tools
     chat = to_chat_body(body, answers)
-    generation = begin(request, [to_chat_request(chat, request.state.request_id, answers)], 1)
+    asked = to_chat_request(chat, request.state.request_id, answers)
+    asked.clip_max_tokens = True  # coding agents ask for the longest answers that any model gives
+    generation = begin(request, [asked], 1)
     head = {"id": f"msg_{request.state.request_id}", "type": "message", "role": "assistant", "model": body.model}
-    headers = ignored_fields_header(body.model_extra or ())
+    headers = ignored_fields_header(ignored_fields(body, answers))
 
     def answer() -> Answer:
-        parser = parser_of(chat, answers, generation.accepted[0].prompt_tail)
-        return Answer(head, parser, with_thoughts=bool(chat.include_reasoning))
+        [accepted] = generation.accepted
+        parser = parser_of(chat, answers, accepted.prompt_tail)
+        return Answer(head, parser, bool(chat.include_reasoning), accepted.max_tokens_clipped)
 
     async def answer_whole() -> Response:
         content = await whole(answer(), generation)

@@ -15,6 +15,7 @@ from pagewire_bridge.openai.schema import ChatBody
 
 Fields = dict[str, Any]
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_EFFORTS = {"xhigh": "high", "max": "high"}  # which templates do not know
 
 
 def to_chat_body(body: MessagesBody | CountBody, answers: AnswerFormat) -> ChatBody:
@@ -22,7 +23,7 @@ def to_chat_body(body: MessagesBody | CountBody, answers: AnswerFormat) -> ChatB
     messages: list[Fields] = [{"role": "system", "content": _to_text(body.system, "system")}] if body.system else []
     for i, message in enumerate(body.messages):
         messages += _to_messages(message.role, message.content, f"messages.{i}.content")
-    fields: Fields = {"model": body.model, "messages": messages, **_tools(body)}
+    fields: Fields = {"model": body.model, "messages": messages, **_tools(body), **_form(body)}
     if body.messages[-1].role == "assistant":
         fields["continue_final_message"] = True
     if isinstance(body, MessagesBody):
@@ -37,17 +38,35 @@ def to_chat_body(body: MessagesBody | CountBody, answers: AnswerFormat) -> ChatB
     return validated(ChatBody, fields | _thinking(body, answers))
 
 
+def ignored_fields(body: MessagesBody, answers: AnswerFormat) -> list[str]:
+    """Fields without an effect: coding agents ask any model to think, and one that cannot answers as it can."""
+    extra = [*(body.model_extra or ())]
+    return [*extra, "thinking"] if answers.reasoning is None and _asks_to_think(body) else extra
+
+
+def _asks_to_think(body: MessagesBody | CountBody) -> bool:
+    return body.thinking is not None and body.thinking.type != "disabled"
+
+
 def _thinking(body: MessagesBody | CountBody, answers: AnswerFormat) -> Fields:
     """Off unless it is asked for, as in Anthropic's API."""
-    asked = body.thinking or {}
-    if asked.get("type") not in ("enabled", "adaptive"):
+    if body.thinking is None or answers.reasoning is None or not _asks_to_think(body):
         return {"chat_template_kwargs": {"enable_thinking": False}, "include_reasoning": False}
-    if answers.reasoning is None:
-        raise InvalidRequest("thinking: this model does not think (--reasoning-parser)", "thinking")
-    budget = asked.get("budget_tokens")
-    if budget is not None and not (isinstance(budget, int) and budget > 0):
-        raise InvalidRequest("thinking.budget_tokens: must be a whole number above 0", "thinking.budget_tokens")
-    return {"thinking_token_budget": budget, "include_reasoning": True}
+    fields: Fields = {
+        "chat_template_kwargs": {"enable_thinking": True},
+        "thinking_token_budget": body.thinking.budget_tokens,
+        "include_reasoning": body.thinking.display != "omitted",
+    }
+    if effort := body.output_config and body.output_config.effort:
+        fields["reasoning_effort"] = _EFFORTS.get(effort, effort)
+    return fields
+
+
+def _form(body: MessagesBody | CountBody) -> Fields:
+    form = (body.output_config and body.output_config.format) or body.output_format
+    if form is None:
+        return {}
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": form.form}}}
 
 
 def _tools(body: MessagesBody | CountBody) -> Fields:
@@ -75,6 +94,7 @@ def _tool(tool: Fields, where: str) -> Fields:
         "name": tool.get("name"),
         "description": tool.get("description"),
         "parameters": tool.get("input_schema"),
+        "strict": tool.get("strict"),
     }
     return {"type": "function", "function": function}
 
@@ -113,9 +133,25 @@ def _to_text(content: str | Sequence[Fields], where: str) -> str:
 def _block_text(block: object, where: str) -> str:
     if not isinstance(block, dict):
         raise InvalidRequest(f"{where}: must be a content block", where)
-    kind, text = block.get("type"), block.get("text")
-    if kind != "text":
-        raise InvalidRequest(f"{where}: blocks of type {kind!r} are not supported here", where)
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{where}.text: must be a string", f"{where}.text")
-    return text
+    match block:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "text"}:
+            raise InvalidRequest(f"{where}.text: must be a string", f"{where}.text")
+        case {"type": "document", "source": {"type": "text", "data": str(text)}}:
+            return _titled(text, block.get("title"), block.get("context"))
+        case {"type": "document", "source": {"type": "content", "content": str() | list() as content}}:
+            text = _to_text(content, f"{where}.source.content")
+            return _titled(text, block.get("title"), block.get("context"))
+        case {"type": "search_result", "content": list(content)}:
+            return _titled(_to_text(content, f"{where}.content"), block.get("title"), block.get("source"))
+        case {"type": "document", "source": {"type": kind}}:
+            raise InvalidRequest(
+                f"{where}.source: documents of type {kind!r} are not supported here", f"{where}.source"
+            )
+    raise InvalidRequest(f"{where}: blocks of type {block.get('type')!r} are not supported here", where)
+
+
+def _titled(text: str, *above: object) -> str:
+    """A document as part of a text, apart from what follows."""
+    return "\n".join([*(line for line in above if isinstance(line, str)), text, "\n"])
