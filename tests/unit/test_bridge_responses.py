@@ -184,6 +184,37 @@ async def test_a_failure_in_the_middle_is_a_response_that_failed(bridge: Bridge)
     assert (await ask(bridge)).status_code == 503
 
 
+async def test_a_function_in_a_namespace_has_both_names(bridge: Bridge) -> None:
+    """The model knows it by one, which no function outside of it has."""
+    call = '<tool_call>{"name": "sky__get_weather", "arguments": {"city": "Rome"}}</tool_call>'
+    bridge.router.script = says(accepted(), delta(call, finish=STOP), summary())
+    tools: Any = [WEATHER, {"type": "namespace", "name": "sky", "description": "Of the sky.", "tools": [WEATHER]}]
+    first = await bridge.openai.responses.create(model="demo", input="hi", tools=tools)
+    offered = [tool["function"] for tool in json.loads(bridge.router.requests[-1].chat.tools_json)]
+    assert [tool["name"] for tool in offered] == ["get_weather", "sky__get_weather"]
+    assert offered[1]["parameters"] == offered[0]["parameters"] and offered[1]["description"].startswith("Of the sky.")
+    [item] = first.output
+    assert item.type == "function_call" and (item.namespace, item.name) == ("sky", "get_weather")
+    events = await streamed(bridge, tools=tools)
+    assert [e["item"]["namespace"] for e in events if e["type"].startswith("response.output_item")] == ["sky", "sky"]
+    result: Any = {"type": "function_call_output", "call_id": item.call_id, "output": "sunny"}
+    for history in ([item.model_dump()], [{"id": item.id}]):
+        chosen: Any = {"type": "function", "name": "get_weather", "namespace": "sky"}
+        asked: Any = [{"role": "user", "content": "hi"}, *history, result]
+        await bridge.openai.responses.create(model="demo", input=asked, tools=tools, tool_choice=chosen)
+        turn = json.loads(bridge.router.requests[-1].chat.messages[1].fields_json)
+        assert turn["tool_calls"][0]["function"]["name"] == "sky__get_weather"
+
+
+async def test_web_search_is_left_out_and_named(bridge: Bridge) -> None:
+    """Coding agents offer it to whatever model they are given."""
+    for others in ([WEATHER], []):
+        response = await ask(bridge, tools=[*others, {"type": "web_search", "external_web_access": False}])
+        assert response.status_code == 200, response.text
+        assert response.headers["x-pagewire-ignored-fields"] == "tools.web_search"
+        assert len(json.loads(bridge.router.requests[-1].chat.tools_json or "[]")) == len(others)
+
+
 async def test_refusals_have_their_status_and_the_field_of_this_api(bridge: Bridge) -> None:
     bridge.router.script = refuses(ContextLength("too long", "messages"))
     for stream in (False, True):
@@ -198,7 +229,13 @@ async def test_refusals_have_their_status_and_the_field_of_this_api(bridge: Brid
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "file_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "namespace", "name": "crm", "tools": []}]}, "tools[0].tools"),
+        (
+            {"tools": [{"type": "namespace", "name": "crm", "tools": [{"type": "web_search", "name": "x"}]}]},
+            "tools[0].tools[0].type",
+        ),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),

@@ -12,7 +12,8 @@ The whole answer is what these events add up to: there is no second way to it.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import MappingProxyType
 
 import structlog
 from pagewire.v1 import common_pb2
@@ -39,11 +40,14 @@ class Answer:
     """One response from its beginning to its end; every call returns the events that it makes.
 
     Order: (queue,) begin, take of each delta, then end or fail, then last. head: what the answer does not change.
-    parser: where the text is more than text.
+    parser: where the text is more than text. called: of functions in namespaces, as in tools.py.
     """
 
-    def __init__(self, head: Fields, parser: AnswerParser | None = None, *, with_logprobs: bool = False) -> None:
-        self.head, self.parser = head, parser
+    def __init__(
+        self, head: Fields, parser: AnswerParser | None = None, *, with_logprobs: bool = False,
+        called: Mapping[str, Fields] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.head, self.parser, self._called = head, parser, called
         self.status = "in_progress"
         self._with_logprobs = with_logprobs
         self._suffix = head["id"].rpartition("_")[2]
@@ -110,7 +114,7 @@ class Answer:
         events: list[Fields] = []
         if self._open is None or not self._open.takes(piece):
             events += self._close("completed")
-            self._open = output_item(piece, len(self._output), self._suffix)
+            self._open = output_item(piece, len(self._output), self._suffix, self._called)
             events += map(self._numbered, self._open.begin())
         events += map(self._numbered, self._open.add(piece, self._tokens if isinstance(piece, Text) else ()))
         if not isinstance(piece, Thought):  # whose tokens are not among them

@@ -14,6 +14,7 @@ from pagewire_bridge.openai.responses.answer import Answer
 from pagewire_bridge.openai.responses.items import Fields, with_ids
 from pagewire_bridge.openai.responses.schema import ResponsesBody
 from pagewire_bridge.openai.responses.store import Record, ResponseStore
+from pagewire_bridge.openai.responses.tools import called
 from pagewire_bridge.openai.responses.translate import ignored_fields, to_chat_body, to_head
 from pagewire_bridge.openai.schema import ChatBody
 from pagewire_bridge.openai.tool_use import parser_of
@@ -49,7 +50,7 @@ class Asked:
     def answer(self) -> Answer:
         """Not begun."""
         head = to_head(self.body, self.response_id, self.body.model or "", self.created_at)
-        return Answer(head, with_logprobs=self.body.with_logprobs)
+        return Answer(head, with_logprobs=self.body.with_logprobs, called=called(self.body.tools or ()))
 
     def accept(self, answer: Answer, generation: Generation) -> None:
         """Of a generation that was accepted: which model it is, and how it is read, which depends on its prompt."""

@@ -13,6 +13,7 @@ from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from pagewire_bridge.body import validated
+from pagewire_bridge.openai.responses.tools import name_of
 
 Fields = dict[str, Any]
 PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}  # of ids
@@ -49,6 +50,7 @@ class FunctionCallItem(_Item):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
 
 
@@ -176,7 +178,7 @@ def _add(turn: Fields, item: Fields) -> None:
         case "message":
             turn["content"] = _joined(item["content"])
         case "function_call":
-            function = {"name": item["name"], "arguments": item["arguments"]}
+            function = {"name": name_of(item["name"], item.get("namespace")), "arguments": item["arguments"]}
             call = {"id": item["call_id"], "type": "function", "function": function}
             turn.setdefault("tool_calls", []).append(call)
 

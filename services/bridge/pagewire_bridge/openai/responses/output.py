@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from pagewire.v1.inference_pb2 import TokenText
@@ -27,11 +27,13 @@ class OutputItem(Protocol):
     def end(self, status: str) -> list[Fields]: ...
 
 
-def output_item(piece: Piece, index: int, suffix: str) -> OutputItem:
-    """The item that a piece begins. suffix: of its id, which tells the response that it is of."""
+def output_item(piece: Piece, index: int, suffix: str, called: Mapping[str, Fields]) -> OutputItem:
+    """The item that a piece begins. suffix: of its id, which tells the response that it is of. called: see tools.py."""
     kind = "function_call" if isinstance(piece, Call) else "reasoning" if isinstance(piece, Thought) else "message"
     item_id = f"{PREFIXES[kind]}_{suffix}_{index}"
-    return CallItem(piece, index, item_id) if isinstance(piece, Call) else TextItem(type(piece), index, item_id)
+    if isinstance(piece, Call):
+        return CallItem(piece, index, item_id, called.get(piece.name, {"name": piece.name}))
+    return TextItem(type(piece), index, item_id)
 
 
 class _Item:
@@ -101,9 +103,9 @@ class TextItem(_Item):
 class CallItem(_Item):
     """A call of a function."""
 
-    def __init__(self, call: Call, index: int, item_id: str) -> None:
-        item = {"id": item_id, "type": "function_call", "status": "in_progress", "call_id": call.id, "name": call.name}
-        super().__init__(index, {**item, "arguments": ""})
+    def __init__(self, call: Call, index: int, item_id: str, name: Fields) -> None:
+        item = {"id": item_id, "type": "function_call", "status": "in_progress", "call_id": call.id}
+        super().__init__(index, {**item, **name, "arguments": ""})
 
     def takes(self, piece: Piece) -> bool:
         return isinstance(piece, Arguments)

@@ -8,8 +8,8 @@ from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from pagewire_bridge.openai.responses.items import InputItem, input_items
+from pagewire_bridge.openai.responses.tools import ToolChoice, Tools
 from pagewire_bridge.openai.schema import ConversationBody, NumLogprobs, SamplingBody, TokenCount
-from pagewire_bridge.openai.tools import MAX_TOOLS, ToolName
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -25,27 +25,6 @@ Includable = Literal[
 
 class _Shape(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
-
-
-class FunctionTool(_Shape):
-    """strict is true unless it is said otherwise, as OpenAI has it here (and not in chats)."""
-
-    type: Literal["function"]
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = True
-
-
-class FunctionChoice(_Shape):
-    type: Literal["function"]
-    name: str
-
-
-class AllowedChoice(_Shape):
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: list[FunctionChoice]
 
 
 class TextFormat(_Shape):
@@ -81,8 +60,8 @@ class ResponsesBody(SamplingBody, ConversationBody):
     max_output_tokens: TokenCount | None = None
     max_tool_calls: int | None = None
     metadata: Metadata | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedChoice | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None

@@ -10,7 +10,8 @@ from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.body import to_object, validated
 from pagewire_bridge.openai.responses.items import Fields, to_messages
-from pagewire_bridge.openai.responses.schema import FunctionChoice, ResponsesBody, TextFormat
+from pagewire_bridge.openai.responses.schema import ResponsesBody, TextFormat
+from pagewire_bridge.openai.responses.tools import WebSearchTool, to_chat_choice, to_chat_tools
 from pagewire_bridge.openai.schema import ChatBody, ConversationBody, SamplingBody
 from pagewire_bridge.openai.unsupported import refuse_unsupported_in_responses
 
@@ -34,6 +35,7 @@ def ignored_fields(body: ResponsesBody) -> list[str]:
     for parent in ("text", "reasoning"):
         nested = getattr(body, parent)
         names += [f"{parent}.{name}" for name in (nested.model_extra if nested else None) or ()]
+    names += {f"tools.{tool.type}" for tool in body.tools or () if isinstance(tool, WebSearchTool)}
     if "reasoning.encrypted_content" in (body.include or ()):
         names.append("include.reasoning.encrypted_content")
     return names
@@ -67,18 +69,7 @@ def _response_format(form: TextFormat | None) -> Fields | None:
 
 def _tools(body: ResponsesBody) -> Fields:
     """`tools: []` asks for nothing here: clients send it."""
-    named = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools or ()]
-    choice: Any = body.tool_choice
-    if isinstance(choice, FunctionChoice):
-        choice = _named(choice)
-    elif choice is not None and not isinstance(choice, str):
-        allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
-        choice = {"type": "allowed_tools", "allowed_tools": allowed}
-    return {"tools": named or None, "tool_choice": choice}
-
-
-def _named(choice: FunctionChoice) -> Fields:
-    return {"type": "function", "function": {"name": choice.name}}
+    return {"tools": [*to_chat_tools(body.tools or ())] or None, "tool_choice": to_chat_choice(body.tool_choice)}
 
 
 @contextmanager
