@@ -49,6 +49,7 @@ async def test_vectors_are_those_of_the_reference_alone_and_in_a_batch(cluster: 
     expected = [reference(cluster.model, prompt) for prompt in PROMPTS]
     together = await post(cluster, "/v1/embeddings", {"input": PROMPTS, "encoding_format": "float"})
     assert together["usage"] == {"prompt_tokens": 135, "total_tokens": 135}
+    assert together["id"].startswith("embd-") and together["created"] > 1e9
     for prompt, wanted, found in zip(PROMPTS, expected, together["data"], strict=True):
         assert found["embedding"] == pytest.approx(wanted, abs=2e-5)
         alone = await post(cluster, "/v1/embeddings", {"input": prompt})

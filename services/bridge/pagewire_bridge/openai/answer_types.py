@@ -265,9 +265,11 @@ class Embedding(TypedDict):
 
 
 class EmbeddingList(TypedDict):
+    id: str
     object: Literal["list"]
-    data: list[Embedding]
+    created: int
     model: str
+    data: list[Embedding]
     usage: PromptUsage
 
 
@@ -280,6 +282,7 @@ class Score(TypedDict):
 class ScoreList(TypedDict):
     id: str
     object: Literal["list"]
+    created: int
     model: str
     data: list[Score]
     usage: PromptUsage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -95,8 +96,7 @@ async def embeddings(request: Request) -> Response:
     check_dimensions(body.dimensions, vectors)
     encode = _base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
-    content = {"object": "list", "data": data, "model": response.model, "usage": _usage(response)}
-    return answer_of(body, content)
+    return answer_of(body, {**_head(request, "embd", response), "data": data, "usage": _usage(response)})
 
 
 def answer_of(body: BaseModel, content: Mapping[str, object]) -> Response:
@@ -121,8 +121,7 @@ async def score(request: Request) -> Response:
     left, right = vectors[: len(first)], vectors[len(first) :]
     scores = [_dot(left[i if len(first) > 1 else 0], vector) for i, vector in enumerate(right)]
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
-    head = {"id": f"score-{request.state.request_id}", "object": "list", "model": response.model}
-    return answer_of(body, {**head, "data": data, "usage": _usage(response)})
+    return answer_of(body, {**_head(request, "score", response), "data": data, "usage": _usage(response)})
 
 
 async def rerank(request: Request) -> Response:
@@ -156,6 +155,12 @@ def _dot(one: Vector, other: Vector) -> float:
 def _base64(vector: Vector) -> str:
     """float32, little endian: what OpenAI's Python client asks for unless it is told otherwise."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def _head(request: Request, kind: str, response: pb.EmbedResponse) -> dict[str, object]:
+    """Of a list, as vLLM has it, and as Mistral's client wants it."""
+    named = {"id": f"{kind}-{request.state.request_id}", "object": "list"}
+    return {**named, "created": int(time.time()), "model": response.model}
 
 
 def _usage(response: pb.EmbedResponse) -> dict[str, int]:
