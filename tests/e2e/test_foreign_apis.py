@@ -12,6 +12,7 @@ import re
 import shutil
 from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -673,6 +674,16 @@ async def test_anthropic_documents_and_search_results_are_text(cluster: Cluster)
     pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}
     refused = await anthropic_message(cluster, messages=[{"role": "user", "content": [pdf]}])
     assert refused.status_code == 400 and "'base64'" in refused.json()["error"]["message"]
+
+
+async def test_the_anthropic_client_lists_the_models(cluster: Cluster) -> None:
+    """At the path of OpenAI's list, which has the keys of both."""
+    async with anthropic_client(cluster) as client:
+        listed = [model async for model in client.models.list()]
+        assert listed == [await client.models.retrieve("demo")]
+    [model] = listed
+    assert (model.id, model.display_name, model.type, model.max_input_tokens) == ("demo", "demo", "model", 512)
+    assert abs((datetime.now(UTC) - model.created_at).total_seconds()) < 3600
 
 
 async def test_anthropic_errors_have_its_shape(cluster: Cluster) -> None:

@@ -244,11 +244,20 @@ class Model(TypedDict):
     parent: None
     max_model_len: int
     permission: list[str]
+    type: Literal["model"]
+    display_name: str
+    created_at: str
+    max_input_tokens: int
 
 
 class ModelList(TypedDict):
+    """All models; has_more, first_id and last_id are Anthropic's way to say so."""
+
     object: Literal["list"]
     data: list[Model]
+    has_more: Literal[False]
+    first_id: str | None
+    last_id: str | None
 
 
 class PromptUsage(TypedDict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -201,7 +202,8 @@ def chat_echo(body: ChatBody) -> str:
 
 
 def from_model(model: inference_pb2.Model) -> dict[str, object]:
-    """The model object, with vLLM's extra keys."""
+    """The model object, with vLLM's extra keys, and Anthropic's, whose API has its models at the same path."""
+    created_at = datetime.datetime.fromtimestamp(model.created, datetime.UTC)
     return {
         "id": model.name,
         "object": "model",
@@ -211,11 +213,17 @@ def from_model(model: inference_pb2.Model) -> dict[str, object]:
         "parent": None,
         "max_model_len": model.max_model_len,
         "permission": [],
+        "type": "model",
+        "display_name": model.name,
+        "created_at": created_at.isoformat().replace("+00:00", "Z"),
+        "max_input_tokens": model.max_model_len,
     }
 
 
 def from_models(models: Iterable[inference_pb2.Model]) -> dict[str, object]:
-    return {"object": "list", "data": [from_model(model) for model in models]}
+    data = [from_model(model) for model in models]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return {"object": "list", "data": data, "has_more": False, **ends}
 
 
 def _to_message(message: Message, where: str) -> inference_pb2.ChatMessage:
