@@ -51,8 +51,42 @@ def test_the_last_message_can_be_left_open() -> None:
 
 
 def test_a_developer_speaks_as_system_where_only_that_is_known() -> None:
+    """Also where the template would not refuse it: most leave out what a role says that they do not know."""
     messages = [{"role": "developer", "content": "be brief"}, *USER]
     assert ChatTemplate(ONLY_SYSTEM).render(messages).startswith("system:be brief;")
+    assert ChatTemplate(TURNS).render(messages).startswith("[system]be brief\n")
+    assert ChatTemplate("{# developer #}" + TURNS).render(messages).startswith("[developer]be brief\n")
+
+
+# As Mistral's and Gemma's are: turns alternate, and the system speaks first, or not at all.
+ALTERNATING = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' and (not loop.first or no_system) %}{{ raise_exception('system') }}{% endif %}"
+    "{% if not loop.first and m.role == messages[loop.index0 - 1].role %}{{ raise_exception('in a row') }}{% endif %}"
+    "{{ m.role }}:{{ m.content }};{% endfor %}"
+)
+AGENTS = [("developer", "a"), ("system", "b"), ("user", "c"), ("user", "d"), ("system", "e"), ("assistant", "f"),
+          ("system", "g")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (TURNS, "[system]a\n[system]b\n[user]c\n[user]d\n[system]e\n[assistant]f\n[system]g\n"),
+        (ALTERNATING, "system:a\n\nb;user:c\n\nd\n\ne;assistant:f;user:g;"),
+        ("{% set no_system = true %}" + ALTERNATING, "user:a\n\nb\n\nc\n\nd\n\ne;assistant:f;user:g;"),
+    ],
+)
+def test_what_agents_say_is_said_in_the_roles_that_a_template_takes(source: str, expected: str) -> None:
+    messages = [{"role": role, "content": content} for role, content in AGENTS]
+    assert ChatTemplate(source).render(messages, add_generation_prompt=False) == expected
+
+
+def test_a_message_is_left_open_in_whatever_role_it_is_said() -> None:
+    messages = [{"role": "system", "content": "a"}, *USER, *USER, {"role": "assistant", "content": "Well, "}]
+    template = ChatTemplate("{% set no_system = true %}" + ALTERNATING)
+    text = template.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert text == "user:a\n\n<b>hi</b>\n\n<b>hi</b>;assistant:Well, "
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from pagewire_core.chat_roles import Message, forms
 from pagewire_core.errors import InvalidRequest, StartupError
 from pagewire_core.model_dir import read_json, special_token
 
-Message = Mapping[str, Any]
 # What a template may raise: Jinja's own errors, and Python's where it treats a value as what it is not.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
                     ValueError)  # fmt: skip
@@ -50,25 +50,21 @@ class ChatTemplate:
     ) -> str:
         """The prompt; with `continue_final_message` it ends where the last message's content ends.
 
-        A `developer` message becomes a `system` one if the template knows only that.
+        What the template refuses it is asked for in other roles (`chat_roles`), before that is the client's error.
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest("add_generation_prompt and continue_final_message exclude each other")
         variables = {"tools": None, "documents": None, **self._tokens, **(kwargs or {})}
         variables["add_generation_prompt"] = add_generation_prompt
-        try:
-            text = self._template.render(messages=list(messages), **variables)
-        except _TEMPLATE_ERRORS as error:
-            if not any(m["role"] == "developer" for m in messages):
-                raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from error
-            renamed = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-            return self.render(
-                renamed,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                kwargs=kwargs,
-            )
-        return _open_end(text, messages[-1]["content"]) if continue_final_message else text
+        refusal: Exception | None = None
+        for form in forms(messages, knows_developer="developer" in self.source):
+            try:
+                text = self._template.render(messages=list(form), **variables)
+            except _TEMPLATE_ERRORS as error:
+                refusal = refusal or error
+            else:
+                return _open_end(text, form[-1]["content"]) if continue_final_message else text
+        raise InvalidRequest(f"the chat template refused the messages: {refusal}", param="messages") from refusal
 
 
 def load_chat_template(model_dir: Path, given: str | None = None) -> ChatTemplate | None:
