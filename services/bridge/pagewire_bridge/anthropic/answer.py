@@ -2,7 +2,7 @@
 
     message_start, (content_block_start, content_block_delta ..., content_block_stop) ..., message_delta, message_stop
 
-A block is a thought, a text or a call of a tool.
+A block is a thought, a text or a call of a tool. A `ping` may stand between any two events, while nothing else comes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, j
 log = structlog.get_logger(__name__)
 
 Fields = dict[str, Any]
+PING = sse.event({"type": "ping"}, "ping")
 
 
 @dataclass

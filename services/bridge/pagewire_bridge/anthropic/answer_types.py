@@ -106,7 +106,13 @@ class MessageStop(TypedDict):
     type: Literal["message_stop"]
 
 
-Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | AnthropicError
+class Ping(TypedDict):
+    """Nothing new yet."""
+
+    type: Literal["ping"]
+
+
+Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | Ping | AnthropicError
 
 
 class TokenCount(TypedDict):

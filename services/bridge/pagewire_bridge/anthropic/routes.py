@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pagewire_bridge.anthropic.answer import Answer, events, whole
+from pagewire_bridge.anthropic.answer import PING, Answer, events, whole
 from pagewire_bridge.anthropic.schema import CountBody, MessagesBody
 from pagewire_bridge.anthropic.translate import ignored_fields, to_chat_body
 from pagewire_bridge.body import read_body, to_object, validated
@@ -41,7 +41,7 @@ async def messages(request: Request) -> Response:
         return json_response(content, headers={**headers, **served_by(generation.summaries)})
 
     def answer_events() -> Response:
-        return EventStream(events(answer(), generation), generation.close, headers)
+        return EventStream(events(answer(), generation), generation.close, headers, ping=PING)
 
     return await respond(request, generation, stream=answer_events if body.stream else None, whole=answer_whole)
 
