@@ -143,11 +143,11 @@ __attribute__((noinline)) void few_scores(const RowOf<T>* q, int64_t dim, const 
         for (int v = 0; v < PAGES; v++) store(score + m * SPAN + v * PAGE, acc[m][v]);
 }
 
-// sum[M][dim] = sum * shrink + weight times the values of `tokens` in `pages`, in the 64 dimensions from `d` on.
-// half: the last pair of tokens, the second of which does not count, where their number is odd.
-template <int M, class T>
-__attribute__((noinline)) void few_values(const RowOf<T>* weight, int64_t dim, int64_t d, const T* const* pages, const T* const* next, int64_t tokens, const T* half, const float* shrink, float* sum) {
-    constexpr int V = 4;
+// sum[M][dim] = sum * shrink + weight times the values of `tokens` in `pages`, in the 16 V dimensions from `d` on: sums stay
+// in registers for the whole span. half: the last pair of tokens, the second of which does not count, where their number
+// is odd. Fetches as much of `next`, if there is one.
+template <int M, int V, class T>
+__attribute__((noinline)) void span_values(const RowOf<T>* weight, int64_t dim, int64_t d, const T* const* pages, const T* const* next, int64_t tokens, const T* half, const float* shrink, float* sum) {
     F16 acc[M][V];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
@@ -162,11 +162,11 @@ __attribute__((noinline)) void few_values(const RowOf<T>* weight, int64_t dim, i
             for (int v = 0; v < V; v++) acc[m][v] = multiply(acc[m][v], w[v], x + m * SPAN);
     };
     for (int64_t at = 0; at < tokens; at += PAGE) {
-        const T *b = pages[at / PAGE] + d * PAIR<T>, *fetched = next[at / PAGE] + d * PAIR<T>;
+        const T *b = pages[at / PAGE] + d * PAIR<T>, *fetched = next ? next[at / PAGE] + d * PAIR<T> : nullptr;
         const int64_t steps = (tokens - at < PAGE ? tokens - at : PAGE) / PAIR<T>;
-        for (int64_t s = 0; s < steps; s++, b += dim * PAIR<T>, fetched += dim * PAIR<T>) {
+        for (int64_t s = 0; s < steps; s++, b += dim * PAIR<T>) {
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) prefetch(fetched + v * 16 * PAIR<T>);
+            for (int v = 0; fetched && v < V; v++) prefetch(fetched + (s * dim + v * 16) * PAIR<T>);
             step(b, weight + at + s * PAIR<T>);
         }
     }
@@ -182,11 +182,13 @@ __attribute__((noinline)) void few_values(const RowOf<T>* weight, int64_t dim, i
 template <class T>
 using FewScores = void (*)(const RowOf<T>*, int64_t, const T* const*, const T* const*, float*);
 template <class T>
-using FewValues = void (*)(const RowOf<T>*, int64_t, int64_t, const T* const*, const T* const*, int64_t, const T*, const float*, float*);
+using SpanValues = void (*)(const RowOf<T>*, int64_t, int64_t, const T* const*, const T* const*, int64_t, const T*, const float*, float*);
 template <class T>
 constexpr FewScores<T> FEW_SCORES[] = {few_scores<1, T>, few_scores<2, T>, few_scores<3, T>, few_scores<4, T>, few_scores<5, T>, few_scores<6, T>};
 template <class T>
-constexpr FewValues<T> FEW_VALUES[] = {few_values<1, T>, few_values<2, T>, few_values<3, T>, few_values<4, T>, few_values<5, T>, few_values<6, T>};
+constexpr SpanValues<T> FEW_VALUES[] = {span_values<1, 4, T>, span_values<2, 4, T>, span_values<3, 4, T>, span_values<4, 4, T>, span_values<5, 4, T>, span_values<6, 4, T>};
+template <class T>
+constexpr SpanValues<T> VALUES[] = {span_values<1, 2, T>, span_values<2, 2, T>, span_values<3, 2, T>, span_values<4, 2, T>, span_values<5, 2, T>, span_values<6, 2, T>, span_values<7, 2, T>, span_values<8, 2, T>, span_values<9, 2, T>, span_values<10, 2, T>, span_values<11, 2, T>, span_values<12, 2, T>};
 
 #endif
 
@@ -285,6 +287,16 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
             }
         }
         soften(s, count, span, width, a.scale, shrink);
+#if defined(__AVX512F__)
+        if (dim % 32 == 0) {
+            const T *v[PAGES], *next_v[PAGES];
+            for (int i = 0; i < PAGES; i++) v[i] = keys[i] + values, next_v[i] = next_keys[i] + values;
+            for (int i = 0; i < count; i += ROWS)
+                for (int64_t d = 0; d < dim; d += 32)
+                    VALUES<T>[std::min(count - i, ROWS) - 1](s.weight + i * SPAN, dim, d, v, i ? nullptr : next_v, tokens, s.masked, shrink + i, s.sum + i * dim);
+            continue;
+        }
+#endif
         for (int64_t at = 0; at < tokens; at += PAGE) {
             const T *page = keys[at / PAGE] + values, *fetched = next_keys[at / PAGE] + values;
             const bool last = tokens - at < PAGE;
