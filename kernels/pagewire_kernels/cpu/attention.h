@@ -112,7 +112,7 @@ struct AttentionScratch {
     alignas(64) float sum[QUERY_ROWS * MAX_HEAD_DIM];
     alignas(64) T masked[2 * MAX_HEAD_DIM];
     alignas(64) float most[QUERY_ROWS];
-    float total[QUERY_ROWS];
+    alignas(64) float total[QUERY_ROWS * LANES];  // a row's is the sum of its lanes
     int64_t from[QUERY_ROWS], to[QUERY_ROWS];  // the keys that a row sees
 };
 
@@ -219,13 +219,15 @@ PW_INLINE void soften(AttentionScratch<T>& s, int count, int64_t span, int64_t w
         const bool none = now[i] == -INFINITY;
         s.most[i] = now[i];
         if (none) shrink[i] = 1.0f;  // no key seen yet: every weight is e^-inf
-        F16 sums = splat(0.0f), offset = splat(none ? 0.0f : -now[i]);
+        constexpr bool ROUNDED = sizeof(T) == 2;  // powers of two then do
+        const float unit = ROUNDED ? 1.44269504088896341f : 1.0f;
+        F16 sums = load(s.total + i * LANES) * splat(shrink[i]), offset = splat(none ? 0.0f : -now[i] * unit);
         for (int64_t j = 0; j < width; j += 16) {
-            F16 p = exponential(fma(load(score + j), splat(scale), offset));
+            const F16 x = fma(load(score + j), splat(scale * unit), offset), p = ROUNDED ? power_of_two(x) : exponential(x);
             put(s.weight + i * SPAN + j, p);
             sums = sums + p;
         }
-        s.total[i] = s.total[i] * shrink[i] + sum(sums);
+        store(s.total + i * LANES, sums);
     }
 }
 
@@ -246,7 +248,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
         std::memcpy(s.query + i * dim, q + ((row + token) * a.num_heads + head) * dim, dim * sizeof(*q));
         s.to[i] = position + token + 1;
         s.from[i] = window && s.to[i] > window ? s.to[i] - window : 0;
-        s.most[i] = -INFINITY, s.total[i] = 0;
+        s.most[i] = -INFINITY, store(s.total + i * LANES, splat(0.0f));
         end = s.to[i] > end ? s.to[i] : end;
     }
     std::memset(s.sum, 0, count * dim * sizeof(float));
@@ -321,7 +323,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
     }
     for (int i = 0; i < count; i++) {
         int64_t token = (first + i) / group, head = kv_head * group + (first + i) % group;
-        F16 inverse = splat(1.0f / s.total[i]);
+        F16 inverse = splat(1.0f / sum(load(s.total + i * LANES)));
         for (int64_t d = 0; d < dim; d += 16) put(out + (row + token) * out_stride + head * dim + d, load(s.sum + i * dim + d) * inverse);
     }
 }

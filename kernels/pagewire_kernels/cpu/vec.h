@@ -250,4 +250,21 @@ PW_INLINE F16 exponential(F16 any) {
     return keep(times_power_of_two(p, n), any, EXP_LEAST);
 }
 
+// 2^x for x <= 127, relative error below 3e-6: for numbers that are rounded to bf16. Exactly 0 for x <= -150. The
+// polynomial is the best one of its degree on [-0.5, 0.5] (relative error; Lawson's iteration).
+PW_INLINE F16 power_of_two(F16 x) {
+#if defined(__AVX512F__)
+    x = max(splat(-1000.0f), x);  // in this order no number stays none
+    F16 n = round(x), r = x - n;
+    F16 p = splat(9.5701020637e-3f);
+    p = fma(p, r, splat(5.5917863187e-2f));
+    p = fma(p, r, splat(2.4024744849e-1f));
+    p = fma(p, r, splat(6.9312181439e-1f));
+    p = fma(p, r, splat(9.9999926143e-1f));
+    return times_power_of_two(p, n);
+#else
+    return exponential(x * splat(0.69314718056f));
+#endif
+}
+
 }  // namespace pw
