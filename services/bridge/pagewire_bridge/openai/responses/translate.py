@@ -109,4 +109,4 @@ def to_head(body: ResponsesBody, response_id: str, model: str, created_at: int) 
 
 def _echoed_choice(body: ResponsesBody) -> str | Mapping[str, Any]:
     choice = body.tool_choice or "auto"
-    return choice if isinstance(choice, str) else choice.model_dump()
+    return choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
