@@ -77,7 +77,8 @@ def test_errors_are_of_the_clients_own_classes(provider: dict[str, Any]) -> None
     assert "none" in str(missing.value)
     if not provider["model"].startswith("ollama"):  # where what does not fit is cut
         with pytest.raises(litellm.BadRequestError):
-            litellm.completion(**{**provider, "max_tokens": 100_000}, messages=MESSAGES)
+            wrong = {"temperature": 2} if provider["model"].startswith("anthropic") else {"max_tokens": 100_000}
+            litellm.completion(**{**provider, **wrong}, messages=MESSAGES)
 
 
 def test_a_prompt_that_is_too_long_is_known_as_such() -> None:
