@@ -35,7 +35,7 @@ async def names(bridge: Bridge) -> list[str]:
 
 
 def pinging() -> list[str]:
-    return [name for task in asyncio.all_tasks() if (name := repr(task.get_coro())).find("_send_pings") >= 0]
+    return [name for task in asyncio.all_tasks() if "_send_pings" in (name := repr(task.get_coro()))]
 
 
 async def test_a_silent_stream_pings(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,10 @@ def test_max_tokens_are_clipped_to_the_context_where_that_is_asked_for(model: Se
         sampling = common_pb2.SamplingParams(max_tokens=asked)
         valid = ask(model, clip_max_tokens=True, sampling=sampling)
         assert valid.sampling.max_tokens == min(asked, LIMIT - 5) and valid.max_tokens_clipped == clipped
+    short = dataclasses.replace(model, sampling_defaults=SamplingDefaults(most_tokens=7))  # not for the context's sake
+    sampling = common_pb2.SamplingParams(max_tokens=LIMIT)
+    valid = ask(short, clip_max_tokens=True, model_sampling_defaults=True, sampling=sampling)
+    assert valid.sampling.max_tokens == 7 and not valid.max_tokens_clipped
     with pytest.raises(ContextLength):
         ask(model, text="x" * LIMIT, clip_max_tokens=True, sampling=sampling)
 

@@ -78,15 +78,18 @@ def best_variant() -> str:
         if forced not in variants:
             raise BuildError(f"PAGEWIRE_CPU_VARIANT={forced!r} cannot run here; this CPU runs {', '.join(variants)}")
         variants = [forced]
-    for variant, is_last in zip(variants, [False] * (len(variants) - 1) + [True], strict=True):
+    refusal: CompileError | None = None  # of the best
+    for variant in variants:
         try:
             library_path(variant)
-            return variant
         except CompileError as error:
-            if is_last:
-                raise
-            logger.warning("the CPU step is slower than it could be: there is none for %s, as %s", variant, error)
-    raise AssertionError("every CPU runs the portable variant")
+            refusal = refusal or error
+            continue
+        if refusal:
+            logger.warning("the CPU step is slower than it could be: there is none for %s, as %s", variants[0], refusal)
+        return variant
+    assert refusal, "every CPU runs the portable variant"
+    raise refusal
 
 
 def library_path(variant: str) -> Path:

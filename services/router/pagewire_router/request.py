@@ -150,7 +150,8 @@ def validate(
         prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         prompt_only=request.prompt_only,
         length_penalty=length_penalty,
-        max_tokens_clipped=request.clip_max_tokens and request.sampling.max_tokens > max_model_len - len(prompt_ids),
+        max_tokens_clipped=request.clip_max_tokens
+        and request.sampling.max_tokens > sampling.max_tokens == max_model_len - len(prompt_ids),
     )
 
 

@@ -44,6 +44,10 @@ class _Prompt(_Body):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # of the API's beta; now in output_config
 
+    @property
+    def thinking_asked(self) -> Thinking | None:
+        return None if self.thinking is None or self.thinking.type == "disabled" else self.thinking
+
 
 class CountBody(_Prompt):
     """POST /v1/messages/count_tokens."""

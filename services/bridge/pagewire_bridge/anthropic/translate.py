@@ -41,21 +41,18 @@ def to_chat_body(body: MessagesBody | CountBody, answers: AnswerFormat) -> ChatB
 def ignored_fields(body: MessagesBody, answers: AnswerFormat) -> list[str]:
     """Fields without an effect: coding agents ask any model to think, and one that cannot answers as it can."""
     extra = [*(body.model_extra or ())]
-    return [*extra, "thinking"] if answers.reasoning is None and _asks_to_think(body) else extra
-
-
-def _asks_to_think(body: MessagesBody | CountBody) -> bool:
-    return body.thinking is not None and body.thinking.type != "disabled"
+    return [*extra, "thinking"] if answers.reasoning is None and body.thinking_asked else extra
 
 
 def _thinking(body: MessagesBody | CountBody, answers: AnswerFormat) -> Fields:
     """Off unless it is asked for, as in Anthropic's API."""
-    if body.thinking is None or answers.reasoning is None or not _asks_to_think(body):
+    asked = body.thinking_asked
+    if asked is None or answers.reasoning is None:
         return {"chat_template_kwargs": {"enable_thinking": False}, "include_reasoning": False}
     fields: Fields = {
         "chat_template_kwargs": {"enable_thinking": True},
-        "thinking_token_budget": body.thinking.budget_tokens,
-        "include_reasoning": body.thinking.display != "omitted",
+        "thinking_token_budget": asked.budget_tokens,
+        "include_reasoning": asked.display != "omitted",
     }
     if effort := body.output_config and body.output_config.effort:
         fields["reasoning_effort"] = _EFFORTS.get(effort, effort)
@@ -131,25 +128,38 @@ def _to_text(content: str | Sequence[Fields], where: str) -> str:
 
 
 def _block_text(block: object, where: str) -> str:
-    if not isinstance(block, dict):
-        raise InvalidRequest(f"{where}: must be a content block", where)
+    fields = block if isinstance(block, dict) else {}
+    match fields:
+        case {"type": "document", "source": {"type": "text", "data": str(text)}}:
+            return _titled(text, fields.get("title"), fields.get("context"))
+        case {"type": "document", "source": {"type": "content", "content": str(text)}}:
+            return _titled(text, fields.get("title"), fields.get("context"))
+        case {"type": "document", "source": {"type": "content", "content": list(parts)}}:
+            text = _joined_text(parts, f"{where}.source.content")
+            return _titled(text, fields.get("title"), fields.get("context"))
+        case {"type": "search_result", "content": list(parts)}:
+            return _titled(_joined_text(parts, f"{where}.content"), fields.get("title"), fields.get("source"))
+        case {"type": "document", "source": {"type": kind}}:
+            raise InvalidRequest(
+                f"{where}.source: documents of type {kind!r} are not supported here", f"{where}.source"
+            )
+    return _plain_text(block, where)
+
+
+def _joined_text(parts: Sequence[object], where: str) -> str:
+    """Of what is inside a document: no document is in another."""
+    return "".join(_plain_text(part, f"{where}.{i}") for i, part in enumerate(parts))
+
+
+def _plain_text(block: object, where: str) -> str:
     match block:
         case {"type": "text", "text": str(text)}:
             return text
         case {"type": "text"}:
             raise InvalidRequest(f"{where}.text: must be a string", f"{where}.text")
-        case {"type": "document", "source": {"type": "text", "data": str(text)}}:
-            return _titled(text, block.get("title"), block.get("context"))
-        case {"type": "document", "source": {"type": "content", "content": str() | list() as content}}:
-            text = _to_text(content, f"{where}.source.content")
-            return _titled(text, block.get("title"), block.get("context"))
-        case {"type": "search_result", "content": list(content)}:
-            return _titled(_to_text(content, f"{where}.content"), block.get("title"), block.get("source"))
-        case {"type": "document", "source": {"type": kind}}:
-            raise InvalidRequest(
-                f"{where}.source: documents of type {kind!r} are not supported here", f"{where}.source"
-            )
-    raise InvalidRequest(f"{where}: blocks of type {block.get('type')!r} are not supported here", where)
+        case {**fields}:
+            raise InvalidRequest(f"{where}: blocks of type {fields.get('type')!r} are not supported here", where)
+    raise InvalidRequest(f"{where}: must be a content block", where)
 
 
 def _titled(text: str, *above: object) -> str:

@@ -5,7 +5,6 @@ A call of a tool is told as a whole, with an object as its arguments.
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.json_line import json_line
 from pagewire_bridge.ollama.errors import error_object
+from pagewire_bridge.timestamps import rfc3339
 from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
 
 log = structlog.get_logger(__name__)
@@ -43,8 +43,7 @@ class Answer:
     _done_reason: str = "stop"
 
     def head(self) -> dict[str, Any]:
-        now = datetime.datetime.now(datetime.UTC)
-        return {"model": self.model, "created_at": now.isoformat().replace("+00:00", "Z")}
+        return {"model": self.model, "created_at": rfc3339(time.time())}
 
     def content(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """What some pieces say: text, thoughts and calls."""

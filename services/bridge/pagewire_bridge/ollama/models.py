@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 from pagewire.v1.inference_pb2 import Model
+
+from pagewire_bridge.timestamps import rfc3339
 
 _FOREVER = "2318-01-01T00:00:00Z"  # a served model stays loaded
 _QUANTIZATION = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -31,7 +32,7 @@ def in_list(model: Model) -> dict[str, Any]:
     """An entry of /api/tags."""
     return {
         **_named(model),
-        "modified_at": _time(model.created),
+        "modified_at": rfc3339(model.created),
         "size": model.weight_bytes,
         "digest": model.digest.hex(),
         "details": details(model),
@@ -60,7 +61,7 @@ def shown(model: Model) -> dict[str, Any]:
         "parameters": "",
         "template": "",
         "license": "",
-        "modified_at": _time(model.created),
+        "modified_at": rfc3339(model.created),
         "details": details(model),
         "model_info": {
             "general.architecture": architecture,
@@ -87,7 +88,3 @@ def _parameter_size(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f}{unit}"
     return str(count)
-
-
-def _time(seconds: int) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat().replace("+00:00", "Z")

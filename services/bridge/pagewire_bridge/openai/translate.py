@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from pagewire_bridge.openai.schema import (
     num_kept,
 )
 from pagewire_bridge.openai.tool_use import tool_use
+from pagewire_bridge.timestamps import rfc3339
 
 # OpenAI's service tiers as priorities; lower goes first.
 _TIER_PRIORITY = {"flex": 10, "scale": -10, "priority": -10, "fast": -10}
@@ -203,7 +203,6 @@ def chat_echo(body: ChatBody) -> str:
 
 def from_model(model: inference_pb2.Model) -> dict[str, object]:
     """The model object, with vLLM's extra keys, and Anthropic's, whose API has its models at the same path."""
-    created_at = datetime.datetime.fromtimestamp(model.created, datetime.UTC)
     return {
         "id": model.name,
         "object": "model",
@@ -215,7 +214,7 @@ def from_model(model: inference_pb2.Model) -> dict[str, object]:
         "permission": [],
         "type": "model",
         "display_name": model.name,
-        "created_at": created_at.isoformat().replace("+00:00", "Z"),
+        "created_at": rfc3339(model.created),
         "max_input_tokens": model.max_model_len,
     }
 
