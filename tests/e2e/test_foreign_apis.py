@@ -613,7 +613,7 @@ async def test_anthropic_thinking_of_a_model_that_does_not_is_ignored_and_told(
     plain = await anthropic_message(cluster)
     asked = await anthropic_message(cluster, thinking=thinking, output_config={"effort": "max"})
     assert asked.json()["content"] == plain.json()["content"]
-    assert asked.headers["x-pagewire-ignored-fields"] == "thinking"
+    assert asked.headers["x-pagewire-ignored-fields"] == "output_config.effort,thinking"
     assert "x-pagewire-ignored-fields" not in plain.headers
 
 

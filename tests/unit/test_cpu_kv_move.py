@@ -32,7 +32,7 @@ def make_cache(path: Path, variant: str, dtype: torch.dtype, block_size: int) ->
 
 
 def places(table: list[int], block_size: int, pair: int) -> torch.Tensor:
-    """[layers, 2, tokens, heads, dim] indices into the flat cache, by what attention.h says of a page."""
+    """[layers, 2, tokens, heads, dim] indices into the flat cache, by what kv_pages.h says of a page."""
     cells = torch.arange(LAYERS * 2 * BLOCKS * HEADS * block_size * DIM)
     pages = cells.view(LAYERS, 2, BLOCKS, HEADS, block_size // PAGE, PAGE * DIM)
     found = []

@@ -40,8 +40,13 @@ def to_chat_body(body: MessagesBody | CountBody, answers: AnswerFormat) -> ChatB
 
 def ignored_fields(body: MessagesBody, answers: AnswerFormat) -> list[str]:
     """Fields without an effect: coding agents ask any model to think, and one that cannot answers as it can."""
-    extra = [*(body.model_extra or ())]
-    return [*extra, "thinking"] if answers.reasoning is None and body.thinking_asked else extra
+    output, thinks = body.output_config, answers.reasoning is not None and body.thinking_asked is not None
+    names = [*(body.model_extra or ()), *(f"output_config.{name}" for name in (output and output.model_extra) or ())]
+    if body.thinking_asked and not thinks:
+        names.append("thinking")
+    if output and output.effort and not thinks:
+        names.append("output_config.effort")
+    return names
 
 
 def _thinking(body: MessagesBody | CountBody, answers: AnswerFormat) -> Fields:

@@ -19,7 +19,7 @@ _STRETCH_BYTES = 2 << 20  # touched at once, per layer and K or V: a huge page
 
 
 class PackedKVCache(KVCache):
-    """kv [num_layers, 2, num_blocks, num_kv_heads, block_size * head_dim]; the order within is attention.h's.
+    """kv [num_layers, 2, num_blocks, num_kv_heads, block_size * head_dim]; the order within is kv_pages.h's.
 
     The system provides memory when a page is first written, which makes the writing many times slower
     than the step around it. A thread that runs when nothing else does writes ahead of the blocks in use.
