@@ -182,10 +182,12 @@ async def _serve(control: Connection, lane: str) -> None:
 
 def measure_lane(peer: Peer, name: str, size: int) -> float:
     """From memory of one process into memory of the other. Sockets copy by themselves, the measured one and those below
-    the other lanes; writing into shared memory and reading it is all that this lane does.
+    the other lanes; writing into shared memory and reading it is all that this lane does. A lane whose chunks are smaller
+    than `size` is given its largest, as a hand-off gives it.
     """
-    copies = name == "shm"
-    lane, count = peer.open_lane(name), TOTAL_BYTES // size
+    copies, lane = name == "shm", peer.open_lane(name)
+    size = min(size, lane.most_bytes)
+    count = TOTAL_BYTES // size
     wire = torch.ones(size, dtype=torch.uint8)
     seconds = 0.0
     for repeats in (2, count):  # the first few touch the memory

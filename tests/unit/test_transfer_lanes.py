@@ -17,7 +17,7 @@ from kv_endpoints import identity
 from pagewire_core.errors import Incompatible, StartupError, Unavailable
 from pagewire_transfer.lanes import GrpcLane, Lane, available_lanes, gpu_id, open_lane
 from pagewire_transfer.relay_store import RelayStore
-from pagewire_transfer.shm_lane import _SIZE
+from pagewire_transfer.shm_lane import _SIZE, ShmLane
 from pagewire_transfer.wire import MAX_CHUNK_BYTES
 
 
@@ -140,7 +140,7 @@ def test_shared_memory_is_a_ring_that_never_overtakes_its_reader() -> None:
     """The reader sleeps now and then; every chunk is there once, whole, in order."""
     sender, receiver = opened("shm")
     rng = random.Random(0)
-    sizes = [rng.choice((1, 77, 65_536, MAX_CHUNK_BYTES)) for _ in range(60)]
+    sizes = [rng.choice((1, 77, 65_536, ShmLane.most_bytes)) for _ in range(60)]
 
     def send_all() -> None:
         for i, size in enumerate(sizes):
@@ -185,11 +185,14 @@ def test_memory_that_a_peer_could_shrink_is_not_mapped() -> None:
             open_lane("shm", store, 0, "127.0.0.1", 1, 1.0)
 
 
-def test_workers_on_two_hosts_do_not_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("what", "other"), [("host_id", lambda: "another"), ("_SLOTS", 4), ("_SLOT_BYTES", 8 << 20)])
+def test_workers_on_two_hosts_or_with_two_rings_do_not_share_memory(
+    monkeypatch: pytest.MonkeyPatch, what: str, other: object
+) -> None:
     lanes = ["shm", "gloo"]
     hello = identity("prefill").hello("i", lanes)
     assert identity("decode").choose_lane(hello, lanes) == "shm"
-    monkeypatch.setattr("pagewire_transfer.lanes.host_id", lambda: "another")
+    monkeypatch.setattr(f"pagewire_transfer.shm_lane.{what}", other)
     assert identity("decode").choose_lane(hello, lanes) == "gloo"
 
 

@@ -19,7 +19,7 @@ from pagewire_core.errors import StartupError, Unavailable
 from pagewire_transfer.group_lanes import GlooLane, NcclLane
 from pagewire_transfer.relay_store import RelayStore
 from pagewire_transfer.reused import Reused
-from pagewire_transfer.shm_lane import ShmLane, host_id
+from pagewire_transfer.shm_lane import ShmLane, host_id, place
 from pagewire_transfer.tcp_lane import TcpLane
 
 log = structlog.get_logger(__name__)
@@ -36,7 +36,7 @@ class Lane(Protocol):
     """
 
     name: str
-    most_bytes: int  # of a chunk: larger ones travel slower
+    most_bytes: int  # of a chunk: larger ones travel slower, or not at all
 
     def staging(self, num_bytes: int) -> torch.Tensor:
         """Where the next chunk to send is to be put; waits until what was there has been sent."""
@@ -136,12 +136,12 @@ def gpu_id(device: torch.device | str) -> str:
 
 def offered(lane: str, gpu: str) -> str:
     """How a worker names one of its lanes to others. gpu: what `gpu_id` says of its device."""
-    place = {"shm": host_id(), "nccl": gpu}.get(lane)
-    return f"{lane}:{place}" if place else lane
+    where = {"shm": place(), "nccl": gpu}.get(lane)
+    return f"{lane}:{where}" if where else lane
 
 
 def joins(theirs: str, ours: str) -> bool:
-    """Whether a lane works between the workers that offer it so: shm within one host, nccl between two GPUs.
+    """Whether a lane works between the workers that offer it so: shm within one host, and between equal rings, nccl between two GPUs.
 
     NCCL refuses two ranks on one GPU. An older worker says `nccl` and not where: it may be on ours.
     """

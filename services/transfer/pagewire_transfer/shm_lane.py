@@ -23,12 +23,13 @@ import torch.distributed as dist
 from pagewire_core.errors import Unavailable
 
 from pagewire_transfer.group_lanes import DECODE_RANK, RECV_TIMEOUT_S
-from pagewire_transfer.wire import MAX_CHUNK_BYTES
 
-_SLOTS = 4
+# As little as lets one chunk be gathered while the one before it is scattered: all of it then stays in the processor's
+# last cache, beside the pages that are on their way. A ring of 32 MiB moved chunks at a third of this one's rate.
+_SLOTS, _SLOT_BYTES = 2, 4 << 20
 _HEADER_BYTES = mmap.PAGESIZE
 _WRITTEN, _READ = 0, 8  # cells of the header, far enough apart not to share a line of the cache
-_SIZE = _HEADER_BYTES + _SLOTS * MAX_CHUNK_BYTES
+_SIZE = _HEADER_BYTES + _SLOTS * _SLOT_BYTES
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 20e-6, 1e-3
 
 
@@ -44,11 +45,17 @@ def host_id() -> str:
         return ""
 
 
+def place() -> str:
+    """Names those workers that this one can share a ring with: on this host, and of a version that has the same ring."""
+    host = host_id()
+    return f"{host}:{_SLOTS}x{_SLOT_BYTES}" if host else ""
+
+
 class ShmLane:
     """Same-host memory. The decode worker makes it, the prefill worker maps it."""
 
     name = "shm"
-    most_bytes = MAX_CHUNK_BYTES
+    most_bytes = _SLOT_BYTES
 
     def __init__(self, store: dist.Store, rank: int, host: str, epoch: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -60,11 +67,11 @@ class ShmLane:
             raise Unavailable(f"the shm lane failed: {error}") from error
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self._header: torch.Tensor | None = whole[:_HEADER_BYTES].view(torch.int64)
-        self._slots: torch.Tensor | None = whole[_HEADER_BYTES:].view(_SLOTS, MAX_CHUNK_BYTES)
+        self._slots: torch.Tensor | None = whole[_HEADER_BYTES:].view(_SLOTS, _SLOT_BYTES)
 
     def staging(self, num_bytes: int) -> torch.Tensor:
         header, slots = self._memory()
-        assert num_bytes <= MAX_CHUNK_BYTES
+        assert num_bytes <= _SLOT_BYTES
         written = int(header[_WRITTEN])
         self._wait(lambda: written - int(header[_READ]) < _SLOTS, self._timeout_s)
         return slots[written % _SLOTS, :num_bytes]
@@ -78,7 +85,7 @@ class ShmLane:
 
     @contextlib.contextmanager
     def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> Iterator[torch.Tensor]:
-        if inline or num_bytes > MAX_CHUNK_BYTES:
+        if inline or num_bytes > _SLOT_BYTES:
             raise Unavailable(f"a chunk of {num_bytes} bytes for the shm lane came with {len(inline)} bytes of data")
         header, slots = self._memory()
         read = int(header[_READ])
