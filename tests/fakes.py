@@ -29,7 +29,7 @@ from pagewire.v1 import (
 from pagewire_core.feed import Feed, Feeds
 from pagewire_core.rpc import PROTOCOL, SAMPLING_REVISION, RpcServer
 from processes import free_port
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 DIGEST = bytes(32)
 TEMPLATE = (
@@ -48,6 +48,20 @@ def write_byte_tokenizer(path: Path, **settings: Any) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE, **settings}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_fallback_tokenizer(path: Path) -> None:
+    """One of SentencePiece's kind, as Llama 2's: what is not in its small vocabulary is one token for each byte."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "b", "\u2581a", "."]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocab=vocab, merges=[("\u2581", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(path / "tokenizer.json"))
 
 
 def make_model(path: Path, weights: bytes = b"weights", **config: object) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from fakes import write_byte_tokenizer
+from fakes import write_byte_tokenizer, write_fallback_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from pagewire_core.detokenizer import IncrementalDetokenizer
@@ -19,6 +19,13 @@ TEXT = st.text(alphabet="ab.é日🙂\ufffd \n", max_size=24)
 def codec(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer")
     write_byte_tokenizer(path)
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def fallback_codec(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_fallback_tokenizer(path)
     return Tokenizer(path)
 
 
@@ -44,6 +51,51 @@ def test_any_bytes_at_all_decode_as_the_whole_does(codec: Tokenizer, ids: list[i
     detokenizer = IncrementalDetokenizer(codec)
     deltas = [detokenizer.push([i])[0] for i in ids]
     assert "".join(deltas) + detokenizer.flush() == codec.decode(ids, skip_special_tokens=True)
+
+
+@given(text=TEXT, cuts=st.lists(st.integers(0, 99), max_size=6), prompt=TEXT)
+def test_characters_in_bytes_beside_each_other_are_told_whole(
+    fallback_codec: Tokenizer, text: str, cuts: list[int], prompt: str
+) -> None:
+    """Byte fallback writes U+FFFD for all of a run of bytes, told ones too, until its last character is whole."""
+    ids = fallback_codec.encode(text, add_special_tokens=False)
+    before = fallback_codec.encode(prompt, add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(fallback_codec, prompt_tail_ids=before)
+    out = "".join(detokenizer.push(batch)[0] for batch in batches(ids, cuts)) + detokenizer.flush()
+    whole, told = fallback_codec.decode([*before, *ids], True), fallback_codec.decode(before, True)
+    assert whole.startswith(told) and out == whole[len(told) :]
+
+
+def test_a_stop_string_in_bytes_is_found(fallback_codec: Tokenizer) -> None:
+    ids = fallback_codec.encode("a日本語b", add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(fallback_codec, ["本"])
+    assert "".join(detokenizer.push([i])[0] for i in ids) == "a日" and detokenizer.stopped_by == "本"
+
+
+PIECES = [*range(3 + 0x80, 3 + 0x100), *range(259, 264)]
+
+
+@given(ids=st.lists(st.sampled_from(PIECES), max_size=60))
+def test_bytes_that_are_not_utf8_take_no_other_text_with_them(fallback_codec: Tokenizer, ids: list[int]) -> None:
+    detokenizer = IncrementalDetokenizer(fallback_codec)
+    out = "".join(detokenizer.push([i])[0] for i in ids) + detokenizer.flush()
+    whole = fallback_codec.decode(ids, skip_special_tokens=True)
+    assert [c for c in out if c in "ab."] == [c for c in whole if c in "ab."]
+
+
+@pytest.mark.parametrize("byte", ["\xff", "\xe6"])
+@pytest.mark.parametrize("kind", ["codec", "fallback_codec"])
+def test_bytes_that_are_never_a_character_are_told_in_time(
+    kind: str, byte: str, request: pytest.FixtureRequest
+) -> None:
+    codec: Tokenizer = request.getfixturevalue(kind)
+    [token] = [i for i in range(codec.vocab_size) if codec.token_bytes(i) == byte.encode("latin-1")]
+    detokenizer = IncrementalDetokenizer(codec)
+    told = 0
+    for i in range(300):
+        told += len(detokenizer.push([token])[0])
+        assert told >= i - 20
+    assert told + len(detokenizer.flush()) == 300
 
 
 @given(

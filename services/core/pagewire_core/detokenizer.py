@@ -1,13 +1,16 @@
 """Token ids to text as they come: whole UTF-8, and never a part of a stop string.
 
-    ids:   [ ..... | prefix ... read | ........ ]
-                     context          not yet text
+    ids:   [ ..... | context | ........ ]
+                               not yet text
     text:  emitted to the caller | pending: a beginning of a stop string, perhaps
 
 A token's text can depend on its neighbours (spaces, split characters), so new ids are decoded together
 with the few before them, and the difference is the new text (prefix and read offsets, as in vLLM and
 TGI). The window moves on as soon as the text ends with a whole character; each id is decoded a small
 constant number of times.
+
+Decoders with byte fallback (those of SentencePiece) make one run of neighbouring byte tokens, the context's too, and
+write U+FFFD for each of its bytes until all of it is UTF-8.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from collections.abc import Sequence
 from pagewire_core.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-_MAX_INCOMPLETE = 3  # characters that an unfinished UTF-8 sequence may look like
+_UNFINISHED = 3  # tokens at most that are a part of a character
+_HELD = 16  # tokens: of so many without a whole character at their end, or without any text, some are given up
 CONTEXT_TOKENS = 5  # of the prompt: enough that a first word keeps its space
 
 
@@ -44,10 +48,11 @@ class IncrementalDetokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._ids = list(prompt_tail_ids)[-CONTEXT_TOKENS:]
-        self._read = len(self._ids)
-        self._context_text = self._decode()
-        self._taken = len(self._context_text)  # characters of the window's text already passed on
+        tail = list(prompt_tail_ids)[-CONTEXT_TOKENS:]
+        later = (tail[begin:] for begin in range(_UNFINISHED + 1))  # it may begin in the middle of a character
+        self._ids = next((ids for ids in later if _REPLACEMENT not in self._decode(ids)), tail)
+        self._read = len(self._ids)  # the context's
+        self._context_text = self._decode(self._ids)
         self._pending = ""
         self.num_tokens = 0  # taken so far; those after a stop string are not
         self.stopped_by: str | None = None
@@ -67,33 +72,53 @@ class IncrementalDetokenizer:
         """What was held back, to be called once when no more tokens come."""
         if self.stopped_by is not None:
             return ""
-        text = self._pending + self._decode()[self._taken :]
+        text = self._pending + self._new(self._decode(self._ids))
         self._pending = ""
-        self._taken += len(text)
+        self._move(len(self._ids))
         return text
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, self._skip_special_tokens) if self._ids else ""
-
-    def _window_length(self) -> int:
-        """Characters of the window's text. Mostly it is one token, whose length is known."""
-        if len(self._ids) == 1:
-            return self._tokenizer.decoded_length(self._ids[0], self._skip_special_tokens)
-        return len(self._decode())
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special_tokens) if ids else ""
 
     def _new_text(self) -> str:
         """Text that later ids cannot change; moves the window when it can."""
-        window = self._decode()
-        whole = len(window)
-        while whole > 0 and len(window) - whole < _MAX_INCOMPLETE and window[whole - 1] == _REPLACEMENT:
-            whole -= 1
-        text = window[self._taken : whole]
-        self._taken = max(self._taken, whole)
-        if text and whole == len(window):
-            del self._ids[: self._read]
-            self._read = len(self._ids)
-            self._taken = self._window_length()
-        return text
+        window, held = self._decode(self._ids), len(self._ids) - self._read
+        if not window.endswith(_REPLACEMENT):
+            text = self._new(window)
+            if text:
+                self._move(len(self._ids))
+            elif held > _HELD:
+                del self._ids[self._read]
+            return text
+        return self._part_of(self._new(window)) if held > _HELD else ""
+
+    def _new(self, window: str) -> str:
+        """What of the window's text is not the context's, which is dropped where new bytes have made it another."""
+        if window.startswith(self._context_text):
+            return window[len(self._context_text) :]
+        del self._ids[: self._read]
+        self._read, self._context_text = 0, ""
+        return self._decode(self._ids)
+
+    def _part_of(self, text: str) -> str:
+        """Of new text that ends in bytes which are not UTF-8, what comes before those that may yet be a character."""
+        for unfinished in range(_UNFINISHED, -1, -1):
+            read = len(self._ids) - unfinished
+            rest = self._decode(self._ids[read:])
+            if self._context_text + text == self._decode(self._ids[:read]) + rest:
+                self._move(read)
+                return text.removesuffix(rest)
+        return ""
+
+    def _move(self, read: int) -> None:
+        """The ids before `read` are text now, and those of them that were not before are the context."""
+        del self._ids[: self._read]
+        self._read = read - self._read
+        self._context_text = self._context(self._ids[: self._read])
+
+    def _context(self, ids: Sequence[int]) -> str:
+        """Mostly it is one token, whose text is known."""
+        return self._tokenizer.token_text(ids[0], self._skip_special_tokens) if len(ids) == 1 else self._decode(ids)
 
     def _judge(self, text: str) -> str:
         """What of the pending text and `text` may go out now."""

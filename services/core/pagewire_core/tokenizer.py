@@ -42,7 +42,7 @@ class Tokenizer:
         self.path = path
         self._prepend = self._missing_bos()
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for
-        self._lengths: dict[bool, dict[int, int]] = {False: {}, True: {}}  # too
+        self._texts: dict[bool, dict[int, str]] = {False: {}, True: {}}  # too
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -74,11 +74,11 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary give no text."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def decoded_length(self, token_id: int, skip_special_tokens: bool) -> int:
-        """Characters of what `decode` gives for this token alone."""
-        known = self._lengths[skip_special_tokens].get(token_id)
+    def token_text(self, token_id: int, skip_special_tokens: bool) -> str:
+        """What `decode` gives for this token alone."""
+        known = self._texts[skip_special_tokens].get(token_id)
         if known is None:
-            known = self._lengths[skip_special_tokens][token_id] = len(self.decode([token_id], skip_special_tokens))
+            known = self._texts[skip_special_tokens][token_id] = self.decode([token_id], skip_special_tokens)
         return known
 
     def token_bytes(self, token_id: int) -> bytes:
