@@ -63,6 +63,28 @@ def test_an_old_style_rope_scaling_means_the_same_as_a_new_one(tmp_path: Path) -
     assert outputs[0] == outputs[1] == reference_greedy(new, prompts(90)[0], 12)[0]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64},
+        {"rope_parameters": {"rope_type": "yarn", "factor": None, "rope_theta": 1e4,
+                             "original_max_position_embeddings": 64}},
+    ],
+    ids=["beside rope_parameters", "trained length beside it", "factor of the two lengths"],
+)  # fmt: skip
+def test_a_scaling_that_was_written_by_hand_is_the_references(changes: dict[str, Any], tmp_path: Path) -> None:
+    import json
+
+    path = make_model(tmp_path, "llama")
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+    run = Run(prompts(90)[0], logprobs=0)
+    run_all(make_engine(path), run)
+    tokens, logprobs = reference_greedy(path, prompts(90)[0], 12)
+    assert run.tokens() == tokens and run.logprobs() == pytest.approx(logprobs, abs=1e-3)
+
+
 def test_sharded_and_biased_checkpoints_load(tmp_path: Path) -> None:
     path = make_model(tmp_path, "llama", shard_size="100KB", attention_bias=True, mlp_bias=True)
     assert (path / "model.safetensors.index.json").exists()
@@ -229,6 +251,9 @@ BAD_MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantized .awq."),
     "rope": ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope' is not supported"),
     "half a rope": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "lacks 'factor'"),
+    "a rope of words": ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor '4', which is not a number"),
+    "an encoder": ({"is_causal": False}, "is_causal is false"),
+    "heads": ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 kv heads"),
     "shape": ({"intermediate_size": 96}, "do not belong together"),
     "more layers": ({"num_hidden_layers": 4}, "has no tensor model.layers.3"),
 }

@@ -17,17 +17,32 @@ def test_a_local_directory_is_taken_as_it_is(tmp_path: Path) -> None:
     assert (model.path, model.max_model_len, model.eos_token_ids) == (tmp_path / "m", 128, (7,))
 
 
-def test_eos_ids_come_from_generation_config_then_config_then_tokenizer(tmp_path: Path) -> None:
+def test_eos_ids_are_those_of_generation_config_or_config_and_the_tokenizers(tmp_path: Path) -> None:
+    """A model that was tuned for chats may end its turns with a token that its base model's files do not name."""
     path = make_model(tmp_path / "m", eos_token_id=7)
     (path / "generation_config.json").write_text('{"eos_token_id": [4, 2]}')
     assert resolve_model(str(path)).eos_token_ids == (4, 2)
+    tokenizer = {"eos_token": "</s>", "added_tokens_decoder": {"9": {"content": "</s>"}}}
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert resolve_model(str(path)).eos_token_ids == (4, 2, 9)
     (path / "generation_config.json").unlink()
+    assert resolve_model(str(path)).eos_token_ids == (7, 9)
     make_model(path)
-    assert resolve_model(str(path)).eos_token_ids == ()
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": "</s>", "added_tokens_decoder": {"9": {"content": "</s>"}}})
-    )
     assert resolve_model(str(path)).eos_token_ids == (9,)
+    (path / "tokenizer_config.json").unlink()
+    assert resolve_model(str(path)).eos_token_ids == ()
+
+
+def test_weights_that_are_there_once_more_in_another_form_do_not_count(tmp_path: Path) -> None:
+    """Mistral's repositories have consolidated.safetensors beside the shards."""
+    path = make_model(tmp_path / "m", b"12345")
+    (path / "consolidated.safetensors").write_bytes(b"12345")
+    assert resolve_model(str(path)).weight_bytes == 5
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    for name in set(shards.values()):
+        (path / name).write_bytes(b"123")
+    assert resolve_model(str(path)).weight_bytes == 6
 
 
 def test_the_digest_tells_weights_apart_and_not_places(tmp_path: Path) -> None:

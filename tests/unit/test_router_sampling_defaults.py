@@ -57,16 +57,16 @@ def test_the_models_file_says_what_requests_do_not(directory: Path) -> None:
     assert chosen(ask(model, **said)) == said
     assert chosen(ask(model, top_k=-1)) == {**chosen(ask(model)), "top_k": -1}
     assert chosen(ask(model, heeds=False)) == {}
-    assert ask(model).sampling.max_tokens == LIMIT - 5 and model.eos_token_ids == (7, 9)
+    assert ask(model).sampling.max_tokens == LIMIT - 5 and model.eos_token_ids == (7, 9, 257)
 
 
 def test_the_file_may_be_left_out_or_be_another_folders(directory: Path, tmp_path: Path) -> None:
     without = load(directory, "vllm")
-    assert chosen(ask(without)) == {} and without.eos_token_ids == (7, 9)
+    assert chosen(ask(without)) == {} and without.eos_token_ids == (7, 9, 257)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / FILE).write_text(json.dumps({"top_k": 3, "max_new_tokens": 8, "eos_token_id": 5}))
     other = load(directory, str(tmp_path / "other"))
-    assert chosen(ask(other)) == {"top_k": 3} and other.eos_token_ids == (5,)
+    assert chosen(ask(other)) == {"top_k": 3} and other.eos_token_ids == (5, 257)
     assert ask(other).sampling.max_tokens == ask(other, max_tokens=50).sampling.max_tokens == 8
     (directory / FILE).unlink()
     assert chosen(ask(load(directory))) == {}

@@ -100,6 +100,11 @@ def test_choices_of_one_seed_differ() -> None:
     assert len({uniform(3, choice, 9) for choice in range(50)}) == 50
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_a_temperature_that_logits_cannot_be_divided_by_is_greedy(temperature: float) -> None:
+    assert SamplingParams.from_proto(pb.SamplingParams(max_tokens=1, temperature=temperature)).temperature == 0.0
+
+
 def test_repetition_penalty_reads_prompt_and_output() -> None:
     logits = torch.tensor([[2.0, -1.0, 1.5, 0.0]])
     [got] = sample(logits, [row([0, 1], 1, temperature=0.0, repetition_penalty=2.0)])

@@ -46,14 +46,21 @@ class ModelDir:
         return total.digest()
 
     @cached_property
+    def _weight_files(self) -> list[Path]:
+        """The safetensors files that are loaded: a directory may hold the same weights in another form, too."""
+        index = read_json(self.path / "model.safetensors.index.json", {}).get("weight_map", {})
+        named = [self.path / name for name in sorted(set(index.values()) or {"model.safetensors"})]
+        return [file for file in named if file.is_file()]
+
+    @cached_property
     def weight_bytes(self) -> int:
-        """Size of the safetensors files."""
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        """Size of the weights' files."""
+        return sum(file.stat().st_size for file in self._weight_files)
 
     @cached_property
     def num_parameters(self) -> int:
-        """Numbers in the safetensors files, by their headers."""
-        shapes = (entry["shape"] for file in self.path.glob("*.safetensors") for entry in _tensors(file))
+        """Numbers in the weights' files, by their headers."""
+        shapes = (entry["shape"] for file in self._weight_files for entry in _tensors(file))
         return sum(math.prod(shape) for shape in shapes)
 
     @cached_property
@@ -69,13 +76,14 @@ class ModelDir:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a sequence: of generation_config.json, else config.json, else the tokenizer's eos_token."""
+        """Ids that end a sequence: of generation_config.json, else config.json, and the tokenizer's eos_token, which a
+        model that was tuned for chats often has beside its base model's.
+        """
         for source in (self.generation_config, self.config):
             value = source.get("eos_token_id")
-            if isinstance(value, int):
-                return (value,)
-            if isinstance(value, list) and value:
-                return tuple(int(v) for v in value)
+            named = [value] if isinstance(value, int) else value if isinstance(value, list) else []
+            if named:
+                return tuple(dict.fromkeys((*map(int, named), *self._tokenizer_eos())))
         return self._tokenizer_eos()
 
     def _tokenizer_eos(self) -> tuple[int, ...]:

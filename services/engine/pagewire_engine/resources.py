@@ -34,8 +34,10 @@ def kv_bytes_per_token(config: ModelConfig, kv_cache_dtype: str = "auto") -> int
 
 def max_positions(config: ModelConfig) -> int:
     """The longest sequence that the model was made for; a scaled RoPE may be stretched by its factor."""
-    trained = config.rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    return max(config.max_position_embeddings, int(trained * config.rope.get("factor", 1.0)))
+    rope = config.rope
+    trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = 1.0 if rope["rope_type"] == "default" else rope.get("factor") or 1.0
+    return max(config.max_position_embeddings, int(trained * factor))
 
 
 def _draft_part(config: ModelConfig, draft: ModelDir, options: EngineOptions) -> tuple[int, float]:
@@ -46,7 +48,7 @@ def _draft_part(config: ModelConfig, draft: ModelDir, options: EngineOptions) ->
 
 
 def weight_bytes(model: ModelDir) -> int:
-    return sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    return model.weight_bytes
 
 
 def _device(name: str) -> torch.device:

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from pagewire.v1 import common_pb2 as pb
 
+_COLDEST = 1e-5  # colder is greedy, as in vLLM: logits divided by it may not be numbers any more
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -39,10 +41,11 @@ class SamplingParams:
 
     @classmethod
     def from_proto(cls, p: pb.SamplingParams) -> SamplingParams:
+        temperature = p.temperature if p.HasField("temperature") else 1.0
         return cls(
             seed=p.seed,
             max_tokens=p.max_tokens,
-            temperature=p.temperature if p.HasField("temperature") else 1.0,
+            temperature=temperature if temperature >= _COLDEST else 0.0,
             top_p=p.top_p if p.HasField("top_p") else 1.0,
             top_k=max(p.top_k, 0),
             min_p=p.min_p,

@@ -141,7 +141,7 @@ def offered(lane: str, gpu: str) -> str:
 
 
 def joins(theirs: str, ours: str) -> bool:
-    """Whether a lane works between the workers that offer it so: shm within one host, and between equal rings, nccl between two GPUs.
+    """Whether a lane works between the workers that offer it so: shm within one host, nccl between two GPUs.
 
     NCCL refuses two ranks on one GPU. An older worker says `nccl` and not where: it may be on ours.
     """

@@ -46,7 +46,7 @@ def host_id() -> str:
 
 
 def place() -> str:
-    """Names those workers that this one can share a ring with: on this host, and of a version that has the same ring."""
+    """Names those workers that this one can share a ring with: on this host, with a ring of the same shape."""
     host = host_id()
     return f"{host}:{_SLOTS}x{_SLOT_BYTES}" if host else ""
 

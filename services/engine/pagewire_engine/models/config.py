@@ -56,8 +56,13 @@ def read_config(hf: Mapping[str, Any], dtype: torch.dtype, device: torch.device)
         raise StartupError(
             f"the checkpoint is quantized ({method}), which is not supported yet; use an unquantized one"
         )
+    if hf.get("is_causal") is False:
+        raise StartupError("is_causal is false: models whose tokens see those after them are not supported")
     try:
         heads = hf["num_attention_heads"]
+        kv_heads = hf.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise StartupError(f"{heads} attention heads cannot share {kv_heads} kv heads: config.json is wrong")
         layers = hf["num_hidden_layers"]
         bias = bool(hf.get("attention_bias", False))
         return ModelConfig(
@@ -67,7 +72,7 @@ def read_config(hf: Mapping[str, Any], dtype: torch.dtype, device: torch.device)
             intermediate_size=hf["intermediate_size"],
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads") or heads,
+            num_kv_heads=kv_heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             max_position_embeddings=hf.get("max_position_embeddings", 2048),
@@ -86,10 +91,26 @@ def read_config(hf: Mapping[str, Any], dtype: torch.dtype, device: torch.device)
 
 
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """One dict from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    """One dict from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old, and of the two the one that is
+    written by hand to stretch a model).
+    """
+    parameters = hf.get("rope_parameters") or {}
+    rope = dict(hf.get("rope_scaling") or parameters)
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
-    rope["rope_theta"] = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    rope["rope_theta"] = rope.get("rope_theta") or hf.get("rope_theta") or parameters.get("rope_theta") or 10000.0
+    if rope["rope_type"] in ("yarn", "llama3"):
+        longest = hf.get("max_position_embeddings", 2048)
+        trained = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
+        rope["original_max_position_embeddings"] = trained
+        if rope["rope_type"] == "yarn":
+            rope["factor"] = rope.get("factor") or longest / trained
+    for name, value in rope.items():
+        if (
+            name.endswith(("factor", "theta", "embeddings"))
+            and value is not None
+            and not isinstance(value, int | float)
+        ):
+            raise StartupError(f"config.json's RoPE has {name} {value!r}, which is not a number")
     return rope
 
 

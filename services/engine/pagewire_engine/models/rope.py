@@ -80,8 +80,7 @@ def _llama3(config: ModelConfig, max_model_len: int) -> tuple[torch.Tensor, floa
 
 def _yarn(config: ModelConfig, max_model_len: int) -> tuple[torch.Tensor, float]:
     rope, dim = config.rope, config.head_dim
-    trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    factor = rope["factor"]
+    trained, factor = rope["original_max_position_embeddings"], rope["factor"]
 
     def mscale(scale: float, m: float = 1.0) -> float:
         return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
