@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 from fakes import FakeWorker
-from pagewire.v1 import common_pb2, inference_pb2
-from pagewire_core.errors import Internal, Overloaded, Unavailable, from_rpc
+from pagewire.v1 import common_pb2, inference_pb2, worker_pb2
+from pagewire_core.errors import Internal, Overloaded, TransferLost, Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
 from router_scene import EOS, Answer, Scene, request, scene, until
 
@@ -53,6 +53,10 @@ def never(worker: FakeWorker) -> Any:
 
 def refuse(worker: FakeWorker) -> None:
     raise Overloaded("no credits", retry_after_s=1)
+
+
+def lose_transfer(worker: FakeWorker) -> None:
+    raise TransferLost("the network between the workers is cut")
 
 
 def fail(worker: FakeWorker) -> None:
@@ -347,6 +351,28 @@ async def test_the_last_attempt_is_a_decode_workers_alone(byte_tokenizer: Tokeni
         answer = await s.ask("hello", sampling={"max_tokens": 3})
         assert answer.summary is not None and answer.summary.attempts == 3
         assert answer.summary.prefill_worker == "" and answer.summary.decode_worker
+
+
+async def test_the_last_attempt_has_no_worker_of_both_roles_beside_it(byte_tokenizer: Tokenizer) -> None:
+    """Such workers went on to compute prompts for others, so that a cut network failed the last attempt, too."""
+    async with scene(byte_tokenizer, "b1 b2 b3 d1") as s:
+        for name, worker in s.workers.items():  # they would rather compute prompts, and d1 would rather not
+            prefill, decode = (0.01, 1000.0) if name != "d1" else (50.0, 1.0)
+            worker.step_cost = worker_pb2.StepCost(prefill_ms_per_token=prefill, decode_base_ms=decode)
+            worker.script.hooks["prefill"] = lose_transfer
+        await until(lambda: all(w.stats.step_cost.decode_base_ms for w in s.router.services.workers.live))
+        answer = await s.ask("x" * 200)
+        assert answer.summary is not None and answer.summary.attempts == 3
+        assert (answer.summary.prefill_worker, answer.summary.decode_worker) == ("", "d1")
+
+
+async def test_one_token_is_tried_alone_to_the_last_where_nobody_decodes(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 p2") as s:
+        twice = iter([fail, fail])
+        for worker in s.workers.values():
+            worker.script.hooks["decode_started"] = lambda worker: next(twice, lambda w: None)(worker)
+        answer = await s.ask(sampling={"max_tokens": 1})
+        assert answer.summary is not None and answer.summary.attempts == 3
 
 
 async def test_three_lost_attempts_are_enough(byte_tokenizer: Tokenizer) -> None:
