@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 import pytest
 from fakes import FakeWorker
-from pagewire.v1 import common_pb2, inference_pb2, worker_pb2
+from pagewire.v1 import common_pb2, inference_pb2, prefill_pb2, worker_pb2
 from pagewire_core.errors import Internal, Overloaded, TransferLost, Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
 from router_scene import EOS, Answer, Scene, request, scene, until
@@ -217,6 +217,38 @@ async def test_a_decode_worker_without_room_is_passed_over(byte_tokenizer: Token
             assert (answer.summary.decode_worker, answer.summary.attempts) == ("d2", 1)
         await s.settle()
         assert total("pagewire_retries_total", s, leg="reserve") == 0
+
+
+async def test_a_decode_worker_that_has_no_pages_when_the_kv_comes_is_passed_over(byte_tokenizer: Tokenizer) -> None:
+    """The prefill worker, which tells of it, was passed over instead, and a decode worker computed the prompt."""
+
+    def bind(worker: FakeWorker) -> None:
+        if worker.peers[worker.requests[-1].decode_address].worker_id == "d1":
+            refuse(worker)
+
+    async with scene(byte_tokenizer, "p1 d1 d2", routing_policy="round_robin") as s:
+        s.workers["p1"].script.hooks["prefill"] = bind
+        summaries = [(await s.ask()).summary for _ in range(4)]
+        assert {(told.prefill_worker, told.decode_worker) for told in summaries if told} == {("p1", "d2")}
+        assert max(told.attempts for told in summaries if told) == 2
+        assert total("pagewire_retries_total", s, leg="prefill") == 0
+
+
+async def test_a_prefill_worker_that_refuses_is_passed_over(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = FakeWorker.Prefill
+
+    async def unless_p1(self: FakeWorker, request: Any, context: Any) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        if self.worker_id == "p1":
+            refuse(self)
+        async for response in prefill(self, request, context):
+            yield response
+
+    monkeypatch.setattr(FakeWorker, "Prefill", unless_p1)
+    async with scene(byte_tokenizer, "p1 p2 d1", routing_policy="round_robin") as s:
+        summaries = [(await s.ask()).summary for _ in range(4)]
+        assert {(told.prefill_worker, told.decode_worker) for told in summaries if told} == {("p2", "d1")}
 
 
 async def test_a_request_waits_until_a_decode_worker_has_room(byte_tokenizer: Tokenizer) -> None:
