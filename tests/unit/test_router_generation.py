@@ -418,6 +418,30 @@ async def test_three_lost_attempts_are_enough(byte_tokenizer: Tokenizer) -> None
         assert total("pagewire_requests_total", s, outcome="unavailable") == 1
 
 
+@pytest.mark.parametrize(
+    ("names", "role", "fields"),
+    [
+        ("p1", "prefill", {"sampling": {"max_tokens": 1}}),
+        ("p1", "prefill", {"prompt_logprobs": 0, "prompt_only": True}),
+        ("d1", "decode", {"sampling": {"max_tokens": 1}}),
+        ("d1", "decode", {"prompt_logprobs": 0}),
+    ],
+)
+async def test_an_error_names_the_worker_that_was_lost_by_its_role(
+    byte_tokenizer: Tokenizer, names: str, role: str, fields: dict[str, Any]
+) -> None:
+    async with scene(byte_tokenizer, names) as s:
+        s.workers[names].script.hooks["decode_started"] = fail
+        try:
+            answer = await s.ask(**fields)
+        except grpc.RpcError as error:
+            told = from_rpc(error).message
+        else:
+            assert answer.error is not None
+            told = answer.error.message
+        assert told.startswith(f"the {role} worker was lost: ")
+
+
 async def test_a_replay_that_samples_otherwise_is_an_error_and_not_a_wrong_answer(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         s.workers["p1"].script.hooks["first_token"] = fail

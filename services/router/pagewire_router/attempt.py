@@ -317,7 +317,7 @@ class Attempt:
         if self._finished:
             return
         if leg == "decode":
-            raise self._failed(leg, error or Unavailable("the decode worker ended its stream early"))
+            raise self._failed(leg, error or Unavailable("it ended its stream early"))
         if error is not None and not self._started:
             raise self._failed(leg, error)
         self._await_kv()

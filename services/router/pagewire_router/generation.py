@@ -273,7 +273,7 @@ class Generation:
             reason, stop_id = given.finish_reason, None
             if reason:
                 if reason in (common_pb2.FINISH_REASON_ABORT, common_pb2.FINISH_REASON_ERROR):
-                    gave_up = Unavailable("the decode worker gave the choice up")
+                    gave_up = Unavailable("it gave the choice up")
                     raise LegFailed("decode", placed.decode.worker_id, gave_up)
                 stop_id = given.stop_token_id if given.HasField("stop_token_id") else None
             self._send_counted(self._choices[given.choice].take(given.tokens, reason, stop_id))
@@ -324,7 +324,7 @@ class Generation:
             error=error.message, failures=self._failures,
         )  # fmt: skip
         if self._failures >= MAX_ATTEMPTS:
-            raise _told(failure)
+            raise _told(failure, placed)
         self._avoid.add(failure.worker_id)
 
 
@@ -345,9 +345,10 @@ def outcome_of(error: PagewireError) -> str:
     return common_pb2.ErrorCode.Name(error.code).removeprefix("ERROR_CODE_").lower()
 
 
-def _told(failure: LegFailed) -> PagewireError:
+def _told(failure: LegFailed, placed: Placed[Worker]) -> PagewireError:
     """What a client is told of a failed leg: cancelling and so on were the worker's, not the client's."""
-    what = {"prefill": "prefill worker", "decode": "decode worker", "reserve": "decode worker"}[failure.leg]
+    computing = failure.leg == "prefill" and placed.prefill is not None
+    what = "prefill worker" if computing or not placed.decode.can_decode else "decode worker"
     return Unavailable(f"the {what} was lost: {failure.error.message}", retry_after_s=1.0)
 
 
