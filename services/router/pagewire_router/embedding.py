@@ -19,6 +19,7 @@ from pagewire_router.workers import Worker, WorkerTable
 
 MAX_INPUTS = 2048
 _MAX_ATTEMPTS = 3
+_PAUSE_S = 0.5  # before the last attempt, as a generation has it; the first retry is at once
 
 
 def inputs_of(request: inference_pb2.EmbedRequest, model: ServedModel, max_model_len: int) -> list[list[int]]:
@@ -71,18 +72,20 @@ class Embedder:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, ids: list[int], request_id: str, tenant: str, deadline: float) -> inference_pb2.Embedding:
-        avoid: set[str] = set()
+        failed: list[str] = []  # on whom, once for each attempt
         async with self._admission.slot(Slot(len(ids), tenant, 0, n=1, deadline=deadline)):
             while True:
-                worker = self._choose(avoid)
+                worker = self._choose(failed)
                 try:
                     return await self._ask(worker, ids, request_id, tenant, deadline)
                 except (Overloaded, Unavailable):
-                    avoid.add(worker.worker_id)
-                    if len(avoid) == _MAX_ATTEMPTS:
+                    failed.append(worker.worker_id)
+                    if len(failed) == _MAX_ATTEMPTS:
                         raise
+                if len(failed) > 1:
+                    await asyncio.sleep(_PAUSE_S)
 
-    def _choose(self, avoid: set[str]) -> Worker:
+    def _choose(self, avoid: Sequence[str]) -> Worker:
         able = [w for w in self._workers.live if w.can_prefill and not w.suspect]
         if not able:
             raise Unavailable("no worker that computes prompts is ready", retry_after_s=1.0)
