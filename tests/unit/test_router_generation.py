@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 import pytest
 from fakes import FakeWorker
-from pagewire.v1 import common_pb2, inference_pb2
-from pagewire_core.errors import Internal, Overloaded, Unavailable, from_rpc
+from pagewire.v1 import common_pb2, inference_pb2, prefill_pb2, worker_pb2
+from pagewire_core.errors import Internal, Overloaded, TransferLost, Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
 from router_scene import EOS, Answer, Scene, request, scene, until
 
@@ -53,6 +53,10 @@ def never(worker: FakeWorker) -> Any:
 
 def refuse(worker: FakeWorker) -> None:
     raise Overloaded("no credits", retry_after_s=1)
+
+
+def lose_transfer(worker: FakeWorker) -> None:
+    raise TransferLost("the network between the workers is cut")
 
 
 def fail(worker: FakeWorker) -> None:
@@ -215,6 +219,38 @@ async def test_a_decode_worker_without_room_is_passed_over(byte_tokenizer: Token
         assert total("pagewire_retries_total", s, leg="reserve") == 0
 
 
+async def test_a_decode_worker_that_has_no_pages_when_the_kv_comes_is_passed_over(byte_tokenizer: Tokenizer) -> None:
+    """The prefill worker, which tells of it, was passed over instead, and a decode worker computed the prompt."""
+
+    def bind(worker: FakeWorker) -> None:
+        if worker.peers[worker.requests[-1].decode_address].worker_id == "d1":
+            refuse(worker)
+
+    async with scene(byte_tokenizer, "p1 d1 d2", routing_policy="round_robin") as s:
+        s.workers["p1"].script.hooks["prefill"] = bind
+        summaries = [(await s.ask()).summary for _ in range(4)]
+        assert {(told.prefill_worker, told.decode_worker) for told in summaries if told} == {("p1", "d2")}
+        assert max(told.attempts for told in summaries if told) == 2
+        assert total("pagewire_retries_total", s, leg="prefill") == 0
+
+
+async def test_a_prefill_worker_that_refuses_is_passed_over(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = FakeWorker.Prefill
+
+    async def unless_p1(self: FakeWorker, request: Any, context: Any) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        if self.worker_id == "p1":
+            refuse(self)
+        async for response in prefill(self, request, context):
+            yield response
+
+    monkeypatch.setattr(FakeWorker, "Prefill", unless_p1)
+    async with scene(byte_tokenizer, "p1 p2 d1", routing_policy="round_robin") as s:
+        summaries = [(await s.ask()).summary for _ in range(4)]
+        assert {(told.prefill_worker, told.decode_worker) for told in summaries if told} == {("p2", "d1")}
+
+
 async def test_a_request_waits_until_a_decode_worker_has_room(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         refusals = iter([refuse, refuse, refuse])
@@ -349,6 +385,28 @@ async def test_the_last_attempt_is_a_decode_workers_alone(byte_tokenizer: Tokeni
         assert answer.summary.prefill_worker == "" and answer.summary.decode_worker
 
 
+async def test_the_last_attempt_has_no_worker_of_both_roles_beside_it(byte_tokenizer: Tokenizer) -> None:
+    """Such workers went on to compute prompts for others, so that a cut network failed the last attempt, too."""
+    async with scene(byte_tokenizer, "b1 b2 b3 d1") as s:
+        for name, worker in s.workers.items():  # they would rather compute prompts, and d1 would rather not
+            prefill, decode = (0.01, 1000.0) if name != "d1" else (50.0, 1.0)
+            worker.step_cost = worker_pb2.StepCost(prefill_ms_per_token=prefill, decode_base_ms=decode)
+            worker.script.hooks["prefill"] = lose_transfer
+        await until(lambda: all(w.stats.step_cost.decode_base_ms for w in s.router.services.workers.live))
+        answer = await s.ask("x" * 200)
+        assert answer.summary is not None and answer.summary.attempts == 3
+        assert (answer.summary.prefill_worker, answer.summary.decode_worker) == ("", "d1")
+
+
+async def test_one_token_is_tried_alone_to_the_last_where_nobody_decodes(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 p2") as s:
+        twice = iter([fail, fail])
+        for worker in s.workers.values():
+            worker.script.hooks["decode_started"] = lambda worker: next(twice, lambda w: None)(worker)
+        answer = await s.ask(sampling={"max_tokens": 1})
+        assert answer.summary is not None and answer.summary.attempts == 3
+
+
 async def test_three_lost_attempts_are_enough(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         s.workers["d1"].script.hooks |= {"reserve": fail, "decode_started": fail}
@@ -358,6 +416,30 @@ async def test_three_lost_attempts_are_enough(byte_tokenizer: Tokenizer) -> None
         # Alone it gave a token before it was lost, so that the count began anew.
         assert s.workers["d1"].seen == ["reserve", "reserve", "decode_started", "reserve", "decode_started"]
         assert total("pagewire_requests_total", s, outcome="unavailable") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "role", "fields"),
+    [
+        ("p1", "prefill", {"sampling": {"max_tokens": 1}}),
+        ("p1", "prefill", {"prompt_logprobs": 0, "prompt_only": True}),
+        ("d1", "decode", {"sampling": {"max_tokens": 1}}),
+        ("d1", "decode", {"prompt_logprobs": 0}),
+    ],
+)
+async def test_an_error_names_the_worker_that_was_lost_by_its_role(
+    byte_tokenizer: Tokenizer, names: str, role: str, fields: dict[str, Any]
+) -> None:
+    async with scene(byte_tokenizer, names) as s:
+        s.workers[names].script.hooks["decode_started"] = fail
+        try:
+            answer = await s.ask(**fields)
+        except grpc.RpcError as error:
+            told = from_rpc(error).message
+        else:
+            assert answer.error is not None
+            told = answer.error.message
+        assert told.startswith(f"the {role} worker was lost: ")
 
 
 async def test_a_replay_that_samples_otherwise_is_an_error_and_not_a_wrong_answer(byte_tokenizer: Tokenizer) -> None:

@@ -91,6 +91,14 @@ def test_llm_d_leaves_prefill_out_when_less_than_16_tokens_are_missing() -> None
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_alone_nobody_computes_a_prompt_for_another(policy: str) -> None:
+    loads = [worker(name, one_token=True) for name in ("p", "b", "c", "d")]
+    for ask, able in ((Ask(500), {"b", "c", "d"}), (Ask(500, output_tokens=1, one_token=True), {"p", "b", "c", "d"})):
+        plans = POLICIES[policy].plans(ask, Pool.of(loads, ask, alone=True), Links())
+        assert {(plan.prefill, plan.decode) for plan in plans} == {(None, name) for name in able}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_prefill_worker_serves_one_token_alone_unless_it_has_no_room(policy: str) -> None:
     ask = Ask(500, output_tokens=1, one_token=True)
     p, d = worker("p", one_token=True), worker("d", num_sequences=4)

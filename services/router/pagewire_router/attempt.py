@@ -23,7 +23,7 @@ from typing import Literal, Self
 
 import grpc
 from pagewire.v1 import common_pb2, decode_pb2, prefill_pb2
-from pagewire_core.errors import DeadlineExceeded, PagewireError, TransferLost, Unavailable, from_rpc
+from pagewire_core.errors import DeadlineExceeded, Overloaded, PagewireError, TransferLost, Unavailable, from_rpc
 from pagewire_core.feed import FeedCall
 from pagewire_core.mailbox import Mailbox
 from pagewire_core.rpc import request_metadata
@@ -47,7 +47,7 @@ _KV_SENT_TIMEOUT_S = 0.5  # how long a finished request waits for the prefill wo
 
 
 class LegFailed(Exception):
-    """A leg ended before its time; `error` says why."""
+    """A leg ended before its time; `error` says why. `worker_id`: who failed, or had no room."""
 
     def __init__(self, leg: Leg, worker_id: str, error: PagewireError) -> None:
         super().__init__(f"{leg} on {worker_id}: {error.message}")
@@ -92,7 +92,8 @@ class Attempt:
         self._pumps: list[asyncio.Task[None]] = []
         self._reservation: decode_pb2.ReserveResponse | None = None
         self._asked = False  # the decode worker may know of this transfer
-        self._started = False  # it holds all of the prompt's KV
+        self._computing = False  # the prefill worker has begun
+        self._started = False  # the decode worker holds all of the prompt's KV
         self._finished = False
         # What the decode worker says waits for what the prefill worker says of the prompt: that comes before any token.
         self._waits_for_prompt = request.prompt_logprobs is not None and placed.prefill is not None
@@ -290,6 +291,8 @@ class Attempt:
             if kind == "finished":
                 self._finished = True
                 self._limit("account", asyncio.get_running_loop().time() + _KV_SENT_TIMEOUT_S)
+        elif kind == "started":
+            self._computing = True
         elif kind == "first_tokens":
             self._waits_for_prompt = False
             self._await_kv()
@@ -314,7 +317,7 @@ class Attempt:
         if self._finished:
             return
         if leg == "decode":
-            raise self._failed(leg, error or Unavailable("the decode worker ended its stream early"))
+            raise self._failed(leg, error or Unavailable("it ended its stream early"))
         if error is not None and not self._started:
             raise self._failed(leg, error)
         self._await_kv()
@@ -324,5 +327,7 @@ class Attempt:
         self._limit("kv", asyncio.get_running_loop().time() + 2 * self._transfer_timeout_s)
 
     def _failed(self, leg: Leg, error: PagewireError) -> LegFailed:
-        worker = self.placed.decode if leg == "decode" or self.placed.prefill is None else self.placed.prefill
-        return LegFailed(leg, worker.worker_id, error)
+        """A prefill worker refuses before it begins. From then on it tells that the decode worker has no pages."""
+        no_pages = self._computing and isinstance(error, Overloaded)
+        worker = self.placed.prefill if leg == "prefill" and not no_pages else None
+        return LegFailed(leg, (worker or self.placed.decode).worker_id, error)

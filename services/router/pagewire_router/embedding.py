@@ -1,9 +1,15 @@
-"""Embeddings: prompts that are computed for their last hidden state alone, on the workers that compute prompts."""
+"""Embeddings: prompts that are computed for their last hidden state alone, on the workers that compute prompts.
+
+A request's inputs go through the queue in parts, each about a turn of it, and one of them waits at a time: a request of
+any size has room there, and its tenant gets as much of the queue as with prompts that are generated from.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grpc
 from pagewire.v1 import inference_pb2, prefill_pb2
@@ -12,6 +18,7 @@ from pagewire_core.errors import ContextLength, InvalidRequest, Overloaded, Unav
 from pagewire_core.rpc import request_metadata
 
 from pagewire_router.admission import Admission, Slot
+from pagewire_router.fair_queue import QUANTUM
 from pagewire_router.ledger import Booking
 from pagewire_router.model import ServedModel
 from pagewire_router.request import check_model
@@ -19,6 +26,9 @@ from pagewire_router.workers import Worker, WorkerTable
 
 MAX_INPUTS = 2048
 _MAX_ATTEMPTS = 3
+_PAUSE_S = 0.5  # before the last attempt, as a generation has it; the first retry is at once
+
+T = TypeVar("T")
 
 
 def inputs_of(request: inference_pb2.EmbedRequest, model: ServedModel, max_model_len: int) -> list[list[int]]:
@@ -52,8 +62,21 @@ def _ids(request: inference_pb2.EmbedRequest, i: int, model: ServedModel, max_mo
     return ids
 
 
+def parts_of(inputs: Iterable[list[int]]) -> Iterator[list[list[int]]]:
+    """As many inputs at a time, in order, as a turn of the queue pays for, or one that is longer."""
+    part: list[list[int]] = []
+    tokens = 0
+    for ids in inputs:
+        if part and tokens + len(ids) > QUANTUM:
+            yield part
+            part, tokens = [], 0
+        part.append(ids)
+        tokens += len(ids)
+    yield part
+
+
 class Embedder:
-    """Places prompts on the prefill worker with the least to do, each in its turn of the queue."""
+    """Places prompts on the prefill worker with the least to do, each part of them in its turn of the queue."""
 
     def __init__(self, workers: WorkerTable, admission: Admission) -> None:
         self._workers, self._admission = workers, admission
@@ -62,27 +85,33 @@ class Embedder:
         self, inputs: Sequence[list[int]], request_id: str, tenant: str, deadline: float
     ) -> list[inference_pb2.Embedding]:
         """The vectors, in order; the first failure ends all. Raises PagewireError."""
-        tasks = [asyncio.ensure_future(self._one(ids, request_id, tenant, deadline)) for ids in inputs]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        queueing = asyncio.Lock()
+        parts = (self._part(part, queueing, request_id, tenant, deadline) for part in parts_of(inputs))
+        return [vector for part in await _all(parts) for vector in part]
+
+    async def _part(
+        self, inputs: list[list[int]], queueing: asyncio.Lock, request_id: str, tenant: str, deadline: float
+    ) -> list[inference_pb2.Embedding]:
+        slot = Slot(sum(map(len, inputs)), tenant, deadline=deadline)
+        async with contextlib.AsyncExitStack() as held:
+            async with queueing:
+                await held.enter_async_context(self._admission.slot(slot))
+            return await _all(self._one(ids, request_id, tenant, deadline) for ids in inputs)
 
     async def _one(self, ids: list[int], request_id: str, tenant: str, deadline: float) -> inference_pb2.Embedding:
-        avoid: set[str] = set()
-        async with self._admission.slot(Slot(len(ids), tenant, 0, n=1, deadline=deadline)):
-            while True:
-                worker = self._choose(avoid)
-                try:
-                    return await self._ask(worker, ids, request_id, tenant, deadline)
-                except (Overloaded, Unavailable):
-                    avoid.add(worker.worker_id)
-                    if len(avoid) == _MAX_ATTEMPTS:
-                        raise
+        failed: list[str] = []  # on whom, once for each attempt
+        while True:
+            worker = self._choose(failed)
+            try:
+                return await self._ask(worker, ids, request_id, tenant, deadline)
+            except (Overloaded, Unavailable):
+                failed.append(worker.worker_id)
+                if len(failed) == _MAX_ATTEMPTS:
+                    raise
+            if len(failed) > 1:
+                await asyncio.sleep(_PAUSE_S)
 
-    def _choose(self, avoid: set[str]) -> Worker:
+    def _choose(self, avoid: Sequence[str]) -> Worker:
         able = [w for w in self._workers.live if w.can_prefill and not w.suspect]
         if not able:
             raise Unavailable("no worker that computes prompts is ready", retry_after_s=1.0)
@@ -104,3 +133,14 @@ class Embedder:
             except grpc.RpcError as error:
                 raise from_rpc(error) from error
         return inference_pb2.Embedding(vector=answer.vector)
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What each gives, in order; the first failure ends all."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

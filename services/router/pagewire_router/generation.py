@@ -1,7 +1,7 @@
 """The life of one admitted request: attempts, what may be retried, deltas and the summary.
 
 An attempt is lost when a leg of it fails. It is tried again, on other workers if there are others, until
-MAX_ATTEMPTS in a row have given the client nothing; the last of them is a decode worker's alone, for
+MAX_ATTEMPTS in a row have given the client nothing; the last of them is one worker's alone, for
 nothing that lies between two workers can fail it. While the client has at most each choice's first
 token, an attempt begins at the prompt's end; from then on it goes on after what the client has, so that
 the client sees what it would have seen without the loss. A decode worker without room is no lost
@@ -144,8 +144,9 @@ class Generation:
         give_up = clock() + _NO_WORKER_WAIT_S
         if self._failures > 1:  # the first retry is at once, a second gives what is broken a moment
             await asyncio.sleep(_MAX_BACKOFF_S)
+        last = self._failures == MAX_ATTEMPTS - 1
         while True:
-            placed = self._services.placement.place(self._request, self._avoid, self._refused | self._not_for_last())
+            placed = self._services.placement.place(self._request, self._avoid, self._refused, alone=last)
             if placed is not None:
                 return placed
             if clock() >= self._deadline:
@@ -158,12 +159,6 @@ class Generation:
                 raise Unavailable("no worker can serve this request now; start a decode worker", retry_after_s=5.0)
             else:
                 await self._services.workers.wait_changed(min(0.5, self._deadline - clock()))
-
-    def _not_for_last(self) -> set[str]:
-        """Workers that the last attempt does without; before it, none."""
-        if self._failures < MAX_ATTEMPTS - 1:
-            return set()
-        return {w.worker_id for w in self._services.workers.live if not w.can_decode}
 
     def _attempt(self, placed: Placed[Worker]) -> Attempt:
         take = partial(self._take, placed) if self._may_send_at_once else None
@@ -278,7 +273,7 @@ class Generation:
             reason, stop_id = given.finish_reason, None
             if reason:
                 if reason in (common_pb2.FINISH_REASON_ABORT, common_pb2.FINISH_REASON_ERROR):
-                    gave_up = Unavailable("the decode worker gave the choice up")
+                    gave_up = Unavailable("it gave the choice up")
                     raise LegFailed("decode", placed.decode.worker_id, gave_up)
                 stop_id = given.stop_token_id if given.HasField("stop_token_id") else None
             self._send_counted(self._choices[given.choice].take(given.tokens, reason, stop_id))
@@ -329,7 +324,7 @@ class Generation:
             error=error.message, failures=self._failures,
         )  # fmt: skip
         if self._failures >= MAX_ATTEMPTS:
-            raise _told(failure)
+            raise _told(failure, placed)
         self._avoid.add(failure.worker_id)
 
 
@@ -350,9 +345,10 @@ def outcome_of(error: PagewireError) -> str:
     return common_pb2.ErrorCode.Name(error.code).removeprefix("ERROR_CODE_").lower()
 
 
-def _told(failure: LegFailed) -> PagewireError:
+def _told(failure: LegFailed, placed: Placed[Worker]) -> PagewireError:
     """What a client is told of a failed leg: cancelling and so on were the worker's, not the client's."""
-    what = {"prefill": "prefill worker", "decode": "decode worker", "reserve": "decode worker"}[failure.leg]
+    computing = failure.leg == "prefill" and placed.prefill is not None
+    what = "prefill worker" if computing or not placed.decode.can_decode else "decode worker"
     return Unavailable(f"the {what} was lost: {failure.error.message}", retry_after_s=1.0)
 
 

@@ -151,17 +151,23 @@ class Pool:
     allows: Allows = anything
     fetching: Callable[[Load], Load] = as_it_is  # a worker with what it had better fetch if it computes the prompt
     ending: Set[str] = frozenset()  # of those that decode, who hands nothing over: see Load.ends
+    alone: bool = False  # nobody computes a prompt for another worker
 
     @classmethod
     def of(
-        cls, loads: Sequence[Load], ask: Ask, allows: Allows = anything, fetching: Callable[[Load], Load] = as_it_is
+        cls,
+        loads: Sequence[Load],
+        ask: Ask,
+        allows: Allows = anything,
+        fetching: Callable[[Load], Load] = as_it_is,
+        alone: bool = False,
     ) -> Pool:
         """Decode workers without room are left out unless none has any. Who can end the request counts as one."""
         prefill = [w for w in loads if w.can_prefill and allows("prefill", w.worker_id)]
         able = [*(w for w in loads if w.can_decode), *(w for w in prefill if w.ends(ask) and not w.can_decode)]
         decode = [w for w in able if allows("decode", w.worker_id)]
         decode = [w for w in decode if w.has_room(ask)] or decode
-        return cls(prefill, decode, allows, fetching, frozenset(w.worker_id for w in decode if w.ends(ask)))
+        return cls(prefill, decode, allows, fetching, frozenset(w.worker_id for w in decode if w.ends(ask)), alone)
 
     @cached_property
     def prefill_queues(self) -> tuple[int, int]:
@@ -174,7 +180,7 @@ class Pool:
 
     def sources(self, d: Load, ranked: Sequence[Load] | None = None) -> Iterator[Load]:
         """Prefill workers that may compute a prompt for decode worker `d`, in the order of `ranked`."""
-        if not d.can_decode:
+        if self.alone or not d.can_decode:
             return
         for p in self.prefill if ranked is None else ranked:
             same_kv = p.worker_id != d.worker_id and p.fingerprint == d.fingerprint

@@ -120,15 +120,19 @@ class Placement(Generic[W]):
         self._output_tokens += _EWMA * (tokens - self._output_tokens)
 
     def place(
-        self, request: ValidRequest, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()
+        self,
+        request: ValidRequest,
+        avoid: Set[str] = frozenset(),
+        refused: Set[str] = frozenset(),
+        alone: bool = False,
     ) -> Placed[W] | None:
         """The best plan now; None if no worker that is known to be well can serve the request.
 
         Workers in `avoid` and what a circuit breaker blocks are used only if there is no plan without them, those in
-        `refused` not at all.
+        `refused` not at all. alone: only plans of one worker.
         """
         view = self.view(request)
-        plans = self.plans(view, avoid, refused)
+        plans = self.plans(view, avoid, refused, alone)
         if not plans:
             return None
         plan = self.policy.choose(plans, self._rng)
@@ -179,12 +183,15 @@ class Placement(Generic[W]):
         )  # fmt: skip
         return View(ask, loads, Fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 
-    def plans(self, view: View, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset()) -> list[Plan]:
+    def plans(
+        self, view: View, avoid: Set[str] = frozenset(), refused: Set[str] = frozenset(), alone: bool = False
+    ) -> list[Plan]:
         """As `place`, best first; the policy chooses among the best of them."""
         loads = [load for load in view.loads.values() if load.worker_id not in refused]
         kept = [load for load in loads if load.worker_id not in avoid]
         for some, allows in ((kept, self.breakers.allows), (loads, self.breakers.allows), (loads, anything)):
-            if plans := self.policy.plans(view.ask, Pool.of(some, view.ask, allows, view.fetching), self.links):
+            pool = Pool.of(some, view.ask, allows, view.fetching, alone)
+            if plans := self.policy.plans(view.ask, pool, self.links):
                 return plans
         return []
 
