@@ -6,6 +6,7 @@ from engines import Run, run_all
 from hash_model import HashRunner, expected
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.engine import Engine
+from pagewire_engine.events import FirstTokens, Progress
 from pagewire_engine.sequence import Sequence
 
 MAX_LEN = 160
@@ -48,6 +49,30 @@ def test_who_was_preempted_comes_before_those_that_wait() -> None:
         run.request for run in (first, second, *[second] * engine.counters.preemptions, waiting)
     ]
     assert right(first) and right(second) and right(waiting)
+
+
+def test_a_prompt_for_another_worker_stays_computed_while_others_want_its_blocks() -> None:
+    """Its KV is read while it is computed, and stays where it is until the transfer is over."""
+    engine = engine_of(16, num_batched=6)
+    decoding = [Run([i] * 44, max_tokens=40) for i in (1, 2)]
+    for run in decoding:
+        engine.submit(run.request)
+    while not all(run.tokens() for run in decoding):
+        engine.step()
+    sent = Run([3] * 100, prefill_only=True)
+    engine.submit(sent.request)
+    engine.step()
+    table = engine.block_table(sent.request)
+    while engine.step():
+        engine.check()
+        assert engine.block_table(sent.request) == table
+    assert engine.counters.preemptions > 0
+    told = [event.num_computed for event in sent.events if isinstance(event, Progress)]
+    assert told == sorted(told) and told[-1] == 100
+    assert isinstance(sent.events[-1], FirstTokens)
+    engine.cancel(sent.request)
+    run_all(engine)
+    assert all(right(run) for run in decoding)
 
 
 def test_a_prompt_too_large_for_now_gets_its_place_as_soon_as_there_is_room() -> None:

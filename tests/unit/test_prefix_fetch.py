@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import Run, make_engine, run_all
+from kv_endpoints import until
 from otlp_sink import children, listening
 from pagewire_core import tracing
 from pagewire_transfer import lane_thread
@@ -87,6 +88,43 @@ async def test_a_worker_that_decodes_alone_fetches_too(llama: Path, expected: li
         alone = await compute(PROMPT, s.worker, s.holder.holds(HELD))
         assert alone.tokens == expected
         assert alone.started.fetched.tokens == HELD and s.computed() == len(PROMPT) - HELD
+        await s.assert_empty()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_prompts_whose_beginnings_fill_the_pool_do_not_wait_for_each_other(llama: Path, alone: bool) -> None:
+    """Each held what was fetched for it while it waited for the blocks that the others held: none ever began."""
+    prompts = [[random.Random(seed).randrange(5, VOCAB) for _ in PROMPT] for seed in range(3)]
+    small = 26 * 384 * 16  # bytes of 26 blocks: a prompt and its output take 12, a beginning 8
+    async with (
+        peer(llama, "holder") as holder,
+        peer(llama, "worker", kv_cache_memory_bytes=small) as worker,
+        peer(llama, "target") as target,
+    ):
+        expected = [(await compute(prompt, holder)).tokens for prompt in prompts]
+        held = holder.holds(HELD)
+        async with asyncio.timeout(20):
+            if alone:
+                answers = await asyncio.gather(*(compute(prompt, worker, held) for prompt in prompts))
+            else:
+                answers = await asyncio.gather(*(hand_over(p, worker, target, holder=held) for p in prompts))
+        assert [answer.tokens for answer in answers] == expected
+        assert worker.metric("fetches_total", outcome="ok") == 3
+        assert max(answer.started.cached_tokens for answer in answers) == HELD, "fetched and not used"
+        for each in (holder, worker, target):
+            await each.assert_empty()
+
+
+async def test_what_was_fetched_is_still_there_when_its_prompt_has_waited(llama: Path, expected: list[int]) -> None:
+    async with scene(llama) as s:
+        engine = s.worker.engine
+        promised = engine.blocks.num_blocks - 10  # room for the beginning, not for the prompt
+        engine.external.reserve(promised)
+        asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD)))
+        await until(lambda: engine.load()["num_waiting"] == 1)
+        engine.external.unreserve(promised)
+        alone = await asking
+        assert alone.tokens == expected and alone.started.cached_tokens == HELD
         await s.assert_empty()
 
 

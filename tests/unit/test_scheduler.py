@@ -127,6 +127,18 @@ def test_the_last_to_arrive_is_preempted_when_blocks_run_out() -> None:
     assert is_nothing_but_preempted(decision)
 
 
+def test_a_prompt_for_another_worker_keeps_its_blocks_whoever_lacks_one() -> None:
+    """Once computed anew, its KV was sent out of blocks where it was not yet: wrong tokens, with a right checksum."""
+    state = running([(17, 1), (90, 60), (17, 1)])
+    _, sent, last = state.order
+    sent.request.prefill_only = True
+    assert decide(state, [], pool(1), CONFIG).preempted == (last,)
+    alone = running([(17, 1), (90, 60)])
+    [first, sent] = alone.order
+    sent.request.prefill_only = True
+    assert decide(alone, [], pool(0), CONFIG).preempted == (first,)
+
+
 def test_prompts_beside_decoding_sequences_keep_to_their_limit() -> None:
     state, alone = running([(90, 60), (33, 1)]), running([(90, 60)])
     [prefilling, _] = state.order
@@ -157,16 +169,27 @@ STATES = st.lists(st.tuples(st.integers(1, 120), st.integers(1, 80)).map(lambda 
     st.integers(0, 20),
     st.integers(0, 5),
     st.sampled_from([None, 16, 32]),
+    st.booleans(),
 )
 def test_every_decision_keeps_the_rules(
-    now: list[tuple[int, int]], drafts: list[int], queue: list[int], free: int, reserved: int, limit: int | None
+    now: list[tuple[int, int]],
+    drafts: list[int],
+    queue: list[int],
+    free: int,
+    reserved: int,
+    limit: int | None,
+    for_others: bool,
 ) -> None:
     state, waiting = running(now, drafts), [sequence(length) for length in queue]
     sequences = list(state.order)
+    for seq in state.prompts:
+        seq.request.prefill_only = for_others
     decision = decide(state, waiting, pool(free, reserved), CONFIG, limit)
     if decision.preempted:
-        survivors = [seq for seq in sequences if seq not in decision.preempted]
-        assert survivors == sequences[: len(survivors)], "somebody who came earlier was preempted"
+        may_go = [seq for seq in sequences if not seq.request.prefill_only]
+        survivors = [seq for seq in may_go if seq not in decision.preempted]
+        assert {*decision.preempted} <= {*may_go}, "blocks that a transfer reads were taken"
+        assert survivors == may_go[: len(survivors)], "somebody who came earlier was preempted"
         assert is_nothing_but_preempted(decision)
         return
     chunks = [*decision.chunks, *admitted(decision)]

@@ -97,12 +97,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             self._check_prior(request)
         feed = self._feeds.get(request.feed_id)
         call = Call(request, feed)
-        async with contextlib.AsyncExitStack() as held:
+        with contextlib.ExitStack() as held:
             span = held.enter_context(tracing.begin(_SPAN, {"gen_ai.request.id": request.request_id}))
             if feed:
                 held.enter_context(feed.used())
-            fetching = self._fetch(request.prompt_ids, request.cache_root, request.holder)
-            call.known.fetched.CopyFrom(await held.enter_async_context(fetching))
+            fetched = await self._fetch(request.prompt_ids, request.cache_root, request.holder)
+            call.known.fetched.CopyFrom(fetched)
             held.callback(call.describe, span)
             asked, root = request.sampling, request.cache_root
             call.work.matchings = await matchings_of(self._constraints, asked, root, call.prior)

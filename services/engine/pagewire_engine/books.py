@@ -133,7 +133,7 @@ class Books:
 
     def preempt(self, seq: Sequence) -> None:
         """Takes its blocks; it waits at the head of the queue."""
-        assert not self.in_flight(seq)
+        assert not self.in_flight(seq) and not seq.request.prefill_only
         self._leave_running(seq)
         self._give_back(seq)
         seq.num_computed = seq.num_scheduled = seq.num_registered = seq.wanted_blocks = 0

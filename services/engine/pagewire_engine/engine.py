@@ -163,14 +163,15 @@ class Engine:
                     self._books.enqueue(seq)
             self._wake.notify()
 
-    def adopt(self, owner: object, prompt: Seq[int], cache_root: bytes, block_table: Seq[int]) -> None:
-        """The prefix cache has the whole blocks of a prompt whose KV is in `block_table`; `owner` holds them."""
+    def adopt(self, prompt: Seq[int], cache_root: bytes, block_table: Seq[int]) -> None:
+        """The prefix cache gets a prompt whose KV is in `block_table`, whose references pass to the engine."""
         request = Request("", list(prompt), cache_root, SamplingParams(), 1, lambda event: None)
         seq = self._sequence(request, num_computed=len(prompt))
         with self._lock:
             seq.block_table = list(block_table)
             self._books.register(seq)
-            self.external.put(owner, seq.block_table)
+            self._books.drop(seq)
+            self._wake.notify()
 
     def cancel(self, request: Request, choices: Seq[int] = ()) -> None:
         """Ends some choices of a decoding request, or (choices empty) all of it. Idempotent."""

@@ -75,12 +75,6 @@ class ExternalBlocks:
         with self._lock:
             return list(self._held.get(owner, ()))
 
-    def put(self, owner: object, blocks: list[int]) -> None:
-        """The references to `blocks` pass to `owner`, who holds none yet."""
-        with self._lock:
-            assert owner not in self._held
-            self._held[owner] = blocks
-
     def free(self, owner: object) -> None:
         """Gives back whatever `owner` holds. Idempotent."""
         with self._lock:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from collections.abc import Sequence as Seq
-from contextlib import AbstractAsyncContextManager
 
 from pagewire.v1 import common_pb2 as pb
 
-# (prompt, cache root, holder): the prefix cache holds what was fetched while the body runs. Never fails: what did not
-# come is computed.
-Fetch = Callable[[Seq[int], bytes, pb.KvHolder], AbstractAsyncContextManager[pb.Fetched]]
+# (prompt, cache root, holder): the prefix cache has what was fetched, and nobody holds it there: requests that wait for
+# blocks while they held some could wait for each other. Never fails: what did not come, or has gone again, is computed.
+Fetch = Callable[[Seq[int], bytes, pb.KvHolder], Awaitable[pb.Fetched]]
 
 
-@contextlib.asynccontextmanager
-async def fetch_nothing(prompt: Seq[int], cache_root: bytes, holder: pb.KvHolder) -> AsyncIterator[pb.Fetched]:
-    yield pb.Fetched()
+async def fetch_nothing(prompt: Seq[int], cache_root: bytes, holder: pb.KvHolder) -> pb.Fetched:
+    return pb.Fetched()

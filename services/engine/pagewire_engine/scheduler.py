@@ -4,7 +4,8 @@ Policy, as in Sarathi-Serve (arXiv 2403.02310) and vLLM: every running sequence 
 token; what is left of the token budget goes to prompts that are partly computed, then to waiting ones,
 in order of arrival, as long as the prompts' tokens are fewer than make a step efficient. When a decoding
 sequence finds no block, the sequence that arrived last is preempted: it gives its blocks back and is
-computed anew later (mostly from the prefix cache).
+computed anew later (mostly from the prefix cache). Not so a prefill-only prompt: its KV may be on its way to
+another worker, and with all the blocks that it will ever need it ends by itself.
 
 The cost is that of the sequences that change: those that only go on by a token are counted, not visited.
 """
@@ -160,7 +161,7 @@ def _preempt(running: Running, ready: np.ndarray, pool: Pool, config: EngineConf
     """Takes the blocks of those that came last until the others can go on."""
     chosen, free = set(ready.tolist()), pool.free
     preempted: dict[Sequence, None] = {}
-    victims = iter(reversed(running.order))
+    victims = (seq for seq in reversed(running.order) if not seq.request.prefill_only)
     for seq in [seq for seq in running.order if seq.row in chosen]:
         need = int(running.rows.positions[seq.row] >= running.rows.capacities[seq.row])
         need += must_copy(seq, pool.ref_count, config)

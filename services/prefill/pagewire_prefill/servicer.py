@@ -61,10 +61,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if request.decode_local_tokens > len(request.prompt_ids):
             raise InvalidRequest("decode_local_tokens are more than the prompt has")
         with tracing.begin(_SPAN, {"gen_ai.request.id": request.request_id}) as span:
-            async with self._fetch(request.prompt_ids, request.cache_root, request.holder) as fetched:
-                async with contextlib.aclosing(self._responses(request, fetched, span)) as responses:
-                    async for response in responses:
-                        yield response
+            fetched = await self._fetch(request.prompt_ids, request.cache_root, request.holder)
+            async with contextlib.aclosing(self._responses(request, fetched, span)) as responses:
+                async for response in responses:
+                    yield response
 
     async def _responses(
         self, request: prefill_pb2.PrefillRequest, fetched: common_pb2.Fetched, span: tracing.Span

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -53,28 +53,20 @@ class PrefixFetcher:
         for outcome in ("ok", "not needed", "given up", "failed"):
             self._fetches.labels(outcome)  # there from the start, so that the first one is an increase
 
-    @contextlib.asynccontextmanager
-    async def __call__(
-        self, prompt: Sequence[int], cache_root: bytes, holder: pb.KvHolder
-    ) -> AsyncIterator[pb.Fetched]:
+    async def __call__(self, prompt: Sequence[int], cache_root: bytes, holder: pb.KvHolder) -> pb.Fetched:
         fetched = pb.Fetched()
         if not holder.tokens:
-            yield fetched
-            return
-        owner, began = os.urandom(16), time.monotonic()
+            return fetched
+        began = time.monotonic()
         asked: tracing.Attributes = {"pagewire.holder": holder.worker_id, "pagewire.fetch_tokens": holder.tokens}
-        try:
-            with contextlib.suppress(TimeoutError), tracing.current().child("fetch", asked, "client") as span:
-                async with asyncio.timeout(holder.timeout_s):
-                    fetched = await self._fetch(owner, list(prompt[: holder.tokens]), cache_root, holder, span)
-            fetched.fetch_us = int((time.monotonic() - began) * 1e6)
-            yield fetched
-        finally:
-            self._engine.external.free(owner)
+        with contextlib.suppress(TimeoutError), tracing.current().child("fetch", asked, "client") as span:
+            async with asyncio.timeout(holder.timeout_s):
+                fetched = await self._fetch(list(prompt[: holder.tokens]), cache_root, holder, span)
+        fetched.fetch_us = int((time.monotonic() - began) * 1e6)
+        return fetched
 
-    async def _fetch(
-        self, owner: bytes, prompt: list[int], cache_root: bytes, holder: pb.KvHolder, span: tracing.Span
-    ) -> pb.Fetched:
+    async def _fetch(self, prompt: list[int], cache_root: bytes, holder: pb.KvHolder, span: tracing.Span) -> pb.Fetched:
+        owner = os.urandom(16)
         outcome = "given up"  # if it is cancelled: it took longer than computing does, or nobody waits any more
         try:
             transfer = self._transfers.reserve(owner, prompt, cache_root, 0)
@@ -84,7 +76,7 @@ class PrefixFetcher:
             self._transfers.claim(owner)
             await self._ask(owner, prompt, cache_root, transfer.local_tokens, holder, span)
             received, _ = await transfer.ready
-            self._engine.adopt(owner, prompt, cache_root, self._transfers.take(transfer))
+            self._engine.adopt(prompt, cache_root, self._transfers.take(transfer))
             outcome = "ok"
             return pb.Fetched(tokens=received.tokens, bytes=received.bytes, lane=received.lane)
         except PagewireError as error:
