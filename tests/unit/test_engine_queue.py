@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from engines import Run, run_all
+from engines import ROOT, Run, run_all
 from hash_model import HashRunner, expected
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import FirstTokens, Progress
+from pagewire_engine.sampler import Sampled
 from pagewire_engine.sequence import Sequence
 
 MAX_LEN = 160
@@ -73,6 +74,33 @@ def test_a_prompt_for_another_worker_stays_computed_while_others_want_its_blocks
     engine.cancel(sent.request)
     run_all(engine)
     assert all(right(run) for run in decoding)
+
+
+def test_who_waits_is_not_held_up_by_those_that_come_with_their_kv() -> None:
+    """The queue looked at all that ran, and those never at the queue: it stood for as long as enough of them came."""
+    engine = engine_of(60)
+    arrived = [Run([i] * 10, max_tokens=20) for i in range(8)]
+    for run in arrived:
+        hand_over(engine, run)
+    waiting, choices = Run([20] * 10, max_tokens=20), Run([21] * 10, n=7, max_tokens=20)
+    one_too_many = Run([22] * 10, max_tokens=20)
+    for run in (waiting, choices, one_too_many):
+        engine.submit(run.request)
+    engine.step()
+    assert waiting.tokens() and choices.tokens() and not one_too_many.events
+    run_all(engine)
+    assert right(one_too_many) and all(right(run) for run in (*arrived, waiting))
+
+
+def hand_over(engine: Engine, run: Run) -> None:
+    """As if another worker had computed the prompt."""
+    prompt = run.request.prompt
+    engine.external.pin_prefix(run, [], ROOT)
+    engine.external.bind(run, len(prompt))
+    table = engine.external.unbind(run)
+    engine.runner.cache.tokens[table[0], : len(prompt)] = prompt
+    first = expected(prompt, run.request.params, 0, MAX_LEN)[0]
+    engine.start_transferred(run.request, table, [Sampled(first)])
 
 
 def test_a_prompt_too_large_for_now_gets_its_place_as_soon_as_there_is_room() -> None:

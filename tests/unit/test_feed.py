@@ -168,6 +168,28 @@ async def test_a_break_ends_every_call_and_the_next_feed_is_another_one() -> Non
             assert p.servicer.feeds.get(one.call.feed_id) is None
 
 
+async def test_a_feed_that_overflows_ends_its_calls_and_another_one_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stayed open and refused every entry: no call of that peer got a token until the connection broke."""
+    monkeypatch.setattr("pagewire_core.feed._MAX_UNREAD", 10)
+    monkeypatch.setattr("pagewire_core.feed._RETRY_S", 0.0)
+    async with peers() as p:
+        with Heard(p.reader) as heard:
+            heard.call.begin()
+            for token in range(10):
+                p.say(heard.call, token)
+            with pytest.raises(Unavailable):
+                p.say(heard.call, 10)
+            await until(lambda: bool(heard.errors))
+            assert [type(error) for error in heard.errors] == [Unavailable] and not heard.tokens
+            assert p.servicer.feeds.get(heard.call.feed_id) is None
+        p.reader.open()
+        await until(lambda: p.reader.is_open)
+        with Heard(p.reader) as again:
+            again.call.begin()
+            p.say(again.call, 1)
+            await until(lambda: again.tokens == [1])
+
+
 async def test_a_feed_that_has_ended_well_ends_no_call_and_opens_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagewire_core.feed._RETRY_S", 0.0)
     async with peers() as p:

@@ -24,10 +24,11 @@ def sequence(num_tokens: int, num_computed: int = 0, blocks: range = range(0), n
                     block_table=list(blocks))  # fmt: skip
 
 
-def running(seed: Seq[tuple[int, int]], drafts: Seq[int] = ()) -> Running:
+def running(seed: Seq[tuple[int, int]], drafts: Seq[int] = (), handed_over: int = 0) -> Running:
     """(tokens, uncomputed) each, with all the blocks that its computed tokens need, none shared.
 
-    One uncomputed token: it decodes, with as many draft tokens as `drafts` says.
+    One uncomputed token: it decodes, with as many draft tokens as `drafts` says. The first `handed_over` of all
+    have not waited here.
     """
     rows, order, prompts, drafted, start = DecodeRows(1), dict[Sequence, None](), [], [], 0
     for num_tokens, uncomputed in seed:
@@ -35,6 +36,7 @@ def running(seed: Seq[tuple[int, int]], drafts: Seq[int] = ()) -> Running:
         held = CONFIG.blocks_for(num_tokens if uncomputed > 1 else num_computed)
         seq = sequence(num_tokens, num_computed, range(start, start + held))
         start += held
+        seq.queued = len(order) >= handed_over
         order[seq] = None
         if uncomputed > 1:
             prompts.append(seq)
@@ -117,6 +119,13 @@ def test_blocks_promised_to_transfers_are_not_given_to_new_prompts() -> None:
 def test_a_prompt_with_n_choices_needs_n_seats() -> None:
     assert not decide(running([(20, 1)] * 4), [sequence(5, n=3)], pool(60), CONFIG).admitted
     assert len(decide(running([(20, 1)] * 3), [sequence(5, n=3)], pool(60), CONFIG).admitted) == 1
+
+
+def test_whose_kv_came_with_them_take_no_place_of_those_that_wait() -> None:
+    """A stream of them once kept a resumed answer waiting until there were no more: theirs is no queue."""
+    assert not decide(running([(20, 1)] * 8, handed_over=2), [sequence(5)], pool(60), CONFIG).admitted
+    waiting = [sequence(5), sequence(5)]
+    assert admitted(decide(running([(20, 1)] * 8, handed_over=3), waiting, pool(60), CONFIG)) == [(waiting[0], 5)]
 
 
 def test_the_last_to_arrive_is_preempted_when_blocks_run_out() -> None:

@@ -93,11 +93,16 @@ class Feed(Generic[B]):
         self._closed = True
 
     async def batches(self) -> AsyncIterator[B]:
-        """An empty batch first; then all that was added since the last one, as soon as there is anything."""
+        """An empty batch first; then all that was added since the last one, as soon as there is anything.
+
+        Raises Unavailable once more was added than a reader that stands still may leave.
+        """
         yield self._make_batch()
         while self._entries or not (self._draining and self._num_users == 0):
             await self._wake.wait()  # who adds in the same turn of the event loop is in this batch too
             self._wake.clear()
+            if self._closed:  # its calls have lost entries: the reader is to know that, and opens another feed
+                raise Unavailable(f"the feed's reader left more than {_MAX_UNREAD} additions unread")
             if self._entries:
                 batch, self._batch = self._batch, self._make_batch()
                 self._entries.clear()

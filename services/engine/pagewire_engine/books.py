@@ -51,6 +51,7 @@ class Books:
     # ---------------------------------------------------------------- coming
 
     def enqueue(self, seq: Sequence) -> None:
+        seq.queued = True
         seq.expected_hit = len(self.lookup(seq)) * self.config.block_size
         self.waiting[seq] = None
         self._count_waiting(seq, 1)
@@ -280,6 +281,7 @@ class Books:
             assert list(self.seats.tables[seq.seat, : len(seq.block_table)]) == seq.block_table, "a table disagrees"
         assert [seq.row for seq in self.rows.sequences] == list(range(len(self.rows)))
         assert {*self.prompts, *self.rows.sequences} == self.running.keys(), "a running sequence is nowhere"
+        assert self.rows.num_queued == sum(seq.queued for seq in self.rows.sequences)
         for seq in self.rows.sequences:
             assert self.rows.seats[seq.row] == seq.seat
             assert self.rows.capacities[seq.row] == len(seq.block_table) * self.config.block_size

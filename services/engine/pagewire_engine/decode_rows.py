@@ -16,6 +16,8 @@ _T = TypeVar("_T")
 class DecodeRows:
     """Rows 0..n-1 are dense: one that leaves is replaced by the last.
 
+    num_queued: of the sequences, those that came through the engine's queue.
+
     `sequences`, `scheduled` and `sample_rows` have an element per row, every array (int64) at least that:
 
     seats       row of the engine's block tables
@@ -32,6 +34,7 @@ class DecodeRows:
         self.sequences: list[Sequence] = []
         self.scheduled: list[tuple[Sequence, int]] = []
         self.sample_rows: list[SampleRow] = []
+        self.num_queued = 0
         self._use(np.zeros((_COLUMNS, max(num_rows, 1)), np.int64))
 
     def __len__(self) -> int:
@@ -50,6 +53,7 @@ class DecodeRows:
             self._use(np.concatenate([self._columns, np.zeros_like(self._columns)], 1))
         self._columns[:, seq.row] = values
         self.sequences.append(seq)
+        self.num_queued += seq.queued
         self.scheduled.append((seq, 1))
         self.sample_rows.append(seq.request.sample_row(seq.choice, seq.tokens))
 
@@ -57,6 +61,7 @@ class DecodeRows:
         """Takes its row away; `seq.last_step` keeps what the row knew."""
         row, last = seq.row, len(self.sequences) - 1
         seq.last_step, seq.row = int(self.last_steps[row]), -1
+        self.num_queued -= seq.queued
         if row != last:
             self._columns[:, row] = self._columns[:, last]
             self.sequences[last].row = row

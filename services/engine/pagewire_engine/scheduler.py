@@ -7,6 +7,10 @@ sequence finds no block, the sequence that arrived last is preempted: it gives i
 computed anew later (mostly from the prefix cache). Not so a prefill-only prompt: its KV may be on its way to
 another worker, and with all the blocks that it will ever need it ends by itself.
 
+`max_num_seqs` sequences that have waited run at a time. Those whose KV came from a prefill worker run beside them, at
+once, for their blocks are theirs already: as many as the router lets in. If they took the places of those that wait, a
+stream of them would keep these waiting for ever.
+
 The cost is that of the sequences that change: those that only go on by a token are counted, not visited.
 """
 
@@ -140,7 +144,7 @@ def _admit(
 ) -> tuple[list[Admission], tuple[Sequence, int] | None]:
     """Takes sequences from the head of the queue while they fit and more than `least` of the limit is left."""
     admitted: list[Admission] = []
-    seats = config.max_num_seqs - len(running.rows) - sum(_seats(seq) for seq in running.prompts)
+    seats = config.max_num_seqs - running.rows.num_queued - sum(_seats(seq) for seq in running.prompts)
     for seq in waiting:
         # Whoever decodes beside it may want a block at the next step.
         available = free - pool.reserved - len(running.order) - len(admitted)

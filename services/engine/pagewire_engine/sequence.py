@@ -46,6 +46,7 @@ class Sequence:
     last_step: int = 0  # number of the last step with it; only while it has no row
     draft: list[int] = field(default_factory=list)  # guesses of its next tokens, for the next step
     expected_hit: int = 0  # tokens of its prefix that were cached when it began to wait
+    queued: bool = False  # it has waited here to be computed, and so needs one of the `max_num_seqs` places
     wanted_blocks: int = 0  # when it was last refused a place: the free blocks that it would have taken
 
     @property
@@ -63,6 +64,7 @@ class Sequence:
             num_computed=self.num_computed,
             num_scheduled=self.num_computed,
             num_registered=self.num_registered,
+            queued=self.queued,
             block_table=list(self.block_table),
         )
 
