@@ -51,6 +51,9 @@ _SERVER_OPTIONS = [
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a silent sharing
     ("grpc.max_concurrent_streams", MAX_STREAMS),
+    # Else of more than 1000 calls that come in one turn of the loop, some are cancelled without a word.
+    ("grpc.server.max_pending_requests", MAX_STREAMS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_STREAMS),
     ("grpc.server_handshake_timeout_ms", 10_000),  # who connects and says nothing is sent away
 ]
 # A pool of its own: a channel to a restarted peer must not reuse the dead one's connection.
