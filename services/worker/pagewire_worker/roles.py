@@ -76,12 +76,18 @@ class Roles:
         yield 0
 
     async def drain(self, timeout_s: float) -> AsyncIterator[int]:
-        """Takes nothing new. How many calls still run, until none does; after `timeout_s` they are handed over."""
+        """Takes nothing new. How many calls still run, until none does; after `timeout_s` they are handed over.
+
+        That happens also when nobody listens any more; a later drain sets another time.
+        """
         self.stop_admitting()
         await self._stop_giving_up()
         servicers = (self._prefill, self._decode)
-        async for num_calls in _until_ended(servicers, timeout_s):
+        self._giving_up = asyncio.create_task(self._give_up(servicers, timeout_s))
+        while num_calls := _num_calls(servicers):
             yield num_calls
+            await asyncio.sleep(_POLL_S)
+        yield 0
 
     def stop_admitting(self) -> None:
         self.draining = True
@@ -97,8 +103,7 @@ class Roles:
         self._decode.taking_one_token = not self.draining and self.role == common_pb2.WORKER_ROLE_PREFILL
 
     async def _give_up(self, servicers: Sequence[PrefillServicer | DecodeServicer], timeout_s: float) -> None:
-        async for _ in _until_ended(servicers, timeout_s):
-            pass
+        await _ended(servicers, timeout_s)
         if self._prefill.refusing:
             await self._sender.release()
         if self._decode.refusing:
@@ -113,17 +118,16 @@ class Roles:
                 await giving_up
 
 
-async def _until_ended(servicers: Sequence[PrefillServicer | DecodeServicer], timeout_s: float) -> AsyncIterator[int]:
+async def _ended(servicers: Sequence[PrefillServicer | DecodeServicer], timeout_s: float) -> None:
+    """Returns when none of their calls runs any more; hands over those that still do after `timeout_s`."""
     clock = asyncio.get_running_loop().time
     hand_over_at = clock() + timeout_s
-    while num_calls := _num_calls(servicers):
-        yield num_calls
+    while _num_calls(servicers):
         if clock() >= hand_over_at:
             hand_over_at = float("inf")
             for servicer in servicers:
                 servicer.hand_over()
         await asyncio.sleep(_POLL_S)
-    yield 0
 
 
 def _num_calls(servicers: Sequence[PrefillServicer | DecodeServicer]) -> int:

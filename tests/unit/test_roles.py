@@ -1,0 +1,71 @@
+"""What a worker does when it is to give up something, whoever listens to how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from kv_endpoints import until
+from pagewire.v1 import common_pb2
+from pagewire_worker.roles import Roles
+
+
+@dataclass
+class Service:
+    """Has a call that ends when it is handed over."""
+
+    num_calls: int = 1
+    refusing: bool = False
+    taking_one_token: bool = False
+
+    def hand_over(self) -> None:
+        self.num_calls = 0
+
+
+@dataclass
+class Connections:
+    released: bool = False
+
+    async def release(self) -> None:
+        self.released = True
+
+
+@dataclass
+class Scene:
+    prefill: Service = field(default_factory=Service)
+    decode: Service = field(default_factory=Service)
+    sender: Connections = field(default_factory=Connections)
+    receiver: Connections = field(default_factory=Connections)
+
+    def __post_init__(self) -> None:
+        parts: list[Any] = [self.prefill, self.decode, self.sender, self.receiver]
+        self.roles = Roles("both", *parts, changed=lambda role: None)
+
+
+@pytest.mark.parametrize("what", ["drain", "switch"])
+async def test_what_is_given_up_is_handed_over_though_nobody_listens_any_more(what: str) -> None:
+    """A drain was driven by its call: with an interrupted command the worker took nothing and handed nothing over."""
+    s = Scene()
+    numbers = s.roles.drain(0.1) if what == "drain" else s.roles.switch(common_pb2.WORKER_ROLE_DECODE, 0.1)
+    async with contextlib.aclosing(numbers):
+        assert await anext(numbers) > 0
+    assert s.prefill.refusing and s.prefill.num_calls
+    await until(lambda: not s.prefill.num_calls and s.sender.released, 5)
+    if what == "drain":
+        await until(lambda: not s.decode.num_calls and s.receiver.released, 5)
+
+
+async def test_a_drain_that_is_asked_for_again_takes_the_later_time_and_both_hear_of_its_end() -> None:
+    s = Scene()
+
+    async def drain(timeout_s: float) -> list[int]:
+        return [number async for number in s.roles.drain(timeout_s)]
+
+    first = asyncio.create_task(drain(600))
+    await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        assert (await drain(0))[-1] == 0
+        assert (await first)[-1] == 0
