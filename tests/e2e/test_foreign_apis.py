@@ -469,6 +469,16 @@ async def test_ollama_cuts_what_does_not_fit_and_says_so(cluster: Cluster) -> No
     assert small.json()["prompt_eval_count"] + 1 == 64
 
 
+async def test_ollama_answers_a_prompt_that_fits_however_long_the_answer_may_be(cluster: Cluster) -> None:
+    """num_ctx and num_predict of the same size once cut the prompt to one token; more of the latter was a 400."""
+    body = {"model": "demo", "prompt": RAW, "raw": True, "stream": False}
+    for options in ({"num_ctx": 512, "num_predict": 512}, {"num_predict": 4096}):
+        for fields in ({}, {"truncate": False}):
+            asked = {**body, **fields, "options": {"temperature": 0, **options}}
+            answer = (await cluster.http.post("/api/generate", json=asked)).json()
+            assert answer["response"] == "3, 4, 5, 6, 7, 8, 9." and "prompt_truncated" not in answer
+
+
 async def test_ollamas_penalties_are_over_the_last_tokens(cluster: Cluster) -> None:
     """Of none: no penalty. Over more of them the prompt counts, in which what it is to write stands already."""
 

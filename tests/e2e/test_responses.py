@@ -155,6 +155,11 @@ async def test_a_conversation_that_is_too_long_is_refused_or_cut(client: AsyncOp
     cut = await client.responses.with_raw_response.create(**ask, truncation="auto")
     assert int(cut.headers["x-pagewire-prompt-truncated"]) > 0
     assert cut.parse().status == "completed"
+    fits = await client.responses.with_raw_response.create(
+        model="demo", temperature=0, input=QUESTION, max_output_tokens=4096, truncation="auto"
+    )
+    assert "x-pagewire-prompt-truncated" not in fits.headers
+    assert fits.parse().output_text == await chat_text(client, ("user", QUESTION))
 
 
 LONG: dict[str, Any] = {"model": "demo", "temperature": 0, "input": QUESTION, "background": True,

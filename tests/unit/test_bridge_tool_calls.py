@@ -166,6 +166,32 @@ async def test_reasons_to_stop(bridge: Bridge) -> None:
         assert ("tool_calls" in choice["message"]) == called
 
 
+async def test_where_calls_may_not_be_parallel_the_first_is_the_only_one(bridge: Bridge) -> None:
+    """Streamed or not, in every API; the model made two all the same."""
+    anthropic = {"max_tokens": 9, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
+    tools = [{"name": t["function"]["name"], "input_schema": {"type": "object"}} for t in (WEATHER, NOW)]
+    parts = [delta(part) for part in in_parts(TEXT, range(0, len(TEXT), 7))]
+    for stream in (False, True):
+        bridge.router.script = says(accepted(), *parts, delta(finish=STOP), summary())
+        chat = await bridge.chat(tools=[WEATHER, NOW], parallel_tool_calls=False, stream=stream)
+        flat = [{"type": "function", **tool["function"]} for tool in (WEATHER, NOW)]
+        asked = {"model": "demo", "input": "hi", "tools": flat, "parallel_tool_calls": False, "stream": stream}
+        response = await bridge.http.post("/v1/responses", json=asked)
+        body = {**ASK, **anthropic, "tools": tools, "stream": stream}
+        message = await bridge.http.post("/v1/messages", json=body)
+        for answer, reason in ((chat, '"finish_reason":"tool_calls"'), (message, '"stop_reason":"tool_use"')):
+            assert answer.text.count('"name":"get_weather"') == 1 and reason in answer.text
+        assert not any('"name":"now"' in answer.text for answer in (chat, message))
+        if not stream:
+            [call] = chat.json()["choices"][0]["message"]["tool_calls"]
+            [made] = [item for item in response.json()["output"] if item["type"] == "function_call"]
+            [block] = [block for block in message.json()["content"] if block["type"] == "tool_use"]
+            assert json.loads(call["function"]["arguments"]) == json.loads(made["arguments"]) == block["input"]
+            assert block["input"] == {"city": 'R"ome'}
+        else:
+            assert response.text.count("response.function_call_arguments.done") == 2  # its name, and its type
+
+
 async def test_thoughts_that_the_prompt_began_and_thoughts_that_nobody_wants(bridge: Bridge) -> None:
     begun = GenerateResponse(accepted=Accepted(model="demo", prompt_tokens=7, prompt_tail="assistant\n<think>\n"))
     bridge.router.script = says(begun, delta("a</thi"), delta("nk>b"), delta(finish=STOP), summary())

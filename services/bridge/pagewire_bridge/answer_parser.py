@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pagewire.v1.inference_pb2 import TokenText
 
 from pagewire_bridge.reasoning import ReasoningFormat
-from pagewire_bridge.tools.calls import Call, CallParser, Piece, Text, ToolFormat, joined
+from pagewire_bridge.tools.calls import Arguments, Call, CallParser, Piece, Text, ToolFormat, joined
 from pagewire_bridge.tools.families import TOOL_FORMATS
 
 
@@ -38,10 +38,15 @@ NO_FORMAT = AnswerFormat()
 
 
 class AnswerParser:
-    """Of one choice. All pieces together are the same however the text was cut."""
+    """Of one choice. All pieces together are the same however the text was cut.
 
-    def __init__(self, tools: CallParser | None, reasoning: ReasoningFormat | None, prompt_tail: str) -> None:
-        self._tools = tools
+    parallel: whether there may be several calls; of a model that makes more all the same, the first is taken.
+    """
+
+    def __init__(
+        self, tools: CallParser | None, reasoning: ReasoningFormat | None, prompt_tail: str, parallel: bool = True
+    ) -> None:
+        self._tools, self._parallel = tools, parallel
         self._reasoning = reasoning.parser(prompt_tail) if reasoning else None
         self._counted = _in_bytes(reasoning).parser(prompt_tail) if reasoning else None
         self._undecided: list[TokenText] = []
@@ -82,6 +87,8 @@ class AnswerParser:
         return taken
 
     def _noted(self, pieces: list[Piece]) -> list[Piece]:
+        if not self._parallel:
+            pieces = [piece for piece in pieces if not isinstance(piece, Call | Arguments) or piece.index == 0]
         self.num_calls += sum(isinstance(piece, Call) for piece in pieces)
         return pieces
 

@@ -12,15 +12,17 @@ _ROOM = 1  # tokens at least for the answer
 async def cut_to_fit(client: RouterClient, request: pb.GenerateRequest, num_ctx: int | None) -> int:
     """Makes the prompt of `request` fit; how many tokens went. Raises PagewireError.
 
-    num_ctx: tokens of prompt and answer; None: the model's. Of a chat the oldest messages go first; only if its
-    system messages and its last one are too long by themselves does it lose its beginning, as a plain prompt does.
+    num_ctx: tokens of prompt and answer; None: the model's. However long the answer may be, a prompt that fits stays
+    whole; one that must be cut leaves room for the answer, but no more than half of all. Of a chat the oldest messages
+    go first; only if its system messages and its last one are too long by themselves does it lose its beginning, as a
+    plain prompt does.
     """
     about = await client.tokenize(pb.TokenizeRequest(model=request.model, text=""))
-    limit = min(num_ctx or about.max_model_len, about.max_model_len)
-    limit = max(limit - max(request.sampling.max_tokens, _ROOM), 1)
+    context = min(num_ctx or about.max_model_len, about.max_model_len)
     before = await _num_tokens(client, request)
-    if before <= limit:
+    if before <= max(context - _ROOM, 1):
         return 0
+    limit = max(context - max(min(request.sampling.max_tokens, context // 2), _ROOM), 1)
     if request.HasField("chat"):
         await _drop_oldest(client, request, limit)
     request.truncate_prompt_tokens = min(request.truncate_prompt_tokens or limit, limit)

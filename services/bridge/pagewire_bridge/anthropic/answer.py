@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 import structlog
 from pagewire.v1 import common_pb2
 from pagewire.v1.inference_pb2 import Delta, Summary
@@ -21,6 +20,7 @@ from pagewire_bridge import sse
 from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.anthropic.errors import from_error
 from pagewire_bridge.generation import Generation
+from pagewire_bridge.json_text import exact
 from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
 
 log = structlog.get_logger(__name__)
@@ -163,8 +163,8 @@ def _delta(piece: Piece) -> Fields | None:
 def _read(text: str) -> Any:
     """Arguments are an object here; a call that was cut short has what can be said of it."""
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
+        return exact(text)
+    except ValueError:
         return {}
 
 

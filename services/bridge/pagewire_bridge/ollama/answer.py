@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 import structlog
 from pagewire.v1 import common_pb2
 from pagewire.v1.inference_pb2 import Delta, TokenText
@@ -19,6 +18,7 @@ from pagewire_core.errors import PagewireError
 from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.json_line import json_line
+from pagewire_bridge.json_text import exact
 from pagewire_bridge.ollama.errors import error_object
 from pagewire_bridge.timestamps import rfc3339
 from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
@@ -116,8 +116,8 @@ def _calls(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 def _read(text: str) -> Any:
     """A call that was cut short has no arguments that could be read."""
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
+        return exact(text)
+    except ValueError:
         return {}
 
 

@@ -99,6 +99,7 @@ def _complete(request: inference_pb2.GenerateRequest, body: GenerateBody | ChatB
     request.sampling.CopyFrom(to_sampling(body.asked, (body.top_logprobs or 0) if body.logprobs else None))
     if shows_marks:
         request.sampling.skip_special_tokens = False
+    request.clip_max_tokens = True  # the prompt alone must fit
     request.return_prompt_token_ids = isinstance(body, GenerateBody) and not body.raw
     request.model_sampling_defaults = False
     return request

@@ -20,7 +20,7 @@ from pagewire_bridge.openai.prompts import Echo, listed
 from pagewire_bridge.openai.schema import StreamOptions
 from pagewire_bridge.openai.shapes import Choice, Shape
 from pagewire_bridge.served_by import account
-from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
+from pagewire_bridge.tools.calls import Piece, Text, Thought, joined
 
 log = structlog.get_logger(__name__)
 
@@ -38,8 +38,8 @@ class Answer:
     again as a stop_reason; the model's end-of-sequence ids are not shown. prompt_token_ids: per prompt,
     None unless the client wants token ids beside the text. parsers: of each choice, if there is more in it than
     content. named_tool: the one call is what was asked for, and no reason to stop. functions: the client does not know
-    tools, and has room for one call. echo: of prompts whose tokens come before the choices'. prompt_logprobs: how many
-    of the best are listed in the place of each of a prompt's tokens.
+    tools. echo: of prompts whose tokens come before the choices'. prompt_logprobs: how many of the best are listed in
+    the place of each of a prompt's tokens.
     """
 
     shape: Shape
@@ -98,12 +98,7 @@ class Answer:
         pieces = parser.push(delta.text)
         if delta.finish_reason in FINISH_REASONS:
             pieces += parser.finish()
-        return [piece for piece in pieces if self._is_told(piece)]
-
-    def _is_told(self, piece: Piece) -> bool:
-        if isinstance(piece, Call | Arguments):
-            return not self.functions or piece.index == 0
-        return self.include_reasoning or not isinstance(piece, Thought)
+        return [piece for piece in pieces if self.include_reasoning or not isinstance(piece, Thought)]
 
     def finish_reason(self, index: int, reason: str) -> str:
         called = bool(self.parsers) and self.parsers[index].num_calls > 0

@@ -9,6 +9,8 @@ from pagewire.v1.inference_pb2 import StructuredOutput, Texts
 from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pagewire_bridge.json_text import TooDeep, check_depth
+
 _KINDS = ("json_", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -59,6 +61,8 @@ class ResponseFormat(_Shape):
             raise InvalidRequest(f"`{where}` is for a schema or a regex alone.", where)
         if self.type == "regex" and not isinstance(self.value, str):
             raise InvalidRequest(f"`{where}` must be a string.", where)
+        if self.type != "regex":
+            _check_depth(self.value, where)
 
     def to_proto(self) -> StructuredOutput | None:
         """None for plain text."""
@@ -101,6 +105,7 @@ class StructuredOutputs(_Shape):
         if len(given) != 1:
             names = ", ".join(kind.rstrip("_") for kind in _KINDS)
             raise InvalidRequest(f"`structured_outputs` needs exactly one of {names}.", "structured_outputs")
+        _check_depth(self.json_ if self.structural_tag is None else self.structural_tag, "structured_outputs")
         return self
 
     def to_proto(self) -> StructuredOutput:
@@ -114,6 +119,16 @@ class StructuredOutputs(_Shape):
             whitespace_pattern=self.whitespace_pattern or "",
             disable_any_whitespace=bool(self.disable_any_whitespace),
         )
+
+
+def _check_depth(value: dict[str, Any] | str | None, where: str) -> None:
+    """Of text, whose other mistakes the router tells. Raises InvalidRequest."""
+    try:
+        check_depth(orjson.loads(value) if isinstance(value, str) else None)
+    except TooDeep as error:
+        raise InvalidRequest(f"`{where}` is {error}.", where) from None
+    except orjson.JSONDecodeError:
+        pass
 
 
 def _text(value: dict[str, Any] | str | None) -> str:

@@ -53,4 +53,4 @@ def parser_of(body: ChatBody, answers: AnswerFormat, prompt_tail: str) -> Answer
     reasoning = None if body.continue_final_message else answers.reasoning
     if use.form is None and reasoning is None:
         return None
-    return AnswerParser(use.form.parser(use.tools) if use.form else None, reasoning, prompt_tail)
+    return AnswerParser(use.form.parser(use.tools) if use.form else None, reasoning, prompt_tail, use.parallel)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import orjson
 from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field
 
+from pagewire_bridge.json_text import TooDeep, exact
 from pagewire_bridge.tools.calls import Tool
 
 MAX_TOOLS = 128
@@ -74,12 +74,14 @@ class CalledTool(_Shape):
     type: Literal["function"] | None = None
     function: CalledFunction
 
-    def to_fields(self) -> dict[str, Any]:
-        """As templates read it: arguments as the object that they are."""
+    def to_fields(self, where: str) -> dict[str, Any]:
+        """As templates read it: arguments as the object that they are. where: its place. Raises InvalidRequest."""
         arguments: Any = self.function.arguments or "{}"
         try:
-            arguments = orjson.loads(arguments)
-        except orjson.JSONDecodeError:
+            arguments = exact(arguments)
+        except TooDeep as error:
+            raise InvalidRequest(f"The arguments of a call are {error}.", f"{where}.function.arguments") from None
+        except ValueError:
             pass  # a template may still print it
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 

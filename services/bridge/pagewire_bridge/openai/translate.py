@@ -228,7 +228,7 @@ def from_models(models: Iterable[inference_pb2.Model]) -> dict[str, object]:
 def _to_message(message: Message, where: str) -> inference_pb2.ChatMessage:
     fields: dict[str, object] = {}
     if message.tool_calls:
-        fields["tool_calls"] = [call.to_fields() for call in message.tool_calls]
+        fields["tool_calls"] = [call.to_fields(f"{where}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)]
     if message.tool_call_id is not None:
         fields["tool_call_id"] = message.tool_call_id
     if thoughts := message.reasoning if message.reasoning_content is None else message.reasoning_content:

@@ -40,15 +40,16 @@ async def create(request: Request) -> Response:
 
 
 async def _answer(asked: Asked) -> Response:
-    """A conversation that is too long is cut if it may be, and asked again."""
+    """A conversation that is too long is cut if it may be, and asked again; its answer may then be as long as fits."""
     answer = _in_background if asked.body.background else _in_foreground
     try:
         return await answer(asked)
     except ContextLength:
         if asked.body.truncation != "auto":
             raise
-    removed = await cut_to_fit(client_of(asked.request), asked.generate, None)
-    asked.headers["x-pagewire-prompt-truncated"] = str(removed)
+    asked.generate.clip_max_tokens = True
+    if removed := await cut_to_fit(client_of(asked.request), asked.generate, None):
+        asked.headers["x-pagewire-prompt-truncated"] = str(removed)
     return await answer(asked)
 
 

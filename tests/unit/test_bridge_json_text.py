@@ -1,0 +1,132 @@
+"""JSON that could be read but not written again, and numbers that no float holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from pagewire_bridge.answer_parser import AnswerFormat
+from pagewire_bridge.json_text import MAX_DEPTH
+from pagewire_bridge.tools.families import TOOL_FORMATS
+from scripted_router import STOP, Bridge, accepted, delta, running_bridge, says, summary
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LONG = 123456789012345678901234567890
+USER = {"role": "user", "content": "hi"}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """So many objects and lists in each other, of which the outermost has a key that TGI wants."""
+    value: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        value = {"properties": value}
+    return value
+
+
+def called(text: str) -> dict[str, Any]:
+    call = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": text}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bridge() -> AsyncIterator[Bridge]:
+    async with running_bridge(answers=AnswerFormat(TOOL_FORMATS["json"], auto_tools=True)) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def fresh(bridge: Bridge) -> None:
+    bridge.router.reset()
+
+
+async def post(bridge: Bridge, path: str, body: dict[str, Any]) -> tuple[int, str]:
+    response = await bridge.http.post(path, content=json.dumps(body).encode())
+    return response.status_code, response.text
+
+
+def deep_bodies(depth: int) -> list[tuple[str, dict[str, Any]]]:
+    """In every API, with what is nested so deep in one of its fields."""
+    deep = nested(depth)
+    function = {"name": "f", "parameters": deep}
+    chat: dict[str, Any] = {"model": "demo", "messages": [USER]}
+    use = {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": deep}]}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "3 pm"}]}
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": deep}}
+    messages: dict[str, Any] = {**chat, "max_tokens": 9}
+    response: dict[str, Any] = {"model": "demo", "input": "hi", "store": False}
+    loaded: dict[str, Any] = {**chat, "stream": False}
+    return [
+        ("/v1/chat/completions", {**chat, "tools": [{"type": "function", "function": function}]}),
+        ("/v1/chat/completions", {**chat, "response_format": schema}),
+        ("/v1/chat/completions", {**chat, "structured_outputs": {"json": deep}}),
+        ("/v1/chat/completions", {**chat, "structured_outputs": {"structural_tag": json.dumps({"format": deep})}}),
+        ("/v1/chat/completions", {**chat, "response_format": {"type": "json", "value": json.dumps(deep)}}),
+        ("/v1/completions", {"model": "demo", "prompt": "hi", "guided_json": json.dumps(deep)}),
+        ("/v1/chat/completions", {**chat, "chat_template_kwargs": deep}),
+        ("/v1/chat/completions", {**chat, "messages": [USER, called(json.dumps(deep)), USER]}),
+        ("/v1/responses", {**response, "tools": [{"type": "function", **function}]}),
+        ("/v1/responses", {**response, "text": {"format": {**schema["json_schema"], "type": "json_schema"}}}),
+        ("/generate", {"inputs": "hi", "parameters": {"grammar": {"type": "json", "value": deep}}}),
+        ("/generate", {"inputs": "hi", "parameters": {"grammar": {"type": "json", "value": json.dumps(deep)}}}),
+        ("/api/chat", {**loaded, "format": deep}),
+        ("/api/chat", {**loaded, "messages": [
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": deep}}]}, USER]}),
+        ("/v1/messages", {**messages, "tools": [{"name": "f", "input_schema": deep}]}),
+        ("/v1/messages", {**messages, "messages": [USER, use, result]}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(deep_bodies(2))))
+async def test_what_is_nested_too_deeply_is_refused_in_every_api(bridge: Bridge, number: int) -> None:
+    """It was once read, could not be written for the router, and failed as a fault of the server."""
+    bridge.router.script = says(accepted(), delta("ho", tokens=[]), delta("", finish=STOP), summary())
+    for depth in (MAX_DEPTH + 1, 300, 900):
+        status, text = await post(bridge, *deep_bodies(depth)[number])
+        assert status in (400, 422) and "nested too deeply" in text
+    assert not bridge.router.requests
+    await post(bridge, *deep_bodies(MAX_DEPTH - 10)[number])
+    assert len(bridge.router.requests) == 1
+
+
+async def test_long_numbers_of_a_call_reach_the_template_as_they_are(bridge: Bridge) -> None:
+    arguments = f'{{"id":{LONG},"list":[{-LONG},1.5,1e3],"text":"ü"}}'
+    assert (await bridge.chat(messages=[called(arguments), USER])).status_code == 200
+    [call] = json.loads(bridge.router.requests[-1].chat.messages[0].fields_json)["tool_calls"]
+    assert call["function"]["arguments"] == {"id": LONG, "list": [-LONG, 1.5, 1000.0], "text": "ü"}
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": Infinity}', '{"a": 1e999}', '{"a": "\\ud800"}', '{"a": '])
+async def test_what_is_no_json_is_text_for_the_template(bridge: Bridge, text: str) -> None:
+    assert (await bridge.chat(messages=[called(text), USER])).status_code == 200
+    [call] = json.loads(bridge.router.requests[-1].chat.messages[0].fields_json)["tool_calls"]
+    assert call["function"]["arguments"] == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (f'{{"id": {LONG},\n "of": [1.0, {{"ü": null}}]}}', f'{{"id":{LONG},"of":[1.0,{{"ü":null}}]}}'),
+        (json.dumps(nested(900)), "{}"),
+        ('{"a": 1e999}', "{}"),
+    ],
+)
+async def test_arguments_that_are_objects_have_the_models_numbers(
+    bridge: Bridge, arguments: str, expected: str
+) -> None:
+    """In one line: Ollama's stream is lines."""
+    said = f'{{"name": "now", "arguments": {arguments}}}'
+    bridge.router.script = says(accepted(), delta(said), delta(finish=STOP), summary())
+    chat: dict[str, Any] = {"model": "demo", "messages": [USER]}
+    tool = {"type": "function", "function": {"name": "now"}}
+    for path, body, key in (
+        ("/v1/messages", {**chat, "max_tokens": 9, "tools": [{"name": "now", "input_schema": {}}]}, "input"),
+        ("/api/chat", {**chat, "stream": False, "tools": [tool]}, "arguments"),
+        ("/api/chat", {**chat, "tools": [tool]}, "arguments"),
+    ):
+        status, text = await post(bridge, path, body)
+        assert status == 200 and f'"{key}":{expected}' in text
+        assert all(json.loads(line) for line in text.splitlines())
