@@ -182,8 +182,8 @@ async def _serve(control: Connection, lane: str) -> None:
 
 def measure_lane(peer: Peer, name: str, size: int) -> float:
     """From memory of one process into memory of the other. Sockets copy by themselves, the measured one and those below
-    the other lanes; writing into shared memory and reading it is all that this lane does. A lane whose chunks are smaller
-    than `size` is given its largest, as a hand-off gives it.
+    the other lanes; writing into shared memory and reading it is all that this lane does. A lane whose chunks are
+    smaller than `size` is given its largest, as a hand-off gives it.
     """
     copies, lane = name == "shm", peer.open_lane(name)
     size = min(size, lane.most_bytes)
