@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import Run, make_engine, run_all
+from engines import ROOT, Run, make_engine, run_all
 from kv_endpoints import until
 from otlp_sink import children, listening
+from pagewire.v1 import prefill_pb2
 from pagewire_core import tracing
+from pagewire_core.errors import Overloaded
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 from peers import Peer, compute, hand_over, peer
@@ -125,6 +127,26 @@ async def test_what_was_fetched_is_still_there_when_its_prompt_has_waited(llama:
         engine.external.unreserve(promised)
         alone = await asking
         assert alone.tokens == expected and alone.started.cached_tokens == HELD
+        await s.assert_empty()
+
+
+async def test_a_worker_that_takes_no_calls_any_more_begins_none_that_was_still_fetching(
+    llama: Path, halted: threading.Event
+) -> None:
+    """A drain saw no call and said that the worker was drained; then one began."""
+    async with scene(llama) as s:
+        request = prefill_pb2.PrefillRequest(
+            transfer_id=bytes(16), prompt_ids=PROMPT, cache_root=ROOT, decode_address=s.target.address,
+            holder=s.holder.holds(HELD, 20),
+        )  # fmt: skip
+        responses = s.worker.prefill.Prefill(request, None)  # type: ignore[arg-type]
+        asking = asyncio.ensure_future(anext(aiter(responses)))
+        assert await asyncio.to_thread(halted.wait, 30)
+        s.worker.prefill.refusing = True
+        halted.over.set()  # type: ignore[attr-defined]
+        with pytest.raises(Overloaded):
+            await asking
+        assert not s.computed()
         await s.assert_empty()
 
 

@@ -51,11 +51,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._running: set[asyncio.Queue[Event]] = set()  # the events of each call
         self.refusing = False  # new calls, as if there were no room for them; running ones go on
 
+    def _check_not_refusing(self) -> None:
+        if self.refusing:
+            raise Overloaded(_REFUSED)
+
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        if self.refusing:
-            raise Overloaded(_REFUSED)
+        self._check_not_refusing()
         if len(request.transfer_id) != 16 or not request.decode_address:
             raise InvalidRequest("transfer_id (16 bytes) and decode_address are required")
         if request.decode_local_tokens > len(request.prompt_ids):
@@ -83,6 +86,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             matchings=matchings,
             prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         )
+        self._check_not_refusing()  # what waited until now is none of the calls that a drain waits for
         self._engine.submit(work)
         self._running.add(events)
         self._source.add(request.transfer_id, work)
@@ -124,8 +128,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     async def Embed(
         self, request: prefill_pb2.EmbedPromptRequest, context: grpc.aio.ServicerContext
     ) -> prefill_pb2.EmbedPromptResponse:
-        if self.refusing:
-            raise Overloaded(_REFUSED)
+        self._check_not_refusing()
         with tracing.begin(_EMBED_SPAN, {"gen_ai.request.id": request.request_id}):
             return await self._embed(request)
 
