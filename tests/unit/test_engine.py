@@ -250,6 +250,7 @@ BAD_MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "gelu"}, "activation 'gelu'"),
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantized .awq."),
     "rope": ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope' is not supported"),
+    "a long rope": ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "'longrope' is not supported"),
     "half a rope": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "lacks 'factor'"),
     "a rope of words": ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor '4', which is not a number"),
     "an encoder": ({"is_causal": False}, "is_causal is false"),

@@ -45,6 +45,14 @@ def test_weights_that_are_there_once_more_in_another_form_do_not_count(tmp_path:
     assert resolve_model(str(path)).weight_bytes == 6
 
 
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "{"])
+def test_an_index_of_shards_that_is_none_is_refused_in_one_sentence(index: str, tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m")
+    (path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(StartupError, match=r"index.json .*download the model again"):
+        resolve_model(str(path)).weight_bytes  # noqa: B018
+
+
 def test_the_digest_tells_weights_apart_and_not_places(tmp_path: Path) -> None:
     digests = [
         resolve_model(str(make_model(tmp_path / name, weights, **config))).digest()

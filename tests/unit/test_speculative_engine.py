@@ -113,7 +113,7 @@ def test_a_draft_pool_that_is_too_small_changes_nothing_but_the_number_of_drafts
     llama: Path, smaller: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pagewire_engine.speculative.loading._free_bytes", lambda shape: 1 << 20)
-    monkeypatch.setattr("pagewire_engine.speculative.loading.weight_bytes", lambda model: (1 << 20) - (38 << 10))
+    monkeypatch.setattr("pagewire_core.model_dir.ModelDir.weight_bytes", (1 << 20) - (38 << 10))
     engine, proposer = drafting(llama, smaller)  # 17 blocks of 2 KiB, one of them too many for one sequence
     expected, runs = make_runs(), make_runs()
     run_all(make_engine(llama), *expected)

@@ -48,9 +48,9 @@ class ModelDir:
     @cached_property
     def _weight_files(self) -> list[Path]:
         """The safetensors files that are loaded: a directory may hold the same weights in another form, too."""
-        index = read_json(self.path / "model.safetensors.index.json", {}).get("weight_map", {})
-        named = [self.path / name for name in sorted(set(index.values()) or {"model.safetensors"})]
-        return [file for file in named if file.is_file()]
+        shards = weight_map(self.path)
+        named = sorted(set(shards.values())) if shards is not None else ["model.safetensors"]
+        return [self.path / name for name in named if (self.path / name).is_file()]
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -159,6 +159,17 @@ def read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StartupError(f"{path} is not a JSON object; download the model again")
     return value
+
+
+def weight_map(path: Path) -> dict[str, str] | None:
+    """File of each tensor by the index of a model's shards; None if there is no index. Raises StartupError."""
+    index = path / "model.safetensors.index.json"
+    shards = read_json(index, {"weight_map": None}).get("weight_map", ())
+    if shards is None:
+        return None
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise StartupError(f"{index} is no index of shards; download the model again")
+    return shards
 
 
 def special_token(value: object) -> str | None:

@@ -44,11 +44,7 @@ def _draft_part(config: ModelConfig, draft: ModelDir, options: EngineOptions) ->
     """Bytes of a draft model's weights, and the share of the KV memory that is left to the target."""
     per_token = kv_bytes_per_token(config, options.kv_cache_dtype)
     drafts = kv_bytes_per_token(read_model_config(draft, options), options.kv_cache_dtype)
-    return weight_bytes(draft), per_token / (per_token + drafts)
-
-
-def weight_bytes(model: ModelDir) -> int:
-    return model.weight_bytes
+    return draft.weight_bytes, per_token / (per_token + drafts)
 
 
 def _device(name: str) -> torch.device:
@@ -92,7 +88,7 @@ class Space:
     def __post_init__(self) -> None:
         """Fails before the system's memory does."""
         cpu, ranks = self.config.device.type == "cpu", self.part.ranks * self.part.stages
-        needed = weight_bytes(self.model) // (1 if cpu else ranks)
+        needed = self.model.weight_bytes // (1 if cpu else ranks)
         free = available_memory() if cpu else torch.cuda.mem_get_info(self.config.device)[0]
         if needed > free:
             raise StartupError(

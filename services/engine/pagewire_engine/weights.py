@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from pagewire_core.errors import StartupError
+from pagewire_core.model_dir import weight_map
 from safetensors import SafetensorError, safe_open
 
 
@@ -55,12 +55,8 @@ def _corrupt(file: Path, error: Exception) -> StartupError:
 
 def _locate(path: Path) -> dict[str, str]:
     """Tensor name -> file name."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise _corrupt(index, error) from None
+    if (shards := weight_map(path)) is not None:
+        return shards
     file = path / "model.safetensors"
     if not file.exists():
         raise StartupError(f"{path} has no model.safetensors and no index of shards; only safetensors are loaded")

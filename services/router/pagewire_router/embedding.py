@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 import grpc
 from pagewire.v1 import inference_pb2, prefill_pb2
 from pagewire_core.block_hash import chain_root
 from pagewire_core.errors import ContextLength, InvalidRequest, Overloaded, Unavailable, from_rpc
 from pagewire_core.rpc import request_metadata
+from pagewire_core.tasks import all_of
 
 from pagewire_router.admission import Admission, Slot
 from pagewire_router.fair_queue import QUANTUM
@@ -27,8 +27,6 @@ from pagewire_router.workers import Worker, WorkerTable
 MAX_INPUTS = 2048
 _MAX_ATTEMPTS = 3
 _PAUSE_S = 0.5  # before the last attempt, as a generation has it; the first retry is at once
-
-T = TypeVar("T")
 
 
 def inputs_of(request: inference_pb2.EmbedRequest, model: ServedModel, max_model_len: int) -> list[list[int]]:
@@ -87,7 +85,7 @@ class Embedder:
         """The vectors, in order; the first failure ends all. Raises PagewireError."""
         queueing = asyncio.Lock()
         parts = (self._part(part, queueing, request_id, tenant, deadline) for part in parts_of(inputs))
-        return [vector for part in await _all(parts) for vector in part]
+        return [vector for part in await all_of(parts) for vector in part]
 
     async def _part(
         self, inputs: list[list[int]], queueing: asyncio.Lock, request_id: str, tenant: str, deadline: float
@@ -96,7 +94,7 @@ class Embedder:
         async with contextlib.AsyncExitStack() as held:
             async with queueing:
                 await held.enter_async_context(self._admission.slot(slot))
-            return await _all(self._one(ids, request_id, tenant, deadline) for ids in inputs)
+            return await all_of(self._one(ids, request_id, tenant, deadline) for ids in inputs)
 
     async def _one(self, ids: list[int], request_id: str, tenant: str, deadline: float) -> inference_pb2.Embedding:
         failed: list[str] = []  # on whom, once for each attempt
@@ -133,14 +131,3 @@ class Embedder:
             except grpc.RpcError as error:
                 raise from_rpc(error) from error
         return inference_pb2.Embedding(vector=answer.vector)
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What each gives, in order; the first failure ends all."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

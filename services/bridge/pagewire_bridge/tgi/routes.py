@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from typing import Any
 
 from pagewire.v1.inference_pb2 import GenerateRequest, Model, Summary
 from pagewire_core.errors import InvalidRequest, Unavailable
+from pagewire_core.tasks import all_of
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -164,13 +164,7 @@ async def _answer(request: Request, body: GenerateBody, *, streams: bool, in_lis
 async def _texts(request: Request, bodies: Sequence[GenerateBody]) -> list[str]:
     """The generated texts, in order; the first failure ends all."""
     ids = [f"{request.state.request_id}-{i}" for i in range(len(bodies))]
-    tasks = [asyncio.ensure_future(_text(request, *each)) for each in zip(bodies, ids, strict=True)]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await all_of(_text(request, *each) for each in zip(bodies, ids, strict=True))
 
 
 async def _text(request: Request, body: GenerateBody, request_id: str) -> str:

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from pagewire_core.errors import StartupError
 
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+)  # fmt: skip
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -98,19 +102,16 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(hf.get("rope_scaling") or parameters)
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
     rope["rope_theta"] = rope.get("rope_theta") or hf.get("rope_theta") or parameters.get("rope_theta") or 10000.0
+    if rope["rope_type"] in ("yarn", "llama3") and (trained := hf.get("original_max_position_embeddings")):
+        rope["original_max_position_embeddings"] = trained
+    for name in _ROPE_NUMBERS:
+        if not isinstance(rope.get(name) or 0, int | float):
+            raise StartupError(f"config.json's RoPE has {name} {rope[name]!r}, which is not a number")
     if rope["rope_type"] in ("yarn", "llama3"):
         longest = hf.get("max_position_embeddings", 2048)
-        trained = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
-        rope["original_max_position_embeddings"] = trained
+        trained = rope["original_max_position_embeddings"] = rope.get("original_max_position_embeddings") or longest
         if rope["rope_type"] == "yarn":
             rope["factor"] = rope.get("factor") or longest / trained
-    for name, value in rope.items():
-        if (
-            name.endswith(("factor", "theta", "embeddings"))
-            and value is not None
-            and not isinstance(value, int | float)
-        ):
-            raise StartupError(f"config.json's RoPE has {name} {value!r}, which is not a number")
     return rope
 
 

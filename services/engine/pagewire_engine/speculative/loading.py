@@ -13,7 +13,7 @@ from pagewire_core.model_dir import ModelDir, resolve_model
 from pagewire_engine.loader import Loaded, load
 from pagewire_engine.models.config import ModelConfig
 from pagewire_engine.options import EngineOptions
-from pagewire_engine.resources import kv_bytes_per_token, max_positions, read_model_config, weight_bytes
+from pagewire_engine.resources import kv_bytes_per_token, max_positions, read_model_config
 from pagewire_engine.speculative.config import SpeculativeConfig
 from pagewire_engine.speculative.draft_model import DraftModel
 from pagewire_engine.speculative.draft_proposer import DraftProposer
@@ -53,7 +53,7 @@ def _load_draft(draft: ModelDir, target: Loaded, options: EngineOptions) -> Draf
     max_model_len = min(target.config.max_model_len, max_positions(shape))
     per_token = kv_bytes_per_token(shape, options.kv_cache_dtype)
     wanted = target.config.num_blocks * target.config.block_size * per_token
-    memory = min(wanted, int(_SHARE * (_free_bytes(shape) - weight_bytes(draft))))
+    memory = min(wanted, int(_SHARE * (_free_bytes(shape) - draft.weight_bytes)))
     alone = replace(options, tensor_parallel_size=1, pipeline_parallel_size=1)  # too small to be worth dividing
     loaded = load(draft, replace(alone, max_model_len=max_model_len, kv_cache_memory_bytes=memory))
     log.info("draft model", model=draft.name, num_blocks=loaded.config.num_blocks, max_model_len=max_model_len)
