@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from scripted_router import Bridge
+from scripted_router import STOP, Bridge, accepted, delta, says, summary, token
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -32,6 +34,46 @@ async def test_ignored_fields_are_named_in_a_header_that_cannot_be_broken(bridge
     assert response.status_code == 200
     assert response.headers["x-pagewire-ignored-fields"] == "safety_identifier,stream_options.odd,wat"
     assert "set-cookie" not in response.headers
+
+
+USER = {"messages": MESSAGES, "model": "demo"}
+PROMPT = {"inputs": "hi", "parameters": {"max_tokens": 3, "nothing": None, "seed": None}, "max_new_tokens": 3}
+TENSOR = {"name": "text_input", "data": ["hi"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/generate", PROMPT, "max_new_tokens,parameters.max_tokens"),
+        ("/generate_stream", PROMPT, "max_new_tokens,parameters.max_tokens"),
+        ("/", {**PROMPT, "stream": True}, "max_new_tokens,parameters.max_tokens"),
+        ("/invocations", PROMPT, "max_new_tokens,parameters.max_tokens"),
+        ("/vertex", {"instances": [PROMPT, PROMPT], "odd": 1},
+         "instances.max_new_tokens,instances.parameters.max_tokens,odd"),
+        ("/v2/models/demo/infer", {"inputs": [TENSOR], "parameters": {"odd": 1}, "more": 1}, "more,parameters.odd"),
+        ("/tokenize", {"inputs": "hi", "odd": 1}, "odd"),
+        ("/tokenize", {"prompt": "hi", "odd": 1}, "odd"),
+        ("/tokenize", {**USER, "odd": 1}, "odd"),
+        ("/chat_tokenize", {**USER, "odd": 1}, "odd"),
+        ("/detokenize", {"tokens": [5], "odd": 1}, "odd"),
+        ("/api/show", {"model": "demo", "odd": 1}, "odd"),
+        ("/api/chat", {**USER, "odd": 1, "options": {"num_gpu": 1, "main_gpu": None}}, "odd,options.num_gpu"),
+        ("/v1/messages/count_tokens", {**USER, "odd": 1, "thinking": {"type": "enabled"}}, "odd,thinking"),
+        ("/v1/messages", {**USER, "max_tokens": 3, "metadata": {"odd": 1, "user_id": "u"}}, "metadata.odd"),
+        ("/v1/chat/completions", {**USER, "odd": 1, "stream_options": {"odd": 1}, "stream": True},
+         "odd,stream_options.odd"),
+        ("/v1/responses", {"input": "hi", "odd": 1, "text": {"format": {"type": "text", "odd": 1}}},
+         "odd,text.format.odd"),
+    ],
+)  # fmt: skip
+async def test_every_route_names_what_had_no_effect_but_not_null(
+    bridge: Bridge, path: str, body: dict[str, Any], names: str
+) -> None:
+    bridge.router.script = says(accepted(), delta("hi", tokens=[token(b"hi", -1.0)], finish=STOP), summary())
+    for nothing in ({}, {"nothing": None}):
+        response = await bridge.http.post(path, json={**body, **nothing})
+        assert response.status_code == 200, response.text
+        assert response.headers["x-pagewire-ignored-fields"] == names
 
 
 async def test_the_request_id_comes_from_the_header_then_the_body_then_us(bridge: Bridge) -> None:

@@ -15,6 +15,7 @@ from pagewire_bridge.ollama.schema import ChatBody, GenerateBody, Message, Optio
 from pagewire_bridge.openai.schema import ChatBody as OpenAIChat
 from pagewire_bridge.openai.structured import ResponseFormat
 from pagewire_bridge.openai.translate import to_chat_request
+from pagewire_bridge.openai.unsupported import unknown_fields
 
 _TEMPERATURE, _TOP_P, _TOP_K = 0.8, 0.9, 40
 _REPEAT_LAST_N = 64
@@ -143,8 +144,7 @@ def _json(value: object) -> str:
 
 def ignored(body: GenerateBody | ChatBody) -> list[str]:
     """Names of what has no effect: the model stays loaded, and its context is what it is."""
-    names = list(body.model_extra or ())
-    names += [f"options.{name}" for name in body.asked.model_extra or ()]
+    names = unknown_fields(body)
     if body.keep_alive is not None:
         names.append("keep_alive")
     if body.shift:

@@ -20,7 +20,7 @@ from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.schema import Prompts, Truncation, num_kept, prompts
-from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.openai.unsupported import ignored_fields_header, unknown_fields
 from pagewire_bridge.responses import json_response
 
 Vector = Sequence[float]
@@ -101,7 +101,7 @@ async def embeddings(request: Request) -> Response:
 
 def answer_of(body: BaseModel, content: Mapping[str, object]) -> Response:
     """With the names of the fields that had no effect."""
-    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
+    return json_response(content, headers=ignored_fields_header(unknown_fields(body)))
 
 
 def check_dimensions(wanted: int | None, vectors: Sequence[Vector]) -> None:

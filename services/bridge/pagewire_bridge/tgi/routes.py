@@ -18,6 +18,7 @@ from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.openai.routes import answer_chat, answer_completion
+from pagewire_bridge.openai.unsupported import ignored_fields_header, unknown_fields
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
@@ -60,7 +61,8 @@ async def vertex(request: Request) -> Response:
         raise InvalidRequest(f"`instances` may hold at most {MAX_CLIENT_BATCH_SIZE}", "instances")
     bodies = [validated(GenerateBody, instance) for instance in body.instances]
     texts = await until_disconnect(request.receive, _texts(request, bodies))
-    return json_response({"predictions": texts})
+    names = unknown_fields(body) + [name for one in bodies for name in unknown_fields(one, "instances.")]
+    return json_response({"predictions": texts}, headers=ignored_fields_header(names))
 
 
 async def info(request: Request) -> Response:
@@ -127,7 +129,8 @@ async def kserve_infer(request: Request) -> Response:
         data: list[Any] = list(text.encode()) if as_bytes else [text]
         name = (body.outputs or [])[i : i + 1] or [{"name": "text_output"}]
         outputs.append({"name": name[0].get("name"), "shape": [1, len(data)], "datatype": "BYTES", "data": data})
-    return json_response({"id": body.id or request.state.request_id, "outputs": outputs})
+    answer = {"id": body.id or request.state.request_id, "outputs": outputs}
+    return json_response(answer, headers=ignored_fields_header(unknown_fields(body)))
 
 
 def _to_text(data: Sequence[str] | Sequence[int], where: str) -> str:
@@ -148,15 +151,16 @@ async def _answer(request: Request, body: GenerateBody, *, streams: bool, in_lis
         raise InvalidRequest("`decoder_input_details` is not supported when streaming tokens", "decoder_input_details")
     asked = to_request(body, request.state.request_id, with_tokens=streams)
     generation = begin(request, [asked], asked.n)
-    about = _about(body, asked)
+    about, ignored = _about(body, asked), ignored_fields_header(unknown_fields(body))
 
     async def answer_whole() -> Response:
         content = await whole(about, generation, asked.n)
-        headers = _timings(body.inputs, generation.summaries[0], time.perf_counter() - began)
-        return json_response([content] if in_list else content, headers=headers | served_by(generation.summaries))
+        timings = _timings(body.inputs, generation.summaries[0], time.perf_counter() - began)
+        headers = {**ignored, **timings, **served_by(generation.summaries)}
+        return json_response([content] if in_list else content, headers=headers)
 
     def answer_stream() -> Response:
-        return EventStream(stream(about, generation), generation.close, {})
+        return EventStream(stream(about, generation), generation.close, ignored)
 
     return await respond(request, generation, stream=answer_stream if streams else None, whole=answer_whole)
 
