@@ -44,6 +44,7 @@ API = Api(
             CountBody,
             answers.TokenCount,
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={"a question": _PROMPT},
         ),
     },
