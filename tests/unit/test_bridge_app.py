@@ -91,6 +91,18 @@ async def test_the_request_id_comes_from_the_header_then_the_body_then_us(bridge
     assert len(set(minted)) == 2 and all(len(m) == 32 for m in minted)
 
 
+async def test_anthropics_clients_find_the_request_id_where_they_look(bridge: Bridge) -> None:
+    """Also of what was refused: they show it with the error."""
+    body = {"model": "demo", "max_tokens": 3, "messages": MESSAGES}
+    for path, sent, status in (
+        ("/v1/messages", body, 200), ("/v1/messages", {**body, "stream": True}, 200), ("/v1/messages", {}, 400),
+        ("/v1/messages/count_tokens", body, 200), ("/v1/messages/none", {}, 404),
+    ):  # fmt: skip
+        answer = await bridge.http.post(path, json=sent)
+        assert answer.status_code == status and answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert "request-id" not in (await bridge.chat()).headers
+
+
 async def test_models_are_listed_and_found_by_names_with_slashes(bridge: Bridge) -> None:
     page = await bridge.openai.models.list()
     assert [m.id for m in page.data] == ["demo", "org/name with space"]
