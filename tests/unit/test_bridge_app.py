@@ -103,6 +103,17 @@ async def test_anthropics_clients_find_the_request_id_where_they_look(bridge: Br
     assert "request-id" not in (await bridge.chat()).headers
 
 
+async def test_an_instance_of_vertex_may_be_a_chat(bridge: Bridge) -> None:
+    """As in TGI."""
+    chat = {"messages": MESSAGES, "max_tokens": 9, "n": 3}
+    answer = await bridge.http.post("/vertex", json={"instances": [chat, {"inputs": "hi"}]})
+    assert answer.json() == {"predictions": ["Hello", "Hello"]}
+    asked = {request.WhichOneof("prompt"): request for request in bridge.router.requests}
+    assert asked["chat"].sampling.max_tokens == 9 and asked["chat"].n == 1 and asked["text"].text == "hi"
+    refused = await bridge.http.post("/vertex", json={"instances": [{"messages": []}]})
+    assert refused.status_code == 422 and refused.json()["error_type"] == "validation"
+
+
 async def test_models_are_listed_and_found_by_names_with_slashes(bridge: Bridge) -> None:
     page = await bridge.openai.models.list()
     assert [m.id for m in page.data] == ["demo", "org/name with space"]

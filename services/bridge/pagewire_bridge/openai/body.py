@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pagewire_bridge.body import to_object, validated
 from pagewire_bridge.openai.functions import with_tools
@@ -18,7 +18,11 @@ Body = TypeVar("Body", bound=GenerationBody)
 
 def parse_body(model: type[Body], data: bytes) -> Body:
     """Raises InvalidRequest: not a JSON object, a bad field, or one that asks for what this version does not do."""
-    fields = to_object(data)
+    return read_body_fields(model, to_object(data))
+
+
+def read_body_fields(model: type[Body], fields: dict[str, Any]) -> Body:
+    """The same of an object."""
     refuse_unsupported(fields, chat=issubclass(model, ChatBody))
     body = validated(model, fields)
     if isinstance(body, ChatBody):

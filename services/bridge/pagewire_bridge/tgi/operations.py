@@ -85,12 +85,15 @@ API = Api(
             },
         ),
         routes.vertex: Operation(
-            "Vertex AI's: up to four prompts at once, each in the body of /generate",
+            "Vertex AI's: up to four prompts at once, each in the body of /generate, or a chat",
             VertexBody,
             answers.Predictions,
             raises=_ASKING,
             headers=(IGNORED_FIELDS,),
-            examples={"two": {"instances": [_prompt(), _prompt(max_new_tokens=2)]}},
+            examples={
+                "two": {"instances": [_prompt(), _prompt(max_new_tokens=2)]},
+                "a chat": {"instances": [{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}]},
+            },
         ),
         routes.info: Operation("The model and its limits", answer=answers.Info, raises=ASKING),
         tokenize.chat_tokenize: Operation(
