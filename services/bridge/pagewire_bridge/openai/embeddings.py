@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pagewire.v1 import inference_pb2 as pb
 from pagewire_core.errors import InvalidRequest
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -56,8 +56,10 @@ class EmbeddingsBody(_Body):
 
 
 class ScoreBody(_Body):
-    text_1: str | _Texts
-    text_2: str | _Texts
+    """vLLM has several names for either side."""
+
+    text_1: Annotated[str | _Texts, Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))]
+    text_2: Annotated[str | _Texts, Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))]
 
 
 class RerankBody(_Body):
