@@ -32,6 +32,23 @@ CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/responses/input_tokens", 404),
+        ("POST", "/v1/responses/compact", 404),
+        ("POST", "/v1/responses/resp_1", 405),
+        ("GET", "/v1/models/", 404),
+    ],
+)
+async def test_what_is_no_route_is_not_taken_for_a_name(bridge: Bridge, method: str, path: str, status: int) -> None:
+    """OpenAI's other routes under /v1/responses were once ids, and had no such method."""
+    refused = await bridge.http.request(method, path)
+    assert refused.status_code == status
+    if status == 404:
+        assert refused.json()["error"]["message"] == f"Not Found: {method} {path}"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("error", "status", "kind", "param", "code", "retry_after"),

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 
 from pagewire_core.errors import ContextLength, InvalidRequest
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -188,10 +189,17 @@ def _not_found(response_id: str) -> HTTPException:
     return HTTPException(404, f"Response with id '{response_id}' not found.")
 
 
+class _IdConvertor(StringConvertor):
+    """Any but the names of OpenAI's routes beside it that are not here."""
+
+    regex = "(?!input_tokens$|compact$)[^/]+"
+
+
+register_url_convertor("response_id", _IdConvertor())
 ROUTES = [
     Route("/v1/responses", create, methods=["POST"]),
-    Route("/v1/responses/{response_id}", retrieve, methods=["GET"]),
-    Route("/v1/responses/{response_id}", delete, methods=["DELETE"]),
+    Route("/v1/responses/{response_id:response_id}", retrieve, methods=["GET"]),
+    Route("/v1/responses/{response_id:response_id}", delete, methods=["DELETE"]),
     Route("/v1/responses/{response_id}/cancel", cancel, methods=["POST"]),
     Route("/v1/responses/{response_id}/input_items", input_items, methods=["GET"]),
 ]
