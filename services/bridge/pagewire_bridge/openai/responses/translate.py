@@ -75,7 +75,7 @@ def blaming_input() -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        error.param = _BLAMED.get(error.param, error.param)
+        error.param = _BLAMED.get(error.param.partition("[")[0], error.param)
         raise
 
 
