@@ -152,6 +152,16 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
         models = [inference_pb2.Model(name=n, root="/m", max_model_len=512, created=17) for n in names]
         return inference_pb2.ListModelsResponse(models=models)
 
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.TokenizeResponse:
+        return inference_pb2.TokenizeResponse(tokens=[inference_pb2.Token(id=5, bytes=b"hi", end=2)], text="hi")
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.DetokenizeResponse:
+        return inference_pb2.DetokenizeResponse(text="hi")
+
     async def Metrics(
         self, request: inference_pb2.MetricsRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.MetricsResponse:

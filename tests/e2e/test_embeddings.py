@@ -105,6 +105,12 @@ async def test_ollamas_client_gets_the_same_vectors(cluster: Cluster) -> None:
     assert found.prompt_eval_count == expected["usage"]["prompt_tokens"]
 
 
+async def test_ollama_embeds_no_empty_text_of_a_list(cluster: Cluster) -> None:
+    """This tokenizer begins a text with nothing, so there is no token whose state could be the vector."""
+    refused = await cluster.http.post("/api/embed", json={"model": "demo", "input": ["", "a"]})
+    assert refused.status_code == 400 and "input 0 is empty" in refused.json()["error"]
+
+
 async def test_what_has_no_effect_is_named_and_other_dimensions_are_refused(cluster: Cluster) -> None:
     asked = {"model": "demo", "input": "hi", "keep_alive": "5m", "options": {"num_ctx": 64}}
     answer = await cluster.http.post("/api/embed", json=asked)
@@ -124,6 +130,8 @@ async def test_scores_and_rankings_are_cosines(cluster: Cluster) -> None:
     cosines = [float(vectors[0] @ vector) for vector in vectors]
     scored = await post(cluster, "/v1/score", {"text_1": texts[0], "text_2": texts})
     assert [one["score"] for one in scored["data"]] == pytest.approx(cosines, abs=1e-6) and cosines[0] > 0.999
+    for one, other in (("queries", "documents"), ("queries", "items"), ("data_1", "data_2")):
+        assert (await post(cluster, "/score", {one: texts[0], other: texts}))["data"] == scored["data"]
     ranked = await post(cluster, "/rerank", {"query": texts[0], "documents": texts, "top_n": 3})
     order = [one["index"] for one in ranked["results"]]
     assert order == sorted(range(4), key=lambda i: -cosines[i])[:3] and order[0] == 0

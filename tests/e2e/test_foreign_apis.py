@@ -229,6 +229,8 @@ async def test_platform_routes_answer_like_generate(cluster: Cluster) -> None:
     assert (await cluster.http.post("/", json=body)).json() == [{"generated_text": expected}]
     vertex = await cluster.http.post("/vertex", json={"instances": [body, body]})
     assert vertex.json() == {"predictions": [expected] * 2}
+    asked = {"instances": [{"messages": COUNT, "max_tokens": 40, "temperature": 0}]}
+    assert (await cluster.http.post("/vertex", json=asked)).json() == {"predictions": [expected]}
     chat = await cluster.http.post("/invocations", json={"messages": MESSAGES, "max_tokens": 8})
     assert chat.json()["object"] == "chat.completion"
     tensor = {"name": "text", "shape": [1], "datatype": "BYTES"}
@@ -424,6 +426,12 @@ async def test_the_ollama_client_generates_and_goes_on_from_the_context(
     assert (second.prompt_eval_count or 0) > len(first.context) and second.response
     raw = await client.generate("demo", RAW, raw=True, options=options)
     assert raw.response == "3, 4, 5, 6, 7, 8, 9." and raw.context is None
+
+
+async def test_ollama_continues_what_the_client_has_begun(cluster: Cluster) -> None:
+    said = [{"role": "user", "content": "Count from 3 to 9."}, {"role": "assistant", "content": "3, 4, 5,"}]
+    body = {"model": "demo", "messages": said, "stream": False, "options": {"temperature": 0}}
+    assert (await cluster.http.post("/api/chat", json=body)).json()["message"]["content"] == " 6, 7, 8, 9."
 
 
 async def test_ollama_describes_what_is_served(cluster: Cluster, ollama_client: ollama.AsyncClient) -> None:

@@ -80,9 +80,13 @@ async def test_a_conversation_goes_on_at_another_bridge(
     first = await client.responses.create(**ask, input=QUESTION)
     assert (await other.responses.retrieve(first.id)).model_dump() == first.model_dump()
     second = await other.responses.create(**ask, input="And of France?", previous_response_id=first.id)
+    counted = await other.responses.input_tokens.count(
+        model="demo", instructions=ask["instructions"], input="And of France?", previous_response_id=first.id
+    )
+    assert second.usage and counted.input_tokens == second.usage.input_tokens
     turns = (("user", QUESTION), ("assistant", first.output_text), ("user", "And of France?"))
     assert second.output_text == await chat_text(client, ("system", ask["instructions"]), *turns)
-    assert second.usage and second.usage.input_tokens_details.cached_tokens > 0
+    assert second.usage.input_tokens_details.cached_tokens > 0
     items = await client.responses.input_items.list(second.id, order="asc")
     assert [item.content[0].text for item in items.data] == [turn[1] for turn in turns]  # type: ignore[union-attr]
     async with open_redis(cluster.redis_url) as redis:

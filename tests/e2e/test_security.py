@@ -70,9 +70,9 @@ async def nobody(cluster: Cluster) -> AsyncIterator[httpx.AsyncClient]:
 
 def routes(response_id: str = ABSENT) -> Iterator[tuple[str, str]]:
     """Method and path of everything that the bridge answers."""
-    values = {"model": "m", "model:path": "m", "version": "1", "name": "x", "response_id": response_id}
+    values = {"model": "m", "version": "1", "name": "x", "response_id": response_id}
     for route in ROUTES:
-        path = route.path.replace("{model:path}", "{model}").format(**values)
+        path = route.path_format.format(**values)
         yield from ((method, path) for method in sorted(route.methods or ()) if method != "HEAD")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from scripted_router import Bridge
+from scripted_router import STOP, Bridge, accepted, delta, says, summary, token
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -34,6 +36,46 @@ async def test_ignored_fields_are_named_in_a_header_that_cannot_be_broken(bridge
     assert "set-cookie" not in response.headers
 
 
+USER = {"messages": MESSAGES, "model": "demo"}
+PROMPT = {"inputs": "hi", "parameters": {"max_tokens": 3, "nothing": None, "seed": None}, "max_new_tokens": 3}
+TENSOR = {"name": "text_input", "data": ["hi"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/generate", PROMPT, "max_new_tokens,parameters.max_tokens"),
+        ("/generate_stream", PROMPT, "max_new_tokens,parameters.max_tokens"),
+        ("/", {**PROMPT, "stream": True}, "max_new_tokens,parameters.max_tokens"),
+        ("/invocations", PROMPT, "max_new_tokens,parameters.max_tokens"),
+        ("/vertex", {"instances": [PROMPT, PROMPT], "odd": 1},
+         "instances.max_new_tokens,instances.parameters.max_tokens,odd"),
+        ("/v2/models/demo/infer", {"inputs": [TENSOR], "parameters": {"odd": 1}, "more": 1}, "more,parameters.odd"),
+        ("/tokenize", {"inputs": "hi", "odd": 1}, "odd"),
+        ("/tokenize", {"prompt": "hi", "odd": 1}, "odd"),
+        ("/tokenize", {**USER, "odd": 1}, "odd"),
+        ("/chat_tokenize", {**USER, "odd": 1}, "odd"),
+        ("/detokenize", {"tokens": [5], "odd": 1}, "odd"),
+        ("/api/show", {"model": "demo", "odd": 1}, "odd"),
+        ("/api/chat", {**USER, "odd": 1, "options": {"num_gpu": 1, "main_gpu": None}}, "odd,options.num_gpu"),
+        ("/v1/messages/count_tokens", {**USER, "odd": 1, "thinking": {"type": "enabled"}}, "odd,thinking"),
+        ("/v1/messages", {**USER, "max_tokens": 3, "metadata": {"odd": 1, "user_id": "u"}}, "metadata.odd"),
+        ("/v1/chat/completions", {**USER, "odd": 1, "stream_options": {"odd": 1}, "stream": True},
+         "odd,stream_options.odd"),
+        ("/v1/responses", {"input": "hi", "odd": 1, "text": {"format": {"type": "text", "odd": 1}}},
+         "odd,text.format.odd"),
+    ],
+)  # fmt: skip
+async def test_every_route_names_what_had_no_effect_but_not_null(
+    bridge: Bridge, path: str, body: dict[str, Any], names: str
+) -> None:
+    bridge.router.script = says(accepted(), delta("hi", tokens=[token(b"hi", -1.0)], finish=STOP), summary())
+    for nothing in ({}, {"nothing": None}):
+        response = await bridge.http.post(path, json={**body, **nothing})
+        assert response.status_code == 200, response.text
+        assert response.headers["x-pagewire-ignored-fields"] == names
+
+
 async def test_the_request_id_comes_from_the_header_then_the_body_then_us(bridge: Bridge) -> None:
     body = {"messages": MESSAGES, "request_id": "from-body"}
     for header, fields, expected in (
@@ -47,6 +89,30 @@ async def test_the_request_id_comes_from_the_header_then_the_body_then_us(bridge
         assert bridge.router.requests[-1].request_id == expected
     minted = [(await bridge.chat()).headers["x-request-id"] for _ in range(2)]
     assert len(set(minted)) == 2 and all(len(m) == 32 for m in minted)
+
+
+async def test_anthropics_clients_find_the_request_id_where_they_look(bridge: Bridge) -> None:
+    """Also of what was refused: they show it with the error."""
+    body = {"model": "demo", "max_tokens": 3, "messages": MESSAGES}
+    for path, sent, status in (
+        ("/v1/messages", body, 200), ("/v1/messages", {**body, "stream": True}, 200), ("/v1/messages", {}, 400),
+        ("/v1/messages/count_tokens", body, 200), ("/v1/messages/none", {}, 404),
+    ):  # fmt: skip
+        answer = await bridge.http.post(path, json=sent)
+        assert answer.status_code == status and answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert "request-id" not in (await bridge.chat()).headers
+
+
+async def test_an_instance_of_vertex_may_be_a_chat(bridge: Bridge) -> None:
+    """As in TGI."""
+    chat = {"messages": MESSAGES, "max_tokens": 9}
+    answer = await bridge.http.post("/vertex", json={"instances": [chat, {"inputs": "hi"}]})
+    assert answer.json() == {"predictions": ["Hello", "Hello"]}
+    asked = {request.WhichOneof("prompt"): request for request in bridge.router.requests}
+    assert asked["chat"].sampling.max_tokens == 9 and asked["chat"].n == 1 and asked["text"].text == "hi"
+    for refused in ({"messages": []}, {**chat, "n": 3}):
+        answer = await bridge.http.post("/vertex", json={"instances": [refused]})
+        assert answer.status_code == 422 and answer.json()["error_type"] == "validation"
 
 
 async def test_models_are_listed_and_found_by_names_with_slashes(bridge: Bridge) -> None:

@@ -32,6 +32,13 @@ CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/responses/compact"), ("GET", "/v1/models/")])
+async def test_what_is_no_route_is_not_taken_for_a_name(bridge: Bridge, method: str, path: str) -> None:
+    refused = await bridge.http.request(method, path)
+    assert refused.status_code == 404
+    assert refused.json()["error"]["message"] == f"Not Found: {method} {path}"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("error", "status", "kind", "param", "code", "retry_after"),

@@ -70,6 +70,8 @@ def deep_bodies(depth: int) -> list[tuple[str, dict[str, Any]]]:
         ("/v1/chat/completions", {**chat, "messages": [USER, called(json.dumps(deep)), USER]}),
         ("/v1/responses", {**response, "tools": [{"type": "function", **function}]}),
         ("/v1/responses", {**response, "text": {"format": {**schema["json_schema"], "type": "json_schema"}}}),
+        ("/v1/responses", {**response, "input": [{"type": "function_call", "call_id": "c", "name": "f",
+                                                  "arguments": json.dumps(deep)}]}),
         ("/generate", {"inputs": "hi", "parameters": {"grammar": {"type": "json", "value": deep}}}),
         ("/generate", {"inputs": "hi", "parameters": {"grammar": {"type": "json", "value": json.dumps(deep)}}}),
         ("/api/chat", {**loaded, "format": deep}),

@@ -145,6 +145,27 @@ def test_text_parts_join_to_what_the_plain_string_gives() -> None:
     assert chat(messages=[{"role": "user", "content": parts}]) == chat()
 
 
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    """As answers of OpenAI have it, which clients send back."""
+    said = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}, {"type": "text", "text": " Ask."}]}
+    assert chat(messages=[USER, said, USER]).chat.messages[1].content == "No. Ask."
+    with pytest.raises(InvalidRequest, match="refusal"):
+        chat(messages=[{"role": "assistant", "content": [{"type": "refusal", "refusal": None}]}])
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"top_logprobs": 0},
+        {"top_logprobs": 0, "logprobs": False},
+        {"stream_options": {}},
+        {"stream_options": {"include_usage": False}},
+    ],
+)
+def test_what_asks_for_nothing_needs_nothing(nothing: dict[str, Any]) -> None:
+    assert chat(**nothing) == chat()
+
+
 def test_messages_keep_role_name_and_order_and_an_assistant_may_say_nothing() -> None:
     messages = [{"role": "system", "content": "s"}, {**USER, "name": "Ann"}, {"role": "assistant", "content": None}]
     got = [(m.role, m.content, m.name) for m in chat(messages=messages).chat.messages]

@@ -163,7 +163,7 @@ def test_every_document_is_in_the_index() -> None:
 def test_every_route_is_in_the_reference_and_nothing_else_is() -> None:
     documented = [tuple(cells[0].strip("`").split(" ")) for cells in rows(text_of("api.md"), "route")]
     registered = {
-        (method, route.path.replace(":path", ""))
+        (method, route.path_format)
         for route in ROUTES
         for method in (route.methods or set()) - {"HEAD"}
     }  # fmt: skip

@@ -14,7 +14,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pagewire_bridge.anthropic import errors as anthropic
 from pagewire_bridge.disconnect import STATUS_CLIENT_GONE
+from pagewire_bridge.error_shapes import error_shape
 from pagewire_bridge.openai.schema import is_sane_request_id
 
 log = structlog.get_logger(__name__)
@@ -57,7 +59,7 @@ class Observe:
     def __init__(self, app: ASGIApp, metrics: BridgeMetrics, routes: Sequence[Route]) -> None:
         self._app = app
         self._metrics = metrics
-        self._names = {route.endpoint: route.path.replace(":path", "") for route in reversed(routes)}
+        self._names = {route.endpoint: route.path_format for route in reversed(routes)}
         for name in {*self._names.values()} - {*_PROBES}:
             for status in _FROM_THE_START:
                 metrics.requests.labels(name, status)
@@ -144,6 +146,9 @@ class _Exchange:
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)[REQUEST_ID_KEY] = self._scope["state"]["request_id"]
+            headers = MutableHeaders(scope=message)
+            headers[REQUEST_ID_KEY] = self._scope["state"]["request_id"]
+            if error_shape(self._scope["path"]) is anthropic:
+                headers["request-id"] = headers[REQUEST_ID_KEY]  # where its clients look
         self._complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send_out(message)

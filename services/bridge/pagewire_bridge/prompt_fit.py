@@ -19,14 +19,14 @@ async def cut_to_fit(client: RouterClient, request: pb.GenerateRequest, num_ctx:
     """
     about = await client.tokenize(pb.TokenizeRequest(model=request.model, text=""))
     context = min(num_ctx or about.max_model_len, about.max_model_len)
-    before = await _num_tokens(client, request)
+    before = await num_tokens(client, request)
     if before <= max(context - _ROOM, 1):
         return 0
     limit = max(context - max(min(request.sampling.max_tokens, context // 2), _ROOM), 1)
     if request.HasField("chat"):
         await _drop_oldest(client, request, limit)
     request.truncate_prompt_tokens = min(request.truncate_prompt_tokens or limit, limit)
-    return before - min(await _num_tokens(client, request), limit)
+    return before - min(await num_tokens(client, request), limit)
 
 
 async def _drop_oldest(client: RouterClient, request: pb.GenerateRequest, limit: int) -> None:
@@ -37,7 +37,7 @@ async def _drop_oldest(client: RouterClient, request: pb.GenerateRequest, limit:
     while fewest < most:
         middle = (fewest + most) // 2
         _keep(request, messages, removable[:middle])
-        if await _num_tokens(client, request) <= limit:
+        if await num_tokens(client, request) <= limit:
             most = middle
         else:
             fewest = middle + 1
@@ -49,7 +49,8 @@ def _keep(request: pb.GenerateRequest, messages: list[pb.ChatMessage], removed: 
     request.chat.messages.extend(message for i, message in enumerate(messages) if i not in set(removed))
 
 
-async def _num_tokens(client: RouterClient, request: pb.GenerateRequest) -> int:
+async def num_tokens(client: RouterClient, request: pb.GenerateRequest) -> int:
+    """Of its prompt, whole. Raises PagewireError."""
     if request.HasField("token_ids"):
         return len(request.token_ids.ids)
     chat = request.chat if request.HasField("chat") else None

@@ -34,7 +34,7 @@ from pagewire_bridge.openai.schema import (
 )
 from pagewire_bridge.openai.shapes import Choice, chat_logprobs, id_of
 from pagewire_bridge.openai.translate import to_sampling
-from pagewire_bridge.openai.unsupported import ignored_fields_header, refuse_unsupported_in_tokens
+from pagewire_bridge.openai.unsupported import ignored_fields_header, refuse_unsupported_in_tokens, unknown_fields
 from pagewire_bridge.respond import begin, name_request, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
@@ -90,7 +90,7 @@ async def generate(request: Request) -> Response:
         body = validated(TokensBody, fields)
         asked = to_request(body, name_request(request, body.request_id))
         generation = begin(request, [asked], asked.n)
-        headers = ignored_fields_header(_ignored(body))
+        headers = ignored_fields_header(unknown_fields(body))
 
         async def answer_whole() -> Response:
             answer = await whole(body, asked, generation)
@@ -132,11 +132,6 @@ def to_request(body: TokensBody, request_id: str) -> GenerateRequest:
         prompt_logprobs=sampling.prompt_logprobs,
         model_sampling_defaults=True,
     )
-
-
-def _ignored(body: TokensBody) -> list[str]:
-    """Names of the fields that have no effect, those of sampling with its name before them."""
-    return [*(body.model_extra or ()), *(f"sampling_params.{name}" for name in body.sampling_params.model_extra or ())]
 
 
 def _choice(index: int, tokens: Sequence[TokenText], finish_reason: str | None, logprobs: bool) -> Choice:

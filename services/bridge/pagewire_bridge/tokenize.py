@@ -16,16 +16,17 @@ from starlette.routing import Route
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.openai.body import parse_body
+from pagewire_bridge.openai.body import ignored_fields, parse_body
 from pagewire_bridge.openai.schema import ChatBody
 from pagewire_bridge.openai.translate import to_chat
+from pagewire_bridge.openai.unsupported import ignored_fields_header, unknown_fields
 from pagewire_bridge.responses import json_response
 
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
 
 class TgiBody(_Body):
@@ -53,11 +54,14 @@ async def tokenize(request: Request) -> Response:
     if "inputs" in fields:
         body = validated(TgiBody, fields)
         asked = pb.TokenizeRequest(text=body.inputs, add_special_tokens=body.add_special_tokens, with_offsets=True)
-        return json_response(_simple_tokens(await client_of(request).tokenize(asked)))
+        tokens = _simple_tokens(await client_of(request).tokenize(asked))
+        return json_response(tokens, headers=ignored_fields_header(unknown_fields(body)))
     if "messages" in fields:
-        asked = _of_chat(data, fields)
+        chat = parse_body(ChatBody, data)
+        asked, ignored = _of_chat(chat), ignored_fields(chat)
     elif "prompt" in fields:
         prompt = validated(PromptBody, fields)
+        ignored = unknown_fields(prompt)
         name = to_served_name(prompt.model)
         asked = pb.TokenizeRequest(model=name, text=prompt.prompt, add_special_tokens=prompt.add_special_tokens)
     else:
@@ -70,23 +74,26 @@ async def tokenize(request: Request) -> Response:
             "max_model_len": response.max_model_len,
             "tokens": [token.id for token in response.tokens],
             "token_strs": strings,
-        }
+        },
+        headers=ignored_fields_header(ignored),
     )
 
 
 async def chat_tokenize(request: Request) -> Response:
     """TGI's: the tokens of a chat, and the text that the template made of it."""
-    data = await read_body(request)
-    asked = _of_chat(data, to_object(data))
+    chat = parse_body(ChatBody, await read_body(request))
+    asked = _of_chat(chat)
     asked.with_offsets = True
     response = await client_of(request).tokenize(asked)
-    return json_response({"tokenize_response": _simple_tokens(response), "templated_text": response.text})
+    answer = {"tokenize_response": _simple_tokens(response), "templated_text": response.text}
+    return json_response(answer, headers=ignored_fields_header(ignored_fields(chat)))
 
 
 async def detokenize(request: Request) -> Response:
     body = validated(DetokenizeBody, to_object(await read_body(request)))
     asked = pb.DetokenizeRequest(model=to_served_name(body.model), token_ids=body.tokens)
-    return json_response({"prompt": (await client_of(request).detokenize(asked)).text})
+    text = (await client_of(request).detokenize(asked)).text
+    return json_response({"prompt": text}, headers=ignored_fields_header(unknown_fields(body)))
 
 
 async def tokenizer_info(request: Request) -> Response:
@@ -95,8 +102,8 @@ async def tokenizer_info(request: Request) -> Response:
     return Response(answer.config_json, media_type="application/json")
 
 
-def _of_chat(data: bytes, fields: dict[str, Any]) -> pb.TokenizeRequest:
-    body = parse_body(ChatBody, data)
+def _of_chat(body: ChatBody) -> pb.TokenizeRequest:
+    """Raises InvalidRequest."""
     if body.truncate_prompt_tokens is not None:
         raise InvalidRequest("`truncate_prompt_tokens` is not for tokenizing.", "truncate_prompt_tokens")
     name, special = to_served_name(body.model), body.add_special_tokens

@@ -7,7 +7,7 @@ from typing import Any
 from pagewire_bridge.anthropic import answer_types as answers
 from pagewire_bridge.anthropic.routes import count_tokens, messages
 from pagewire_bridge.anthropic.schema import CountBody, MessagesBody
-from pagewire_bridge.openapi.headers import IGNORED_FIELDS, SERVED_BY
+from pagewire_bridge.openapi.headers import ANTHROPIC_ID, IGNORED_FIELDS, SERVED_BY
 from pagewire_bridge.openapi.operation import ASKING_OF_MODEL, EVENTS, Api, Operation
 
 _PROMPT: dict[str, Any] = {
@@ -31,7 +31,7 @@ API = Api(
             answers.MessageAnswer,
             {EVENTS: answers.Event},
             ASKING_OF_MODEL,
-            headers=(IGNORED_FIELDS, *SERVED_BY),
+            headers=(ANTHROPIC_ID, IGNORED_FIELDS, *SERVED_BY),
             examples={
                 "whole": _QUESTION,
                 "streamed": {**_QUESTION, "stream": True, "stop_sequences": ["Tokyo"]},
@@ -44,6 +44,7 @@ API = Api(
             CountBody,
             answers.TokenCount,
             raises=ASKING_OF_MODEL,
+            headers=(ANTHROPIC_ID, IGNORED_FIELDS),
             examples={"a question": _PROMPT},
         ),
     },

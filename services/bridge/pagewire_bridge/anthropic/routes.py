@@ -48,9 +48,11 @@ async def messages(request: Request) -> Response:
 
 async def count_tokens(request: Request) -> Response:
     body = validated(CountBody, to_object(await read_body(request)))
-    chat = to_chat_body(body, request.state.answers.with_tools)
-    asked = TokenizeRequest(model=to_served_name(body.model), chat=to_chat(chat))
-    return json_response({"input_tokens": len((await client_of(request).tokenize(asked)).tokens)})
+    answers = request.state.answers.with_tools
+    asked = TokenizeRequest(model=to_served_name(body.model), chat=to_chat(to_chat_body(body, answers)))
+    tokens = (await client_of(request).tokenize(asked)).tokens
+    headers = ignored_fields_header(ignored_fields(body, answers))
+    return json_response({"input_tokens": len(tokens)}, headers=headers)
 
 
 ROUTES = [

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pagewire_bridge.openai.tools import ToolName
+
 _UINT32_MAX = 2**32 - 1
 
 
@@ -14,8 +16,39 @@ class _Body(BaseModel):
 
 
 class Message(_Body):
-    role: Literal["user", "assistant", "system"]
+    """ctx and msg are what Claude Code calls a user's message that it has written itself."""
+
+    role: Literal["user", "assistant", "system", "ctx", "msg"]
     content: str | list[dict[str, Any]]
+
+
+class Tool(_Body):
+    """That the client runs."""
+
+    name: ToolName
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolUse(_Body):
+    """The block of a call."""
+
+    id: str | None = None
+    name: str
+    input: dict[str, Any] | None = None
+
+
+class ToolResult(_Body):
+    """The block of what a call gave."""
+
+    tool_use_id: str | None = None
+    content: str | list[dict[str, Any]] | None = None
+    is_error: bool | None = None
+
+
+class Metadata(_Body):
+    user_id: Annotated[str, Field(max_length=1024)] | None = None
 
 
 class Thinking(_Body):
@@ -62,4 +95,4 @@ class MessagesBody(_Prompt):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None

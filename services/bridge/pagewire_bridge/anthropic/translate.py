@@ -9,11 +9,14 @@ import orjson
 from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import AnswerFormat
-from pagewire_bridge.anthropic.schema import CountBody, MessagesBody
+from pagewire_bridge.anthropic.schema import CountBody, MessagesBody, Tool, ToolResult, ToolUse
 from pagewire_bridge.body import validated
 from pagewire_bridge.openai.schema import ChatBody
+from pagewire_bridge.openai.unsupported import unknown_fields
 
 Fields = dict[str, Any]
+_ROLES = {"ctx": "user", "msg": "user"}
+_WEB_SEARCH = "web_search_"  # of any version: agents offer it to any model, which may answer without it
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _EFFORTS = {"xhigh": "high", "max": "high"}  # which templates do not know
 
@@ -22,7 +25,8 @@ def to_chat_body(body: MessagesBody | CountBody, answers: AnswerFormat) -> ChatB
     """The system prompt is the first message; a final assistant message is continued. Raises InvalidRequest."""
     messages: list[Fields] = [{"role": "system", "content": _to_text(body.system, "system")}] if body.system else []
     for i, message in enumerate(body.messages):
-        messages += _to_messages(message.role, message.content, f"messages.{i}.content")
+        role = _ROLES.get(message.role, message.role)
+        messages += _to_messages(role, message.content, f"messages.{i}.content")
     fields: Fields = {"model": body.model, "messages": messages, **_tools(body), **_form(body)}
     if body.messages[-1].role == "assistant":
         fields["continue_final_message"] = True
@@ -33,19 +37,20 @@ def to_chat_body(body: MessagesBody | CountBody, answers: AnswerFormat) -> ChatB
             "top_p": body.top_p,
             "top_k": body.top_k,
             "stop": body.stop_sequences,
-            "user": (body.metadata or {}).get("user_id"),
+            "user": body.metadata and body.metadata.user_id,
         }
     return validated(ChatBody, fields | _thinking(body, answers))
 
 
-def ignored_fields(body: MessagesBody, answers: AnswerFormat) -> list[str]:
+def ignored_fields(body: MessagesBody | CountBody, answers: AnswerFormat) -> list[str]:
     """Fields without an effect: coding agents ask any model to think, and one that cannot answers as it can."""
     output, thinks = body.output_config, answers.reasoning is not None and body.thinking_asked is not None
-    names = [*(body.model_extra or ()), *(f"output_config.{name}" for name in (output and output.model_extra) or ())]
+    names = unknown_fields(body)
     if body.thinking_asked and not thinks:
         names.append("thinking")
     if output and output.effort and not thinks:
         names.append("output_config.effort")
+    names += {f"tools.{tool['type']}" for tool in body.tools or () if _is_web_search(tool)}
     return names
 
 
@@ -72,33 +77,33 @@ def _form(body: MessagesBody | CountBody) -> Fields:
 
 
 def _tools(body: MessagesBody | CountBody) -> Fields:
-    if not body.tools:
-        return {}
     choice = body.tool_choice or {"type": "auto"}
-    kind = choice.get("type")
-    if kind == "tool":
-        wanted: Any = {"type": "function", "function": {"name": choice.get("name")}}
+    kind, name = choice.get("type"), choice.get("name")
+    if kind == "tool" and isinstance(name, str):
+        wanted: Any = {"type": "function", "function": {"name": name}}
     elif kind in _CHOICES:
         wanted = _CHOICES[kind]
     else:
-        raise InvalidRequest("tool_choice.type: must be auto, any, tool or none", "tool_choice.type")
-    return {
-        "tools": [_tool(tool, f"tools.{i}") for i, tool in enumerate(body.tools)],
-        "tool_choice": wanted,
-        "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
-    }
+        raise InvalidRequest("tool_choice: type must be auto, any, none, or tool with a name", "tool_choice")
+    tools = [_tool(tool, f"tools.{i}") for i, tool in enumerate(body.tools or ()) if not _is_web_search(tool)]
+    if not tools:
+        if kind in ("any", "tool"):
+            raise InvalidRequest("tool_choice: there is no tool that could be called", "tool_choice")
+        return {}
+    parallel = not choice.get("disable_parallel_tool_use")
+    return {"tools": tools, "tool_choice": wanted, "parallel_tool_calls": parallel}
+
+
+def _is_web_search(tool: Fields) -> bool:
+    return str(tool.get("type")).startswith(_WEB_SEARCH)
 
 
 def _tool(tool: Fields, where: str) -> Fields:
     if tool.get("type") not in (None, "custom"):
-        raise InvalidRequest(f"{where}.type: only custom tools are supported", f"{where}.type")
-    function = {
-        "name": tool.get("name"),
-        "description": tool.get("description"),
-        "parameters": tool.get("input_schema"),
-        "strict": tool.get("strict"),
-    }
-    return {"type": "function", "function": function}
+        raise InvalidRequest(f"{where}.type: only custom tools and web search are supported", f"{where}.type")
+    given = validated(Tool, tool, where)
+    function = {"name": given.name, "description": given.description, "parameters": given.input_schema}
+    return {"type": "function", "function": {**function, "strict": given.strict}}
 
 
 def _to_messages(role: str, content: str | Sequence[Fields], where: str) -> Iterator[Fields]:
@@ -110,12 +115,14 @@ def _to_messages(role: str, content: str | Sequence[Fields], where: str) -> Iter
     for i, block in enumerate(content):
         match block.get("type"):
             case "tool_result" if role == "user":
-                result = _to_text(block.get("content") or "", f"{where}.{i}.content")
-                yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result}
+                result = validated(ToolResult, block, f"{where}.{i}")
+                told = _to_text(result.content or "", f"{where}.{i}.content")
+                told = f"Error: {told}" if result.is_error else told  # messages of a chat have no other place for it
+                yield {"role": "tool", "tool_call_id": result.tool_use_id, "content": told}
             case "tool_use" if role == "assistant":
-                arguments = orjson.dumps(block.get("input") or {}).decode()
-                function = {"name": block.get("name"), "arguments": arguments}
-                calls.append({"id": block.get("id"), "type": "function", "function": function})
+                use = validated(ToolUse, block, f"{where}.{i}")
+                function = {"name": use.name, "arguments": orjson.dumps(use.input or {}).decode()}
+                calls.append({"id": use.id, "type": "function", "function": function})
             case "thinking" if role == "assistant":
                 thoughts += str(block.get("thinking", ""))
             case "redacted_thinking":
@@ -144,6 +151,8 @@ def _block_text(block: object, where: str) -> str:
             return _titled(text, fields.get("title"), fields.get("context"))
         case {"type": "search_result", "content": list(parts)}:
             return _titled(_joined_text(parts, f"{where}.content"), fields.get("title"), fields.get("source"))
+        case {"type": "tool_reference", "tool_name": str(name)}:
+            return f"{name}\n"
         case {"type": "document", "source": {"type": kind}}:
             raise InvalidRequest(
                 f"{where}.source: documents of type {kind!r} are not supported here", f"{where}.source"

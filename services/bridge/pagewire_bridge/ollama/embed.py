@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
+from pagewire_bridge.ollama.routes import find_model
 from pagewire_bridge.ollama.translate import to_model
 from pagewire_bridge.openai.embeddings import answer_of, check_dimensions, embed
 
@@ -27,19 +28,19 @@ class _Body(BaseModel):
 class EmbedBody(_Body):
     """POST /api/embed."""
 
-    input: str | list[str]
+    input: str | list[str] | None = None
     dimensions: int | None = None
 
 
 class EmbeddingsBody(_Body):
     """POST /api/embeddings, the older one."""
 
-    prompt: str
+    prompt: str | None = None
 
 
 async def embed_inputs(request: Request) -> Response:
     body, began = validated(EmbedBody, to_object(await read_body(request))), time.perf_counter_ns()
-    inputs = [body.input] if isinstance(body.input, str) else body.input
+    inputs = body.input if isinstance(body.input, list) else _one(body.input)
     vectors, num_tokens = await _vectors(request, body, inputs)
     check_dimensions(body.dimensions, vectors)
     total = time.perf_counter_ns() - began
@@ -49,13 +50,19 @@ async def embed_inputs(request: Request) -> Response:
 
 async def embed_prompt(request: Request) -> Response:
     body = validated(EmbeddingsBody, to_object(await read_body(request)))
-    vectors, _ = await _vectors(request, body, [body.prompt])
+    vectors, _ = await _vectors(request, body, _one(body.prompt))
     return answer_of(body, {"embedding": vectors[0] if vectors else []})
 
 
+def _one(text: str | None) -> list[str]:
+    """An empty text by itself asks for the model to be loaded, as in Ollama."""
+    return [text] if text else []
+
+
 async def _vectors(request: Request, body: _Body, inputs: list[str]) -> tuple[list[list[float]], int]:
-    """An input that is too long is cut unless the client forbids it; an empty one has no vector, as in Ollama."""
-    if not any(inputs):
+    """An input that is too long is cut unless the client forbids it. Raises ModelNotFound, also without an input."""
+    if not inputs:
+        await find_model(request, body.model)
         return [], 0
     model = to_model(body.model)
     try:

@@ -60,6 +60,7 @@ API = Api(
             ModelBody,
             answers.Shown,
             raises=(*ASKING, InvalidRequest, ModelNotFound),
+            headers=(IGNORED_FIELDS,),
             examples={"one": _MODEL},
         ),
         routes.tags: Operation("The models that are served", answer=answers.Tags, raises=ASKING),

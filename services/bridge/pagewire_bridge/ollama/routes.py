@@ -17,7 +17,7 @@ from pagewire_bridge.ollama.answer import Answer, line, lines, whole
 from pagewire_bridge.ollama.schema import ChatBody, GenerateBody, ModelBody
 from pagewire_bridge.ollama.translate import as_chat, ignored, to_chat_of, to_generate_request, to_model
 from pagewire_bridge.openai.tool_use import parser_of
-from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.openai.unsupported import ignored_fields_header, unknown_fields
 from pagewire_bridge.prompt_fit import cut_to_fit
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
@@ -46,7 +46,8 @@ async def ps(request: Request) -> Response:
 
 async def show(request: Request) -> Response:
     body = validated(ModelBody, to_object(await read_body(request)))
-    return json_response(models.shown(await _find(request, body.model or body.name or "")))
+    model = await find_model(request, body.model or body.name or "")
+    return json_response(models.shown(model), headers=ignored_fields_header(unknown_fields(body)))
 
 
 async def generate(request: Request) -> Response:
@@ -69,7 +70,7 @@ async def chat(request: Request) -> Response:
 
 async def _load(request: Request, body: GenerateBody | ChatBody, *, is_chat: bool) -> Response:
     """Without a prompt a client wants the model in memory, or out of it. It is there, and it stays."""
-    await _find(request, body.model)
+    await find_model(request, body.model)
     answer = Answer(body.model, is_chat)
     reason = "unload" if body.unloads else "load"
     content = {**answer.head(), **answer.content(()), "done": True, "done_reason": reason}
@@ -133,7 +134,7 @@ async def _generate(
     return await respond(request, generation, stream=None if body.stream is False else answer_lines, whole=answer_whole)
 
 
-async def _find(request: Request, name: str) -> Model:
+async def find_model(request: Request, name: str) -> Model:
     """Raises ModelNotFound."""
     served = await client_of(request).list_models()
     wanted = to_model(name)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 KeepAlive = str | int | float
 
@@ -13,22 +14,36 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class Options(_Body):
-    """Defaults are Ollama's own. Whole numbers stand for floats."""
+def _nearest(kind: type[int] | type[float], least: float, most: float) -> BeforeValidator:
+    """Ollama takes any number, and cuts off the fraction where it wants a whole one."""
 
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    def nearest(value: Any) -> Any:
+        return min(max(kind(value), least), most) if type(value) in (int, float) else value
+
+    return BeforeValidator(nearest, json_schema_input_type=float)
+
+
+_Share = Annotated[float, _nearest(float, 0, 1)]
+_Penalty = Annotated[float, _nearest(float, -2, 2)]
+_Count = Annotated[int, _nearest(int, 0, 2**31 - 1)]
+
+
+class Options(_Body):
+    """Defaults are Ollama's own. A number out of its range is the nearest in it."""
+
+    temperature: Annotated[float, _nearest(float, 0, math.inf)] | None = None
+    top_p: Annotated[float, _nearest(float, 1e-6, 1)] | None = None
+    top_k: _Count | None = None
+    min_p: _Share | None = None
     typical_p: float | None = None
-    repeat_penalty: Annotated[float, Field(gt=0)] | None = None
-    repeat_last_n: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    repeat_penalty: Annotated[float, _nearest(float, 1e-6, math.inf)] | None = None
+    repeat_last_n: Annotated[int, _nearest(int, -1, 2**31 - 1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    seed: Annotated[int, _nearest(int, -(2**63), 2**63 - 1)] | None = None
     stop: list[str] | None = None
-    num_predict: Annotated[int, Field(ge=-2, le=2**31 - 1)] | None = None
-    num_ctx: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    num_predict: _Count | None = None
+    num_ctx: _Count | None = None
 
 
 class ModelBody(_Body):
@@ -78,6 +93,7 @@ class CalledFunction(_Body):
 
 
 class CalledTool(_Body):
+    id: str | None = None
     function: CalledFunction
 
 

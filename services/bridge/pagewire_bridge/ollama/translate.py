@@ -11,10 +11,11 @@ from pagewire_core.errors import InvalidRequest
 from pagewire_bridge.answer_parser import AnswerFormat
 from pagewire_bridge.body import validated
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.ollama.schema import ChatBody, GenerateBody, Message, Options
+from pagewire_bridge.ollama.schema import CalledTool, ChatBody, GenerateBody, Message, Options
 from pagewire_bridge.openai.schema import ChatBody as OpenAIChat
 from pagewire_bridge.openai.structured import ResponseFormat
 from pagewire_bridge.openai.translate import to_chat_request
+from pagewire_bridge.openai.unsupported import unknown_fields
 
 _TEMPERATURE, _TOP_P, _TOP_K = 0.8, 0.9, 40
 _REPEAT_LAST_N = 64
@@ -42,7 +43,7 @@ def to_sampling(options: Options, logprobs: int | None) -> common_pb2.SamplingPa
         penalty_window=_window(penalised, window),
         seed=seed,
         stop=options.stop or (),
-        max_tokens=max(options.num_predict or 0, 0),
+        max_tokens=options.num_predict or 0,
         logprobs=logprobs,
     )
 
@@ -80,7 +81,9 @@ def as_chat(body: GenerateBody | ChatBody, answers: AnswerFormat) -> OpenAIChat:
         raise InvalidRequest(f'"{body.model}" does not support thinking', "think")
     fields: dict[str, Any] = {"model": to_model(body.model), "response_format": _response_format(body.format)}
     if isinstance(body, ChatBody):
-        fields["messages"] = [_message(message) for message in body.messages or ()]
+        messages = body.messages or []
+        fields["messages"] = [_message(message) for message in messages]
+        fields["continue_final_message"] = any(_is_begun(message) for message in messages[-1:])
         fields["tools"] = body.tools or None
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
@@ -108,10 +111,7 @@ def _complete(request: inference_pb2.GenerateRequest, body: GenerateBody | ChatB
 def _message(message: Message) -> dict[str, Any]:
     if message.images:
         raise InvalidRequest("images are not supported yet", "images")
-    calls = [
-        {"type": "function", "function": {"name": c.function.name, "arguments": _json(c.function.arguments or {})}}
-        for c in message.tool_calls or ()
-    ]
+    calls = [_call(call) for call in message.tool_calls or ()]
     return {
         "role": message.role,
         "content": message.content or "",
@@ -120,6 +120,16 @@ def _message(message: Message) -> dict[str, Any]:
         "tool_call_id": message.tool_call_id,
         "name": message.tool_name,
     }
+
+
+def _is_begun(last: Message) -> bool:
+    """Whether it is the beginning of the answer."""
+    return last.role == "assistant" and bool((last.content or "").strip()) and not last.tool_calls
+
+
+def _call(call: CalledTool) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": orjson.dumps(call.function.arguments or {}).decode()}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _response_format(wanted: str | dict[str, Any] | None) -> dict[str, Any] | None:
@@ -137,14 +147,9 @@ def _form(wanted: str | dict[str, Any] | None) -> inference_pb2.StructuredOutput
     return validated(ResponseFormat, fields).to_proto() if fields else None
 
 
-def _json(value: object) -> str:
-    return orjson.dumps(value).decode()
-
-
 def ignored(body: GenerateBody | ChatBody) -> list[str]:
     """Names of what has no effect: the model stays loaded, and its context is what it is."""
-    names = list(body.model_extra or ())
-    names += [f"options.{name}" for name in body.asked.model_extra or ()]
+    names = unknown_fields(body)
     if body.keep_alive is not None:
         names.append("keep_alive")
     if body.shift:

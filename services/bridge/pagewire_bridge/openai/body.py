@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pagewire_bridge.body import to_object, validated
 from pagewire_bridge.openai.functions import with_tools
 from pagewire_bridge.openai.guided import with_structured_outputs
 from pagewire_bridge.openai.schema import ChatBody, GenerationBody
-from pagewire_bridge.openai.unsupported import refuse_unsupported, refuse_unsupported_in_message
+from pagewire_bridge.openai.unsupported import refuse_unsupported, refuse_unsupported_in_message, unknown_fields
 
 # A beam search draws nothing.
 _SAYS_HOW_TO_DRAW = ("temperature", "top_p", "top_k", "min_p", "seed")
@@ -18,7 +18,11 @@ Body = TypeVar("Body", bound=GenerationBody)
 
 def parse_body(model: type[Body], data: bytes) -> Body:
     """Raises InvalidRequest: not a JSON object, a bad field, or one that asks for what this version does not do."""
-    fields = to_object(data)
+    return read_body_fields(model, to_object(data))
+
+
+def read_body_fields(model: type[Body], fields: dict[str, Any]) -> Body:
+    """The same of an object."""
     refuse_unsupported(fields, chat=issubclass(model, ChatBody))
     body = validated(model, fields)
     if isinstance(body, ChatBody):
@@ -30,9 +34,6 @@ def parse_body(model: type[Body], data: bytes) -> Body:
 
 
 def ignored_fields(body: GenerationBody) -> list[str]:
-    """Names of the fields that have no effect; a nested one carries its parent's name."""
-    names = list(body.model_extra or ())
-    if body.stream_options is not None:
-        names += [f"stream_options.{name}" for name in body.stream_options.model_extra or ()]
+    """Names of the fields that have no effect."""
     without_effect = _SAYS_HOW_TO_DRAW if body.use_beam_search else ("length_penalty",)
-    return names + [name for name in without_effect if getattr(body, name) is not None]
+    return unknown_fields(body) + [name for name in without_effect if getattr(body, name) is not None]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pagewire.v1 import inference_pb2 as pb
 from pagewire_core.errors import InvalidRequest
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -20,7 +20,7 @@ from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.schema import Prompts, Truncation, num_kept, prompts
-from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.openai.unsupported import ignored_fields_header, unknown_fields
 from pagewire_bridge.responses import json_response
 
 Vector = Sequence[float]
@@ -56,8 +56,10 @@ class EmbeddingsBody(_Body):
 
 
 class ScoreBody(_Body):
-    text_1: str | _Texts
-    text_2: str | _Texts
+    """vLLM has several names for either side."""
+
+    text_1: Annotated[str | _Texts, Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))]
+    text_2: Annotated[str | _Texts, Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))]
 
 
 class RerankBody(_Body):
@@ -101,7 +103,7 @@ async def embeddings(request: Request) -> Response:
 
 def answer_of(body: BaseModel, content: Mapping[str, object]) -> Response:
     """With the names of the fields that had no effect."""
-    return json_response(content, headers=ignored_fields_header(body.model_extra or ()))
+    return json_response(content, headers=ignored_fields_header(unknown_fields(body)))
 
 
 def check_dimensions(wanted: int | None, vectors: Sequence[Vector]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pagewire.v1.inference_pb2 import GenerateRequest
 from pagewire_core.errors import ModelNotFound
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -65,6 +66,8 @@ async def list_models(request: Request) -> Response:
 
 async def retrieve_model(request: Request) -> Response:
     name = request.path_params["model"]
+    if not name:
+        raise HTTPException(404)
     for model in await client_of(request).list_models():
         if model.name == name:
             return json_response(from_model(model))

@@ -56,13 +56,18 @@ _TextPart = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
+_RefusalPart = {
+    "type": "object",
+    "properties": {"type": {"const": "refusal"}, "refusal": {"type": "string"}},
+    "required": ["type", "refusal"],
+}
 _Content = Annotated[
     Any,
     WithJsonSchema(
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"anyOf": [{"type": "string"}, _TextPart]}},
+                {"type": "array", "items": {"anyOf": [{"type": "string"}, _TextPart, _RefusalPart]}},
                 {"type": "null"},
             ]
         }
@@ -143,8 +148,8 @@ class StreamOptions(_Body):
 
 
 def check_stream_options(options: StreamOptions | None, stream: bool | None) -> None:
-    """Raises InvalidRequest where there is no stream for them."""
-    if options is not None and not stream:
+    """Raises InvalidRequest where they ask for something and there is no stream for it."""
+    if options is not None and (options.include_usage or options.continuous_usage_stats) and not stream:
         raise InvalidRequest("`stream_options` is only allowed with `stream: true`.", "stream_options")
 
 
@@ -291,7 +296,7 @@ class ChatBody(GenerationBody, ConversationBody):
 
     @model_validator(mode="after")
     def _consistent_chat(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", "top_logprobs")
         if self.logprob_token_ids and not self.logprobs:
             raise InvalidRequest("`logprob_token_ids` needs `logprobs: true`.", "logprob_token_ids")

@@ -258,8 +258,10 @@ def _part_text(part: object, where: str) -> str:
         return part
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise InvalidRequest(f"`{where}` must be an object with a `type`.", where)
-    if part["type"] != "text":
+    kind = part["type"]
+    if kind not in ("text", "refusal"):
         raise InvalidRequest(f"`{where}` has a type that is not supported yet; only text is.", where)
-    if not isinstance(part.get("text"), str):
-        raise InvalidRequest(f"`{where}.text` must be a string.", f"{where}.text")
-    return part["text"]
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise InvalidRequest(f"`{where}.{kind}` must be a string.", f"{where}.{kind}")
+    return text

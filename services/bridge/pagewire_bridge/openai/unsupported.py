@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from pagewire_core.errors import InvalidRequest
+from pydantic import BaseModel
 
 # Field -> values that ask for nothing; null is always one.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -73,7 +74,19 @@ def refuse_unsupported_in_message(fields: Mapping[str, object], where: str) -> N
             raise InvalidRequest(f"`{name}` of a message is not supported yet.", f"{where}.{name}")
 
 
+def unknown_fields(body: BaseModel, where: str = "") -> list[str]:
+    """Names of the fields that nothing was made of, but not of null, which asks for nothing.
+
+    Those of an object in the body have its name before theirs; where: what stands before all of them.
+    """
+    names = [where + name for name, value in (body.model_extra or {}).items() if value is not None]
+    for name, value in body:
+        if isinstance(value, BaseModel):
+            names += unknown_fields(value, f"{where}{name}.")
+    return names
+
+
 def ignored_fields_header(names: Iterable[str]) -> dict[str, str]:
     """The header that names ignored fields; names that could break a header are left out."""
-    named = sorted(name for name in names if name not in _UNSUPPORTED and _HEADER_SAFE.fullmatch(name))
+    named = sorted({name for name in names if name not in _UNSUPPORTED and _HEADER_SAFE.fullmatch(name)})
     return {"x-pagewire-ignored-fields": ",".join(named[:_MAX_NAMED])} if named else {}

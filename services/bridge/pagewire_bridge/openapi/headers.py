@@ -18,6 +18,7 @@ SERVED_BY = (
     "x-pagewire-prefill-worker", "x-pagewire-decode-worker", "x-pagewire-cached-tokens", "x-pagewire-computed-tokens",
     "x-pagewire-transferred-tokens", "x-pagewire-transferred-bytes", "x-pagewire-lane",
 )  # fmt: skip
+ANTHROPIC_ID = "request-id"
 IGNORED_FIELDS = "x-pagewire-ignored-fields"
 PROMPT_TRUNCATED = "x-pagewire-prompt-truncated"
 TIMINGS = (
@@ -34,6 +35,7 @@ _TEXT: Schema = {"type": "string"}
 # Name -> description and schema. Those of whole answers alone are absent from streams.
 HEADERS: dict[str, tuple[str, Schema]] = {
     "x-request-id": ("The id of the request: the client's own, or the one made for it.", _TEXT),
+    ANTHROPIC_ID: ("The same by the name by which Anthropic's clients know it.", _TEXT),
     "retry-after": ("Seconds after which it is worth trying again.", _COUNT),
     "x-pagewire-prefill-worker": ("Whole answers: who computed the prompt.", _TEXT),
     "x-pagewire-decode-worker": ("Whole answers: who generated.", _TEXT),

@@ -87,6 +87,7 @@ API = Api(
             tokenize.PromptBody | ChatBody | tokenize.TgiBody,
             Tokens | list[SimpleToken],
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={
                 "vLLM: a prompt": {"prompt": "Tokyo", "return_token_strs": True},
                 "vLLM: a chat": {"messages": [{"role": "user", "content": "hi"}]},
@@ -98,6 +99,7 @@ API = Api(
             tokenize.DetokenizeBody,
             Prompt,
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={"some": {"tokens": [5, 6, 7]}},
         ),
         tokenize.tokenizer_info: Operation(

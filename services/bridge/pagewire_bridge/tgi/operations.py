@@ -17,7 +17,7 @@ from pagewire_bridge.tgi import routes
 from pagewire_bridge.tgi.schema import GenerateBody, InferBody, VertexBody
 
 _ASKING: Raises = (*ASKING, InvalidRequest, ContextLength)
-_HEADERS = (*TIMINGS, *SERVED_BY)
+_HEADERS = (IGNORED_FIELDS, *TIMINGS, *SERVED_BY)
 
 
 def _prompt(**parameters: Any) -> dict[str, Any]:
@@ -59,6 +59,7 @@ API = Api(
             GenerateBody,
             others={EVENTS: answers.StreamEvent},
             raises=_ASKING,
+            headers=(IGNORED_FIELDS,),
             examples=_STREAMED,
         ),
         routes.generate_either: Operation(
@@ -76,7 +77,7 @@ API = Api(
             list[answers.GenerateAnswer] | ChatAnswer | CompletionAnswer,
             {EVENTS: answers.StreamEvent | ChatEvent | CompletionEvent},
             ASKING_OF_MODEL,
-            headers=(IGNORED_FIELDS, *_HEADERS),
+            headers=_HEADERS,
             examples={
                 **{f"TGI: {name}": body for name, body in _EITHER.items()},
                 **{f"chat: {name}": CHAT_EXAMPLES[name] for name in ("whole", "streamed")},
@@ -84,11 +85,15 @@ API = Api(
             },
         ),
         routes.vertex: Operation(
-            "Vertex AI's: up to four prompts at once, each in the body of /generate",
+            "Vertex AI's: up to four prompts at once, each in the body of /generate, or a chat",
             VertexBody,
             answers.Predictions,
             raises=_ASKING,
-            examples={"two": {"instances": [_prompt(), _prompt(max_new_tokens=2)]}},
+            headers=(IGNORED_FIELDS,),
+            examples={
+                "two": {"instances": [_prompt(), _prompt(max_new_tokens=2)]},
+                "a chat": {"instances": [{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}]},
+            },
         ),
         routes.info: Operation("The model and its limits", answer=answers.Info, raises=ASKING),
         tokenize.chat_tokenize: Operation(
@@ -96,6 +101,7 @@ API = Api(
             ChatBody,
             answers.ChatTokens,
             raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
             examples={"a chat": {"messages": [{"role": "user", "content": "hi"}]}},
         ),
         routes.kserve_server: Operation("KServe: the server", answer=answers.Server),
@@ -111,6 +117,7 @@ API = Api(
             InferBody,
             answers.InferAnswer,
             raises=_ASKING,
+            headers=(IGNORED_FIELDS,),
             examples=_INFER,
         ),
     },

@@ -17,7 +17,11 @@ from starlette.routing import Route
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
+from pagewire_bridge.openai.body import read_body_fields
 from pagewire_bridge.openai.routes import answer_chat, answer_completion
+from pagewire_bridge.openai.schema import ChatBody
+from pagewire_bridge.openai.translate import to_chat_request
+from pagewire_bridge.openai.unsupported import ignored_fields_header, unknown_fields
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
@@ -27,6 +31,7 @@ from pagewire_bridge.tgi.schema import MAX_BEST_OF, MAX_STOP_SEQUENCES, Generate
 from pagewire_bridge.tgi.translate import to_request
 
 MAX_CLIENT_BATCH_SIZE = 4
+_JUST_TEXT = Asked(inputs="", full_text=False, details=False, with_top_tokens=False, seed=None)
 
 
 async def generate(request: Request) -> Response:
@@ -54,13 +59,23 @@ async def invocations(request: Request) -> Response:
 
 
 async def vertex(request: Request) -> Response:
-    """{"instances": [...]} -> {"predictions": [text, ...]}; all of them run at once."""
+    """{"instances": [...]} -> {"predictions": [text, ...]}; all of them run at once. An instance may be a chat."""
     body = validated(VertexBody, to_object(await read_body(request)))
     if len(body.instances) > MAX_CLIENT_BATCH_SIZE:
         raise InvalidRequest(f"`instances` may hold at most {MAX_CLIENT_BATCH_SIZE}", "instances")
-    bodies = [validated(GenerateBody, instance) for instance in body.instances]
+    bodies = [_instance(fields) for fields in body.instances]
     texts = await until_disconnect(request.receive, _texts(request, bodies))
-    return json_response({"predictions": texts})
+    names = unknown_fields(body) + [name for one in bodies for name in unknown_fields(one, "instances.")]
+    return json_response({"predictions": texts}, headers=ignored_fields_header(names))
+
+
+def _instance(fields: dict[str, Any]) -> GenerateBody | ChatBody:
+    if "messages" not in fields:
+        return validated(GenerateBody, fields)
+    chat = read_body_fields(ChatBody, fields)
+    if (chat.n or 1) > 1:
+        raise InvalidRequest("`n` must be 1 here: an instance has one prediction", "n")
+    return chat
 
 
 async def info(request: Request) -> Response:
@@ -127,7 +142,8 @@ async def kserve_infer(request: Request) -> Response:
         data: list[Any] = list(text.encode()) if as_bytes else [text]
         name = (body.outputs or [])[i : i + 1] or [{"name": "text_output"}]
         outputs.append({"name": name[0].get("name"), "shape": [1, len(data)], "datatype": "BYTES", "data": data})
-    return json_response({"id": body.id or request.state.request_id, "outputs": outputs})
+    answer = {"id": body.id or request.state.request_id, "outputs": outputs}
+    return json_response(answer, headers=ignored_fields_header(unknown_fields(body)))
 
 
 def _to_text(data: Sequence[str] | Sequence[int], where: str) -> str:
@@ -148,31 +164,36 @@ async def _answer(request: Request, body: GenerateBody, *, streams: bool, in_lis
         raise InvalidRequest("`decoder_input_details` is not supported when streaming tokens", "decoder_input_details")
     asked = to_request(body, request.state.request_id, with_tokens=streams)
     generation = begin(request, [asked], asked.n)
-    about = _about(body, asked)
+    about, ignored = _about(body, asked), ignored_fields_header(unknown_fields(body))
 
     async def answer_whole() -> Response:
         content = await whole(about, generation, asked.n)
-        headers = _timings(body.inputs, generation.summaries[0], time.perf_counter() - began)
-        return json_response([content] if in_list else content, headers=headers | served_by(generation.summaries))
+        timings = _timings(body.inputs, generation.summaries[0], time.perf_counter() - began)
+        headers = {**ignored, **timings, **served_by(generation.summaries)}
+        return json_response([content] if in_list else content, headers=headers)
 
     def answer_stream() -> Response:
-        return EventStream(stream(about, generation), generation.close, {})
+        return EventStream(stream(about, generation), generation.close, ignored)
 
     return await respond(request, generation, stream=answer_stream if streams else None, whole=answer_whole)
 
 
-async def _texts(request: Request, bodies: Sequence[GenerateBody]) -> list[str]:
+async def _texts(request: Request, bodies: Sequence[GenerateBody | ChatBody]) -> list[str]:
     """The generated texts, in order; the first failure ends all."""
     ids = [f"{request.state.request_id}-{i}" for i in range(len(bodies))]
     return await all_of(_text(request, *each) for each in zip(bodies, ids, strict=True))
 
 
-async def _text(request: Request, body: GenerateBody, request_id: str) -> str:
-    asked = to_request(body, request_id, with_tokens=False)
+async def _text(request: Request, body: GenerateBody | ChatBody, request_id: str) -> str:
+    if isinstance(body, ChatBody):
+        asked, about = to_chat_request(body, request_id), _JUST_TEXT
+    else:
+        asked = to_request(body, request_id, with_tokens=False)
+        about = _about(body, asked)
     generation = begin(request, [asked], asked.n)
     try:
         await generation.open()
-        content = await whole(_about(body, asked), generation, asked.n)
+        content = await whole(about, generation, asked.n)
     finally:
         await generation.close()
     return str(content["generated_text"])

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1, le=_UINT32_MAX)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class Grammar(_Body):

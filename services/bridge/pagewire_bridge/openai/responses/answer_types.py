@@ -208,6 +208,11 @@ Event = (
 )
 
 
+class InputTokens(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class Deleted(TypedDict):
     id: str
     object: Literal["response"]

@@ -7,7 +7,7 @@ from typing import Any
 from pagewire_core.errors import InvalidRequest, Unavailable
 
 from pagewire_bridge.openai.responses import answer_types as answers
-from pagewire_bridge.openai.responses.routes import MAX_PAGE, cancel, create, delete, input_items, retrieve
+from pagewire_bridge.openai.responses.routes import MAX_PAGE, cancel, count_input, create, delete, input_items, retrieve
 from pagewire_bridge.openai.responses.schema import ResponsesBody
 from pagewire_bridge.openapi.headers import IGNORED_FIELDS, PROMPT_TRUNCATED, SERVED_BY
 from pagewire_bridge.openapi.operation import ASKING_OF_MODEL, EVENTS, Api, Operation, Raises
@@ -47,6 +47,14 @@ API = Api(
                 "in the background": {**_QUESTION, "background": True},
                 "in the background, streamed": {**_QUESTION, "background": True, "stream": True},
             },
+        ),
+        count_input: Operation(
+            "Counts the tokens that the model would be given for the same body",
+            ResponsesBody,
+            answers.InputTokens,
+            raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS,),
+            examples={"a question": _QUESTION},
         ),
         retrieve: Operation(
             "A stored response, or the events of one that was streamed in the background",

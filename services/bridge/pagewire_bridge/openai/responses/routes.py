@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 
 from pagewire_core.errors import ContextLength, InvalidRequest
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,7 +22,7 @@ from pagewire_bridge.openai.responses.items import Fields
 from pagewire_bridge.openai.responses.store import Record
 from pagewire_bridge.openai.responses.translate import blaming_input, parse_body
 from pagewire_bridge.openai.translate import blaming
-from pagewire_bridge.prompt_fit import cut_to_fit
+from pagewire_bridge.prompt_fit import cut_to_fit, num_tokens
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
@@ -37,6 +38,16 @@ async def create(request: Request) -> Response:
         asked = await understand(request, body)
         with blaming(asked.chat):
             return await _answer(asked)
+
+
+async def count_input(request: Request) -> Response:
+    """In tokens, what the model would be given for the same body."""
+    body = parse_body(await read_body(request))
+    with blaming_input():
+        asked = await understand(request, body)
+        with blaming(asked.chat):
+            count = await num_tokens(client_of(request), asked.generate)
+    return json_response({"object": "response.input_tokens", "input_tokens": count}, headers=asked.headers)
 
 
 async def _answer(asked: Asked) -> Response:
@@ -188,10 +199,18 @@ def _not_found(response_id: str) -> HTTPException:
     return HTTPException(404, f"Response with id '{response_id}' not found.")
 
 
+class _IdConvertor(StringConvertor):
+    """So that what OpenAI has beside the ids, and is not here, is none of them."""
+
+    regex = "resp_[^/]+"
+
+
+register_url_convertor("response_id", _IdConvertor())
 ROUTES = [
     Route("/v1/responses", create, methods=["POST"]),
-    Route("/v1/responses/{response_id}", retrieve, methods=["GET"]),
-    Route("/v1/responses/{response_id}", delete, methods=["DELETE"]),
-    Route("/v1/responses/{response_id}/cancel", cancel, methods=["POST"]),
-    Route("/v1/responses/{response_id}/input_items", input_items, methods=["GET"]),
+    Route("/v1/responses/input_tokens", count_input, methods=["POST"]),
+    Route("/v1/responses/{response_id:response_id}", retrieve, methods=["GET"]),
+    Route("/v1/responses/{response_id:response_id}", delete, methods=["DELETE"]),
+    Route("/v1/responses/{response_id:response_id}/cancel", cancel, methods=["POST"]),
+    Route("/v1/responses/{response_id:response_id}/input_items", input_items, methods=["GET"]),
 ]

@@ -13,7 +13,7 @@ from pagewire_bridge.openai.responses.items import Fields, to_messages
 from pagewire_bridge.openai.responses.schema import ResponsesBody, TextFormat
 from pagewire_bridge.openai.responses.tools import WebSearchTool, to_chat_choice, to_chat_tools
 from pagewire_bridge.openai.schema import ChatBody, ConversationBody, SamplingBody
-from pagewire_bridge.openai.unsupported import refuse_unsupported_in_responses
+from pagewire_bridge.openai.unsupported import refuse_unsupported_in_responses, unknown_fields
 
 # What is one field here and another one of the chat.
 _BLAMED = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens",
@@ -30,11 +30,8 @@ def parse_body(data: bytes) -> ResponsesBody:
 
 
 def ignored_fields(body: ResponsesBody) -> list[str]:
-    """Names of the fields that have no effect; a nested one carries its parent's name."""
-    names = list(body.model_extra or ())
-    for parent in ("text", "reasoning"):
-        nested = getattr(body, parent)
-        names += [f"{parent}.{name}" for name in (nested.model_extra if nested else None) or ()]
+    """Names of the fields that have no effect."""
+    names = unknown_fields(body)
     names += {f"tools.{tool.type}" for tool in body.tools or () if isinstance(tool, WebSearchTool)}
     if "reasoning.encrypted_content" in (body.include or ()):
         names.append("include.reasoning.encrypted_content")
@@ -78,7 +75,7 @@ def blaming_input() -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        error.param = _BLAMED.get(error.param, error.param)
+        error.param = _BLAMED.get(error.param.partition("[")[0], error.param)
         raise
 
 
