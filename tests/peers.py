@@ -19,6 +19,7 @@ from pagewire.v1 import decode_pb2, prefill_pb2
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1.kv_channel_pb2_grpc import add_KvChannelServiceServicer_to_server
 from pagewire_core.rpc import RpcServer
+from pagewire_core.tasks import all_of
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine, Outbox, deliver_outbox
@@ -149,11 +150,15 @@ async def hand_over(
         **ids, request_id="test", sampling=sampling, decode_address=reserved.kv_address,
         decode_instance=reserved.instance, decode_local_tokens=reserved.local_tokens, holder=holder,
     )  # fmt: skip
-    decoding = asyncio.create_task(
-        _decode(target, decode_pb2.DecodeRequest(**ids, request_id="test", sampling=sampling))
-    )
-    events = [event async for event in source.prefill.Prefill(request, None)]  # type: ignore[arg-type]
-    return Answer((await decoding).tokens, events[0].started, events[-1].kv_sent)
+    events: list[prefill_pb2.PrefillResponse] = []
+
+    async def prefill() -> None:
+        events.extend([event async for event in source.prefill.Prefill(request, None)])  # type: ignore[arg-type]
+
+    decoding = _decode(target, decode_pb2.DecodeRequest(**ids, request_id="test", sampling=sampling))
+    decoded, _ = await all_of([decoding, prefill()])
+    assert decoded
+    return Answer(decoded.tokens, events[0].started, events[-1].kv_sent)
 
 
 async def _decode(target: Peer, request: decode_pb2.DecodeRequest) -> Alone:

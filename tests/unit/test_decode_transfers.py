@@ -121,6 +121,36 @@ async def test_a_reservation_that_nobody_uses_ends_with_its_lease(
         transfers.claim(name)
 
 
+async def test_promises_that_a_prompt_here_waits_for_end_the_latest_first(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while something runs that will give its blocks back, and not those that have pages."""
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    transfers, names = Transfers(engine), [os.urandom(16) for _ in range(3)]
+    claimed = []
+    for name in names:
+        transfers.reserve(name, PROMPT, ROOT, 1)
+        claimed.append(transfers.claim(name))
+    waiting = Run(list(range(60, 170)), prefill_only=True)  # 7 of 16 blocks, and 15 are promised
+    engine.submit(waiting.request)
+    await transfers.bind(names[0], 0, 50)
+    engine.step()
+    await asyncio.sleep(0.1)
+    assert len(transfers) == 3, "one is on its way"
+    transfers.end(names[0], Cancelled("test"))
+    engine.step()
+    assert not waiting.events
+    with pytest.raises(Overloaded, match="needed here"):
+        await claimed[2].ready
+    assert not claimed[1].ready.done()
+    while engine.step():
+        pass
+    assert waiting.events
+    engine.cancel(waiting.request)
+    transfers.end_all(Cancelled("test"))
+    assert_empty(engine)
+
+
 async def test_tokens_that_were_not_agreed_on_are_refused(engine: Engine) -> None:
     transfers, name = Transfers(engine), os.urandom(16)
     transfers.reserve(name, PROMPT, ROOT, 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from engines import ROOT, Run, run_all
 from hash_model import HashRunner, expected
+from pagewire_core.errors import Overloaded
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import FirstTokens, Progress
@@ -101,6 +103,21 @@ def hand_over(engine: Engine, run: Run) -> None:
     engine.runner.cache.tokens[table[0], : len(prompt)] = prompt
     first = expected(prompt, run.request.params, 0, MAX_LEN)[0]
     engine.start_transferred(run.request, table, [Sampled(first)])
+
+
+def test_who_comes_later_is_promised_nothing_that_the_first_in_the_queue_waits_for() -> None:
+    engine = engine_of(10)
+    short, long = Run([1] * 60, max_tokens=20), Run([2] * 100, max_tokens=3)
+    engine.submit(short.request)
+    engine.step()
+    engine.submit(long.request)
+    engine.step()
+    assert engine.load()["free_blocks"] == 6 and not long.events
+    with pytest.raises(Overloaded, match="2 KV blocks wanted, 0 free"):
+        engine.external.reserve(2)
+    run_all(engine)
+    engine.external.reserve(2)
+    assert right(short) and right(long)
 
 
 def test_a_prompt_too_large_for_now_gets_its_place_as_soon_as_there_is_room() -> None:

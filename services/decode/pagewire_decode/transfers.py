@@ -3,14 +3,16 @@
     RESERVED --bind--> BOUND --sealed--> READY --take--> (the engine's)
         any of them --end--> ended: credits and pages are back, the id is remembered for a while
 
-A transfer lives as long as its Decode call, or until its lease ends if that call never comes. Only
-`scatter` runs outside the event loop; its lock makes sure that no page is given back while it is being
-written, and that nothing is written once the transfer has ended.
+A transfer lives as long as its Decode call, or until its lease ends if that call never comes. A promise also
+ends where it is all that a prompt here waits for: two workers of both roles, each full of promises to prompts in
+the other's queue, would wait for ever. Only `scatter` runs outside the event loop; its lock makes sure that no
+page is given back while it is being written, and that nothing is written once the transfer has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +22,14 @@ import structlog
 import torch
 from pagewire.v1 import common_pb2
 from pagewire_core import faults
-from pagewire_core.errors import Cancelled, InvalidRequest, PagewireError, Unavailable
+from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, PagewireError, Unavailable
 from pagewire_engine.engine import Engine
 from pagewire_transfer.receiver import ReceiveStats
 
 log = structlog.get_logger(__name__)
 
 LEASE_S = 10.0
+LOOK_S = 1.0  # between looks for a prompt that waits for promises alone; the second that finds one ends some
 TOMBSTONE_S = 60.0
 _MAX_TOMBSTONES = 100_000
 
@@ -54,6 +57,7 @@ class Transfers:
         self._engine = engine
         self._transfers: dict[bytes, Transfer] = {}
         self._tombstones: dict[bytes, float] = {}
+        self._look: asyncio.TimerHandle | None = None
         self.abort_peer: Callable[[bytes, PagewireError], None] = lambda transfer_id, error: None
 
     def __len__(self) -> int:
@@ -78,6 +82,8 @@ class Transfers:
         transfer = Transfer(transfer_id, prompt, local_tokens, min(credits, config.num_blocks), n, loop.create_future())
         transfer.lease = loop.call_later(LEASE_S, self.end, transfer_id, Cancelled("the reservation's lease ended"))
         self._transfers[transfer_id] = transfer
+        if self._look is None:
+            self._look_later(found=False)
         return transfer
 
     def claim(self, transfer_id: bytes) -> Transfer:
@@ -122,6 +128,24 @@ class Transfers:
     def end_all(self, error: PagewireError) -> None:
         for transfer_id in list(self._transfers):
             self.end(transfer_id, error)
+
+    def _look_later(self, found: bool) -> None:
+        wait_s = LOOK_S * random.uniform(1, 2)  # of two workers that wait for each other one is the first
+        self._look = asyncio.get_running_loop().call_later(wait_s, self._relieve, found)
+
+    def _relieve(self, found_before: bool) -> None:
+        """Ends the latest promises if a prompt here waits for them alone, and did so when it was last looked."""
+        transfers = list(self._transfers.values())
+        coming = any(transfer.valid for transfer in transfers)
+        lacking = 0 if coming else self._engine.blocks_promised_away()
+        if lacking and found_before:
+            for transfer in reversed([transfer for transfer in transfers if transfer.lease is None]):
+                if lacking > 0:
+                    lacking -= transfer.credits
+                    self.end(transfer.transfer_id, Overloaded("the room promised for the prompt was needed here"))
+        self._look = None
+        if self._transfers:
+            self._look_later(found=lacking > 0)
 
     def _check_not_stopped(self, transfer_id: bytes) -> None:
         if self._tombstones.get(transfer_id, 0) > time.monotonic():

@@ -254,6 +254,11 @@ class Books:
     # ---------------------------------------------------------------- what others see
 
     @property
+    def wanted_blocks(self) -> int:
+        """Free blocks that the first that waits will take, if it found too few; else 0."""
+        return next(iter(self.waiting)).wanted_blocks if self.waiting else 0
+
+    @property
     def prefill_work(self) -> tuple[int, float]:
         """Tokens of prompts still to be computed, and what they attend to; of waiting ones, as they came."""
         work = [_work(len(seq.tokens), seq.num_scheduled) for seq in self.prompts]

@@ -86,7 +86,7 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._stopping = False
-        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake)
+        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, lambda: self._books.wanted_blocks)
 
     # ---------------------------------------------------------------- requests
 
@@ -357,6 +357,17 @@ class Engine:
         with self._lock:
             longest = (seq.num_prompt + seq.request.params.max_tokens for seq in self._books.running)
             return sum(min(tokens, self.config.max_model_len) for tokens in longest)
+
+    def blocks_promised_away(self) -> int:
+        """Blocks that the first that waits lacks because they are promised to transfers.
+
+        0 while anything runs here: it will give back its own.
+        """
+        with self._lock:
+            books, external = self._books, self.external
+            if not external.reserved or books.running or books.ending or books.holding:
+                return 0
+            return max(books.wanted_blocks - max(self.blocks.num_free - external.reserved, 0), 0)
 
     def load(self) -> dict[str, float]:
         """The numbers of WorkerService.Stats that the engine knows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from pagewire_core.block_hash import PageKeys
@@ -15,13 +16,19 @@ from pagewire_engine.config import EngineConfig
 class ExternalBlocks:
     """Part of the engine's books, under the engine's lock; any thread may call.
 
-    reserved: blocks that are promised and not yet bound. wake: notified when something is given back.
+    reserved: blocks that are promised and not yet bound. wake: notified when something is given back. wanted: how
+    many free blocks the engine's own first in the queue waits for.
     """
 
     def __init__(
-        self, blocks: BlockManager, config: EngineConfig, lock: threading.RLock, wake: threading.Condition
+        self,
+        blocks: BlockManager,
+        config: EngineConfig,
+        lock: threading.RLock,
+        wake: threading.Condition,
+        wanted: Callable[[], int],
     ) -> None:
-        self._blocks, self._config, self._lock, self._wake = blocks, config, lock, wake
+        self._blocks, self._config, self._lock, self._wake, self._wanted = blocks, config, lock, wake, wanted
         self._held: dict[object, list[int]] = {}  # by owner
         self.reserved = 0
 
@@ -41,12 +48,14 @@ class ExternalBlocks:
             return len(blocks) * self._config.block_size
 
     def reserve(self, num_blocks: int) -> None:
-        """Promises blocks without binding them. Raises Overloaded if there are not as many."""
+        """Promises blocks without binding them. Raises Overloaded if there are not as many.
+
+        Those that a queue's first waits for are not there for who comes later: a large prompt might wait for ever.
+        """
         with self._lock:
-            if num_blocks > self._blocks.num_free - self.reserved:
-                raise Overloaded(
-                    f"{num_blocks} KV blocks wanted, {self._blocks.num_free - self.reserved} free", retry_after_s=1.0
-                )
+            free = max(self._blocks.num_free - self.reserved - self._wanted(), 0)
+            if num_blocks > free:
+                raise Overloaded(f"{num_blocks} KV blocks wanted, {free} free", retry_after_s=1.0)
             self.reserved += num_blocks
 
     def unreserve(self, num_blocks: int) -> None:

@@ -1,0 +1,56 @@
+"""Workers of both roles that compute prompts for each other, with less room than all of them would take."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kv_endpoints import until
+from pagewire_core.errors import Cancelled, Overloaded
+from pagewire_core.tasks import all_of
+from pagewire_decode import transfers
+from peers import Peer, compute, hand_over, peer
+from tiny_models import make_model
+
+PROMPTS = [[5 + i] * 170 for i in range(4)]  # of 11 blocks
+ROOM = 384 * 16 * 26  # 26 blocks: two prompts and their next tokens
+
+
+def gated(step: Callable[[], bool], go: threading.Event) -> Callable[[], bool]:
+    return lambda: go.wait() and step()
+
+
+async def answered(prompt: list[int], source: Peer, target: Peer) -> list[int]:
+    """A router asks again where there was no room."""
+    while True:
+        try:
+            return (await hand_over(prompt, source, target)).tokens
+        except (Overloaded, Cancelled):
+            await asyncio.sleep(0.05)
+
+
+async def test_two_workers_full_of_promises_to_each_others_queues_do_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "LOOK_S", 0.1)
+    path = make_model(tmp_path, "llama")
+    async with (
+        peer(path, "a", kv_cache_memory_bytes=ROOM, enable_prefix_caching=False) as a,
+        peer(path, "b", kv_cache_memory_bytes=ROOM, enable_prefix_caching=False) as b,
+    ):
+        expected = [(await compute(prompt, a)).tokens for prompt in PROMPTS]
+        go = threading.Event()
+        for worker in (a, b):
+            worker.engine.step = gated(worker.engine.step, go)  # type: ignore[method-assign]
+        pairs = [(a, b), (b, a)] * 2
+        calls = asyncio.create_task(
+            all_of(answered(prompt, *pair) for prompt, pair in zip(PROMPTS, pairs, strict=True))
+        )
+        await until(lambda: a.engine.external.reserved == b.engine.external.reserved == 24, 5)
+        go.set()
+        assert await asyncio.wait_for(calls, 30) == expected
+        for worker in (a, b):
+            await worker.assert_empty()
