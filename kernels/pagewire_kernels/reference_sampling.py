@@ -25,7 +25,8 @@ def sample(
     changed = change_logits(logits.float(), params, rows, num_chosen, bitmask)
     temperature = params.temperature[rows]
     drawn = _draw(changed, params, rows, uniforms, torch.where(temperature > 0, temperature, 1.0))
-    out_tokens.copy_(torch.where(temperature > 0, drawn, _first_of_largest(changed)))
+    tokens = torch.where(temperature > 0, drawn, _first_of_largest(changed))
+    out_tokens.copy_(torch.where(logits.isnan().any(-1), -1, tokens))
 
 
 def count_tokens(counts: Tensor, seats: Tensor, tokens: Tensor) -> None:

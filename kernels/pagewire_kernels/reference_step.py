@@ -70,7 +70,7 @@ def rope_write_kv(
 
 def resolve_input_ids(input_ids: Tensor, previous_tokens: Tensor) -> None:
     """As ops.resolve_input_ids."""
-    pending = previous_tokens.index_select(0, (-1 - input_ids).clamp(min=0)).to(input_ids.dtype)
+    pending = previous_tokens.index_select(0, (-1 - input_ids).clamp(min=0)).clamp(min=0).to(input_ids.dtype)
     input_ids.copy_(torch.where(input_ids < 0, pending, input_ids))
 
 

@@ -174,8 +174,11 @@ def choose_kernel(
     maxima = tl.load(chunk_max_ptr + chunks, mask=c < num_chunks, other=float("-inf"))
     top = tl.max(maxima, 0)
     token_ptr = out_tokens_ptr + row
+    firsts = tl.load(chunk_first_ptr + chunks, mask=c < num_chunks, other=NO_TOKEN)
+    if tl.min(firsts, 0) < 0:
+        tl.store(token_ptr, tl.full([], -1, out_tokens_ptr.dtype.element_ty))
+        return
     if tl.load(temperature_ptr + seat) == 0.0:
-        firsts = tl.load(chunk_first_ptr + chunks, mask=c < num_chunks, other=NO_TOKEN)
         tl.store(token_ptr, tl.min(tl.where(maxima == top, firsts, NO_TOKEN), 0).to(out_tokens_ptr.dtype.element_ty))
         return
 

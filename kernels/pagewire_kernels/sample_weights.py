@@ -50,7 +50,7 @@ def _penalised(logits, counts, repetition, presence, frequency):
 def change_kernel(
     scaled_ptr,  # fp32 [R, V], written where the temperature is not 0
     chunk_max_ptr,  # fp32 [R, chunks], of scaled or, where the temperature is 0, of the changed logits
-    chunk_first_ptr,  # int32 [R, chunks], the first token that has it
+    chunk_first_ptr,  # int32 [R, chunks], the first token that has it; -1 where a logit is not a number
     logits_ptr,  # [R, V]
     bitmask_ptr,  # int32 [R, ceil(V / 32)], read if MASKED
     seats_ptr,  # int [R]
@@ -81,6 +81,8 @@ def change_kernel(
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = ids < V
     logits = tl.load(logits_ptr + row * stride_logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    broken = tl.max((logits != logits).to(tl.int32), 0)
+    logits = tl.where(logits != logits, 0.0, logits)
     seat = tl.maximum(tl.load(seats_ptr + row).to(tl.int64), 0)
     if MASKED:
         words = tl.load(bitmask_ptr + row * tl.cdiv(V, 32) + ids // 32, mask=inside, other=0)
@@ -104,7 +106,7 @@ def change_kernel(
         largest = tl.div_rn(largest, temperature)
     at = row * tl.num_programs(1) + chunk
     tl.store(chunk_max_ptr + at, largest)
-    tl.store(chunk_first_ptr + at, first)
+    tl.store(chunk_first_ptr + at, tl.where(broken != 0, -1, first))
 
 
 @triton.jit(do_not_specialize=["stride_plain"])

@@ -82,7 +82,10 @@ def rope_write_kv(
 
 
 def resolve_input_ids(input_ids: Tensor, previous_tokens: Tensor) -> None:
-    """Replace each negative id -1 - r in input_ids int [T] by previous_tokens[r], int [R], in place."""
+    """Replace each negative id -1 - r in input_ids int [T] by previous_tokens[r], int [R], in place.
+
+    By 0 where that is negative, which is no token: what comes after it is never told, but must be computed.
+    """
     check_shape("input_ids", input_ids, (input_ids.numel(),))
     check_shape("previous_tokens", previous_tokens, (previous_tokens.numel(),))
     implementation(input_ids.device.type).resolve_input_ids(input_ids, previous_tokens)

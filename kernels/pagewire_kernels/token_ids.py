@@ -20,7 +20,7 @@ def resolve_input_ids_kernel(
     ids = tl.load(input_ids_ptr + t, mask=t < num_tokens, other=0)
     pending = ids < 0
     tokens = tl.load(previous_tokens_ptr - 1 - ids, mask=pending, other=0)
-    tl.store(input_ids_ptr + t, tokens.to(ids.dtype), mask=pending)
+    tl.store(input_ids_ptr + t, tl.maximum(tokens, 0).to(ids.dtype), mask=pending)
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_seat"])

@@ -73,6 +73,22 @@ def test_parameters_that_all_seats_share_and_padding_rows() -> None:
     assert torch.equal(out, logits.argmax(-1).to(out.device, out.dtype))
 
 
+def test_a_row_with_a_logit_that_is_not_a_number_has_no_token() -> None:
+    """In any chunk of it, also where it is not allowed; greedy or drawn, whatever is left out."""
+    torch.manual_seed(3)
+    vocabulary = 100
+    params = SamplingTensors.neutral(8, vocabulary, "cpu", 1, 1)
+    params.temperature[4:], params.top_k[5], params.top_p[6], params.min_p[7] = 1.0, 3, 0.5, 0.1
+    logits = torch.randn(8, vocabulary)
+    logits[torch.tensor([0, 2, 4, 5, 6, 7]), torch.tensor([0, 99, 99, 0, 50, 70])] = torch.nan
+    logits[2] = torch.nan
+    bitmask = torch.zeros(8, 4, dtype=torch.int32)
+    bitmask[:, 1] = -1
+    for mask in (None, bitmask):
+        out = check(logits, params, torch.arange(8), torch.rand(8, dtype=torch.float64), zeros(8), mask)
+        assert ((out < 0).cpu() == logits.isnan().any(-1)).all()
+
+
 def random_params(seats: int, vocabulary: int) -> SamplingTensors:
     params = SamplingTensors.neutral(seats, vocabulary, "cpu", max_banned=3, max_bias=5)
 
@@ -101,12 +117,12 @@ def check(logits, params, seats, uniforms, num_chosen, bitmask) -> torch.Tensor:
     params = SamplingTensors(**{name: getattr(params, name).to(DEVICE) for name in params.__slots__})
     logits = logits.to(DEVICE)
     bitmask = None if bitmask is None else bitmask.to(DEVICE)
-    out = torch.full((len(logits),), -1, dtype=torch.int32, device=DEVICE)
+    out = torch.full((len(logits),), -3, dtype=torch.int32, device=DEVICE)
     expected = torch.full_like(out, -2)
     before = logits.clone()
     sample.sample_in_chunks(logits, params, *args, out, bitmask, chunk=64, list_block=32)
     reference_sampling.sample(logits, params, *args, expected, bitmask)
-    assert torch.equal(logits, before)
+    assert torch.equal(logits.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
     assert out.tolist() == expected.tolist()
     return out
 

@@ -112,12 +112,13 @@ def test_negative_ids_become_the_tokens_of_the_step_before() -> None:
     previous = torch.randint(1000, 2000, (300,), device=DEVICE, dtype=torch.int32)
     ids = torch.arange(700, device=DEVICE, dtype=torch.int32)
     ids[::7] = -1 - torch.arange(100, device=DEVICE, dtype=torch.int32) * 2
-    ids[1], ids[2], ids[699] = -1, -300, -300
+    ids[1], ids[2], ids[699], previous[4] = -1, -300, -300, -1
     both = [ids.clone(), ids.clone()]
     token_ids.resolve_input_ids(both[0], previous)
     reference_step.resolve_input_ids(both[1], previous)
     assert torch.equal(*both)
     assert both[0][1] == previous[0] and both[0][699] == previous[299]
+    assert ids[14] == -5 and both[0][14] == 0, "a row that had no token"
 
 
 def test_tokens_are_counted_where_a_seat_is_real() -> None:

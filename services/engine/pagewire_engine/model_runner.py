@@ -14,7 +14,7 @@ from pagewire_engine.layer_progress import LayerProgress
 from pagewire_engine.models.config import ModelConfig
 from pagewire_engine.models.dense import DenseModel
 from pagewire_engine.parallel.peers import ALONE, Peers
-from pagewire_engine.sampler import Sampled, sample
+from pagewire_engine.sampler import NO_TOKEN, Sampled, sample
 from pagewire_engine.scoring import Scores, score_rows
 from pagewire_engine.step_tensors import step_tensors
 
@@ -171,7 +171,7 @@ class TorchRunner:
         num_tokens = (batch.positions[batch.sample_from] + 1).tolist()
         sampled = sample(result["logits"], batch.sample_rows, num_tokens, batch.allowed)
         for i, row in enumerate(sampling["embeds"].tolist()):
-            sampled[row] = Sampled(-1, hidden=result["hidden"][i].cpu())
+            sampled[row] = Sampled(NO_TOKEN, hidden=result["hidden"][i].cpu())
         return sampled
 
     def rest(self) -> None:

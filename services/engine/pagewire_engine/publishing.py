@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 from pagewire.v1 import common_pb2 as pb
-from pagewire_core.errors import PagewireError
+from pagewire_core.errors import Internal, PagewireError
 
 from pagewire_engine.batch import Batch, Scored
 from pagewire_engine.books import Books
 from pagewire_engine.counters import Counters
 from pagewire_engine.events import Failed, Finished, FirstTokens, Progress, PromptScores, Token
 from pagewire_engine.outbox import Outbox
-from pagewire_engine.sampler import Sampled
+from pagewire_engine.sampler import NOT_NUMBERS, Sampled
 from pagewire_engine.scoring import Scores
 from pagewire_engine.sequence import Request, Sequence
 
@@ -53,6 +53,9 @@ class Publisher:
 
         A sequence that was cancelled may have gone on by a token that nobody knows: its block has no identity.
         """
+        if sampled.is_nothing and not seq.finished:
+            self._break(seq.request, outbox)
+            return
         seq.num_computed += 1
         if seq.num_computed % self._block_size == 0 and seq.num_computed <= len(seq.tokens):
             self._books.register(seq)
@@ -89,6 +92,9 @@ class Publisher:
             counters.accepted_per_position[position] += 1
 
     def _publish_chunk(self, seq: Sequence, count: int, chosen: list[Sampled], outbox: Outbox) -> None:
+        if any(sampled.is_nothing for sampled in chosen) and not seq.finished:
+            self._break(seq.request, outbox)
+            return
         if seq.num_computed < seq.num_prompt:
             self._counters.prompt_tokens_computed += min(count, seq.num_prompt - seq.num_computed)
         seq.num_computed += count
@@ -106,11 +112,17 @@ class Publisher:
         elif chosen:
             self.fork(seq, chosen, outbox)
 
+    def _break(self, request: Request, outbox: Outbox) -> None:
+        """Its model computed what are no numbers: it fails, and those beside it go on."""
+        outbox += self.fail({request: Internal(NOT_NUMBERS)})
+
     def _publish_scores(self, scored: Scored, scores: Scores, outbox: Outbox) -> None:
         at = 0
         for seq, first, count in scored.parts:
             request = seq.request
-            if not seq.finished:
+            if not seq.finished and not scores.part(at, at + count, 0).are_numbers:
+                self._break(request, outbox)
+            elif not seq.finished:
                 request.num_scored = first + count
                 part = scores.part(at, at + count, request.prompt_logprobs or 0)
                 outbox.append((request, PromptScores(first, part)))

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pagewire_core.errors import Internal
 
 from pagewire_engine.constraint import Matching
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.watermark import add_watermark
 
+NO_TOKEN = -1
 NOT_NUMBERS = "the model's logits are not numbers"
 
 
@@ -52,13 +52,19 @@ class SampleRow:
 class Sampled:
     """A chosen token; logprobs only if the request asked: of the token, and of the best (id, logprob).
 
-    hidden: float32 [E] in its place, with token -1, where the request embeds.
+    token is NO_TOKEN where the logits were not numbers: none follows from them.
+    hidden: float32 [E] in its place, with NO_TOKEN, where the request embeds.
     """
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     hidden: torch.Tensor | None = None
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the model computed what are no numbers."""
+        return self.token < 0 and (self.hidden is None or bool(self.hidden.isnan().any()))
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -76,10 +82,9 @@ def sample(
     """One token per row. logits: float32 [rows, vocabulary]; overwritten. allowed: see Batch.
 
     num_tokens: how many tokens precede each row's, if `SampleRow.tokens` lacks one that is not known yet.
-    Raises Internal for logits that are NaN: no token follows from them.
     """
-    if torch.isnan(logits).any():
-        raise Internal(NOT_NUMBERS)
+    broken = torch.isnan(logits).any(-1).nonzero()[:, 0].tolist()
+    logits[broken] = 0.0
     num_tokens = [len(row.tokens) for row in rows] if num_tokens is None else num_tokens
     raw = torch.log_softmax(logits, -1) if any(r.params.logprobs is not None for r in rows) else None
     for i, row in enumerate(rows):
@@ -94,6 +99,8 @@ def sample(
         drawn = _draw(logits[random], [rows[i] for i in random], [num_tokens[i] for i in random])
         for i, token in zip(random, drawn, strict=True):
             tokens[i] = token
+    for i in broken:
+        tokens[i] = NO_TOKEN
     return [
         Sampled(token) if raw is None else _with_logprobs(token, raw[i], row.params)
         for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
@@ -101,7 +108,7 @@ def sample(
 
 
 def _with_logprobs(token: int, raw: torch.Tensor, params: SamplingParams) -> Sampled:
-    if params.logprobs is None:
+    if params.logprobs is None or token == NO_TOKEN:
         return Sampled(token)
     ids = list(params.logprob_token_ids) or raw.topk(min(params.logprobs, raw.numel())).indices.tolist()
     return Sampled(token, raw[token].item(), best_first(zip(ids, raw[ids].tolist(), strict=True)))

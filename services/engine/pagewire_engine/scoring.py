@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pagewire_core.errors import Internal
-
-from pagewire_engine.sampler import NOT_NUMBERS
 
 LOGITS_BYTES = 32 << 20  # float32, of a piece
 CACHED_BYTES = 1 << 20  # of it, what a CPU reduces at once: four times as fast as all of it
@@ -33,11 +30,12 @@ class Scores:
 
     @classmethod
     def of(cls, result: Mapping[str, torch.Tensor]) -> Scores:
-        """From what `score_rows` gave, on any device. Raises Internal where a logit was not a number."""
-        scores = cls(*(result[name].cpu().numpy() for name in _NAMES))
-        if np.isnan(scores.logprobs).any():
-            raise Internal(NOT_NUMBERS)
-        return scores
+        """From what `score_rows` gave, on any device."""
+        return cls(*(result[name].cpu().numpy() for name in _NAMES))
+
+    @property
+    def are_numbers(self) -> bool:
+        return not np.isnan(self.logprobs).any()
 
     def part(self, begin: int, end: int, num_top: int) -> Scores:
         """Of some of the tokens, and fewer of the best."""

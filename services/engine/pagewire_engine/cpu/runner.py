@@ -7,7 +7,6 @@ import weakref
 
 import numpy as np
 import torch
-from pagewire_core.errors import Internal
 from pagewire_kernels.cpu.cores import Cores
 from pagewire_kernels.cpu.library import STRIP, Model
 from pagewire_kernels.cpu.library import Batch as BatchStruct
@@ -17,7 +16,7 @@ from pagewire_engine.cpu.kv_cache import PackedKVCache
 from pagewire_engine.cpu.model import CpuModel
 from pagewire_engine.layer_progress import LayerProgress
 from pagewire_engine.model_runner import Arrays, Done, Launched, Tensors
-from pagewire_engine.sampler import NOT_NUMBERS, Sampled, sample, uniform
+from pagewire_engine.sampler import NO_TOKEN, Sampled, sample, uniform
 from pagewire_engine.scoring import score_rows
 
 _LOGITS, _HIDDEN = 1, 2  # what a row may give instead of a token
@@ -127,8 +126,6 @@ class CpuRunner:
         """The step's own tokens, and those of the rows whose logits it gave back; hidden states of rows that embed."""
         tokens, raw = result["tokens"].numpy(), sampling["raw"]
         wanted = np.flatnonzero(raw == _LOGITS)
-        if np.any(tokens[raw == 0] < 0):
-            raise Internal(NOT_NUMBERS)
         sampled = [Sampled(token) for token in tokens.tolist()]
         if len(wanted):
             num_tokens = (batch.positions[batch.sample_from[wanted]] + 1).tolist()
@@ -137,7 +134,7 @@ class CpuRunner:
             for row, token in zip(wanted, chosen, strict=True):
                 sampled[row] = token
         for i, row in enumerate(np.flatnonzero(raw == _HIDDEN)):
-            sampled[row] = Sampled(-1, hidden=result["hidden"][i])
+            sampled[row] = Sampled(NO_TOKEN, hidden=result["hidden"][i])
         return sampled
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pagewire_engine.gpu.transfers import upload
-from pagewire_engine.sampler import Sampled, SampleRow, best_first
+from pagewire_engine.sampler import NO_TOKEN, Sampled, SampleRow, best_first
 from pagewire_engine.scoring import Scores
 
 
@@ -36,7 +36,7 @@ def logprobs_of(rows: Sequence[SampleRow], logits: Tensor, tokens: Tensor) -> Lo
     for i, r in enumerate(asked):
         if listed := rows[r].params.logprob_token_ids:
             ids[i, : len(listed)] = upload({"ids": np.array(listed, np.int64)}, logits.device)["ids"]
-    chosen = raw.gather(-1, tokens.index_select(0, index)[:, None])[:, 0]
+    chosen = raw.gather(-1, tokens.index_select(0, index).clamp(min=0)[:, None])[:, 0]
     return Logprobs(list(asked), list(asked.values()), chosen, ids, raw.gather(-1, ids))
 
 
@@ -60,7 +60,7 @@ class Chosen:
                 told = best_first(zip(ids[i][:count], values[i][:count], strict=True))
                 sampled[row] = Sampled(sampled[row].token, chosen[i], told)
         for i, row in enumerate(self.embeds):
-            sampled[row] = Sampled(-1, hidden=tensors[-1][i])
+            sampled[row] = Sampled(NO_TOKEN, hidden=tensors[-1][i])
         return sampled
 
     def scores(self) -> Scores:

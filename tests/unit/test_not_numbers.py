@@ -1,0 +1,66 @@
+"""A model that computes what are no numbers, as an overflow does: who asked for it fails, and nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import Run, make_engine, run_all
+from gpu_runners import LIMITS, make_gpu_runner, make_torch_runner
+from pagewire_engine.engine import Engine
+from pagewire_engine.events import Failed
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+
+BROKEN = 77  # the token whose embedding is none
+
+ENGINES: dict[str, Callable[[Path], Engine]] = {
+    "compiled": lambda path: make_engine(path, dtype="float32"),
+    "torch": lambda path: Engine(make_torch_runner(path), LIMITS),
+    "gpu": lambda path: Engine(make_gpu_runner(path), LIMITS),
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_model(tmp_path_factory.mktemp("broken"), "llama")
+    weights = load_file(path / "model.safetensors")
+    weights["model.embed_tokens.weight"][BROKEN] = torch.nan
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("made_by", ENGINES)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {}, {"temperature": 1.0}, {"temperature": 0.9, "top_k": 4, "top_p": 0.8}, {"logprobs": 2}, {"n": 2},
+        {"repetition_penalty": 1.3}, {"typical_p": 0.5, "temperature": 1.0}, {"prefill_only": True},
+        {"prefill_only": True, "embeds": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_only_who_asked_for_it_fails(path: Path, made_by: str, asked: dict[str, Any]) -> None:
+    alone, beside = Run([5, 6, 7], max_tokens=20), Run([5, 6, 7], max_tokens=20)
+    engine = ENGINES[made_by](path)
+    run_all(engine, alone)
+    engine.submit(beside.request)
+    engine.step()
+    engine.step()
+    broken = Run([8, BROKEN, 9], **asked)
+    run_all(engine, broken)
+    [failed] = [event for event in broken.events if isinstance(event, Failed)]
+    assert failed.error.message == "the model's logits are not numbers"
+    assert broken.events[-1] is failed and beside.tokens() == alone.tokens()
+
+
+@pytest.mark.parametrize("made_by", ENGINES)
+def test_an_answer_that_comes_to_it_ends_there(path: Path, made_by: str) -> None:
+    """On a GPU the step after that is under way by then."""
+    engine, beside = ENGINES[made_by](path), Run([5, 6, 7], max_tokens=20)
+    answer = Run([8, 9], max_tokens=20, logit_bias={BROKEN: 200.0})
+    run_all(engine, beside, answer)
+    assert isinstance(answer.events[-1], Failed) and len(beside.tokens()) == 20
