@@ -11,7 +11,6 @@ from pagewire_core.model_dir import ModelDir
 
 from pagewire_cli import gpus
 
-_BYTES = {"int8": 1.1, "int4": 0.65}  # of a weight, with its part of the scales
 _SHARE = 0.5  # of the memory that is free, for two copies; the rest is for KV and what else runs here
 
 
@@ -21,15 +20,13 @@ def why_one(args: argparse.Namespace, model: ModelDir, environ: Mapping[str, str
     if seen:
         needed = 2 * args.tensor_parallel_size * args.pipeline_parallel_size
         return f"two workers want {needed} GPUs and there are {len(seen)}" if len(seen) < needed else None
-    copy, free = model.num_parameters * _bytes_per_weight(args, model), available_memory()
+    copy, free = model.loaded_bytes(_itemsize(args, model), args.quantization), available_memory()
     if 2 * copy <= _SHARE * free:
         return None
     return f"two copies of the weights would take {2 * copy / 2**30:.1f} of {free / 2**30:.1f} GiB of memory"
 
 
-def _bytes_per_weight(args: argparse.Namespace, model: ModelDir) -> float:
-    if args.quantization in _BYTES:
-        return _BYTES[args.quantization]
+def _itemsize(args: argparse.Namespace, model: ModelDir) -> int:
     stored = str(model.config.get("dtype") or model.config.get("torch_dtype"))
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and stored.endswith("bfloat16"))
-    return 2.0 if half else 4.0  # float16 is computed in float32
+    return 2 if half else 4  # float16 is computed in float32

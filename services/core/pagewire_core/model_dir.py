@@ -18,6 +18,7 @@ from typing import Any
 from pagewire_core.errors import StartupError
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+_QUANTIZED_BYTES = {"int8": 1.1, "fp8": 1.1, "int4": 0.65}  # of a weight, with its part of the scales
 _WHOLE_FILE_BYTES = 256 << 20
 _WINDOW_BYTES = 1 << 20
 _NUM_WINDOWS = 64
@@ -62,6 +63,10 @@ class ModelDir:
         """Numbers in the weights' files, by their headers."""
         shapes = (entry["shape"] for file in self._weight_files for entry in _tensors(file))
         return sum(math.prod(shape) for shape in shapes)
+
+    def loaded_bytes(self, itemsize: int, quantization: str | None) -> int:
+        """Roughly what the weights take once they are loaded. itemsize: of a weight that is not quantized."""
+        return int(self.num_parameters * _QUANTIZED_BYTES.get(quantization or "", itemsize))
 
     @cached_property
     def max_model_len(self) -> int:

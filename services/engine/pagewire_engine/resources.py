@@ -88,12 +88,13 @@ class Space:
     def __post_init__(self) -> None:
         """Fails before the system's memory does."""
         cpu, ranks = self.config.device.type == "cpu", self.part.ranks * self.part.stages
-        needed = self.model.weight_bytes // (1 if cpu else ranks)
+        loaded = self.model.loaded_bytes(self.config.dtype.itemsize, self.options.quantization)
+        needed = loaded // (1 if cpu else ranks)
         free = available_memory() if cpu else torch.cuda.mem_get_info(self.config.device)[0]
         if needed > free:
             raise StartupError(
                 f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
-                "use a smaller model, or a machine or a container's limit with more memory"
+                "use --quantization int4, a smaller model, or a machine or a container's limit with more memory"
             )
 
     @property

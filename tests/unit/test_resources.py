@@ -1,0 +1,36 @@
+"""What a model takes on this machine, before it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pagewire_core.errors import StartupError
+from pagewire_core.model_dir import resolve_model
+from pagewire_engine import resources
+from pagewire_engine.options import EngineOptions
+from pagewire_engine.resources import Space, read_model_config
+from tiny_models import make_model
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_per_weight"),
+    [
+        ({"dtype": "bfloat16"}, 2), ({"dtype": "float32"}, 4), ({"dtype": "float16"}, 4),  # as it is computed here
+        ({"dtype": "bfloat16", "quantization": "int8"}, 1.1), ({"dtype": "bfloat16", "quantization": "int4"}, 0.65),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_weights_that_do_not_fit_as_they_are_loaded_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], bytes_per_weight: float
+) -> None:
+    """Not as they are stored: a quantized model fits where its files would not."""
+    model = resolve_model(str(make_model(tmp_path, "llama")))
+    asked = EngineOptions(device="cpu", **options)
+    config, needed = read_model_config(model, asked), model.num_parameters * bytes_per_weight
+    monkeypatch.setattr(resources, "available_memory", lambda: int(needed) + 1)
+    Space(model, config, asked)
+    monkeypatch.setattr(resources, "available_memory", lambda: int(needed) - 1)
+    with pytest.raises(StartupError, match=r"the weights take [\d.]+ GiB"):
+        Space(model, config, asked)
