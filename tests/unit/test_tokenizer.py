@@ -29,6 +29,26 @@ def test_special_tokens_are_known_and_can_be_left_out(byte_tokenizer: Tokenizer)
     assert byte_tokenizer.token_bytes(99_999) == b""
 
 
+def test_tokens_that_only_the_settings_have_are_known_and_are_as_special_as_they_say(tmp_path: Path) -> None:
+    """As in transformers. The file has <tool> as a token like others; what has no number anywhere is no token."""
+    write_byte_tokenizer(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {
+        "260": {"content": "<end>", "special": True, "lstrip": False, "unknown": 1},
+        "259": {"content": "<call>", "special": False},
+    }
+    settings["additional_special_tokens"] = ["<tool>", {"content": "<nowhere>"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = Tokenizer(tmp_path)
+    assert ours.encode("<end><call><tool>", add_special_tokens=False) == [260, 259, 258]
+    assert ours.decode([*ours.encode("x", False), 260, 259, 258], skip_special_tokens=True) == "x<call>"
+    assert ours.special_ids == {256, 257, 258, 260} and ours.vocab_size == 261
+    assert tokenizers.Tokenizer.from_str(ours.json).get_vocab_size() == 261
+
+
 def test_a_bos_that_only_the_settings_ask_for_is_added_once(tmp_path: Path) -> None:
     write_byte_tokenizer(tmp_path, add_bos_token=True)
     assert Tokenizer(tmp_path).encode("x", add_special_tokens=True)[0] == 256

@@ -34,7 +34,7 @@ class Vocabulary:
         self.num_words = -(-max(vocab_size, text.vocab_size) // 32)  # of 32 bits, in a mask
         try:
             self.tokens = llguidance.LLTokenizer(
-                str(path / "tokenizer.json"), n_vocab=max(vocab_size, text.vocab_size), eos_token=list(eos_token_ids)
+                text.json, n_vocab=max(vocab_size, text.vocab_size), eos_token=list(eos_token_ids)
             )
         except Exception as error:  # llguidance raises bare ones
             raise StartupError(f"{path / 'tokenizer.json'} cannot be used for structured output: {error}") from error

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a model's tokenizer.json alone."""
+"""Text to token ids and back, from a model's tokenizer.json and what its tokenizer_config.json adds to it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ from pagewire_core.model_dir import read_json, special_token
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPIECE_SPACE = "\u2581"
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("content", "special", "lstrip", "rstrip", "normalized", "single_word")
+_SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+def _special_names(settings: dict[str, Any]) -> list[str]:
+    values = [settings.get(key) for key in _SPECIAL]
+    for key in _SPECIAL_LISTS:
+        more = settings.get(key) or ()
+        values += more.values() if isinstance(more, dict) else more
+    return [name for name in map(special_token, values) if name]
 
 
 class Tokenizer:
@@ -34,6 +45,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.settings: dict[str, Any] = read_json(path / "tokenizer_config.json", {})
+        self._add_tokens()
         self.bos_token = special_token(self.settings.get("bos_token"))
         self.eos_token = special_token(self.settings.get("eos_token"))
         self.bos_token_id = self._id_of(self.bos_token)
@@ -43,6 +55,27 @@ class Tokenizer:
         self._prepend = self._missing_bos()
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for
         self._texts: dict[bool, dict[int, str]] = {False: {}, True: {}}  # too
+
+    def _add_tokens(self) -> None:
+        """The settings may have tokens that the file lacks, or lacks the word for that they are special.
+
+        As in transformers, but for those that neither has a number for.
+        """
+        known = self._tokenizer.get_added_tokens_decoder()
+        entries = sorted(self.settings.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
+        tokens = [tokenizers.AddedToken(**{k: v for k, v in e.items() if k in _FLAGS}) for _, e in entries]
+        told = {token.content for token in tokens}
+        for name in _special_names(self.settings):
+            token_id = self._tokenizer.token_to_id(name)
+            if name not in told and token_id is not None and not (token_id in known and known[token_id].special):
+                tokens.append(tokenizers.AddedToken(name, special=True, normalized=False))
+        same = {(token.content, token.special) for token in known.values()}
+        self._tokenizer.add_tokens([token for token in tokens if (token.content, token.special) not in same])
+
+    @property
+    def json(self) -> str:
+        """All of it, as tokenizer.json has it."""
+        return self._tokenizer.to_str()
 
     @property
     def special_tokens(self) -> dict[str, int]:
