@@ -11,7 +11,7 @@ import grpc
 import pytest
 from fakes import FakeWorker
 from pagewire.v1 import common_pb2, inference_pb2, prefill_pb2, worker_pb2
-from pagewire_core.errors import Internal, Overloaded, TransferLost, Unavailable, from_rpc
+from pagewire_core.errors import Internal, Overloaded, PagewireError, TransferLost, Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
 from router_scene import EOS, Answer, Scene, request, scene, until
 
@@ -440,6 +440,28 @@ async def test_an_error_names_the_worker_that_was_lost_by_its_role(
             assert answer.error is not None
             told = answer.error.message
         assert told.startswith(f"the {role} worker was lost: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (Internal("no numbers"), common_pb2.ERROR_CODE_INTERNAL, "the decode worker failed: no numbers"),
+        (TransferLost("it stood still"), common_pb2.ERROR_CODE_UNAVAILABLE, "the KV transfer was lost: it stood still"),
+    ],
+)
+async def test_an_error_says_what_has_failed(
+    byte_tokenizer: Tokenizer, error: PagewireError, code: common_pb2.ErrorCode, told: str
+) -> None:
+    """A worker that computes what are no numbers is not lost, and it is of no use to ask again soon."""
+
+    def hook(worker: object) -> None:
+        raise error
+
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["d1"].script.hooks["decode"] = hook
+        answer = await s.ask()
+        assert answer.error is not None
+        assert (answer.error.code, answer.error.message) == (code, told)
 
 
 async def test_a_replay_that_samples_otherwise_is_an_error_and_not_a_wrong_answer(byte_tokenizer: Tokenizer) -> None:

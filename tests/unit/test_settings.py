@@ -205,5 +205,5 @@ def test_help_shows_every_flag_in_one_group_and_no_line_is_too_long(
     flags = {*serve.SERVE_FLAGS, *SO_ANYWAY, *own}
     assert sorted(name.removeprefix("--").replace("[no-]", "") for name in shown) == sorted(flags)
     assert max(map(len, lines)) <= 110
-    assert "  --max-num-seqs N          sequences in one step (default: 128)" in lines
+    assert "  --max-num-seqs N          sequences that a worker runs at a time (default: 128)" in lines
     assert {"examples:", "the model:", "HTTP:"} <= set(lines) and set(WORKER_FLAGS) <= set(FLAGS)

@@ -82,7 +82,7 @@ def _costs(parser: Parser) -> Iterable[argparse.Action]:
     yield add("--decode-ms-per-kv-token", type=not_negative, metavar="MS", help="and for each token of those")
     yield add("--kv-tokens", type=positive, metavar="N", help="that its KV pool holds")
     yield add("--kv-bytes-per-token", type=positive, metavar="N", help="of KV")
-    yield add("--max-num-seqs", type=positive, metavar="N", help="sequences in one step")
+    yield add("--max-num-seqs", type=positive, metavar="N", help="sequences that a worker runs at a time")
     default = FLAGS["max-prefill-delay-ms"].default
     yield add("--max-prefill-delay-ms", type=not_negative, default=default, metavar="MS", help="as of the worker")
     yield add("--bandwidth", type=seconds, default=1.0, metavar="GB/S", help="of the way that KV takes")

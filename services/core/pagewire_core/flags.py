@@ -141,7 +141,7 @@ FLAGS: dict[str, Flag] = {
     "kv-cache-dtype": Flag("auto", "dtype of the KV pool; auto: the compute dtype; fp8 (e4m3) halves it, on CUDA only",
                            choices=("auto", "fp8", "fp8_e4m3")),
     "enforce-eager": Flag(False, "no CUDA graphs: faster start, slower decoding; without effect on a CPU", None),
-    "max-num-seqs": Flag(128, "sequences in one step", positive),
+    "max-num-seqs": Flag(128, "sequences that a worker runs at a time", positive),
     "max-num-batched-tokens": Flag(2048, "tokens in one step", positive),
     "max-prefill-delay-ms": Flag(50.0, "milliseconds that chunks of prompts may add to a step in which others decode; "
                                        "0: no limit", not_negative),

@@ -22,10 +22,12 @@ from pagewire_core import faults
 from pagewire_core.errors import (
     ContextLength,
     DeadlineExceeded,
+    Internal,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
     PagewireError,
+    TransferLost,
     Unavailable,
 )
 from pagewire_core.tokenizer import Tokenizer
@@ -348,8 +350,11 @@ def outcome_of(error: PagewireError) -> str:
 def _told(failure: LegFailed, placed: Placed[Worker]) -> PagewireError:
     """What a client is told of a failed leg: cancelling and so on were the worker's, not the client's."""
     computing = failure.leg == "prefill" and placed.prefill is not None
-    what = "prefill worker" if computing or not placed.decode.can_decode else "decode worker"
-    return Unavailable(f"the {what} was lost: {failure.error.message}", retry_after_s=1.0)
+    what, error = "prefill worker" if computing or not placed.decode.can_decode else "decode worker", failure.error
+    if isinstance(error, Internal):
+        return Internal(f"the {what} failed: {error.message}")
+    what = "KV transfer" if isinstance(error, TransferLost) else what
+    return Unavailable(f"the {what} was lost: {error.message}", retry_after_s=1.0)
 
 
 def _tells_first_tokens(event: Event) -> bool:
