@@ -45,7 +45,8 @@ class Worker(Ledger):
         self.decode = decode_pb2_grpc.DecodeServiceStub(channel)
         self.control = worker_pb2_grpc.WorkerServiceStub(channel)
         self.feed = FeedReader(lambda feed_id: self.decode.Feed(decode_pb2.FeedRequest(feed_id=feed_id)))
-        self.unused = asyncio.Event()  # set while no attempt talks to it
+        self._num_users = 0
+        self.unused = asyncio.Event()  # set while nobody has a call of its own to it
         self.unused.set()
         self._watchers: set[Callable[[PagewireError], None]] = set()
 
@@ -63,14 +64,21 @@ class Worker(Ledger):
             tell(Unavailable(f"it has said nothing for {_DEAD_S:.0f} s"))
 
     @contextlib.contextmanager
-    def booked(self, booking: Booking) -> Iterator[None]:
+    def used(self) -> Iterator[None]:
+        """The body makes calls: the channel is not closed meanwhile, which would cancel who waits for them."""
+        self._num_users += 1
         self.unused.clear()
         try:
-            with super().booked(booking):
-                yield
+            yield
         finally:
-            if not self.is_booked:
+            self._num_users -= 1
+            if not self._num_users:
                 self.unused.set()
+
+    @contextlib.contextmanager
+    def booked(self, booking: Booking) -> Iterator[None]:
+        with self.used(), super().booked(booking):
+            yield
 
 
 class WorkerTable:
@@ -148,15 +156,14 @@ class WorkerTable:
             return None
         hashes: list[bytes] = []
         sequence = 0
-        try:
+        with worker.used(), contextlib.suppress(grpc.RpcError):
             async for part in worker.control.Snapshot(worker_pb2.SnapshotRequest(), timeout=_SNAPSHOT_TIMEOUT_S):
                 if len(hashes) + len(part.hashes) > _MAX_HASHES or any(len(h) != HASH_BYTES for h in part.hashes):
                     return None
                 hashes.extend(part.hashes)
                 sequence = part.sequence
-        except grpc.RpcError:
-            return None
-        return Snapshot(sequence, hashes)
+            return Snapshot(sequence, hashes)
+        return None
 
     def _follow_known(self) -> None:
         for address in (self._static | self._registered.keys()) - self._followers.keys():
@@ -276,7 +283,7 @@ def _name(role: common_pb2.WorkerRole) -> str:
 
 
 async def _retire(channel: grpc.aio.Channel, worker: Worker | None) -> None:
-    """Closes a channel once no attempt uses it: closing would end its calls without a word to them."""
+    """Closes a channel once nobody uses it: closing would end its calls without a word to them."""
     if worker is not None:
         await worker.unused.wait()
         await worker.feed.close()
