@@ -185,6 +185,43 @@ async def test_two_processes_with_one_worker_id_are_one_worker(
             assert s.router.index.instance_of("d1") == "d1-1"
 
 
+@pytest.mark.parametrize("others", [0, 1], ids=["one process by two addresses", "two processes of one id"])
+async def test_who_is_introduced_twice_at_one_moment_joins_once(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """Each report of either made it the one that had just joined, and all that was known of the other was forgotten."""
+    stats, num_followed = FakeWorker.Stats, 0
+
+    async def when_both_are_followed(
+        self: FakeWorker, request: Any, context: Any
+    ) -> AsyncIterator[worker_pb2.StatsResponse]:
+        nonlocal num_followed
+        num_followed += self.worker_id == "d1"
+        while self.worker_id == "d1" and num_followed < 2:
+            await asyncio.sleep(0.01)
+        async for response in stats(self, request, context):
+            yield response
+
+    monkeypatch.setattr(FakeWorker, "Stats", when_both_are_followed)
+    async with scene(byte_tokenizer, "p1") as s, one_more(s, "d1") as d1, one_more(s, "d1") as double:
+        double.instance = "another"
+        await d1.start()
+        await double.start()
+        table = s.router.services.workers
+        joined, reports = [], 0
+
+        def reported(worker: workers.Worker) -> None:
+            nonlocal reports
+            reports += worker.worker_id == "d1"
+
+        monkeypatch.setattr(table, "_joined", joined.append)
+        monkeypatch.setattr(table, "_reported", reported)
+        other = double.address if others else d1.address.replace("127.0.0.1", "localhost")
+        table.set_static([s.workers["p1"].address, d1.address, other])
+        await until(lambda: reports == 6)
+        assert joined == [table.get("d1")]
+
+
 async def test_a_worker_that_falls_silent_gets_nothing_new_and_then_counts_as_dead(
     byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

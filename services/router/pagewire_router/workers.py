@@ -209,12 +209,7 @@ class WorkerTable:
         if why := self._unfit(info):
             self._refuse(address, why)
             return None
-        known = self._live.get(info.worker_id)
-        if known is None:
-            return Worker(info, address, channel)
-        if known.info.instance != info.instance:
-            self._refuse(address, f"has the worker id of {known.address}: give it another --worker-id")
-        return None  # or the same process by another address
+        return None if self._is_double(info, address) else Worker(info, address, channel)
 
     async def _alive(self, worker: Worker) -> bool:
         reports = worker.control.Stats(worker_pb2.StatsRequest())
@@ -232,6 +227,9 @@ class WorkerTable:
                     log.info("worker changed its role", worker_id=worker.worker_id, role=_name(worker.role))
                 if report.draining:
                     self._leave(worker)  # what runs there ends there; nothing new is sent
+                elif self._is_double(worker.info, worker.address):  # both were introduced before either joined
+                    why = "known by another address"
+                    break
                 else:
                     self._join(worker)
         except TimeoutError:
@@ -250,6 +248,15 @@ class WorkerTable:
         if info.model_digest != self._model_digest:
             return "serves other weights than this router: start both with the same --model"
         return ""
+
+    def _is_double(self, info: worker_pb2.InfoResponse, address: str) -> bool:
+        """Whether another address has this worker, or another process of its id."""
+        known = self._live.get(info.worker_id)
+        if known is None or known.address == address:
+            return False
+        if known.info.instance != info.instance:
+            self._refuse(address, f"has the worker id of {known.address}: give it another --worker-id")
+        return True
 
     def _refuse(self, address: str, why: str, quiet: bool = False) -> None:
         if self._refused.get(address) != why:
