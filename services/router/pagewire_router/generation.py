@@ -315,7 +315,7 @@ class Generation:
         if isinstance(error, Overloaded):
             self._refused.add(failure.worker_id)
             return
-        learn_failure(self._services.placement, placed, failure)
+        learn_failure(self._services.placement, placed, self._request, failure)
         given, self._given_before = self._given_before, self.completion_tokens
         self._failures = 1 if self.completion_tokens > given else self._failures + 1
         self._services.metrics.retries.labels(failure.leg).inc()

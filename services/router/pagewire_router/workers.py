@@ -82,7 +82,9 @@ class Worker(Ledger):
 
 
 class WorkerTable:
-    """Live workers by id. `joined` and `left` are told of every change; `changed` wakes who waits for one."""
+    """Live workers by id. `joined`, `left` and `switched` (to another role) are told of every change, `reported` of
+    every report; `wait_changed` wakes who waits for one.
+    """
 
     def __init__(
         self,
@@ -91,11 +93,13 @@ class WorkerTable:
         left: Callable[[Worker], None] = lambda worker: None,
         tls: TlsFiles | None = None,
         reported: Callable[[Worker], None] = lambda worker: None,
+        switched: Callable[[Worker], None] = lambda worker: None,
     ) -> None:
         self._model_digest = model_digest
         self._joined = joined
         self._left = left
         self._reported = reported
+        self._switched = switched
         self._tls = tls
         self._live: dict[str, Worker] = {}
         self._static: set[str] = set()
@@ -225,6 +229,7 @@ class WorkerTable:
                 self._reported(worker)
                 if worker.role != role:
                     log.info("worker changed its role", worker_id=worker.worker_id, role=_name(worker.role))
+                    self._switched(worker)
                 if report.draining:
                     self._leave(worker)  # what runs there ends there; nothing new is sent
                 elif self._is_double(worker.info, worker.address):  # both were introduced before either joined
