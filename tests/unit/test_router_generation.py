@@ -11,8 +11,12 @@ import grpc
 import pytest
 from fakes import FakeWorker
 from pagewire.v1 import common_pb2, inference_pb2, prefill_pb2, worker_pb2
+from pagewire_core import tracing
 from pagewire_core.errors import Internal, Overloaded, TransferLost, Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
+from pagewire_router.attempt import Attempt
+from pagewire_router.request import validate
+from pagewire_router.spans import AttemptSpans
 from router_scene import EOS, Answer, Scene, request, scene, until
 
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
@@ -467,6 +471,43 @@ async def test_a_client_that_leaves_frees_both_workers(byte_tokenizer: Tokenizer
         assert "decode" in s.workers["d1"].cancelled or stage == "reserve"
         assert ("prefill" in s.workers["p1"].cancelled) == (worker == "p1")
         await until(lambda: total("pagewire_requests_total", s, outcome="cancelled") == 1)
+
+
+async def test_a_client_that_leaves_while_a_lost_attempt_ends_leaves_nothing_behind(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was booked stayed: prompts were sent to blocks that never came, and the channel was never closed."""
+    pump, ending, end = Attempt._pump, asyncio.Event(), asyncio.Event()
+
+    async def slow_to_end(self: Attempt, leg: Any, call: Any) -> None:
+        try:
+            await pump(self, leg, call)
+        except asyncio.CancelledError:
+            ending.set()
+            await end.wait()
+
+    monkeypatch.setattr(Attempt, "_pump", slow_to_end)
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        valid, now = validate(request(), s.router.model, 256), asyncio.get_running_loop().time()
+        placed = s.router.services.placement.place(valid)
+        assert placed is not None
+        spans = AttemptSpans(tracing.current(), placed, 1, resumed=False)
+
+        async def lose() -> None:
+            async with Attempt(valid, placed, now + 20, 5.0, None, (), spans) as attempt:
+                await attempt.reserve()
+                async for _ in attempt.events():
+                    pass
+
+        s.workers["p1"].script.hooks["prefill"] = fail
+        losing = asyncio.create_task(lose())
+        await ending.wait()
+        losing.cancel()
+        end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await losing
+        assert not any(worker.is_booked for worker in s.router.services.workers.live)
+        assert s.workers["d1"].stopped == [()]
 
 
 async def test_a_client_that_leaves_the_queue_is_forgotten(byte_tokenizer: Tokenizer) -> None:

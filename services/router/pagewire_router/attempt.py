@@ -112,20 +112,28 @@ class Attempt:
     async def __aexit__(self, _kind: object, failure: BaseException | None, _traceback: object) -> None:
         for timer in self._timers.values():
             timer.cancel()
-        for call in self._calls.values():
-            call.cancel()
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        leaving = asyncio.ensure_future(self._leave())
         try:
-            if self._asked and not self._finished:
-                await self._tell_stop()
+            await asyncio.shield(leaving)
+        except asyncio.CancelledError:  # the client leaves at this moment
+            await leaving
+            raise
         finally:
             self._held.close()
             if isinstance(failure, LegFailed):
                 self._spans.close(failure.error, failure.leg)
             else:
                 self._spans.close(failure)
+
+    async def _leave(self) -> None:
+        """Ends both calls, and the whole transfer on the decode worker."""
+        for call in self._calls.values():
+            call.cancel()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        if self._asked and not self._finished:
+            await self.stop_choices(())
 
     async def reserve(self) -> None:
         """Gets the decode worker's promise of room, if the plan needs one. Raises LegFailed ("reserve")."""
@@ -188,15 +196,6 @@ class Attempt:
         message = decode_pb2.StopRequest(transfer_id=self.transfer_id, choices=choices)
         with contextlib.suppress(grpc.RpcError):
             await self.placed.decode.decode.Stop(message, timeout=_STOP_TIMEOUT_S, metadata=self._metadata)
-
-    async def _tell_stop(self) -> None:
-        """Ends the whole transfer on the decode worker, also when the caller is being cancelled."""
-        stop = asyncio.ensure_future(self.stop_choices(()))
-        try:
-            await asyncio.shield(stop)
-        except asyncio.CancelledError:
-            await stop
-            raise
 
     def _open_decode(self) -> grpc.aio.UnaryStreamCall:
         message = decode_pb2.DecodeRequest(
