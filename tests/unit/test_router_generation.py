@@ -255,6 +255,24 @@ async def test_a_prefill_worker_that_refuses_is_passed_over(
         assert {(told.prefill_worker, told.decode_worker) for told in summaries if told} == {("p2", "d1")}
 
 
+async def test_a_worker_that_had_no_room_takes_over_from_one_that_is_lost_later(byte_tokenizer: Tokenizer) -> None:
+    """Its refusal was held against it as long as the request lived, which was given up on the one that failed."""
+
+    def lose(worker: FakeWorker) -> None:
+        s.workers["d1"].script.hooks.clear()  # it has room again
+        fail(worker)
+
+    async with scene(byte_tokenizer, "p1 d1 d2", routing_policy="round_robin") as s:
+        s.router.services.workers.get("d2").turn = 1  # d1 is next
+        s.workers["d1"].script.hooks["reserve"] = refuse
+        s.workers["d2"].script.hooks["decode"] = lose
+        answer = await s.ask()
+        assert (answer.text, answer.error) == ({0: "hello world"}, None)
+        assert s.workers["d1"].seen.count("reserve") == 2
+        assert answer.summary is not None
+        assert (answer.summary.decode_worker, answer.summary.attempts) == ("d1", 2)
+
+
 async def test_a_request_waits_until_a_decode_worker_has_room(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         refusals = iter([refuse, refuse, refuse])

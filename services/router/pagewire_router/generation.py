@@ -326,6 +326,7 @@ class Generation:
         if self._failures >= MAX_ATTEMPTS:
             raise _told(failure, placed)
         self._avoid.add(failure.worker_id)
+        self._refused.clear()  # by now they may have room
 
 
 def opening(request: ValidRequest) -> inference_pb2.GenerateResponse:
