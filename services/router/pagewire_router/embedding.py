@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import grpc
 from pagewire.v1 import inference_pb2, prefill_pb2
 from pagewire_core.block_hash import chain_root
-from pagewire_core.errors import ContextLength, InvalidRequest, Overloaded, Unavailable, from_rpc
+from pagewire_core.errors import Cancelled, ContextLength, InvalidRequest, Overloaded, Unavailable, from_rpc
 from pagewire_core.rpc import request_metadata
 from pagewire_core.tasks import all_of
 
@@ -102,7 +102,7 @@ class Embedder:
             worker = self._choose(failed)
             try:
                 return await self._ask(worker, ids, request_id, tenant, deadline)
-            except (Overloaded, Unavailable):
+            except (Overloaded, Unavailable, Cancelled):  # cancelled: by a worker that stops and had not begun it
                 failed.append(worker.worker_id)
                 if len(failed) == _MAX_ATTEMPTS:
                     raise
