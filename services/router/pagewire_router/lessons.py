@@ -65,5 +65,5 @@ def learn_failure(
     elif failure.leg == "prefill" and prefill is not None:
         if placement.has(prefill) and prefill.can_prefill:
             breakers.failed("prefill", cause, prefill.worker_id)
-    elif placement.has(decode) and (decode.can_decode or request.tokens_to_come == 1):
+    elif placement.has(decode) and (decode.can_decode or request.is_one_token):
         breakers.failed("decode", cause, decode.worker_id)

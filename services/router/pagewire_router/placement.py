@@ -187,7 +187,7 @@ class Placement(Generic[W]):
         previous = self._sessions.get(request.session_id) if request.session_id else None
         ask = Ask(
             len(request.prompt_ids), request.n, output, previous, self._prefill_ms, goes_on=bool(request.prior),
-            one_token=request.tokens_to_come == 1 and not request.is_step,
+            one_token=request.is_one_token,
         )  # fmt: skip
         return View(ask, loads, Fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 
