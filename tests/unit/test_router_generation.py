@@ -12,7 +12,7 @@ import pytest
 from fakes import FakeWorker
 from pagewire.v1 import common_pb2, inference_pb2, prefill_pb2, worker_pb2
 from pagewire_core import tracing
-from pagewire_core.errors import Internal, Overloaded, TransferLost, Unavailable, from_rpc
+from pagewire_core.errors import DeadlineExceeded, Internal, Overloaded, TransferLost, Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.attempt import Attempt
 from pagewire_router.request import validate
@@ -562,6 +562,19 @@ async def test_a_request_that_takes_too_long_ends_with_an_error_event(byte_token
         assert answer.error.code == common_pb2.ERROR_CODE_DEADLINE
         await s.settle()
         assert s.workers["d1"].stopped == [()]
+
+
+async def test_a_worker_that_does_not_answer_a_reservation_prolongs_no_request(byte_tokenizer: Tokenizer) -> None:
+    """It was waited for 5 seconds, and then asked once more, whatever the request was allowed to take."""
+    async with scene(byte_tokenizer, "p1 d1", request_timeout=0.3) as s:
+        s.workers["d1"].script.hooks["reserve"] = never
+        begun = asyncio.get_running_loop().time()
+        with pytest.raises(grpc.RpcError) as caught:
+            await s.ask()
+        assert isinstance(from_rpc(caught.value), DeadlineExceeded)
+        assert asyncio.get_running_loop().time() - begun < 4
+        assert not list(s.router.services.placement.breakers), "that is no fault of the worker"
+        await s.settle()
 
 
 async def test_a_transfer_that_stands_still_is_tried_elsewhere(byte_tokenizer: Tokenizer) -> None:

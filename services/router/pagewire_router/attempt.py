@@ -40,6 +40,7 @@ Event = prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse | decode_pb2.Fee
 Arrival = tuple[Leg, Event | PagewireError | None] | TimeUp | Exception
 Take = Callable[[decode_pb2.FeedEntry], bool]
 
+_TOO_LONG = "the request took longer than it may"
 _NO_TOKENS = decode_pb2.FeedEntry()
 _RESERVE_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 2.0
@@ -136,7 +137,10 @@ class Attempt:
             await self.stop_choices(())
 
     async def reserve(self) -> None:
-        """Gets the decode worker's promise of room, if the plan needs one. Raises LegFailed ("reserve")."""
+        """Gets the decode worker's promise of room, if the plan needs one.
+
+        Raises LegFailed ("reserve"), and DeadlineExceeded.
+        """
         if self.placed.prefill is None:
             return
         message = decode_pb2.ReserveRequest(
@@ -146,10 +150,13 @@ class Attempt:
             n=self._request.n,
         )
         self._asked = True
-        stub = self.placed.decode.decode
+        stub, clock = self.placed.decode.decode, asyncio.get_running_loop().time
+        timeout_s = min(_RESERVE_TIMEOUT_S, self._deadline - clock())
         try:
-            self._reservation = await stub.Reserve(message, timeout=_RESERVE_TIMEOUT_S, metadata=self._metadata)
+            self._reservation = await stub.Reserve(message, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s < _RESERVE_TIMEOUT_S:
+                raise DeadlineExceeded(_TOO_LONG) from error
             raise LegFailed("reserve", self.placed.decode.worker_id, from_rpc(error)) from error
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -306,7 +313,7 @@ class Attempt:
         if self._finished:
             return
         if what == "request":
-            raise DeadlineExceeded("the request took longer than it may")
+            raise DeadlineExceeded(_TOO_LONG)
         if what == "kv" and not self._started:
             raise self._failed("prefill", TransferLost("the KV transfer stood still"))
 
