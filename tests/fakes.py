@@ -172,6 +172,7 @@ class FakeWorker(
         self.stopped: list[tuple[int, ...]] = []
         self.requests: list[Any] = []
         self.open_calls = 0
+        self.draining = False  # as it says; `role` may change, too
         self.silent = False  # reports nothing, as if its loop stood still, while its connections live
         self.feeds = Feeds(decode_pb2.FeedResponse)
         self._server = RpcServer()
@@ -233,7 +234,7 @@ class FakeWorker(
                 await asyncio.sleep(0.01)
             yield worker_pb2.StatsResponse(
                 free_blocks=64, total_blocks=64, max_num_seqs=8, step_cost=self.step_cost,
-                waiting_prefill_tokens=self.waiting_prefill_tokens,
+                waiting_prefill_tokens=self.waiting_prefill_tokens, role=self.role, draining=self.draining,
             )  # fmt: skip
             await asyncio.sleep(0.2)
 

@@ -185,6 +185,29 @@ async def test_a_gap_without_snapshot_is_mended_by_the_worker_or_forgotten(redis
     await redis.aclose()
 
 
+async def test_what_was_forgotten_is_asked_for_again(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that did not answer at that moment was never asked again: what it had before stayed unknown."""
+    monkeypatch.setattr(prefix_index, "_REFRESH_S", 0.05)
+    index, mended, answers = PrefixIndex(), list[str](), False
+
+    async def resync(worker_id: str) -> Snapshot | None:
+        return Snapshot(10, BLOCKS) if answers else None
+
+    redis = open_redis(redis_server.url)
+    follower = IndexFollower(redis_server.url, index, resync, mended.append)
+    async with running(follower.run()):
+        follower.joined("w", "i1", MODEL)
+        fields: dict[Any, Any] = {"w": "w", "i": "i1", "s": 10, "e": pack_event(STORED, [block(0)])}
+        await redis.xadd(stream_key(MODEL), fields)
+        await until(lambda: mended == ["forgotten"] and index.match(BLOCKS) == {"w": 1})
+        index.told("w", 10)
+        answers = True
+        await until(lambda: index.match(BLOCKS) == {"w": 10})
+    await redis.aclose()
+
+
 async def test_events_of_an_earlier_incarnation_are_ignored(redis_server: RedisServer) -> None:
     old, new, index = Cache(redis_server.url, "old"), Cache(redis_server.url, "new"), PrefixIndex()
     follower = IndexFollower(redis_server.url, index, nobody)

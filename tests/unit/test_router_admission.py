@@ -251,6 +251,24 @@ async def test_a_request_that_cannot_begin_in_time_is_refused_at_once() -> None:
         await settle()
 
 
+async def test_what_held_up_an_earlier_queue_refuses_nobody_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One had waited for a minute behind a long answer: an hour later the third of a burst could not begin in time."""
+    now = soon(0)
+    monkeypatch.setattr("pagewire_router.admission._now", lambda: now)
+    admission = Admission(Limits(99), lambda: Room(1))
+    first, second = await crowd(admission, *[{"tokens": 100, "seconds": 1e6}] * 2)
+    now += 60
+    await first.leave()
+    await settle()
+    await second.leave()
+    now += 3600
+    burst = await crowd(admission, *[{"tokens": 100, "seconds": 3660 + 60}] * 9)
+    assert not any(visitor.task.done() for visitor in burst)
+    for visitor in burst:
+        await visitor.leave()
+        await settle()
+
+
 async def test_when_to_come_back_follows_from_the_rate_at_which_the_queue_moves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

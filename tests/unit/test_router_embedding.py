@@ -13,9 +13,9 @@ from fakes import FakeWorker
 from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.v1 import inference_pb2, prefill_pb2
-from pagewire_core.errors import Internal, Overloaded, PagewireError, Unavailable, from_rpc
+from pagewire_core.errors import Cancelled, Internal, Overloaded, PagewireError, Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
-from pagewire_router import embedding
+from pagewire_router import embedding, workers
 from pagewire_router.fair_queue import QUANTUM
 from router_scene import scene, until
 
@@ -151,3 +151,42 @@ async def test_the_first_retry_is_at_once_and_the_second_after_a_pause(
         assert list(answer.embeddings[0].vector) == s.tokenizer.encode("hello", True)
     first, second, third = called
     assert second - first < 0.4 < third - second
+
+
+async def test_an_input_that_a_stopping_worker_cancels_is_asked_of_another(
+    byte_tokenizer: Tokenizer, serve: Callable[[Served], None]
+) -> None:
+    """gRPC says so for the server of what it had not begun; the client was told that it had left."""
+    first = True
+
+    async def cancel_first(worker: FakeWorker) -> None:
+        nonlocal first
+        if first:
+            first = False
+            raise Cancelled("CANCELLED")
+
+    serve(cancel_first)
+    async with scene(byte_tokenizer, "p1 p2 d1") as s:
+        answer = await s.stub.Embed(asked("hello"))
+        assert list(answer.embeddings[0].vector) == s.tokenizer.encode("hello", True)
+        assert [len(s.workers[name].seen) for name in ("p1", "p2")] == [1, 1]
+
+
+async def test_an_input_outlives_a_worker_that_falls_silent(
+    byte_tokenizer: Tokenizer, serve: Callable[[Served], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection answers, so that the input waited until the request's time was over."""
+    monkeypatch.setattr(workers, "_DEAD_S", 0.5)
+    silent: list[FakeWorker] = []
+
+    async def fall_silent(worker: FakeWorker) -> None:
+        if not silent:
+            silent.append(worker)
+            worker.silent = True
+            await never(worker)
+
+    serve(fall_silent)
+    async with scene(byte_tokenizer, "p1 p2 d1") as s:
+        answer = await s.stub.Embed(asked("hello"), timeout=10)
+        assert list(answer.embeddings[0].vector) == s.tokenizer.encode("hello", True)
+        await until(lambda: silent[0].cancelled == ["embed"])

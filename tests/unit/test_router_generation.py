@@ -11,8 +11,20 @@ import grpc
 import pytest
 from fakes import FakeWorker
 from pagewire.v1 import common_pb2, inference_pb2, prefill_pb2, worker_pb2
-from pagewire_core.errors import Internal, Overloaded, PagewireError, TransferLost, Unavailable, from_rpc
+from pagewire_core import tracing
+from pagewire_core.errors import (
+    DeadlineExceeded,
+    Internal,
+    Overloaded,
+    PagewireError,
+    TransferLost,
+    Unavailable,
+    from_rpc,
+)
 from pagewire_core.tokenizer import Tokenizer
+from pagewire_router.attempt import Attempt
+from pagewire_router.request import validate
+from pagewire_router.spans import AttemptSpans
 from router_scene import EOS, Answer, Scene, request, scene, until
 
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
@@ -249,6 +261,24 @@ async def test_a_prefill_worker_that_refuses_is_passed_over(
     async with scene(byte_tokenizer, "p1 p2 d1", routing_policy="round_robin") as s:
         summaries = [(await s.ask()).summary for _ in range(4)]
         assert {(told.prefill_worker, told.decode_worker) for told in summaries if told} == {("p2", "d1")}
+
+
+async def test_a_worker_that_had_no_room_takes_over_from_one_that_is_lost_later(byte_tokenizer: Tokenizer) -> None:
+    """Its refusal was held against it as long as the request lived, which was given up on the one that failed."""
+
+    def lose(worker: FakeWorker) -> None:
+        s.workers["d1"].script.hooks.clear()  # it has room again
+        fail(worker)
+
+    async with scene(byte_tokenizer, "p1 d1 d2", routing_policy="round_robin") as s:
+        s.router.services.workers.get("d2").turn = 1  # d1 is next
+        s.workers["d1"].script.hooks["reserve"] = refuse
+        s.workers["d2"].script.hooks["decode"] = lose
+        answer = await s.ask()
+        assert (answer.text, answer.error) == ({0: "hello world"}, None)
+        assert s.workers["d1"].seen.count("reserve") == 2
+        assert answer.summary is not None
+        assert (answer.summary.decode_worker, answer.summary.attempts) == ("d1", 2)
 
 
 async def test_a_request_waits_until_a_decode_worker_has_room(byte_tokenizer: Tokenizer) -> None:
@@ -491,6 +521,43 @@ async def test_a_client_that_leaves_frees_both_workers(byte_tokenizer: Tokenizer
         await until(lambda: total("pagewire_requests_total", s, outcome="cancelled") == 1)
 
 
+async def test_a_client_that_leaves_while_a_lost_attempt_ends_leaves_nothing_behind(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was booked stayed: prompts were sent to blocks that never came, and the channel was never closed."""
+    pump, ending, end = Attempt._pump, asyncio.Event(), asyncio.Event()
+
+    async def slow_to_end(self: Attempt, leg: Any, call: Any) -> None:
+        try:
+            await pump(self, leg, call)
+        except asyncio.CancelledError:
+            ending.set()
+            await end.wait()
+
+    monkeypatch.setattr(Attempt, "_pump", slow_to_end)
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        valid, now = validate(request(), s.router.model, 256), asyncio.get_running_loop().time()
+        placed = s.router.services.placement.place(valid)
+        assert placed is not None
+        spans = AttemptSpans(tracing.current(), placed, 1, resumed=False)
+
+        async def lose() -> None:
+            async with Attempt(valid, placed, now + 20, 5.0, None, (), spans) as attempt:
+                await attempt.reserve()
+                async for _ in attempt.events():
+                    pass
+
+        s.workers["p1"].script.hooks["prefill"] = fail
+        losing = asyncio.create_task(lose())
+        await ending.wait()
+        losing.cancel()
+        end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await losing
+        assert not any(worker.is_booked for worker in s.router.services.workers.live)
+        assert s.workers["d1"].stopped == [()]
+
+
 async def test_a_client_that_leaves_the_queue_is_forgotten(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         s.workers["d1"].script.hooks["decode_started"] = never
@@ -525,6 +592,19 @@ async def test_a_request_that_takes_too_long_ends_with_an_error_event(byte_token
         assert answer.error.code == common_pb2.ERROR_CODE_DEADLINE
         await s.settle()
         assert s.workers["d1"].stopped == [()]
+
+
+async def test_a_worker_that_does_not_answer_a_reservation_prolongs_no_request(byte_tokenizer: Tokenizer) -> None:
+    """It was waited for 5 seconds, and then asked once more, whatever the request was allowed to take."""
+    async with scene(byte_tokenizer, "p1 d1", request_timeout=0.3) as s:
+        s.workers["d1"].script.hooks["reserve"] = never
+        begun = asyncio.get_running_loop().time()
+        with pytest.raises(grpc.RpcError) as caught:
+            await s.ask()
+        assert isinstance(from_rpc(caught.value), DeadlineExceeded)
+        assert asyncio.get_running_loop().time() - begun < 4
+        assert not list(s.router.services.placement.breakers), "that is no fault of the worker"
+        await s.settle()
 
 
 async def test_a_transfer_that_stands_still_is_tried_elsewhere(byte_tokenizer: Tokenizer) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pagewire.v1 import worker_pb2
+import asyncio
+
+import pytest
+from fakes import FakeWorker
+from pagewire.v1 import common_pb2, worker_pb2
+from pagewire_core.errors import Unavailable
 from pagewire_core.tokenizer import Tokenizer
 from router_scene import Scene, scene, until
 
@@ -42,3 +47,31 @@ async def test_one_that_has_work_is_no_mistake(byte_tokenizer: Tokenizer) -> Non
         [p1] = [w for w in s.router.services.workers.live if w.can_prefill]
         await until(lambda: p1.stats.waiting_prefill_tokens == 10)
         assert "p1" not in await _told(s, 40)
+
+
+@pytest.mark.parametrize("change", ["leaves", "has another role"])
+@pytest.mark.parametrize("known", [True, False], ids=["known before", "known after"])
+async def test_what_a_worker_hands_over_leaves_no_circuit_open(
+    byte_tokenizer: Tokenizer, change: str, known: bool
+) -> None:
+    """Nobody would try it again to close it: the count of open circuits, and its alarm, stayed until a restart."""
+    async with scene(byte_tokenizer, "p1 d1 d2", routing_policy="round_robin") as s:
+        d1, handing_over = s.workers["d1"], asyncio.Event()
+        [known_as] = [w for w in s.router.services.workers.live if w.worker_id == "d1"]
+
+        async def hand_over(worker: FakeWorker) -> None:
+            await handing_over.wait()
+            raise Unavailable("this worker stops to decode")
+
+        d1.script.hooks["decode"] = hand_over
+        asking = [asyncio.create_task(s.ask()) for _ in range(8)]
+        await until(lambda: d1.seen.count("decode") == 4)
+        if known:
+            d1.draining, d1.role = change == "leaves", common_pb2.WORKER_ROLE_PREFILL
+            await until(lambda: not known_as.can_decode)
+        handing_over.set()
+        assert [answer.text for answer in await asyncio.gather(*asking)] == [{0: "hello world"}] * 8
+        assert len(list(s.router.services.placement.breakers)) == (not known)
+        d1.draining, d1.role = change == "leaves", common_pb2.WORKER_ROLE_PREFILL
+        await until(lambda: not known_as.can_decode)
+        assert not list(s.router.services.placement.breakers)

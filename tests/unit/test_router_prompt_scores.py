@@ -179,3 +179,13 @@ async def test_the_models_description_tells_how_much_is_taken(byte_tokenizer: To
         [model] = (await s.stub.ListModels(inference_pb2.ListModelsRequest())).models
         # The queue, and a quarter more than the seats of both decode workers; their pools of 64 blocks.
         assert model.max_concurrent_requests == 16 + 20 and model.kv_tokens == 2 * 64 * 16
+
+
+async def test_who_asks_of_a_prompt_alone_says_nothing_of_how_long_answers_are(byte_tokenizer: Tokenizer) -> None:
+    """Many of them made long answers look like none to the placement."""
+    lengths: list[float] = []
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.router.services.placement.observe_output = lengths.append  # type: ignore[method-assign]
+        await s.ask(prompt_logprobs=0, prompt_only=True)
+        await s.ask()
+    assert len(lengths) == 1 and lengths[0] > 1

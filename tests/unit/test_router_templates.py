@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.chat import fill, render
 from pagewire_router.model import load_served_model
 from pagewire_router.request_templates import RequestTemplates
-from router_scene import scene
+from router_scene import scene, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -54,6 +55,23 @@ async def templates() -> AsyncIterator[RequestTemplates]:
     made = RequestTemplates(("<s>", "</s>"), trusted=True)
     yield made
     await made.close()
+
+
+async def test_a_client_that_leaves_while_a_process_starts_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waited for its first job for ever, and each such client left another one."""
+    create, made = asyncio.create_subprocess_exec, list[asyncio.subprocess.Process]()
+
+    async def noted(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+        made.append(await create(*command, **options))
+        return made[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", noted)
+    asking = asyncio.create_task(RequestTemplates(("<s>", "</s>"), trusted=True).prompt_of(chat("x")))
+    await until(lambda: bool(made))
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert made[0].returncode == -signal.SIGKILL
 
 
 async def test_a_chat_is_rendered_by_the_template_it_brings(templates: RequestTemplates) -> None:

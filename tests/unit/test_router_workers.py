@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from fakes import FakeWorker, RedisServer, Script, make_model, write_byte_tokenizer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from pagewire.v1 import inference_pb2
+from pagewire.v1 import inference_pb2, worker_pb2
+from pagewire_core import prefix_index
 from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.block_hash import block_hashes, chain_root
 from pagewire_core.prefix_index import Snapshot
@@ -183,6 +185,43 @@ async def test_two_processes_with_one_worker_id_are_one_worker(
             assert s.router.index.instance_of("d1") == "d1-1"
 
 
+@pytest.mark.parametrize("others", [0, 1], ids=["one process by two addresses", "two processes of one id"])
+async def test_who_is_introduced_twice_at_one_moment_joins_once(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """Each report of either made it the one that had just joined, and all that was known of the other was forgotten."""
+    stats, num_followed = FakeWorker.Stats, 0
+
+    async def when_both_are_followed(
+        self: FakeWorker, request: Any, context: Any
+    ) -> AsyncIterator[worker_pb2.StatsResponse]:
+        nonlocal num_followed
+        num_followed += self.worker_id == "d1"
+        while self.worker_id == "d1" and num_followed < 2:
+            await asyncio.sleep(0.01)
+        async for response in stats(self, request, context):
+            yield response
+
+    monkeypatch.setattr(FakeWorker, "Stats", when_both_are_followed)
+    async with scene(byte_tokenizer, "p1") as s, one_more(s, "d1") as d1, one_more(s, "d1") as double:
+        double.instance = "another"
+        await d1.start()
+        await double.start()
+        table = s.router.services.workers
+        joined, reports = [], 0
+
+        def reported(worker: workers.Worker) -> None:
+            nonlocal reports
+            reports += worker.worker_id == "d1"
+
+        monkeypatch.setattr(table, "_joined", joined.append)
+        monkeypatch.setattr(table, "_reported", reported)
+        other = double.address if others else d1.address.replace("127.0.0.1", "localhost")
+        table.set_static([s.workers["p1"].address, d1.address, other])
+        await until(lambda: reports == 6)
+        assert joined == [table.get("d1")]
+
+
 async def test_a_worker_that_falls_silent_gets_nothing_new_and_then_counts_as_dead(
     byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +247,32 @@ async def test_a_worker_that_falls_silent_gets_nothing_new_and_then_counts_as_de
         d1.silent = False
         await until(lambda: live(s) == ["d1", "d2", "p1"])
         await s.settle()
+
+
+async def test_a_worker_that_dies_while_it_is_asked_for_its_blocks_does_not_end_the_index(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing its channel cancelled whoever read from it: from then on nobody asked any worker again."""
+    monkeypatch.setattr(workers, "_DEAD_S", 0.5)
+    monkeypatch.setattr(workers, "_SNAPSHOT_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(prefix_index, "_REFRESH_S", 0.05)
+    snapshot, asked = FakeWorker.Snapshot, 0
+
+    async def stand_still(self: FakeWorker, request: Any, context: Any) -> AsyncIterator[worker_pb2.SnapshotResponse]:
+        nonlocal asked
+        if self.worker_id == "d1":
+            asked += 1
+            await asyncio.sleep(60)
+        async for response in snapshot(self, request, context):
+            yield response
+
+    monkeypatch.setattr(FakeWorker, "Snapshot", stand_still)
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        await until(lambda: asked == 2)  # when it joined, and by who asks all workers in turn
+        s.workers["d1"].silent = True
+        await until(lambda: live(s) == ["p1"])
+        s.workers["p1"].hashes = [bytes(16)]
+        await until(lambda: s.router.index.num_blocks == 1)
 
 
 async def test_without_a_decode_worker_the_router_is_not_serving(byte_tokenizer: Tokenizer) -> None:

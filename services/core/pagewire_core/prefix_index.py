@@ -212,7 +212,8 @@ class IndexFollower:
 
     Events come from Redis. A gap in a worker's numbers is mended from its snapshot in Redis, else by
     asking the worker (`resync`); `mended` is told how. A worker that joins is asked at once, and every 10 s
-    while its events do not come. `redis_url` None: there is no Redis at all.
+    while its events do not come, or after some were lost and it did not answer. `redis_url` None: there is
+    no Redis at all.
     """
 
     def __init__(
@@ -229,6 +230,7 @@ class IndexFollower:
         self._was_connected = False
         self._positions: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._lacking: set[str] = set()  # workers of which something was lost that no event will tell again
 
     @property
     def connected(self) -> bool:
@@ -256,6 +258,7 @@ class IndexFollower:
 
     def left(self, worker_id: str) -> None:
         self._index.leave(worker_id)
+        self._lacking.discard(worker_id)
 
     async def run(self) -> None:
         """Follows until cancelled."""
@@ -274,7 +277,9 @@ class IndexFollower:
         while True:
             await asyncio.sleep(_REFRESH_S)
             for worker_id in self._index.worker_ids:
-                if self.connected:
+                if worker_id in self._lacking:
+                    missing = True
+                elif self.connected:
                     missing = self._index.age_s(worker_id) >= _REFRESH_S
                 else:
                     missing = self._index.is_behind(worker_id) is not False
@@ -284,8 +289,8 @@ class IndexFollower:
     async def _ask(self, worker_id: str) -> None:
         instance = self._index.instance_of(worker_id)
         snapshot = await self._resync(worker_id)
-        if snapshot is not None and instance is not None:
-            self._index.load(worker_id, instance, snapshot)
+        if snapshot is not None and instance is not None and self._index.load(worker_id, instance, snapshot):
+            self._lacking.discard(worker_id)
 
     async def _follow(self, redis: Redis) -> None:
         self._positions.clear()  # a Redis that came back may number its entries anew; events carry their own numbers
@@ -336,6 +341,7 @@ class IndexFollower:
         elif self._index.knows(worker_id, instance):
             how = "forgotten"
             self._index.forget(worker_id, first - 1)
+            self._lacking.add(worker_id)
         self._mended(how)
 
     async def _stored_snapshot(self, redis: Redis, worker_id: str, instance: str) -> Snapshot | None:

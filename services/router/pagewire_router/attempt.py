@@ -40,6 +40,7 @@ Event = prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse | decode_pb2.Fee
 Arrival = tuple[Leg, Event | PagewireError | None] | TimeUp | Exception
 Take = Callable[[decode_pb2.FeedEntry], bool]
 
+_TOO_LONG = "the request took longer than it may"
 _NO_TOKENS = decode_pb2.FeedEntry()
 _RESERVE_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 2.0
@@ -112,14 +113,12 @@ class Attempt:
     async def __aexit__(self, _kind: object, failure: BaseException | None, _traceback: object) -> None:
         for timer in self._timers.values():
             timer.cancel()
-        for call in self._calls.values():
-            call.cancel()
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        leaving = asyncio.ensure_future(self._leave())
         try:
-            if self._asked and not self._finished:
-                await self._tell_stop()
+            await asyncio.shield(leaving)
+        except asyncio.CancelledError:  # the client leaves at this moment
+            await leaving
+            raise
         finally:
             self._held.close()
             if isinstance(failure, LegFailed):
@@ -127,8 +126,21 @@ class Attempt:
             else:
                 self._spans.close(failure)
 
+    async def _leave(self) -> None:
+        """Ends both calls, and the whole transfer on the decode worker."""
+        for call in self._calls.values():
+            call.cancel()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        if self._asked and not self._finished:
+            await self.stop_choices(())
+
     async def reserve(self) -> None:
-        """Gets the decode worker's promise of room, if the plan needs one. Raises LegFailed ("reserve")."""
+        """Gets the decode worker's promise of room, if the plan needs one.
+
+        Raises LegFailed ("reserve"), and DeadlineExceeded.
+        """
         if self.placed.prefill is None:
             return
         message = decode_pb2.ReserveRequest(
@@ -138,10 +150,13 @@ class Attempt:
             n=self._request.n,
         )
         self._asked = True
-        stub = self.placed.decode.decode
+        stub, clock = self.placed.decode.decode, asyncio.get_running_loop().time
+        timeout_s = min(_RESERVE_TIMEOUT_S, self._deadline - clock())
         try:
-            self._reservation = await stub.Reserve(message, timeout=_RESERVE_TIMEOUT_S, metadata=self._metadata)
+            self._reservation = await stub.Reserve(message, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s < _RESERVE_TIMEOUT_S:
+                raise DeadlineExceeded(_TOO_LONG) from error
             raise LegFailed("reserve", self.placed.decode.worker_id, from_rpc(error)) from error
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -188,15 +203,6 @@ class Attempt:
         message = decode_pb2.StopRequest(transfer_id=self.transfer_id, choices=choices)
         with contextlib.suppress(grpc.RpcError):
             await self.placed.decode.decode.Stop(message, timeout=_STOP_TIMEOUT_S, metadata=self._metadata)
-
-    async def _tell_stop(self) -> None:
-        """Ends the whole transfer on the decode worker, also when the caller is being cancelled."""
-        stop = asyncio.ensure_future(self.stop_choices(()))
-        try:
-            await asyncio.shield(stop)
-        except asyncio.CancelledError:
-            await stop
-            raise
 
     def _open_decode(self) -> grpc.aio.UnaryStreamCall:
         message = decode_pb2.DecodeRequest(
@@ -307,7 +313,7 @@ class Attempt:
         if self._finished:
             return
         if what == "request":
-            raise DeadlineExceeded("the request took longer than it may")
+            raise DeadlineExceeded(_TOO_LONG)
         if what == "kv" and not self._started:
             raise self._failed("prefill", TransferLost("the KV transfer stood still"))
 

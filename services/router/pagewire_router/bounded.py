@@ -90,15 +90,17 @@ class _Process:
 
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str]) -> _Process | None:
-        """None if it does not come up."""
+        """None if it does not come up. Who stops waiting ends it: nobody would know of it."""
         pipe = asyncio.subprocess.PIPE
         made = cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=environment))
         try:
             async with asyncio.timeout(_WALL_S):
                 await made._stdout.readexactly(1)
-        except (asyncio.IncompleteReadError, TimeoutError):
+        except BaseException as error:
             await made.end()
-            return None
+            if isinstance(error, (asyncio.IncompleteReadError, TimeoutError)):
+                return None
+            raise
         return made
 
     async def ask(self, job: bytes) -> bytes | None:

@@ -28,11 +28,15 @@ class DrainRate:
         self._since = now
 
     def empty(self) -> None:
-        """Nobody waits: time that passes now says nothing."""
+        """Nobody waits: time that passes now says nothing, nor what held up those before of those who come next."""
+        self._tokens = self._seconds = 0.0
         self._since = None
 
     def seconds_for(self, tokens: int, now: float) -> float | None:
-        """How long so many tokens take to leave; None while nothing has left yet. A queue that stands still slows."""
+        """How long so many tokens take to leave; None while nothing has left since the queue was empty.
+
+        A queue that stands still slows.
+        """
         if not self._tokens:
             return None
         stands_s = now - self._since if self._since is not None else 0.0

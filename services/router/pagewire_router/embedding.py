@@ -13,7 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import grpc
 from pagewire.v1 import inference_pb2, prefill_pb2
 from pagewire_core.block_hash import chain_root
-from pagewire_core.errors import ContextLength, InvalidRequest, Overloaded, Unavailable, from_rpc
+from pagewire_core.errors import (
+    Cancelled,
+    ContextLength,
+    InvalidRequest,
+    Overloaded,
+    PagewireError,
+    Unavailable,
+    from_rpc,
+)
 from pagewire_core.rpc import request_metadata
 from pagewire_core.tasks import all_of
 
@@ -102,7 +110,7 @@ class Embedder:
             worker = self._choose(failed)
             try:
                 return await self._ask(worker, ids, request_id, tenant, deadline)
-            except (Overloaded, Unavailable):
+            except (Overloaded, Unavailable, Cancelled):  # cancelled: by a worker that stops and had not begun it
                 failed.append(worker.worker_id)
                 if len(failed) == _MAX_ATTEMPTS:
                     raise
@@ -125,9 +133,27 @@ class Embedder:
             cache_root=chain_root(worker.info.fingerprint, tenant_salt=tenant.encode()),
         )
         timeout_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
-        with worker.booked(Booking(compute_tokens=len(ids), num_sequences=1)):
+        dead: PagewireError | None = None
+
+        def die(error: PagewireError) -> None:
+            nonlocal dead
+            dead = error
+            call.cancel()
+
+        with worker.booked(Booking(compute_tokens=len(ids), num_sequences=1)), worker.watched(die):
+            call = worker.prefill.Embed(message, timeout=timeout_s, metadata=request_metadata(request_id))
             try:
-                answer = await worker.prefill.Embed(message, timeout=timeout_s, metadata=request_metadata(request_id))
+                answer = await call
             except grpc.RpcError as error:
                 raise from_rpc(error) from error
+            except asyncio.CancelledError:
+                if dead is not None and not _is_cancelled():
+                    raise dead from None
+                raise
         return inference_pb2.Embedding(vector=answer.vector)
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is, and not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -317,7 +317,7 @@ class Generation:
         if isinstance(error, Overloaded):
             self._refused.add(failure.worker_id)
             return
-        learn_failure(self._services.placement, placed, failure)
+        learn_failure(self._services.placement, placed, self._request, failure)
         given, self._given_before = self._given_before, self.completion_tokens
         self._failures = 1 if self.completion_tokens > given else self._failures + 1
         self._services.metrics.retries.labels(failure.leg).inc()
@@ -328,6 +328,7 @@ class Generation:
         if self._failures >= MAX_ATTEMPTS:
             raise _told(failure, placed)
         self._avoid.add(failure.worker_id)
+        self._refused.clear()  # by now they may have room
 
 
 def opening(request: ValidRequest) -> inference_pb2.GenerateResponse:

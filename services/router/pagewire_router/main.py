@@ -118,7 +118,10 @@ async def running_router(
     def reported(worker: Worker) -> None:
         index.told(worker.worker_id, worker.stats.block_events)
 
-    workers = WorkerTable(model.digest, joined, left, tls, reported)
+    def switched(worker: Worker) -> None:
+        placement.switched(worker)
+
+    workers = WorkerTable(model.digest, joined, left, tls, reported, switched)
     discovery = Discovery(args.redis_url, workers) if args.redis_url else None
     admission = Admission(Limits(args.max_queued_requests, args.max_queued_tokens), lambda: room_of(workers.live))
     breakers = Breakers(opened=lambda breaker: metrics.circuits_opened.labels(breaker.leg, breaker.cause).inc())

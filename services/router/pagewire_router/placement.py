@@ -115,6 +115,14 @@ class Placement(Generic[W]):
         self.links.leave(worker.worker_id)
         self.breakers.forget(worker.worker_id)
 
+    def switched(self, worker: W) -> None:
+        """It has another role: what failed in the one before says nothing of it."""
+        self.breakers.forget(worker.worker_id)
+
+    def has(self, worker: W) -> bool:
+        """Whether this process is still among the workers."""
+        return self._workers.get(worker.worker_id) is worker
+
     def observe_output(self, tokens: float) -> None:
         """A choice has ended after so many tokens."""
         self._output_tokens += _EWMA * (tokens - self._output_tokens)
@@ -179,7 +187,7 @@ class Placement(Generic[W]):
         previous = self._sessions.get(request.session_id) if request.session_id else None
         ask = Ask(
             len(request.prompt_ids), request.n, output, previous, self._prefill_ms, goes_on=bool(request.prior),
-            one_token=request.tokens_to_come == 1 and not request.is_step,
+            one_token=request.is_one_token,
         )  # fmt: skip
         return View(ask, loads, Fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 

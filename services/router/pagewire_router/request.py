@@ -62,6 +62,11 @@ class ValidRequest:
         return self.sampling.max_tokens - max(map(len, self.prior), default=0)
 
     @property
+    def is_one_token(self) -> bool:
+        """Whether who computes the prompt has all of the answer."""
+        return self.tokens_to_come == 1 and not self.is_step
+
+    @property
     def skip_special_tokens(self) -> bool:
         sampling = self.sampling
         return sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True

@@ -244,9 +244,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: worker_pb2.ResetPrefixCacheRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ResetPrefixCacheResponse:
         workers = self._router.services.workers.live
-        calls = [w.control.ResetPrefixCache(request, timeout=_RESET_TIMEOUT_S) for w in workers]
         try:
-            answers = await asyncio.gather(*calls)
+            answers = await asyncio.gather(*(_reset(w, request) for w in workers))
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         return worker_pb2.ResetPrefixCacheResponse(num_blocks=sum(answer.num_blocks for answer in answers))
@@ -294,8 +293,12 @@ def _status(worker: Worker) -> inference_pb2.WorkerStatus:
 
 async def _metrics_of(worker: Worker) -> str | None:
     """A worker's own exposition; None if it does not answer in time."""
-    try:
+    with worker.used(), contextlib.suppress(grpc.RpcError):
         answer = await worker.control.Metrics(worker_pb2.WorkerServiceMetricsRequest(), timeout=_METRICS_TIMEOUT_S)
-    except grpc.RpcError:
-        return None
-    return answer.text
+        return answer.text
+    return None
+
+
+async def _reset(worker: Worker, request: worker_pb2.ResetPrefixCacheRequest) -> worker_pb2.ResetPrefixCacheResponse:
+    with worker.used():
+        return await worker.control.ResetPrefixCache(request, timeout=_RESET_TIMEOUT_S)

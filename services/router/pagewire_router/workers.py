@@ -45,7 +45,8 @@ class Worker(Ledger):
         self.decode = decode_pb2_grpc.DecodeServiceStub(channel)
         self.control = worker_pb2_grpc.WorkerServiceStub(channel)
         self.feed = FeedReader(lambda feed_id: self.decode.Feed(decode_pb2.FeedRequest(feed_id=feed_id)))
-        self.unused = asyncio.Event()  # set while no attempt talks to it
+        self._num_users = 0
+        self.unused = asyncio.Event()  # set while nobody has a call of its own to it
         self.unused.set()
         self._watchers: set[Callable[[PagewireError], None]] = set()
 
@@ -63,18 +64,27 @@ class Worker(Ledger):
             tell(Unavailable(f"it has said nothing for {_DEAD_S:.0f} s"))
 
     @contextlib.contextmanager
-    def booked(self, booking: Booking) -> Iterator[None]:
+    def used(self) -> Iterator[None]:
+        """The body makes calls: the channel is not closed meanwhile, which would cancel who waits for them."""
+        self._num_users += 1
         self.unused.clear()
         try:
-            with super().booked(booking):
-                yield
+            yield
         finally:
-            if not self.is_booked:
+            self._num_users -= 1
+            if not self._num_users:
                 self.unused.set()
+
+    @contextlib.contextmanager
+    def booked(self, booking: Booking) -> Iterator[None]:
+        with self.used(), super().booked(booking):
+            yield
 
 
 class WorkerTable:
-    """Live workers by id. `joined` and `left` are told of every change; `changed` wakes who waits for one."""
+    """Live workers by id. `joined`, `left` and `switched` (to another role) are told of every change, `reported` of
+    every report; `wait_changed` wakes who waits for one.
+    """
 
     def __init__(
         self,
@@ -83,11 +93,13 @@ class WorkerTable:
         left: Callable[[Worker], None] = lambda worker: None,
         tls: TlsFiles | None = None,
         reported: Callable[[Worker], None] = lambda worker: None,
+        switched: Callable[[Worker], None] = lambda worker: None,
     ) -> None:
         self._model_digest = model_digest
         self._joined = joined
         self._left = left
         self._reported = reported
+        self._switched = switched
         self._tls = tls
         self._live: dict[str, Worker] = {}
         self._static: set[str] = set()
@@ -148,15 +160,14 @@ class WorkerTable:
             return None
         hashes: list[bytes] = []
         sequence = 0
-        try:
+        with worker.used(), contextlib.suppress(grpc.RpcError):
             async for part in worker.control.Snapshot(worker_pb2.SnapshotRequest(), timeout=_SNAPSHOT_TIMEOUT_S):
                 if len(hashes) + len(part.hashes) > _MAX_HASHES or any(len(h) != HASH_BYTES for h in part.hashes):
                     return None
                 hashes.extend(part.hashes)
                 sequence = part.sequence
-        except grpc.RpcError:
-            return None
-        return Snapshot(sequence, hashes)
+            return Snapshot(sequence, hashes)
+        return None
 
     def _follow_known(self) -> None:
         for address in (self._static | self._registered.keys()) - self._followers.keys():
@@ -202,12 +213,7 @@ class WorkerTable:
         if why := self._unfit(info):
             self._refuse(address, why)
             return None
-        known = self._live.get(info.worker_id)
-        if known is None:
-            return Worker(info, address, channel)
-        if known.info.instance != info.instance:
-            self._refuse(address, f"has the worker id of {known.address}: give it another --worker-id")
-        return None  # or the same process by another address
+        return None if self._is_double(info, address) else Worker(info, address, channel)
 
     async def _alive(self, worker: Worker) -> bool:
         reports = worker.control.Stats(worker_pb2.StatsRequest())
@@ -223,8 +229,12 @@ class WorkerTable:
                 self._reported(worker)
                 if worker.role != role:
                     log.info("worker changed its role", worker_id=worker.worker_id, role=_name(worker.role))
+                    self._switched(worker)
                 if report.draining:
                     self._leave(worker)  # what runs there ends there; nothing new is sent
+                elif self._is_double(worker.info, worker.address):  # both were introduced before either joined
+                    why = "known by another address"
+                    break
                 else:
                     self._join(worker)
         except TimeoutError:
@@ -243,6 +253,15 @@ class WorkerTable:
         if info.model_digest != self._model_digest:
             return "serves other weights than this router: start both with the same --model"
         return ""
+
+    def _is_double(self, info: worker_pb2.InfoResponse, address: str) -> bool:
+        """Whether another address has this worker, or another process of its id."""
+        known = self._live.get(info.worker_id)
+        if known is None or known.address == address:
+            return False
+        if known.info.instance != info.instance:
+            self._refuse(address, f"has the worker id of {known.address}: give it another --worker-id")
+        return True
 
     def _refuse(self, address: str, why: str, quiet: bool = False) -> None:
         if self._refused.get(address) != why:
@@ -276,7 +295,7 @@ def _name(role: common_pb2.WorkerRole) -> str:
 
 
 async def _retire(channel: grpc.aio.Channel, worker: Worker | None) -> None:
-    """Closes a channel once no attempt uses it: closing would end its calls without a word to them."""
+    """Closes a channel once nobody uses it: closing would end its calls without a word to them."""
     if worker is not None:
         await worker.unused.wait()
         await worker.feed.close()
