@@ -416,6 +416,25 @@ def test_an_unreachable_redis_is_one_sentence_that_keeps_the_password(tmp_path: 
     assert "secret" not in done.stderr
 
 
+def test_ctrl_c_ends_a_download(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        command = [sys.executable, "-m", "pagewire_cli.main", "serve", "org/model", "--port=0"]
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path),
+            "XDG_STATE_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "60", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as serving:
+            hub.settimeout(60)
+            connection, _ = hub.accept()  # and no answer
+            with connection:
+                serving.send_signal(signal.SIGINT)
+                try:
+                    _, said = serving.communicate(timeout=10)
+                finally:
+                    serving.kill()
+        assert (serving.returncode, said) == (130, "")
+
+
 def test_the_cli_never_imports_torch() -> None:
     code = "import pagewire_cli.main, pagewire_cli.supervisor, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

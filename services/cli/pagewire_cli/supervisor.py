@@ -43,7 +43,7 @@ _STOP_ORDER = {"bridge": 0, "router": 1, "redis": 3}  # workers: 2
 _ONCE = frozenset({"redis", "router", "bridge"})  # unless told otherwise
 
 
-async def serve(args: argparse.Namespace, started: float, zygote: Zygote | None = None) -> None:
+def serve(args: argparse.Namespace, started: float, zygote: Zygote | None = None) -> None:
     """Runs settled `serve` arguments until a signal. `started`: time.monotonic() of the command's start.
 
     zygote: of the workers, closed as soon as they run.
@@ -54,14 +54,15 @@ async def serve(args: argparse.Namespace, started: float, zygote: Zygote | None 
     if args.port:
         ports.require_free(args.host, args.port)
     if args.redis_url:
-        await require_reachable(args.redis_url)
-    model = resolve_model(args.model, args.revision, args.download_dir)  # downloads it where that can be watched
+        asyncio.run(require_reachable(args.redis_url))
+    # Downloads it where that can be watched, and outside of a loop, which would keep the first Ctrl-C to itself.
+    model = resolve_model(args.model, args.revision, args.download_dir)
     if args.any_workers and (why := why_one(args, model)):
         args.prefill, args.decode, args.both = 0, 0, 1
         console.say(f"one worker for both stages, as {why}; --prefill 1 --decode 1 starts two all the same")
     plan = make_plan(args)
     console.say(f"pagewire {installed_version()} starts {_summary(plan)} for {args.model}; logs: {plan.directory}")
-    await Supervisor(plan, started, zygote).run()
+    asyncio.run(Supervisor(plan, started, zygote).run())
 
 
 class Supervisor:
