@@ -136,6 +136,32 @@ def test_a_made_key_opens_with_its_entry(capsys: pytest.CaptureFixture[str], tmp
     assert secret not in file.read_text() and ring.find(secret + "x") is None and ring.find("") is None
 
 
+@pytest.mark.parametrize("name", ["123", "true", "1e3", "no"])
+def test_a_key_may_be_named_by_what_yaml_takes_for_something_else(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["key", name, "--tenant", name])
+    shown = capsys.readouterr().out
+    file = tmp_path / "keys.yaml"
+    file.write_text(shown)
+    found = load_keys("", str(file)).find(shown.splitlines()[0].rpartition(" ")[2])
+    assert found is not None
+    assert (found.name, found.tenant) == (name, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["a b"], 1), (["a", "--tenant", "x: y"], 1), (["a", "--requests-per-minute", "0"], 2)],
+)
+def test_no_entry_is_made_that_a_bridge_would_refuse(
+    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["key", *arguments])
+    assert ended.value.code == code
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

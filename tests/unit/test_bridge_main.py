@@ -91,6 +91,18 @@ async def test_a_signal_lets_a_running_stream_finish_and_ends_with_0(ended_by: s
         assert await asyncio.wait_for(process.wait(), 20) == 0
 
 
+def test_a_signal_in_the_last_moment_of_the_start_ends_it() -> None:
+    code = """
+import os, signal, sys
+from pagewire_bridge import main
+main.freeze_heap = lambda: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["pagewire-bridge", "--router=127.0.0.1:1", "--port=0"]
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=20, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_bridge_never_imports_torch() -> None:
     code = "import sys, pagewire_bridge.main; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)

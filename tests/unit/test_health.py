@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import certificates
 import pytest
 from pagewire_cli import health, ports
-from pagewire_core.announced_host import announced_host
+from pagewire_core.announced_host import address_of, announced_host
 from pagewire_core.errors import StartupError
 from pagewire_core.rpc import RpcServer
 
@@ -54,6 +55,21 @@ async def test_a_bridge_without_workers_is_alive_and_not_ready(status: int, read
         assert await exit_code("bridge", f"http://{address}", "--live") == 0
 
 
+@pytest.mark.parametrize("host", ["::", "::1", "[::1]"])
+async def test_a_service_may_listen_on_an_address_of_ipv6(host: str) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server = RpcServer()
+    port = await server.start(host, 0)
+    try:
+        await server.set_serving(True)
+        assert await exit_code("worker", address_of(announced_host(host, "redis://[::1]/0"), port)) == 0
+    finally:
+        await server.stop()
+
+
 async def test_where_nobody_listens_nobody_is_alive() -> None:
     (port,) = ports.free_ports(1)
     for service in ("worker", "bridge"):
@@ -64,7 +80,7 @@ def test_a_service_on_all_addresses_announces_the_one_towards_redis() -> None:
     assert announced_host("10.1.2.3", None) == "10.1.2.3"
     assert announced_host("worker.example", "redis://elsewhere") == "worker.example"
     assert announced_host("0.0.0.0", "redis://127.0.0.1:1234/0") == "127.0.0.1"
-    assert announced_host("::", "redis://[::1]/0") == "[::1]"
+    assert announced_host("::", "redis://[::1]/0") == announced_host("[::1]", None) == "::1"
     for url in (None, "unix:///tmp/redis.sock"):
         with pytest.raises(StartupError, match="give the one that they are to use"):
             announced_host("0.0.0.0", url)

@@ -6,6 +6,9 @@ import subprocess
 import sys
 import time
 
+import pytest
+from pagewire_cli.serve import demo_model
+
 
 def test_the_first_phase_begins_with_the_process_itself() -> None:
     """The interpreter's start and the imports are most of what a user waits for."""
@@ -14,3 +17,17 @@ def test_the_first_phase_begins_with_the_process_itself() -> None:
     done = subprocess.run([sys.executable, "-c", f"{code}; print(t.phases['a'])"], capture_output=True, text=True)
     elapsed = time.monotonic() - before
     assert 0.3 <= float(done.stdout) <= elapsed + 0.02
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--kv-cache-memory-bytes=100", "raise --kv-cache-memory-bytes"), ("--lanes=tcp", "tcp needs --tls-cert")],
+)
+def test_a_worker_refused_after_its_threads_have_begun_leaves_no_end_to_the_interpreter(flag: str, words: str) -> None:
+    """It would end threads in the middle of compiled code, which now and then aborts: the exit code is then not 1."""
+    at_exit = "import atexit; atexit.register(print, 'ended by the interpreter')"
+    code = f"{at_exit}; from pagewire_worker.main import main; main()"
+    command = [sys.executable, "-P", "-c", code, f"--model={demo_model()}", "--role=both", "--port=0", flag]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr.splitlines()[-1]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -227,6 +229,129 @@ async def test_ctrl_c_while_services_load_stops_them(tmp_path: Path) -> None:
     assert not (tmp_path / "state.json").exists()
 
 
+async def test_ctrl_c_while_a_failed_start_is_stopped_kills_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = _make_plan(tmp_path, {"bridge": FAILS}, stubborn="decode-0")
+    async with _running(plan) as task:
+        async with asyncio.timeout(15):
+            out = ""
+            while "Stopping; Ctrl-C again kills." not in out:
+                out += capsys.readouterr().out
+                await asyncio.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(StartupError, match="bridge did not start"):
+            await asyncio.wait_for(task, plan.grace_s / 2)
+
+
+async def test_a_hangup_ends_nothing_under_nohup(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        plan = _make_plan(tmp_path)
+        async with _running(plan) as task:
+            await _state(plan)
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.sleep(0.1)
+            assert not task.done()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "kill, said",
+    [(signal.SIGTERM, "exited with code 0"), (signal.SIGRTMIN + 1, f"killed by signal {signal.SIGRTMIN + 1}")],
+    ids=["it ends by itself", "a signal without a name"],
+)
+async def test_a_service_whose_logs_were_removed_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kill: int, said: str
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_RESTART_S", 0.1)
+    plan = _make_plan(tmp_path)
+    async with _running(plan):
+        before = await _state(plan)
+        shutil.rmtree(plan.directory)
+        os.kill(before["decode-0"], kill)
+        await _state(plan, unlike=before)
+        assert (plan.directory / "decode-0.log").stat().st_mode & 0o777 == 0o600
+    assert f"{said}; restarts in 0.1 s" in capsys.readouterr().out
+
+
+async def test_a_service_that_the_system_does_not_start_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As while processes or memory are used up."""
+    monkeypatch.setattr(supervisor, "FIRST_RESTART_S", 0.05)
+    plan = _make_plan(tmp_path)
+    async with _running(plan):
+        before = await _state(plan)
+        popen, refusals = subprocess.Popen, [OSError(11, "Resource temporarily unavailable")]
+
+        def start(*arguments: object, **options: object) -> object:
+            if refusals:
+                raise refusals.pop()
+            return popen(*arguments, **options)  # type: ignore[call-overload]
+
+        monkeypatch.setattr(service.subprocess, "Popen", start)
+        os.kill(before["decode-0"], signal.SIGKILL)
+        await _state(plan, unlike=before)
+    assert re.search(r"decode-0 .* does not start it: .*temporarily unavailable; restarts in 0.1 s",
+                     capsys.readouterr().out)  # fmt: skip
+
+
+async def test_a_state_file_that_cannot_be_written_is_told_before_anything_starts(tmp_path: Path) -> None:
+    plan = replace(_make_plan(tmp_path), state_file=tmp_path / "none" / "state.json")
+    with pytest.raises(StartupError, match=r"cannot write --state-file: .*none"):
+        await Supervisor(plan, time.monotonic()).run()
+
+
+async def test_a_state_file_that_cannot_be_written_any_more_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_RESTART_S", 0.1)
+    plan = _make_plan(tmp_path)
+    async with _running(plan) as task:
+        pids = await _state(plan)
+        (tmp_path / "state.json").unlink()
+        (tmp_path / "state.json").mkdir()
+        os.kill(pids["decode-0"], signal.SIGKILL)
+        async with asyncio.timeout(15):
+            out = ""
+            while "cannot write --state-file" not in out:
+                out += capsys.readouterr().out
+                await asyncio.sleep(0.02)
+        assert not task.done()
+
+
+async def test_a_full_disk_under_what_serve_prints_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_RESTART_S", 0.1)
+    plan = replace(_make_plan(tmp_path), verbose=True)
+    with open("/dev/full", "w") as out, open("/dev/full", "w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        async with _running(plan):
+            before = await _state(plan)
+            with (plan.directory / "decode-0.log").open("a") as log:
+                log.write("a line\n")
+            await asyncio.sleep(0.5)  # until it has been followed
+            os.kill(before["decode-0"], signal.SIGKILL)
+            await _state(plan, unlike=before)
+        monkeypatch.undo()
+        for file in (out, err):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+async def test_two_deployments_do_not_share_a_directory(tmp_path: Path) -> None:
+    plan = _make_plan(tmp_path)
+    async with _running(plan):
+        await _state(plan)
+        other = replace(_make_plan(tmp_path), state_file=None)
+        with pytest.raises(StartupError, match=r"another pagewire serve uses .*/run; choose another --port"):
+            await Supervisor(other, time.monotonic()).run()
+
+
 async def test_redis_that_is_killed_comes_back_on_its_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "FIRST_RESTART_S", 0.1)
     plan = _make_plan(tmp_path)
@@ -289,6 +414,25 @@ def test_an_unreachable_redis_is_one_sentence_that_keeps_the_password(tmp_path: 
     assert (done.returncode, done.stdout) == (1, "")
     assert f"cannot reach Redis at 127.0.0.1:{port}" in done.stderr and done.stderr.count("\n") == 1
     assert "secret" not in done.stderr
+
+
+def test_ctrl_c_ends_a_download(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        command = [sys.executable, "-m", "pagewire_cli.main", "serve", "org/model", "--port=0"]
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path),
+            "XDG_STATE_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "60", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as serving:
+            hub.settimeout(60)
+            connection, _ = hub.accept()  # and no answer
+            with connection:
+                serving.send_signal(signal.SIGINT)
+                try:
+                    _, said = serving.communicate(timeout=10)
+                finally:
+                    serving.kill()
+        assert (serving.returncode, said) == (130, "")
 
 
 def test_the_cli_never_imports_torch() -> None:

@@ -32,7 +32,7 @@ from pagewire.v1 import (
 )
 from pagewire_bridge import client
 from pagewire_core.errors import StartupError
-from pagewire_core.redis_link import open_redis, require_reachable
+from pagewire_core.redis_link import REDIS_ERRORS, open_redis, require_reachable
 from pagewire_core.registry import Registration, list_workers
 from pagewire_core.rpc import RpcServer, open_channel
 from pagewire_core.tls import CALLERS, ROLES, TlsFiles, may_call, tls_files, with_certificates
@@ -373,6 +373,30 @@ async def test_redis_over_tls_asks_for_our_certificate_and_takes_the_new_one(
             registration.cancel()
             await asyncio.gather(registration, return_exceptions=True)
             await direct.aclose()
+
+
+async def test_a_client_of_redis_that_connects_again_shows_the_new_certificate(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """A bridge has one for its whole life, and the first certificate ends."""
+    directory = certificates.made(tmp_path / "tls")
+    async with tls_before(redis_server, directory) as (url, open_ends):
+
+        def shown() -> set[str]:
+            found = [end.get_extra_info("peercert") for end in open_ends if not end.is_closing()]
+            return {certificate["serialNumber"] for certificate in found if certificate}
+
+        async with open_redis(str(with_certificates(url, certificates.of(directory, "bridge")))) as redis:
+            await redis.ping()
+            first = shown()
+            certificates.made(directory)
+            for end in open_ends:
+                end.transport.abort()
+            with contextlib.suppress(*REDIS_ERRORS):
+                await redis.ping()
+            await redis.ping()
+            assert len(first) == len(shown()) == 1
+            assert first != shown()
 
 
 async def _until_listed(redis: Redis) -> None:

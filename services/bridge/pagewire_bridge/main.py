@@ -123,12 +123,13 @@ def serve(flags: argparse.Namespace) -> None:
         rank=flags.api_server_rank,
         flags=shown_flags(flags, BRIDGE_FLAGS),
     )
-    # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody
-    # needs to, and the process ends with exit code 0.
+    server = build_server(app, flags.graceful_termination_timeout, flags.send_timeout, https)
+    # uvicorn drains on these signals and then raises them again for whoever handled them before: nobody needs to, and
+    # the process ends with exit code 0. One that comes before it runs counts, too.
     for ended_by in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ended_by, lambda _signal, _frame: None)
+        signal.signal(ended_by, server.handle_exit)
     freeze_heap()
-    build_server(app, flags.graceful_termination_timeout, flags.send_timeout, https).run(sockets=listeners)
+    server.run(sockets=listeners)
     tracing.close()
 
 

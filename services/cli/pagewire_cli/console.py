@@ -17,8 +17,8 @@ _PROMPT = "Tell me a short story about a fox."
 
 
 def say(line: str) -> None:
-    # A reader that has gone away (`pagewire serve | head`) is no reason to stop serving.
-    with contextlib.suppress(BrokenPipeError):
+    # A reader that has gone away (`pagewire serve | head`) or a full disk is no reason to stop serving.
+    with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
@@ -30,7 +30,8 @@ def ready(service: Service, seconds: float, phases: Mapping[str, float]) -> None
 
 
 def died(service: Service, restart_in_s: float) -> None:
-    say(f"{service.spec.name:<12} ended  pid {service.pid:<8} {service.last_words()}; restarts in {restart_in_s:g} s")
+    pid = service.pid or "-"
+    say(f"{service.spec.name:<12} ended  pid {pid:<8} {service.last_words()}; restarts in {restart_in_s:g} s")
 
 
 def curl_line(base_url: str, model: str, is_chat: bool) -> str:
@@ -54,7 +55,8 @@ async def follow(name: str, log_path: Path) -> None:
             for line in log:
                 partial += line
                 if partial.endswith("\n"):
-                    sys.stderr.write(f"{name} | {partial}")
+                    with contextlib.suppress(OSError):  # as in `say`
+                        sys.stderr.write(f"{name} | {partial}")
+                        sys.stderr.flush()
                     partial = ""
-            sys.stderr.flush()
             await asyncio.sleep(_FOLLOW_S)

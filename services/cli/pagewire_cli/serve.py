@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 import sys
@@ -133,7 +132,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         from pagewire_cli.supervisor import serve
 
-        asyncio.run(serve(args, started, zygote))
+        serve(args, started, zygote)
     finally:
         if zygote:
             zygote.close()

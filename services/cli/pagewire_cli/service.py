@@ -31,21 +31,35 @@ class Service:
         self._process: subprocess.Popen[bytes] | Forked | None = None
         self._log_start = 0
         self._oom_kills = oom_kills()  # before the current life
+        self._refused = ""  # why the system did not start it
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
     def spawn(self) -> None:
-        """Starts the process, in a session of its own: Ctrl-C in the terminal is the supervisor's to pass on."""
+        """Starts the process, in a session of its own: Ctrl-C in the terminal is the supervisor's to pass on.
+
+        What the system does not start now, for want of memory or of files, has ended at once.
+        """
         self._oom_kills = oom_kills()
-        with self.log_path.open("ab") as output:
-            self._log_start = output.tell()
-            self._process = subprocess.Popen(
-                tethered(self.spec.command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=dict(self.spec.environment), start_new_session=True,
-            )  # fmt: skip
+        self._process, self._refused = None, ""
+        try:
+            self.open_log()
+            with self.log_path.open("ab") as output:
+                self._log_start = output.tell()
+                self._process = subprocess.Popen(
+                    tethered(self.spec.command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    env=dict(self.spec.environment), start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            self._refused = f"the system does not start it: {error}"
         self.started_at = time.monotonic()
+
+    def open_log(self) -> None:
+        """Makes the file where it is not there, or not any more. Raises OSError."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path.touch(0o600)  # the router's may have prompts in it
 
     async def spawn_from(self, zygote: Zygote) -> None:
         """The same without the imports, or the usual way if the zygote fails."""
@@ -92,20 +106,32 @@ class Service:
 
     def last_words(self) -> str:
         """Why the process ended, as far as its output or its exit status tells."""
+        if self._refused:
+            return self._refused
         assert self._process is not None and self._process.returncode is not None
         code = self._process.returncode
         if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
             return "killed by SIGKILL, it seems for want of memory"
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            return f"killed by {_signal_name(-code)}"
         return self._last_sentence() or f"exited with code {code}"
 
     def _last_sentence(self) -> str:
-        with self.log_path.open("rb") as log:
-            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        except OSError:  # somebody has taken it away
+            return ""
         ours = [line for line in lines if line.startswith("pagewire-")]  # how run_main words a StartupError
         return _readable((ours or lines or [""])[-1].strip())
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of the real-time ones, the first and the last have names
+        return f"signal {number}"
 
 
 async def _ended(pid: int) -> None:

@@ -11,8 +11,18 @@ from pagewire_cli.plan import Plan
 from pagewire_cli.service import Service
 
 
+def prepare(path: Path) -> None:
+    """Removes what an earlier deployment left, and finds out whether `write` will be able to. Raises OSError."""
+    path.unlink(missing_ok=True)
+    os.close(_open(_partial(path)))
+    _partial(path).unlink()
+
+
 def write(path: Path, plan: Plan, services: Iterable[Service]) -> None:
-    """Writes the file at once as a whole; only for the owner's eyes, as the Redis URL may hold a password."""
+    """Writes the file at once as a whole; only for the owner's eyes, as the Redis URL may hold a password.
+
+    Raises OSError.
+    """
     state = {
         "base_url": plan.base_url,
         "model": plan.model,
@@ -30,8 +40,15 @@ def write(path: Path, plan: Plan, services: Iterable[Service]) -> None:
             for service in services
         ],
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    partial = _partial(path)
+    with os.fdopen(_open(partial), "w") as file:
         json.dump(state, file, indent=2)
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

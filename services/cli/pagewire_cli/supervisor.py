@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import fcntl
+import os
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,9 @@ _POLL_S = 0.02
 _STABLE_S = 60.0  # a life this long forgets the deaths before it
 _STOP_ORDER = {"bridge": 0, "router": 1, "redis": 3}  # workers: 2
 _ONCE = frozenset({"redis", "router", "bridge"})  # unless told otherwise
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-async def serve(args: argparse.Namespace, started: float, zygote: Zygote | None = None) -> None:
+def serve(args: argparse.Namespace, started: float, zygote: Zygote | None = None) -> None:
     """Runs settled `serve` arguments until a signal. `started`: time.monotonic() of the command's start.
 
     zygote: of the workers, closed as soon as they run.
@@ -53,14 +54,15 @@ async def serve(args: argparse.Namespace, started: float, zygote: Zygote | None 
     if args.port:
         ports.require_free(args.host, args.port)
     if args.redis_url:
-        await require_reachable(args.redis_url)
-    model = resolve_model(args.model, args.revision, args.download_dir)  # downloads it where that can be watched
+        asyncio.run(require_reachable(args.redis_url))
+    # Downloads it where that can be watched, and outside of a loop, which would keep the first Ctrl-C to itself.
+    model = resolve_model(args.model, args.revision, args.download_dir)
     if args.any_workers and (why := why_one(args, model)):
         args.prefill, args.decode, args.both = 0, 0, 1
         console.say(f"one worker for both stages, as {why}; --prefill 1 --decode 1 starts two all the same")
     plan = make_plan(args)
     console.say(f"pagewire {installed_version()} starts {_summary(plan)} for {args.model}; logs: {plan.directory}")
-    await Supervisor(plan, started, zygote).run()
+    asyncio.run(Supervisor(plan, started, zygote).run())
 
 
 class Supervisor:
@@ -74,20 +76,34 @@ class Supervisor:
 
     async def run(self) -> None:
         """Returns after a signal, when every process is gone. Raises StartupError as `serve` says."""
-        self._prepare_files()
-        loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self._on_signal)
+        with self._own_directory():
+            self._prepare_files()
+            loop = asyncio.get_running_loop()
+            for number in (signals := _signals()):
+                loop.add_signal_handler(number, self._on_signal)
+            try:
+                await self._until_stop_requested(self._supervise_all())
+            finally:
+                await self._stop_all()
+                for number in signals:
+                    loop.remove_signal_handler(number)
+
+    @contextlib.contextmanager
+    def _own_directory(self) -> Iterator[None]:
+        """Another deployment would replace the logs, the certificates and the socket of this one."""
         try:
-            await self._until_stop_requested(self._supervise_all())
+            self._plan.directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._plan.directory, os.O_RDONLY)
+        except OSError as error:
+            raise _no_logs(error) from None
+        try:
+            _lock(descriptor, self._plan.directory)
+            yield
         finally:
-            await self._stop_all()
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
+            os.close(descriptor)
 
     def _prepare_files(self) -> None:
         try:
-            self._plan.directory.mkdir(parents=True, exist_ok=True)
             if self._plan.tls is not None:
                 from pagewire_cli.authority import Authority, write_certificates
 
@@ -95,10 +111,14 @@ class Supervisor:
                 write_certificates(Authority.new(), Path(self._plan.tls.ca).parent)
             for service in self._services:
                 service.log_path.unlink(missing_ok=True)
-                service.log_path.touch(0o600)  # the router's may have prompts in it
+                service.open_log()
         except OSError as error:
-            raise StartupError(f"cannot write logs: {error}; set XDG_STATE_HOME to a writable folder") from None
-        self._remove_state_file()
+            raise _no_logs(error) from None
+        if self._plan.state_file is not None:
+            try:
+                state_file.prepare(self._plan.state_file)
+            except OSError as error:
+                raise StartupError(f"cannot write --state-file: {error}; choose another path") from None
 
     def _on_signal(self) -> None:
         if self._stop_requested.is_set():
@@ -207,13 +227,18 @@ class Supervisor:
 
     def _write_state_file(self) -> None:
         if self._plan.state_file is not None and not self._unready:
-            state_file.write(self._plan.state_file, self._plan, self._services)
+            try:
+                state_file.write(self._plan.state_file, self._plan, self._services)
+            except OSError as error:  # no reason to stop serving
+                console.say(f"cannot write --state-file: {error}")
 
     def _remove_state_file(self) -> None:
         if self._plan.state_file is not None:
-            self._plan.state_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._plan.state_file.unlink(missing_ok=True)
 
     async def _stop_all(self) -> None:
+        self._stop_requested.set()  # also after a failure: the next signal kills
         running = [service for service in self._services if service.is_running()]
         if running:
             console.say("Stopping; Ctrl-C again kills.")
@@ -226,6 +251,27 @@ class Supervisor:
     async def _stop(self, service: Service) -> None:
         if not await service.stop(self._plan.grace_s):
             console.say(f"{service.spec.name:<12} was killed: it had not stopped after {self._plan.grace_s:g} s")
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StartupError(
+            f"another pagewire serve uses {directory}; choose another --port, or another folder as XDG_STATE_HOME"
+        ) from None
+    except OSError:  # not every file system can lock
+        return
+
+
+def _no_logs(error: OSError) -> StartupError:
+    return StartupError(f"cannot write logs: {error}; set XDG_STATE_HOME to a writable folder")
+
+
+def _signals() -> list[signal.Signals]:
+    """Those that stop everything: not a hangup that is ignored, as `nohup` asks for."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    return numbers if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*numbers, signal.SIGHUP]
 
 
 def _stop_rank(service: Service) -> int:

@@ -14,10 +14,10 @@ _REDIS_PORT = 6379
 def announced_host(host: str, redis_url: str | None) -> str:
     """`host`, or in place of 0.0.0.0 and :: the address that this machine has on the way to Redis.
 
-    Raises StartupError if that cannot be told.
+    An IPv6 address has no brackets: lanes listen on it. Raises StartupError if that cannot be told.
     """
     if not _means_all(host):
-        return host
+        return host.strip("[]")
     parts = urlsplit(redis_url or "")
     if not parts.hostname:
         raise StartupError(f"--host {host} is no address that others can dial; give the one that they are to use")
@@ -30,7 +30,12 @@ def announced_host(host: str, redis_url: str | None) -> str:
             found: str = probe.getsockname()[0]
     except OSError as error:
         raise StartupError(f"--host {host}: no way to {parts.hostname} ({error.strerror}); give an address") from None
-    return f"[{found}]" if ":" in found else found
+    return found
+
+
+def address_of(host: str, port: int) -> str:
+    """HOST:PORT, with an IPv6 address in brackets, whether or not it has come with them."""
+    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _means_all(host: str) -> bool:

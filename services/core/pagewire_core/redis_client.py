@@ -11,7 +11,7 @@ import sys
 _HIDDEN = {name: sys.modules.get(name) for name in ("opentelemetry.metrics", "opentelemetry.sdk.metrics")}
 sys.modules.update(dict.fromkeys(_HIDDEN))  # type: ignore[arg-type]  # None: there is no such module
 try:
-    from redis.asyncio import Redis
+    from redis.asyncio import Redis, SSLConnection
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError
@@ -22,4 +22,4 @@ finally:
         else:
             sys.modules[name] = module
 
-__all__ = ["NoBackoff", "Redis", "RedisError", "Retry"]
+__all__ = ["NoBackoff", "Redis", "RedisError", "Retry", "SSLConnection"]

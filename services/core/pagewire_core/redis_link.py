@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from pagewire_core.errors import StartupError
-from pagewire_core.redis_client import NoBackoff, Redis, RedisError, Retry
+from pagewire_core.redis_client import NoBackoff, Redis, RedisError, Retry, SSLConnection
 
 log = structlog.get_logger(__name__)
 
@@ -26,7 +26,7 @@ _CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S = 1.0, 3.0
 def open_redis(url: str) -> Redis:
     """A client without retries of its own; nothing is connected yet. Raises StartupError for a bad URL."""
     try:
-        return Redis.from_url(
+        client = Redis.from_url(
             url,
             socket_connect_timeout=_CONNECT_TIMEOUT_S,
             socket_timeout=_ANSWER_TIMEOUT_S,
@@ -34,6 +34,17 @@ def open_redis(url: str) -> Redis:
         )
     except ValueError as error:
         raise StartupError(f"--redis-url {_without_password(url)} is not a URL like redis://host:6379/0") from error
+    if url.startswith("rediss://"):
+        client.connection_pool.connection_class = _TlsConnection
+    return client
+
+
+class _TlsConnection(SSLConnection):
+    """Reads its files at each connection: a client may outlive its first certificate."""
+
+    async def _connect(self) -> None:
+        self.ssl_context.context = None
+        await super()._connect()
 
 
 def _without_password(url: str) -> str:
@@ -82,7 +93,7 @@ class RedisLink:
                 except REDIS_ERRORS as error:
                     backoff = _MIN_BACKOFF_S if self.connected else min(2 * backoff, _MAX_BACKOFF_S)
                     self._lost(error)
-                    # A pooled connection to a server that died would only fail again, and certificates may be new.
+                    # A pooled connection to a server that died would only fail again.
                     await self.redis.aclose()
                     self.redis = open_redis(self._url)
                 _end_if_cancelled()

@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pagewire_core import tracing
+from pagewire_core.announced_host import address_of
 from pagewire_core.errors import ERROR_METADATA_KEY, STATUS, Internal, PagewireError, StartupError
 from pagewire_core.tls import WORKER, TlsFiles, may_call, san
 
@@ -104,13 +105,14 @@ class RpcServer:
     def bind(self, host: str, port: int) -> int:
         """Takes the port (0: any free one) and returns it. Raises StartupError if it is taken."""
         warn_of_plain_text(host, self._tls is not None, "--tls-cert, --tls-key and --tls-ca")
+        address = address_of(host, port)
         try:
             if self._tls is not None:
-                return self._server.add_secure_port(f"{host}:{port}", self._tls.server_credentials())
-            return self._server.add_insecure_port(f"{host}:{port}")
+                return self._server.add_secure_port(address, self._tls.server_credentials())
+            return self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise StartupError(
-                f"cannot listen on {host}:{port}: the address is in use or not ours; choose another port"
+                f"cannot listen on {address}: the address is in use or not ours; choose another port"
             ) from error
 
     async def serve(self) -> None:

@@ -7,6 +7,7 @@ logged, unless the router is told to (--enable-log-requests).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,19 @@ disable_created_metrics()  # a series per counter that says only when the proces
 
 LOG_FORMATS = ("auto", "json", "console")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class _Lines(structlog.WriteLogger):
+    """One write a line: processes share a terminal. A line that cannot be written is lost.
+
+    A full disk, or a reader of the pipe that has gone, is no reason to fail a request, or to end a service.
+    """
+
+    def msg(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = fatal = failure = err = error = critical = exception = msg
 
 
 def configure_logging(service: str, log_format: str = "auto", level: str = "info") -> None:
@@ -43,7 +57,7 @@ def configure_logging(service: str, log_format: str = "auto", level: str = "info
             else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # one write a line: processes share a terminal
+        logger_factory=lambda *_: _Lines(sys.stderr),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")

@@ -14,6 +14,7 @@ import structlog
 import uvloop
 from pagewire.v1 import inference_pb2, inference_pb2_grpc
 from pagewire_core import faults, tracing
+from pagewire_core.announced_host import address_of
 from pagewire_core.command_line import run_main, shown_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.feed import Feeds
@@ -89,7 +90,7 @@ async def _serve(args: argparse.Namespace, model: ServedModel, tls: TlsFiles | N
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with running_router(args, model, tls) as (router, server, port):
-        log.info("router ready", address=f"{args.host}:{port}", model=model.names[0])
+        log.info("router ready", address=address_of(args.host, port), model=model.names[0])
         await stopping.wait()
         log.info("router stopping", running=router.admission.num_running)
         grace_s = args.graceful_termination_timeout

@@ -50,12 +50,11 @@ def _run(args: argparse.Namespace, began: float | None) -> None:
     # A prefill worker makes one token of a sequence: there is nothing to speculate on.
     speculation = read_speculative_config(args.speculative_config, args.speculate) if args.role != "prefill" else None
     draft = resolve_draft(speculation, args.download_dir)
-    loaded = load(model, options, draft)
-    proposer = load_proposer(speculation, loaded, options, draft) if speculation else None
-    timeline.mark("model")
-    worker = Worker(args, loaded, proposer, uuid.uuid4().hex, timeline, tls)
     try:
-        uvloop.run(worker.run())
+        loaded = load(model, options, draft)
+        proposer = load_proposer(speculation, loaded, options, draft) if speculation else None
+        timeline.mark("model")
+        uvloop.run(Worker(args, loaded, proposer, uuid.uuid4().hex, timeline, tls).run())
     except StartupError as error:
         # The interpreter's own end would end threads in the middle of compiled code, which aborts the process.
         sys.stderr.write(f"pagewire-worker: {error}\n")

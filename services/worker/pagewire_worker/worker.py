@@ -25,7 +25,7 @@ from pagewire.v1 import (
     worker_pb2_grpc,
 )
 from pagewire_core import rpc, tracing
-from pagewire_core.announced_host import announced_host
+from pagewire_core.announced_host import address_of, announced_host
 from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.command_line import shown_flags
 from pagewire_core.flags import WORKER_FLAGS
@@ -104,7 +104,7 @@ class Worker:
         if self._args.redis_url:
             await require_reachable(self._args.redis_url)  # later it may come and go
         server = rpc.RpcServer(self._tls)
-        address = f"{self._host}:{server.bind(self._args.host, self._args.port)}"
+        address = address_of(self._host, server.bind(self._args.host, self._args.port))
         info = self._info(address)
         args = self._args
         tracing.configure("worker", args.otlp_traces_endpoint, args.otlp_service_name, info.worker_id)
