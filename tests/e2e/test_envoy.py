@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import ssl
 import sys
@@ -278,7 +279,8 @@ async def test_an_edge_that_is_to_stop_lets_requests_end(front: Front) -> None:
     async with front.client() as http:
         asking = asyncio.create_task(http.post("/v1/completions", content=slowly()))
         await on_the_way.wait()
-        draining = await asyncio.create_subprocess_exec(sys.executable, script, *flags)
+        proxied = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}  # told to all pods
+        draining = await asyncio.create_subprocess_exec(sys.executable, script, *flags, env=proxied)
         await front.cluster.until(unready, "it does not say that it is not ready")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(draining.wait(), 0.5)
