@@ -155,8 +155,10 @@ def test_any_mix_gives_every_sequence_the_tokens_it_would_get_alone(
         assert counters.accepted_tokens == sum(counters.accepted_per_position) >= proposer.accepted
 
 
-def engine_of(num_blocks: int = 40, *, overlaps: bool = False, proposer: HalfTruths | None = None) -> Engine:
-    config = EngineConfig(MAX_LEN, 16, num_blocks, 8, 64)
+def engine_of(
+    num_blocks: int = 40, *, overlaps: bool = False, proposer: HalfTruths | None = None, budget: int = 64
+) -> Engine:
+    config = EngineConfig(MAX_LEN, 16, num_blocks, 8, budget)
     return Engine(HashRunner(num_blocks, 16, overlaps=overlaps), config, proposer=proposer)
 
 
@@ -289,6 +291,20 @@ def test_more_transferred_sequences_than_seats_make_the_tables_grow() -> None:
     for run in runs:
         assert run.tokens() == expected(run.request.prompt, run.request.params, 0, MAX_LEN)
     assert len(engine.runner.batches[0].tables) == 16
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_more_decoding_sequences_than_a_step_may_have_tokens_take_turns(overlaps: bool) -> None:
+    """The last ones stood still until others had ended."""
+    engine = engine_of(overlaps=overlaps, budget=3)
+    run = Run([1, 2, 3], n=8, max_tokens=30, ignore_eos=True, temperature=1.0)
+    engine.submit(run.request)
+    for _ in range(20):
+        engine.step()
+    assert min(len(run.tokens(choice)) for choice in range(8)) >= 20 // 3  # of 3 steps each has a place in one
+    run_all(engine)
+    for choice in range(8):
+        assert run.tokens(choice) == expected(run.request.prompt, run.request.params, choice, MAX_LEN)
 
 
 def test_a_row_after_a_guess_sees_the_tokens_up_to_it_even_when_more_have_come() -> None:
