@@ -134,12 +134,19 @@ def scores_of(
 
 @dataclass
 class Script:
-    """What a worker does. Tokens of every choice are `tokens`; a hook may raise, wait or kill at its stage."""
+    """What a worker does. Tokens of every choice are `tokens`; a hook may raise, wait or kill at its stage.
+
+    first: the first token of every choice, where they differ.
+    """
 
     tokens: Sequence[int] = ()
+    first: Sequence[int] = ()
     cached_tokens: int = 0
     hooks: dict[str, Callable[[FakeWorker], Any]] = field(default_factory=dict)
     step_s: float = 0.0
+
+    def first_tokens(self, n: int) -> list[common_pb2.SampledToken]:
+        return [token(i) for i in self.first or [self.tokens[0]] * n]
 
 
 class FakeWorker(
@@ -169,6 +176,7 @@ class FakeWorker(
         self.arrived: dict[bytes, asyncio.Event] = {}
         self.seen: list[str] = []  # what was asked of it, in order
         self.cancelled: list[str] = []
+        self.decoding: set[bytes] = set()  # transfers whose choices it knows
         self.stopped: list[tuple[int, ...]] = []
         self.requests: list[Any] = []
         self.open_calls = 0
@@ -263,7 +271,7 @@ class FakeWorker(
             for part in scores_of(request):
                 yield prefill_pb2.PrefillResponse(prompt_logprobs=part)
                 await self._hook("scores")
-            first = [token(self.script.tokens[0])] * request.n
+            first = self.script.first_tokens(request.n)
             yield prefill_pb2.PrefillResponse(first_tokens=prefill_pb2.FirstTokens(tokens=first))
             await self._hook("first_token")
             self.peers[request.decode_address].kv_arrived(request.transfer_id).set()
@@ -282,11 +290,12 @@ class FakeWorker(
             self.requests.append(request)
             if not request.local_prefill:
                 await self.kv_arrived(request.transfer_id).wait()
+            self.decoding.add(request.transfer_id)
             prompt = len(request.prompt_ids)
             computed = prompt if request.local_prefill else 0
             resumes = bool(request.prior) and self.resumes
             started = decode_pb2.DecodeStarted(
-                first_tokens=[] if resumes else [token(self.script.tokens[0])] * request.n,
+                first_tokens=[] if resumes else self.script.first_tokens(request.n),
                 resumed=resumes,
                 computed_tokens=computed,
                 received_tokens=prompt - computed,
@@ -366,5 +375,7 @@ class FakeWorker(
             yield step
 
     async def Stop(self, request: decode_pb2.StopRequest, context: grpc.aio.ServicerContext) -> decode_pb2.StopResponse:
-        self.stopped.append(tuple(request.choices))
-        return decode_pb2.StopResponse(found=True)
+        found = not request.choices or request.transfer_id in self.decoding
+        if found:
+            self.stopped.append(tuple(request.choices))
+        return decode_pb2.StopResponse(found=found)

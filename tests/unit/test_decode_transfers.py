@@ -85,6 +85,17 @@ async def test_more_than_the_pool_holds_is_refused_and_costs_nothing(engine: Eng
     assert_empty(engine)
 
 
+async def test_a_prompt_that_fills_the_pool_finds_room_also_where_most_of_it_is_cached(engine: Engine) -> None:
+    """It was promised a block for its next token beyond those that there are, and refused for ever."""
+    prompt = [5 + i % 200 for i in range(245)]  # 16 blocks of 16
+    for cached in (0, 240):
+        transfers, name = Transfers(engine), os.urandom(16)
+        assert transfers.reserve(name, prompt, ROOT, 1).local_tokens == cached
+        await transfers.bind(name, cached, 245)
+        transfers.end(name, Cancelled("test"))
+        run_all(engine, Run(prompt, max_tokens=1))
+
+
 async def test_reserving_twice_is_reserving_once(engine: Engine) -> None:
     transfers, name = Transfers(engine), os.urandom(16)
     assert transfers.reserve(name, PROMPT, ROOT, 1) is transfers.reserve(name, PROMPT, ROOT, 1)

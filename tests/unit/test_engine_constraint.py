@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import InvalidRequest
 from pagewire_core.grammar import Vocabulary
 from pagewire_core.tokenizer import Tokenizer
-from pagewire_engine.constraint import Constraints
+from pagewire_engine.constraint import Constraints, Matching
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Failed, FirstTokens, Token
 from pagewire_engine.sampler import SampleRow, sample
@@ -120,6 +122,12 @@ def outputs(run: Run) -> list[list[int]]:
     return [run.tokens(choice) for choice in range(run.request.n)]
 
 
+def guessing() -> NgramProposer:
+    proposer = NgramProposer(SpeculativeConfig("ngram", 4, prompt_lookup_max=3, prompt_lookup_min=1), 256)
+    proposer.policy = Always()
+    return proposer
+
+
 def test_company_preemption_speculation_and_the_gpu_step_change_no_token(llama: Path, constraints: Constraints) -> None:
     """Several choices, penalties, thoughts and free sequences, alone and together, however the engine makes them."""
     alone = mixed(constraints)
@@ -130,9 +138,7 @@ def test_company_preemption_speculation_and_the_gpu_step_change_no_token(llama: 
     small = make_engine(llama, kv_cache_memory_bytes=112_000)
     assert small.config.num_blocks < 20
     plain = make_engine(llama)
-    proposer = NgramProposer(SpeculativeConfig("ngram", 4, prompt_lookup_max=3, prompt_lookup_min=1), 256)
-    proposer.policy = Always()
-    speculative = Engine(plain.runner, plain.config, proposer=proposer)
+    speculative = Engine(plain.runner, plain.config, proposer=guessing())
     gpu = Engine(make_gpu_runner(llama, LIMITS), LIMITS)
     for engine in (make_engine(llama), small, speculative, gpu):
         runs = mixed(constraints)
@@ -207,6 +213,64 @@ def test_a_grammar_that_fails_ends_its_request_and_no_other(llama: Path, constra
     assert "cannot be followed" in failed.error.message and "state" not in failed.error.message
     assert good.tokens() == reference(llama, PROMPTS[1], JSON)
     assert len(free.tokens()) == 60
+
+
+WEARING = 'start: "b" /(x+x+y|x{1,30}){1,50}/'
+
+
+def walk(matching: Matching, tokens: list[int]) -> int:
+    """Makes an output with a mask before each token; how many of its tokens there are when it ends or fails."""
+    mask = np.zeros(VOCAB // 32, np.uint32)
+    for token in tokens:
+        matching.fill(mask)
+        if not matching.error:
+            matching.extend([token])
+    return len(matching.taken)
+
+
+def test_an_output_that_uses_up_its_grammars_bounds_leaves_others_theirs(llama: Path) -> None:
+    """Copies of a matcher share a lexer: all that followed the same grammar failed with their first token."""
+    constraints, wanted = Constraints(Vocabulary(llama, VOCAB, [EOS])), pb.Constraint(answer=WEARING)
+    short, long = (Tokenizer(llama).encode(text, False) for text in ("bxx", "b" + "x" * 99))
+    beside = constraints.make_now(wanted).of(0)
+    worn = constraints.make_now(wanted).of(0)
+    assert 40 < walk(worn, long) < 99 and isinstance(worn.error, InvalidRequest)
+    assert walk(beside, short) == walk(constraints.make_now(wanted).of(0), short) == 3
+
+
+def test_what_many_outputs_see_of_a_grammar_together_is_not_too_much_for_the_next(llama: Path) -> None:
+    """Each sees a few of its states, all together more than a matcher may have: then none could be followed."""
+    constraints = Constraints(Vocabulary(llama, VOCAB, [EOS]))
+    wanted = pb.Constraint(answer=LLMatcher.grammar_from_regex("[ab]*a[ab]{20}c"))
+    a, b = Tokenizer(llama).encode("ab", False)
+    rng = random.Random(1)
+    for _ in range(160):
+        assert walk(constraints.make_now(wanted).of(0), rng.choices([a, b], k=200)) == 200
+
+
+def test_an_output_goes_on_elsewhere_as_far_as_where_it_was_made(llama: Path) -> None:
+    """Replayed in one step it took more of the lexer than step by step, and failed; so did tokens that guesses gave."""
+    constraints, wanted = Constraints(Vocabulary(llama, VOCAB, [EOS])), pb.Constraint(answer=WEARING)
+    output = Tokenizer(llama).encode("b" + "x" * 40, False)
+    matching = constraints.make_now(wanted, [output[:31]]).of(0)
+    assert walk(matching, output[31:]) == len(output) and not matching.error
+    matching.fill(np.zeros(VOCAB // 32, np.uint32), output[1:2] * 99)
+    assert walk(matching, output[1:6]) == len(output) + 5 and not matching.error
+
+
+def test_masks_of_guesses_are_not_on_the_account_of_the_request(
+    llama: Path, constraints: Constraints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar that was just cheap enough was too dear where four guesses a step had a mask each."""
+    clock = itertools.count(step=0.4)
+    monkeypatch.setattr("pagewire_engine.constraint.time.thread_time", lambda: next(clock))
+    monkeypatch.setattr("pagewire_engine.constraint._FREE_PER_TOKEN_S", 0.5)
+    plain = make_engine(llama)
+    for engine in (plain, Engine(plain.runner, plain.config, proposer=guessing())):
+        run = constrained(constraints, PROMPTS[3], ABC, temperature=1.0, seed=7)
+        run_all(engine, run)
+        assert ends_of(run)
+    assert engine.counters.draft_tokens > 8
 
 
 def test_a_matcher_refuses_what_its_vocabulary_does_not_have(constraints: Constraints) -> None:

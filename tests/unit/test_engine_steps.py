@@ -5,9 +5,11 @@ are those that a loop over each sequence alone would give, and every block comes
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
+from threading import Thread
 
 import pytest
 from engines import Run, assert_empty, run_all
@@ -18,6 +20,7 @@ from pagewire_engine.config import EngineConfig
 from pagewire_engine.continued import Continued
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Failed, Finished, FirstTokens, Token
+from pagewire_engine.outbox import Outbox, deliver_outbox
 from pagewire_engine.sampler import Sampled
 from pagewire_engine.sequence import Sequence
 from structlog.testing import capture_logs
@@ -155,8 +158,10 @@ def test_any_mix_gives_every_sequence_the_tokens_it_would_get_alone(
         assert counters.accepted_tokens == sum(counters.accepted_per_position) >= proposer.accepted
 
 
-def engine_of(num_blocks: int = 40, *, overlaps: bool = False, proposer: HalfTruths | None = None) -> Engine:
-    config = EngineConfig(MAX_LEN, 16, num_blocks, 8, 64)
+def engine_of(
+    num_blocks: int = 40, *, overlaps: bool = False, proposer: HalfTruths | None = None, budget: int = 64
+) -> Engine:
+    config = EngineConfig(MAX_LEN, 16, num_blocks, 8, budget)
     return Engine(HashRunner(num_blocks, 16, overlaps=overlaps), config, proposer=proposer)
 
 
@@ -289,6 +294,51 @@ def test_more_transferred_sequences_than_seats_make_the_tables_grow() -> None:
     for run in runs:
         assert run.tokens() == expected(run.request.prompt, run.request.params, 0, MAX_LEN)
     assert len(engine.runner.batches[0].tables) == 16
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_more_decoding_sequences_than_a_step_may_have_tokens_take_turns(overlaps: bool) -> None:
+    """The last ones stood still until others had ended."""
+    engine = engine_of(overlaps=overlaps, budget=3)
+    run = Run([1, 2, 3], n=8, max_tokens=30, ignore_eos=True, temperature=1.0)
+    engine.submit(run.request)
+    for _ in range(20):
+        engine.step()
+    assert min(len(run.tokens(choice)) for choice in range(8)) >= 20 // 3  # of 3 steps each has a place in one
+    run_all(engine)
+    for choice in range(8):
+        assert run.tokens(choice) == expected(run.request.prompt, run.request.params, choice, MAX_LEN)
+
+
+def test_what_two_threads_say_of_a_request_comes_in_the_order_in_which_it_came_about() -> None:
+    """A first token that came with its KV was told after the second one, where a step was quicker than its thread; and
+    the end of a request, which stopping its choices gave it, before the tokens of the step that had just landed."""
+    interrupting: list[Callable[[], object]] = []
+
+    def deliver(outbox: Outbox) -> None:
+        if interrupting and any(isinstance(event, Token) for _, event in outbox):
+            other = Thread(target=interrupting.pop())
+            threads.append(other)
+            other.start()
+            other.join(0.2)
+        deliver_outbox(outbox)
+
+    threads: list[Thread] = []
+    engine = Engine(HashRunner(40, 16), EngineConfig(MAX_LEN, 16, 40, 8, 64), deliver=deliver)
+    run = Run([1, 2, 3], n=2, max_tokens=9, ignore_eos=True)
+    first = [expected(run.request.prompt, run.request.params, choice, MAX_LEN)[0] for choice in range(2)]
+    engine.external.pin_prefix(run, run.request.prompt, run.request.cache_root)
+    [block] = engine.external.bind(run, 3)
+    engine.runner.cache.tokens[block, :3] = run.request.prompt
+    interrupting.append(engine.step)
+    engine.start_transferred(run.request, engine.external.unbind(run), [Sampled(token) for token in first])
+    threads[0].join()
+    interrupting.append(lambda: engine.cancel(run.request, [0, 1]))
+    engine.step()
+    threads[1].join()
+    for choice in range(2):
+        assert run.tokens(choice) == expected(run.request.prompt, run.request.params, choice, MAX_LEN)[:3]
+    assert [type(event) for event in run.events] == [Token] * 6 + [Finished]
 
 
 def test_a_row_after_a_guess_sees_the_tokens_up_to_it_even_when_more_have_come() -> None:

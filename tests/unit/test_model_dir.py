@@ -33,6 +33,14 @@ def test_eos_ids_are_those_of_generation_config_or_config_and_the_tokenizers(tmp
     assert resolve_model(str(path)).eos_token_ids == ()
 
 
+def test_an_end_of_sequence_that_the_model_cannot_say_is_none(tmp_path: Path) -> None:
+    """A row of the logits that is not there: the first request with min_tokens failed its step, and all in it."""
+    path = make_model(tmp_path / "m", vocab_size=8, eos_token_id=[7, 8, -1])
+    tokenizer = {"eos_token": "</s>", "added_tokens_decoder": {"9": {"content": "</s>"}}}
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert resolve_model(str(path)).eos_token_ids == (7,)
+
+
 def test_weights_that_are_there_once_more_in_another_form_do_not_count(tmp_path: Path) -> None:
     """Mistral's repositories have consolidated.safetensors beside the shards."""
     path = make_model(tmp_path / "m", b"12345")

@@ -166,6 +166,20 @@ async def test_a_stop_string_across_tokens_ends_the_choice_and_the_work(byte_tok
         assert s.workers["d1"].stopped == [()]
 
 
+async def test_a_choice_that_its_first_token_ends_is_stopped_when_the_decode_worker_knows_of_it(
+    byte_tokenizer: Tokenizer,
+) -> None:
+    """Told while the KV was on its way, it made all of the choice, and the answer did not end before that."""
+    async with scene(byte_tokenizer, "p1 d1", reply="hello world") as s:
+        for worker in s.workers.values():
+            worker.script.first = s.ids("!h")
+        s.workers["p1"].script.hooks["first_token"] = later(lambda worker: None)
+        s.workers["d1"].script.hooks["decode_started"] = lambda worker: until(lambda: bool(worker.stopped), 5)
+        answer = await s.ask(n=2, sampling={"stop": ["!"]})
+        assert answer.text == {0: "", 1: "hello world"}
+        assert s.workers["d1"].stopped == [(0,)]
+
+
 async def test_an_end_of_sequence_as_first_token_is_an_empty_answer(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1", reply="") as s:
         answer = await s.ask()

@@ -12,6 +12,7 @@ import structlog.testing
 from fakes import make_model, write_byte_tokenizer
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import ContextLength, StartupError
+from pagewire_router.grammars import Grammars, constrain
 from pagewire_router.model import ServedModel, load_served_model
 from pagewire_router.request import ValidRequest, validate
 from pagewire_router.sampling_defaults import FILE, tell
@@ -70,6 +71,20 @@ def test_the_file_may_be_left_out_or_be_another_folders(directory: Path, tmp_pat
     assert ask(other).sampling.max_tokens == ask(other, max_tokens=50).sampling.max_tokens == 8
     (directory / FILE).unlink()
     assert chosen(ask(load(directory))) == {}
+
+
+async def test_a_complete_text_ends_as_workers_have_it_whatever_folder_the_router_has(
+    directory: Path, tmp_path: Path
+) -> None:
+    """Their masks allow the ends of the model's own files alone: none of these was one, and it went on to its limit."""
+    (tmp_path / FILE).write_text(json.dumps({"eos_token_id": 5}))
+    model = load(directory, str(tmp_path))
+    grammars = Grammars(directory, 258, model.eos_token_ids)
+    request = inference_pb2.GenerateRequest(structured_output=inference_pb2.StructuredOutput(regex="a+"))
+    free, valid = ask(model), ask(model)
+    await constrain(valid, request, grammars, model.own_eos_token_ids)
+    await grammars.close()
+    assert list(free.sampling.eos_token_ids) == [5, 257] and list(valid.sampling.eos_token_ids) == [5, 257, 7, 9]
 
 
 def test_what_the_operator_says_wins_and_null_takes_away(directory: Path) -> None:

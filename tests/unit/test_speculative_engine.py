@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import Run, assert_empty, make_engine, run_all
 from pagewire_core.errors import StartupError
 from pagewire_core.model_dir import resolve_model
@@ -20,6 +21,7 @@ from pagewire_engine.speculative.loading import load_proposer
 from pagewire_engine.speculative.policy import Policy, Rates
 from pagewire_engine.speculative.proposer import SpeculativeProposer
 from pagewire_engine.speculative.step_times import Counts
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, make_model
 
 NGRAM = SpeculativeConfig("ngram", 4, prompt_lookup_max=3, prompt_lookup_min=1)
@@ -120,6 +122,25 @@ def test_a_draft_pool_that_is_too_small_changes_nothing_but_the_number_of_drafts
     run_all(engine, *runs)
     assert outcome(runs) == outcome(expected)
     assert proposer.num_held_blocks == 0 and engine.counters.draft_tokens
+
+
+def test_a_draft_model_that_fails_costs_its_sequences_their_drafts_and_nothing_else(
+    llama: Path, tmp_path: Path
+) -> None:
+    """Rows of tokens that nobody trained are not always numbers. A prompt with one ended the loop, and the worker."""
+    broken = make_model(tmp_path, "llama", num_hidden_layers=1)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][300] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    engine, proposer = drafting(llama, broken)
+    failing = Run([10, 11, 300, 12], max_tokens=20, ignore_eos=True)
+    run_all(engine, failing)
+    assert not engine.counters.draft_tokens
+    expected, runs = make_runs(), make_runs()
+    run_all(make_engine(llama), *expected)
+    run_all(engine, *runs)
+    assert outcome(runs) == outcome(expected)
+    assert engine.counters.draft_tokens and not proposer.num_held_blocks
 
 
 def test_the_plain_torch_runner_takes_drafts_too(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,13 +84,19 @@ class ModelDir:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a sequence: of generation_config.json, else config.json, and the tokenizer's eos_token, which a
         model that was tuned for chats often has beside its base model's.
+
+        A tokenizer may have more tokens than the model has logits, and a file may say -1: such ids never come.
         """
+        end = self.config.get("vocab_size") or sys.maxsize
+        return tuple(i for i in dict.fromkeys((*self._named_eos(), *self._tokenizer_eos())) if 0 <= i < end)
+
+    def _named_eos(self) -> list[int]:
         for source in (self.generation_config, self.config):
             value = source.get("eos_token_id")
             named = [value] if isinstance(value, int) else value if isinstance(value, list) else []
             if named:
-                return tuple(dict.fromkeys((*map(int, named), *self._tokenizer_eos())))
-        return self._tokenizer_eos()
+                return [int(token_id) for token_id in named]
+        return []
 
     def _tokenizer_eos(self) -> tuple[int, ...]:
         settings = read_json(self.path / "tokenizer_config.json", {})

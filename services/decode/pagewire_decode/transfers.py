@@ -72,14 +72,15 @@ class Transfers:
         self._engine.check_fits(len(prompt), n)
         local_tokens = self._engine.external.pin_prefix(transfer_id, prompt, cache_root)
         # Every choice may soon need a block of its own: for its next token, or a copy of the shared last one.
-        credits = config.blocks_for(len(prompt)) - local_tokens // config.block_size + n
+        pinned = local_tokens // config.block_size
+        credits = min(config.blocks_for(len(prompt)) + n, config.num_blocks) - pinned
         try:
-            self._engine.external.reserve(min(credits, config.num_blocks))
+            self._engine.external.reserve(credits)
         except PagewireError:
             self._engine.external.free(transfer_id)
             raise
         loop = asyncio.get_running_loop()
-        transfer = Transfer(transfer_id, prompt, local_tokens, min(credits, config.num_blocks), n, loop.create_future())
+        transfer = Transfer(transfer_id, prompt, local_tokens, credits, n, loop.create_future())
         transfer.lease = loop.call_later(LEASE_S, self.end, transfer_id, Cancelled("the reservation's lease ended"))
         self._transfers[transfer_id] = transfer
         if self._look is None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from llguidance import LLMatcher
@@ -24,6 +25,8 @@ from pagewire_core.grammar import Vocabulary, check
 _KEPT_GRAMMARS = 32  # of some MiB, at worst
 # A request whose masks take more CPU time than this is ended: it would slow down all that share its steps.
 _FREE_S, _FREE_PER_TOKEN_S = 0.5, 0.002
+_QUICK_S = 0.05  # to compile: what takes longer is not compiled again while steps wait
+_TOO_SLOW = "the grammar takes too long to follow; make it simpler"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Constraints:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._compile = lru_cache(_KEPT_GRAMMARS)(lambda root, grammar: vocabulary.compile(grammar))
+        self._compile = lru_cache(_KEPT_GRAMMARS)(lambda root, grammar: self._timed(grammar))
 
     async def make(self, wanted: pb.Constraint, prior: Seq[Seq[int] | None] = (), root: bytes = b"") -> Matchings:
         """A request's matchings, after the output that its choices already have. Raises InvalidRequest.
@@ -55,17 +58,35 @@ class Constraints:
 
     def make_now(self, wanted: pb.Constraint, prior: Seq[Seq[int] | None] = (), root: bytes = b"") -> Matchings:
         """As `make`, in the calling thread."""
-        answer, reasoning, end = (
-            self._compile(root, grammar) if grammar else None
-            for grammar in (wanted.answer, wanted.reasoning, wanted.reasoning_end)
-        )
-        matchings = Matchings(Constraint(
-            answer, reasoning, end,
-            wanted.reasoning_tokens if wanted.HasField("reasoning_tokens") else None, self.vocabulary.num_words,
-        ))  # fmt: skip
+        constraint, seconds = self._constraint(wanted, partial(self._compile, root))
+        matchings = Matchings(constraint, partial(self._anew, wanted, seconds))
         for choice, output in enumerate(prior):
             matchings.of(choice).extend(output or ())
         return matchings
+
+    def _timed(self, grammar: str) -> tuple[LLMatcher, float]:
+        started = time.thread_time()
+        return self.vocabulary.compile(grammar), time.thread_time() - started
+
+    def _constraint(
+        self, wanted: pb.Constraint, compile: Callable[[str], tuple[LLMatcher, float]]
+    ) -> tuple[Constraint, float]:
+        """With the seconds that compiling takes."""
+        nothing: tuple[LLMatcher | None, float] = None, 0.0
+        (answer, first), (reasoning, second), (end, third) = (
+            compile(grammar) if grammar else nothing
+            for grammar in (wanted.answer, wanted.reasoning, wanted.reasoning_end)
+        )
+        tokens = wanted.reasoning_tokens if wanted.HasField("reasoning_tokens") else None
+        return Constraint(answer, reasoning, end, tokens, self.vocabulary.num_words), first + second + third
+
+    def _anew(self, wanted: pb.Constraint, seconds: float) -> Constraint:
+        """For one output alone, between two steps. What is kept for others is worn, too. Raises InvalidRequest."""
+        self._compile.cache_clear()
+        if seconds > _QUICK_S:
+            raise InvalidRequest(_TOO_SLOW, "structured_outputs")
+        constraint, _ = self._constraint(wanted, self._timed)
+        return constraint
 
 
 async def matchings_of(
@@ -80,16 +101,16 @@ async def matchings_of(
 
 
 class Matchings:
-    """Those of one request, a choice each."""
+    """Those of one request, a choice each. anew: see Matching."""
 
-    def __init__(self, constraint: Constraint) -> None:
-        self._constraint = constraint
+    def __init__(self, constraint: Constraint, anew: Callable[[], Constraint]) -> None:
+        self._constraint, self._anew = constraint, anew
         self._of: dict[int, Matching] = {}
 
     def of(self, choice: int) -> Matching:
         matching = self._of.get(choice)
         if matching is None:
-            matching = self._of[choice] = Matching(self._constraint)
+            matching = self._of[choice] = Matching(self._constraint, self._anew)
         return matching
 
     @property
@@ -121,8 +142,16 @@ class _Place:
         matcher = self.matcher and self.matcher.deep_copy()
         return _Place(self.constraint, matcher, self.thinking, self.num_thought)
 
+    def accepts(self, token: int) -> bool:
+        """As `take`. Raises InvalidRequest where it is the grammar that has failed, and not the token."""
+        if self.take(token):
+            return True
+        if self.matcher and "satisfy the grammar" not in self.matcher.get_error():
+            check(self.matcher)
+        return False
+
     def take(self, token: int) -> bool:
-        """Goes on by a token; False if it may not come here."""
+        """Goes on by a token; False if it may not come here, or the matcher has failed."""
         if self.matcher is None:
             return True
         if not self.matcher.consume_token(token):
@@ -147,11 +176,16 @@ class _Place:
 
 @dataclass
 class Matching:
-    """One choice's place in its constraint. error: why it cannot go on."""
+    """One choice's place in its constraint. error: why it cannot go on. anew: makes the constraint for it alone.
+
+    Copies of a matcher share a lexer, whose bounds are over the texts of all of them: where others have used it up, or
+    a text is replayed in fewer steps than it was made in, this one begins anew, and what fails then is its own grammar.
+    """
 
     constraint: Constraint
+    anew: Callable[[], Constraint]
     error: PagewireError | None = None
-    num_taken: int = 0  # tokens of the output
+    taken: list[int] = field(default_factory=list)  # the output
     _place: _Place = field(init=False)
     _spent_s: float = 0.0
 
@@ -161,9 +195,10 @@ class Matching:
     def extend(self, tokens: Seq[int]) -> None:
         """The output's next tokens, which are final."""
         for token in tokens:
-            self.num_taken += 1
+            self.taken.append(token)
             if not self._place.take(token):
-                self._fail(Internal("a token of the output does not follow its grammar"))
+                self._begin_anew()
+            if self.error:
                 return
 
     def fill(self, mask: np.ndarray, draft: Seq[int] = ()) -> None:
@@ -172,31 +207,56 @@ class Matching:
         After a guess that may not come, or an error, anything may: the token will not be used.
         """
         mask.fill(0xFFFFFFFF)
-        place = self._place
-        if draft:
-            place = place.copy()
-            if not all(place.take(token) for token in draft):
-                return
-        matcher = place.matcher
-        if self.error or matcher is None:
+        if self.error:
             return
         started = time.thread_time()
-        self._compute(matcher, mask)
-        self._spent_s += time.thread_time() - started
-        if self._spent_s > _FREE_S + _FREE_PER_TOKEN_S * self.num_taken:
-            self._fail(InvalidRequest("the grammar takes too long to follow; make it simpler", "structured_outputs"))
+        failed = self._try(mask, draft)
+        if not draft:  # the time of guesses is weighed by speculation, and ends no request that would else go on
+            self._account(started)
+        if failed:
+            self._begin_anew()
+            failed = None if self.error else self._try(mask, draft)
+        if failed and not draft:
+            self._fail(failed)
+
+    def _try(self, mask: np.ndarray, draft: Seq[int]) -> PagewireError | None:
+        """Why there is no mask, if it is not for a guess that may not come."""
+        place = self._place.copy() if draft else self._place
+        try:
+            if all(place.accepts(token) for token in draft) and place.matcher:
+                self._compute(place.matcher, mask)
+        except InvalidRequest as error:
+            mask.fill(0xFFFFFFFF)
+            return error
+        return None
+
+    def _begin_anew(self) -> None:
+        """Each token after its mask, as the output was made."""
+        started, mask = time.thread_time(), np.empty(self.constraint.num_words, np.uint32)
+        try:
+            self._place = place = _Place.beginning(self.anew())
+            for token in self.taken:
+                if place.matcher:
+                    self._compute(place.matcher, mask)
+                if not place.accepts(token):
+                    raise Internal("a token of the output does not follow its grammar")
+        except PagewireError as error:
+            self._fail(error)
+        self._account(started)
 
     def _compute(self, matcher: LLMatcher, mask: np.ndarray) -> None:
+        """Raises InvalidRequest."""
         words = self.constraint.num_words
         target = mask if len(mask) == words else np.empty(words, np.uint32)
         matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-        try:
-            check(matcher)
-        except InvalidRequest as error:
-            self._fail(error)
-            target.fill(0xFFFFFFFF)
+        check(matcher)
         if target is not mask:
             mask[:] = target[: len(mask)]
+
+    def _account(self, started: float) -> None:
+        self._spent_s += time.thread_time() - started
+        if self._spent_s > _FREE_S + _FREE_PER_TOKEN_S * len(self.taken):
+            self._fail(InvalidRequest(_TOO_SLOW, "structured_outputs"))
 
     def _fail(self, error: PagewireError) -> None:
         self.error = self.error or error

@@ -51,9 +51,10 @@ _RECHECK = 32  # steps after which a sequence that was refused a place is looked
 class Engine:
     """Continuous batching over one runner.
 
-    deliver: hands a step's events to their requests, `deliver_outbox` on a thread of its choice; called
-    without the lock held. stored / removed: told the hashes of hash blocks that this engine's prefix cache gains and
-    loses. proposer: guesses tokens for decoding sequences; with one, steps do not overlap.
+    deliver: hands events to their requests, `deliver_outbox` on a thread of its choice; called with the lock held, for
+    what two threads have to say of a request comes in the order in which it came about. stored / removed: told the
+    hashes of hash blocks that this engine's prefix cache gains and loses. proposer: guesses tokens for decoding
+    sequences; with one, steps do not overlap.
     """
 
     def __init__(
@@ -141,8 +142,8 @@ class Engine:
                 self._books.drop(prompt)
             else:
                 self._publisher.fork(prompt, first, outbox)
+            self._deliver(outbox)
             self._wake.notify()
-        self._deliver(outbox)
 
     def resume(self, request: Request, prior: Seq[Seq[int] | None], block_table: Seq[int] = ()) -> None:
         """Goes on after the output that each choice already has; None: it has ended.
@@ -184,8 +185,8 @@ class Engine:
                 if not choices or (request.forked and seq.choice in choices):
                     self._books.drop(seq)
             self._publisher.finish_if_all_ended(request, outbox)
+            self._deliver(outbox)
             self._wake.notify()
-        self._deliver(outbox)
 
     def release(self, request: Request) -> None:
         """Gives back the prompt blocks of a prefill-only request that has its first tokens. Idempotent."""
@@ -248,8 +249,8 @@ class Engine:
             others_run = bool(self._books.running)
             decision, preempted = self._decide(bounded(proposed, self.config.max_model_len))
             outbox, batch = self._apply(decision)
+            self._deliver(outbox)
         self.counters.began(len(decision.admitted), others_run, time.perf_counter() - began)
-        self._deliver(outbox)
         if batch:
             batch = self.layers.watched(self._masked(batch), self._books.launched)
             drafts = tuple(tuple(seq.draft) for seq in decision.drafted)
@@ -312,8 +313,7 @@ class Engine:
         if any(row.matching and row.matching.error for row in batch.sample_rows):
             errors = {seq.request: seq.request.matchings.error for seq, _ in batch.scheduled if seq.request.matchings}
             with self._lock:
-                outbox = self._publisher.fail({request: error for request, error in errors.items() if error})
-            self._deliver(outbox)
+                self._deliver(self._publisher.fail({request: error for request, error in errors.items() if error}))
         return replace(batch, allowed=allowed)
 
     def _land(self, flight: Flight) -> None:
@@ -331,7 +331,7 @@ class Engine:
                 outbox = self._publisher.fail({seq.request: sampled for seq, _ in flight.batch.scheduled})
             else:
                 outbox = self._publisher.publish(flight.batch, flight.drafts, sampled, flight.scores())
-        self._deliver(outbox)
+            self._deliver(outbox)
         num_tokens = flight.num_decode + sum(map(len, flight.drafts)), flight.num_prefill_tokens
         lost = isinstance(sampled, PagewireError)
         self.counters.took(milliseconds / 1e3, *num_tokens, time.perf_counter() - now, lost)

@@ -42,7 +42,7 @@ def _fill(row: SampleRow, mask: np.ndarray) -> None:
 
 
 def _follow(matching: Matching, tokens: Seq[int], num_prompt: int, mask: np.ndarray) -> None:
-    begin = num_prompt + matching.num_taken
+    begin = num_prompt + len(matching.taken)
     if isinstance(tokens, Continued):
         matching.extend(tokens.known(begin))
         matching.fill(mask, tokens.more)

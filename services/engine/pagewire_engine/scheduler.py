@@ -1,11 +1,11 @@
 """Decides what the next step computes. Pure: it reads the state it is given and changes nothing.
 
-Policy, as in Sarathi-Serve (arXiv 2403.02310) and vLLM: every running sequence that decodes gets its
-token; what is left of the token budget goes to prompts that are partly computed, then to waiting ones,
-in order of arrival, as long as the prompts' tokens are fewer than make a step efficient. When a decoding
-sequence finds no block, the sequence that arrived last is preempted: it gives its blocks back and is
-computed anew later (mostly from the prefix cache). Not so a prefill-only prompt: its KV may be on its way to
-another worker, and with all the blocks that it will ever need it ends by itself.
+Policy, as in Sarathi-Serve (arXiv 2403.02310) and vLLM: every running sequence that decodes gets its token, or, where
+they are more than the token budget, those that have waited longest; what is left of the budget goes to prompts that are
+partly computed, then to waiting ones, in order of arrival, as long as the prompts' tokens are fewer than make a step
+efficient. When a decoding sequence finds no block, the sequence that arrived last is preempted: it gives its blocks
+back and is computed anew later (mostly from the prefix cache). Not so a prefill-only prompt: its KV may be on its way
+to another worker, and with all the blocks that it will ever need it ends by itself.
 
 `max_num_seqs` sequences that have waited run at a time. Those whose KV came from a prefill worker run beside them, at
 once, for their blocks are theirs already: as many as the router lets in. If they took the places of those that wait, a
@@ -91,7 +91,10 @@ def decide(
     running: Running, waiting: Iterable[Sequence], pool: Pool, config: EngineConfig, prefill_limit: int | None = None
 ) -> Decision:
     """waiting in order of arrival. prefill_limit: prompt tokens in a step that has decoding sequences."""
-    rows, ready = running.rows, running.ready[: config.max_num_batched_tokens]
+    rows, ready = running.rows, running.ready
+    if len(ready) > config.max_num_batched_tokens:  # they take turns
+        longest = np.argsort(rows.last_steps[ready], kind="stable")[: config.max_num_batched_tokens]
+        ready = np.sort(ready[longest])
     growing = [rows.sequences[i] for i in ready[rows.positions[ready] >= rows.capacities[ready]]]
     fresh = (rows.sequences[i] for i in ready[rows.may_copy[ready] > 0])
     copying = [seq for seq in fresh if must_copy(seq, pool.ref_count, config)]

@@ -94,7 +94,7 @@ class Attempt:
         self._reservation: decode_pb2.ReserveResponse | None = None
         self._asked = False  # the decode worker may know of this transfer
         self._computing = False  # the prefill worker has begun
-        self._started = False  # the decode worker holds all of the prompt's KV
+        self.started = False  # the decode worker holds all of the prompt's KV, and knows the choices
         self._finished = False
         # What the decode worker says waits for what the prefill worker says of the prompt: that comes before any token.
         self._waits_for_prompt = request.prompt_logprobs is not None and placed.prefill is not None
@@ -293,7 +293,7 @@ class Attempt:
             return
         kind = event.WhichOneof("event")
         if leg == "decode":
-            self._started = self._started or kind == "started"
+            self.started = self.started or kind == "started"
             if kind == "finished":
                 self._finished = True
                 self._limit("account", asyncio.get_running_loop().time() + _KV_SENT_TIMEOUT_S)
@@ -314,7 +314,7 @@ class Attempt:
             return
         if what == "request":
             raise DeadlineExceeded(_TOO_LONG)
-        if what == "kv" and not self._started:
+        if what == "kv" and not self.started:
             raise self._failed("prefill", TransferLost("the KV transfer stood still"))
 
     def _judge_end(self, leg: Leg, error: PagewireError | None) -> None:
@@ -324,7 +324,7 @@ class Attempt:
             return
         if leg == "decode":
             raise self._failed(leg, error or Unavailable("it ended its stream early"))
-        if error is not None and not self._started:
+        if error is not None and not self.started:
             raise self._failed(leg, error)
         self._await_kv()
 

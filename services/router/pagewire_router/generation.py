@@ -305,6 +305,8 @@ class Generation:
             return False
         if all(c.finished for c in self._choices):
             return isinstance(event, decode_pb2.FeedEntry) or event.WhichOneof("event") != "finished"
+        if not attempt.started:  # it has no choices yet; what the first token ended it is told of then
+            return False
         self._told_stopped.update(stopped)
         await attempt.stop_choices(stopped)
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 
 from pagewire.v1 import common_pb2, inference_pb2
@@ -19,8 +20,13 @@ _TOO_MUCH = "the grammar takes too much time or memory to compile; make it simpl
 Outcome = common_pb2.Constraint | PagewireError
 
 
-async def constrain(valid: ValidRequest, request: inference_pb2.GenerateRequest, grammars: Grammars) -> None:
-    """Sets what the output of a valid request must follow. Raises InvalidRequest, Overloaded."""
+async def constrain(
+    valid: ValidRequest, request: inference_pb2.GenerateRequest, grammars: Grammars, ends: Iterable[int] = ()
+) -> None:
+    """Sets what the output of a valid request must follow. ends: what workers' masks let follow a complete text.
+
+    Raises InvalidRequest, Overloaded.
+    """
     sampling = valid.sampling
     sampling.ClearField("constraint")
     wanted = request.structured_output if request.HasField("structured_output") else None
@@ -32,6 +38,7 @@ async def constrain(valid: ValidRequest, request: inference_pb2.GenerateRequest,
     sampling.constraint.CopyFrom(await grammars.constraint(wanted, reasoning, request.tenant))
     if wanted is not None:
         sampling.ignore_eos = False  # a complete text has nothing else
+        sampling.eos_token_ids.extend(i for i in ends if i not in sampling.eos_token_ids)
 
 
 def _thoughts_to_come(request: inference_pb2.GenerateRequest, prompt_tail: str) -> inference_pb2.Reasoning | None:

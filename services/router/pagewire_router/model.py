@@ -36,6 +36,7 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     description: inference_pb2.Model = field(default_factory=inference_pb2.Model)  # without name and readiness
+    own_eos_token_ids: tuple[int, ...] = ()  # by its own files, which are what workers read
     max_input_tokens: int | None = None  # a prompt may have no more, whatever the context
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     max_logprobs: int = MAX_LOGPROBS
@@ -64,7 +65,8 @@ def load_served_model(
 
     seed: of the generator that draws the seeds of requests without one; None: they are never the same twice.
     """
-    model_dir = with_generation_config(resolve_model(model, revision, download_dir), generation_config)
+    own = resolve_model(model, revision, download_dir)
+    model_dir = with_generation_config(own, generation_config)
     text_dir = locate(tokenizer, None, download_dir) if tokenizer else model_dir.path
     codec = Tokenizer(text_dir)
     names = tuple(n.strip() for n in (served_names or "").split(",") if n.strip())
@@ -76,6 +78,7 @@ def load_served_model(
         max_model_len=model_dir.max_model_len,
         vocab_size=int(model_dir.config.get("vocab_size") or codec.vocab_size),
         eos_token_ids=model_dir.eos_token_ids,
+        own_eos_token_ids=own.eos_token_ids,
         tokenizer=codec,
         chat_template=template,
         description=_describe(model_dir, is_chat=template is not None),

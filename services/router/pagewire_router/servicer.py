@@ -85,7 +85,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with tracing.begin("llm_request") as span:
             try:
                 valid = await self._validated(request)
-                await constrain(valid, request, self._router.grammars)
+                await constrain(valid, request, self._router.grammars, self._router.model.own_eos_token_ids)
             except PagewireError:
                 metrics.requests.labels("invalid_request").inc()
                 raise

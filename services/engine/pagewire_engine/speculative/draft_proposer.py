@@ -5,22 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Seq
 
+import structlog
+
 from pagewire_engine.sequence import Sequence
 from pagewire_engine.speculative.acceptance import Prediction
 from pagewire_engine.speculative.config import SpeculativeConfig
 from pagewire_engine.speculative.draft_model import DraftModel
 from pagewire_engine.speculative.proposer import SpeculativeProposer
 
+log = structlog.get_logger(__name__)
+
 
 class DraftProposer(SpeculativeProposer):
-    """Runs the draft model for the sequences for which that pays; its time counts in that."""
+    """Runs the draft model for the sequences for which that pays; its time counts in that.
+
+    Sequences that were in a step of it that failed get no more drafts: the next one would fail of the same.
+    """
 
     def __init__(self, config: SpeculativeConfig, max_model_len: int, model: DraftModel) -> None:
         super().__init__(config, max_model_len)
         self._model = model
+        self._failed: set[Sequence] = set()
 
     def _draft(self, sequences: Seq[Sequence], predictions: Seq[Prediction]) -> list[list[int]]:
-        counts = self._choose(predictions, [self._limit(seq) for seq in sequences])
+        limits = [0 if seq in self._failed else self._limit(seq) for seq in sequences]
+        counts = self._choose(predictions, limits)
         wanted = [(seq, count) for seq, count in zip(sequences, counts, strict=True) if count]
         drafts = dict(zip((seq for seq, _ in wanted), self._timed(wanted), strict=True))
         for seq, prediction in zip(sequences, predictions, strict=True):
@@ -31,13 +40,21 @@ class DraftProposer(SpeculativeProposer):
         if not wanted:
             return []
         started = time.perf_counter()
-        drafts = self._model.draft(wanted)
+        try:
+            drafts = self._model.draft(wanted)
+        except Exception:  # guesses are lost, and nothing else
+            log.exception("drafting failed")
+            self._failed.update(seq for seq, _ in wanted)
+            for seq, _ in wanted:
+                self._model.cache.drop(seq)
+            return [[] for _ in wanted]
         if longest := max(len(draft) for draft in drafts):
             self.policy.times.add_drafting(len(wanted), longest, (time.perf_counter() - started) * 1e3)
         return drafts
 
     def _drop(self, seq: Sequence) -> None:
         self._model.cache.drop(seq)
+        self._failed.discard(seq)
 
     @property
     def num_held_blocks(self) -> int:
