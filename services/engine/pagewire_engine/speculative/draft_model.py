@@ -36,7 +36,7 @@ class DraftModel:
         self.cache = DraftCache(config, runner.cache)
 
     def draft(self, wanted: Seq[tuple[Sequence, int]]) -> list[list[int]]:
-        """Up to so many greedy tokens after each sequence.
+        """Up to so many greedy tokens after each sequence, with NO_TOKEN where its logits were not numbers.
 
         None for one that is still being caught up with, for which there are no blocks, or that is longer
         than this model can be.
@@ -89,7 +89,8 @@ class DraftModel:
             result: list[Sampled] | Launched = launched if self._runner.overlaps else launched.tokens()
             steps.append((rows, result))
             ready = [row for row in rows if row.count]
-            ids = [s.token for s in result] if isinstance(result, list) else [-1 - i for i in range(len(ready))]
+            told = [max(s.token, 0) for s in result] if isinstance(result, list) else []  # 0 for NO_TOKEN
+            ids = told or [-1 - i for i in range(len(ready))]
             more = zip(ready, ids, strict=True)
             rows = [_Rows(row.seq, [token], row.count) for row, token in more if row.count > length]
         return steps

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 
 import structlog
 
+from pagewire_engine.sampler import NO_TOKEN
 from pagewire_engine.sequence import Sequence
 from pagewire_engine.speculative.acceptance import Prediction
 from pagewire_engine.speculative.config import SpeculativeConfig
@@ -19,7 +20,7 @@ log = structlog.get_logger(__name__)
 class DraftProposer(SpeculativeProposer):
     """Runs the draft model for the sequences for which that pays; its time counts in that.
 
-    Sequences that were in a step of it that failed get no more drafts: the next one would fail of the same.
+    Sequences for which it failed get no more drafts: the next one would fail of the same.
     """
 
     def __init__(self, config: SpeculativeConfig, max_model_len: int, model: DraftModel) -> None:
@@ -44,10 +45,12 @@ class DraftProposer(SpeculativeProposer):
             drafts = self._model.draft(wanted)
         except Exception:  # guesses are lost, and nothing else
             log.exception("drafting failed")
-            self._failed.update(seq for seq, _ in wanted)
-            for seq, _ in wanted:
+            drafts = [[NO_TOKEN] for _ in wanted]
+        for (seq, _), draft in zip(wanted, drafts, strict=True):
+            if NO_TOKEN in draft:
+                draft.clear()
+                self._failed.add(seq)
                 self._model.cache.drop(seq)
-            return [[] for _ in wanted]
         if longest := max(len(draft) for draft in drafts):
             self.policy.times.add_drafting(len(wanted), longest, (time.perf_counter() - started) * 1e3)
         return drafts
