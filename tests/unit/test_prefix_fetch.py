@@ -162,7 +162,7 @@ async def test_a_worker_that_caches_nothing_fetches_nothing(llama: Path, expecte
 
 
 async def test_a_fetch_under_an_id_that_is_in_use_is_refused(llama: Path) -> None:
-    """It took the place of what was held under that id: those blocks were lost, or a request had others than its own."""
+    """It took the place of what was held under that id: the blocks were lost, or a request had those of another."""
     async with scene(llama) as s:
         incoming = s.holder.transfers.reserve(os.urandom(16), PROMPT, ROOT, 1)
         fetch = kv.FetchRequest(
