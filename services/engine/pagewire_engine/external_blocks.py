@@ -37,6 +37,11 @@ class ExternalBlocks:
         """The block tables of all owners."""
         return list(self._held.values())
 
+    @property
+    def num_held(self) -> int:
+        """Blocks of all owners."""
+        return len({block for table in self._held.values() for block in table})
+
     def pin_prefix(self, owner: object, prompt: Seq[int], cache_root: bytes) -> int:
         """Holds the blocks of the prompt's locally cached prefix for `owner`; returns its tokens.
 
