@@ -12,11 +12,15 @@ import torch
 from engines import ROOT, Run, assert_empty, make_engine, run_all
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pagewire.v1 import common_pb2
+from pagewire.v1 import common_pb2, decode_pb2
 from pagewire_core.errors import Cancelled, ContextLength, InvalidRequest, Overloaded, PagewireError, Unavailable
 from pagewire_decode import transfers as module
+from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine
+from pagewire_engine.metrics import StageMetrics
+from pagewire_transfer.receiver import ReceiveStats
+from prometheus_client import CollectorRegistry
 from tiny_models import make_model
 
 PROMPT = list(range(5, 55))  # 50 tokens: 4 blocks
@@ -130,6 +134,46 @@ async def test_a_reservation_that_nobody_uses_ends_with_its_lease(
     assert_empty(engine)
     with pytest.raises(Cancelled):
         transfers.claim(name)
+
+
+class SlowConstraints:
+    """Compiles for as long as it is to."""
+
+    def __init__(self) -> None:
+        self.begun, self.done = asyncio.Event(), asyncio.Event()
+
+    async def make(self, *_: object) -> None:
+        self.begun.set()
+        await self.done.wait()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_reservation_whose_call_compiles_its_grammar_does_not_end_with_its_lease(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """The call had come: it was told that its transfer had been stopped, or left it behind."""
+    monkeypatch.setattr(module, "LEASE_S", 0.05)
+    transfers, name, constraints = Transfers(engine), os.urandom(16), SlowConstraints()
+    stages: Any = StageMetrics(CollectorRegistry())
+    servicer = DecodeServicer(engine, transfers, stages, "life", "address", constraints)  # type: ignore[arg-type]
+    transfers.reserve(name, PROMPT, ROOT, 1)
+    sampling = common_pb2.SamplingParams(max_tokens=1, constraint=common_pb2.Constraint(answer="long"))
+    request = decode_pb2.DecodeRequest(transfer_id=name, prompt_ids=PROMPT, cache_root=ROOT, sampling=sampling)
+    responses: Any = servicer.Decode(request, None)  # type: ignore[arg-type]
+    call = asyncio.ensure_future(anext(responses))
+    await constraints.begun.wait()
+    await asyncio.sleep(0.1)
+    if leaves:
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    else:
+        await transfers.bind(name, 0, 50)
+        await transfers.sealed(name, ReceiveStats(1, 1, 50, "grpc"), FIRST)
+        constraints.done.set()
+        assert (await call).started.first_tokens[0].token_id == 7
+        await responses.aclose()
+    assert_empty(engine)
 
 
 async def test_promises_that_a_prompt_here_waits_for_end_the_latest_first(

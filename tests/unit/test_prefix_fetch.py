@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -15,9 +16,10 @@ import torch
 from engines import ROOT, Run, make_engine, run_all
 from kv_endpoints import until
 from otlp_sink import children, listening
+from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1 import prefill_pb2
 from pagewire_core import tracing
-from pagewire_core.errors import Overloaded
+from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 from peers import Peer, compute, hand_over, peer
@@ -147,6 +149,30 @@ async def test_a_worker_that_takes_no_calls_any_more_begins_none_that_was_still_
         with pytest.raises(Overloaded):
             await asking
         assert not s.computed()
+        await s.assert_empty()
+
+
+async def test_a_worker_that_caches_nothing_fetches_nothing(llama: Path, expected: list[int]) -> None:
+    """It fetched the beginning, dropped it, and computed it."""
+    async with peer(llama, "holder") as holder, peer(llama, "worker", enable_prefix_caching=False) as worker:
+        await compute(PROMPT, holder)
+        alone = await compute(PROMPT, worker, holder.holds(HELD))
+        assert alone.tokens == expected and alone.started.cached_tokens == 0
+        assert not alone.started.fetched.tokens and not holder.metric("pairs")
+
+
+async def test_a_fetch_under_an_id_that_is_in_use_is_refused(llama: Path) -> None:
+    """It took the place of what was held under that id: the blocks were lost, or a request had those of another."""
+    async with scene(llama) as s:
+        incoming = s.holder.transfers.reserve(os.urandom(16), PROMPT, ROOT, 1)
+        fetch = kv.FetchRequest(
+            transfer_id=incoming.transfer_id, prompt_ids=PROMPT[:64], cache_root=ROOT, address=s.worker.address,
+            instance="worker-life-1", expect_instance="holder-life-1",
+        )  # fmt: skip
+        with pytest.raises(InvalidRequest, match="in use"):
+            await s.holder.receiver.Fetch(fetch, None)  # type: ignore[arg-type]
+        assert len(s.holder.engine.external.table(incoming.transfer_id)) * 16 == incoming.local_tokens == 160
+        s.holder.transfers.end(incoming.transfer_id, Cancelled("test"))
         await s.assert_empty()
 
 

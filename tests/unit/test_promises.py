@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,11 @@ ROOM = 384 * 16 * 26  # 26 blocks: two prompts and their next tokens
 
 def gated(step: Callable[[], bool], go: threading.Event) -> Callable[[], bool]:
     return lambda: go.wait() and step()
+
+
+def slowed(step: Callable[[], bool], over: threading.Event) -> Callable[[], bool]:
+    """Until it is over."""
+    return lambda: over.wait(0.05) is None or step()
 
 
 async def answered(prompt: list[int], source: Peer, target: Peer) -> list[int]:
@@ -52,5 +58,40 @@ async def test_two_workers_full_of_promises_to_each_others_queues_do_not_wait_fo
         await until(lambda: a.engine.external.reserved == b.engine.external.reserved == 24, 5)
         go.set()
         assert await asyncio.wait_for(calls, 30) == expected
+        for worker in (a, b):
+            await worker.assert_empty()
+
+
+async def test_what_runs_and_could_not_give_back_enough_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long answer on each worker, and nobody's prompt was computed before these had ended."""
+    monkeypatch.setattr(transfers, "LOOK_S", 0.1)
+    path = make_model(tmp_path, "llama")
+    room = 384 * 16 * 34  # 24 are promised, and 10 are not enough for a prompt
+    async with (
+        peer(path, "a", kv_cache_memory_bytes=room, enable_prefix_caching=False) as a,
+        peer(path, "b", kv_cache_memory_bytes=room, enable_prefix_caching=False) as b,
+    ):
+        expected = [(await compute(prompt, a)).tokens for prompt in PROMPTS]
+        go, over = threading.Event(), threading.Event()
+        for worker in (a, b):
+            worker.engine.step = slowed(worker.engine.step, over)  # type: ignore[method-assign]
+        long = [asyncio.create_task(compute([9], worker, max_tokens=120)) for worker in (a, b)]
+        await until(lambda: all(worker.engine.load()["num_running"] == 1 for worker in (a, b)), 5)
+        for worker in (a, b):
+            worker.engine.step = gated(worker.engine.step, go)  # type: ignore[method-assign]
+        pairs = [(a, b), (b, a)] * 2
+        calls = asyncio.create_task(
+            all_of(answered(prompt, *pair) for prompt, pair in zip(PROMPTS, pairs, strict=True))
+        )
+        await until(lambda: a.engine.external.reserved == b.engine.external.reserved == 24, 5)
+        go.set()
+        with contextlib.ExitStack() as ending:
+            ending.callback(over.set)
+            assert await asyncio.wait_for(calls, 30) == expected
+            assert not any(task.done() for task in long)
+        for task in long:
+            await task
         for worker in (a, b):
             await worker.assert_empty()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from kv_endpoints import until
 from pagewire.v1 import common_pb2
+from pagewire_core.errors import Cancelled
 from pagewire_worker.roles import Roles
 
 
@@ -69,3 +70,23 @@ async def test_a_drain_that_is_asked_for_again_takes_the_later_time_and_both_hea
     async with asyncio.timeout(5):
         assert (await drain(0))[-1] == 0
         assert (await first)[-1] == 0
+
+
+async def test_of_changes_of_role_that_come_at_once_the_last_one_holds_and_no_other_hands_anything_over() -> None:
+    """The first waited for the change before it to end, and then overwrote the second, which went on giving up."""
+    s = Scene()
+
+    async def switch(role: common_pb2.WorkerRole, timeout_s: float) -> list[int]:
+        return [number async for number in s.roles.switch(role, timeout_s)]
+
+    before = asyncio.create_task(switch(common_pb2.WORKER_ROLE_DECODE, 600))
+    await until(lambda: s.prefill.refusing, 5)
+    changes = [(common_pb2.WORKER_ROLE_PREFILL, 0), (common_pb2.WORKER_ROLE_BOTH, 600)]
+    first, second = [asyncio.create_task(switch(*change)) for change in changes]
+    assert await second == [0, 0]
+    assert s.roles.role == common_pb2.WORKER_ROLE_BOTH
+    for earlier in (before, first):
+        with pytest.raises(Cancelled):
+            await earlier
+    assert s.prefill.num_calls == s.decode.num_calls == 1
+    assert not s.prefill.refusing and not s.decode.refusing

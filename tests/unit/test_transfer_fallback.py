@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 import torch
 from kv_endpoints import FIRST, LAYOUT, Ends, ends, lane_threads, random_kv, until
-from pagewire_core.errors import DeadlineExceeded, Unavailable
+from pagewire_core.errors import Cancelled, DeadlineExceeded, Unavailable
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 
@@ -104,6 +105,24 @@ async def test_a_peer_that_grants_nothing_says_nothing_of_the_lane() -> None:
         await both.servicer.release()
         await until(lambda: both.metric("pairs") == 0)
         both.sink.refuse = None
+        assert await moved(both) == "shm"
+
+
+async def test_a_peer_that_gives_up_its_role_while_a_lane_opens_says_nothing_of_the_lane(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts went over a slower lane from then on, for as long as both lived."""
+    opened = threading.Event()
+    monkeypatch.setattr(lane_thread, "open_lane", lambda *args: opened.wait(20) and open_lane(*args))
+    async with ends("shm,grpc") as both:
+        opening = asyncio.create_task(both.open(random_kv(LAYOUT, 4)))
+        await until(lambda: both.metric("pairs") == 2)  # both ends of one
+        giving_up = asyncio.create_task(both.servicer.release())
+        await asyncio.sleep(0.05)
+        opened.set()
+        (await opening).abort(Cancelled("no room"))
+        await giving_up
+        await until(lambda: both.metric("pairs") == 0)
         assert await moved(both) == "shm"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kv_endpoints import FIRST, LAYOUT, ends, random_kv, until
-from pagewire_core.errors import Cancelled, DeadlineExceeded, Overloaded, Unavailable
+from pagewire_core.errors import Cancelled, DeadlineExceeded, Incompatible, Overloaded, Unavailable
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 
@@ -161,6 +161,15 @@ async def test_a_bind_that_takes_too_long_is_a_deadline() -> None:
             await both.open(random_kv(LAYOUT, 4))
         both.sink.hold_bind.set()
         await both.assert_empty()
+
+
+async def test_a_peer_that_lets_nothing_be_sent_is_dropped() -> None:
+    """The transfer waited for as long as somebody waited for it."""
+    async with ends("grpc", window=0) as both:
+        with pytest.raises(Incompatible, match="room for no chunk"):
+            await both.open(random_kv(LAYOUT, 4))
+        await both.assert_empty()
+        await until(lambda: both.metric("pairs") == 0)
 
 
 async def test_a_peer_that_acknowledges_nothing_is_dropped() -> None:

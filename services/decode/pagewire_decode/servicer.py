@@ -11,7 +11,7 @@ from pagewire.v1 import decode_pb2, decode_pb2_grpc
 from pagewire_core import faults, tracing
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_core.feed import Feeds
-from pagewire_engine.constraint import Constraints, matchings_of
+from pagewire_engine.constraint import Constraints, Matchings, matchings_of
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Failed
 from pagewire_engine.metrics import StageMetrics
@@ -104,8 +104,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             fetched = await self._fetch(request.prompt_ids, request.cache_root, request.holder)
             call.known.fetched.CopyFrom(fetched)
             held.callback(call.describe, span)
-            asked, root = request.sampling, request.cache_root
-            call.work.matchings = await matchings_of(self._constraints, asked, root, call.prior)
             await self._start(call)
             self._calls[request.transfer_id] = call
             try:
@@ -133,6 +131,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Puts the request into the engine, once its prompt's KV is here."""
         request = call.request
         if request.local_prefill:
+            call.work.matchings = await self._matchings(call)
             if not (self.taking_one_token and request.sampling.max_tokens == 1):
                 self._check_not_refusing()
             if request.prior:
@@ -142,6 +141,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             return
         transfer = self._transfers.claim(request.transfer_id)
         try:
+            call.work.matchings = await self._matchings(call)  # may take longer than a lease
             with transferring():
                 received, first = await transfer.ready
         except BaseException:
@@ -157,3 +157,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             self._engine.resume(call.work, call.prior, block_table)
             return
         self._engine.start_transferred(call.work, block_table, [from_proto(t, with_logprob) for t in first])
+
+    async def _matchings(self, call: Call) -> Matchings | None:
+        request = call.request
+        return await matchings_of(self._constraints, request.sampling, request.cache_root, call.prior)

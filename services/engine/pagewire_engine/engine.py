@@ -361,13 +361,13 @@ class Engine:
     def blocks_promised_away(self) -> int:
         """Blocks that the first that waits lacks because they are promised to transfers.
 
-        0 while anything runs here: it will give back its own.
+        0 where what runs here will give back enough, however long that takes.
         """
         with self._lock:
-            books, external = self._books, self.external
-            if not external.reserved or books.running or books.ending or books.holding:
+            if not self.external.reserved:
                 return 0
-            return max(books.wanted_blocks - max(self.blocks.num_free - external.reserved, 0), 0)
+            left = self.blocks.num_blocks - self.external.num_held - self.external.reserved
+            return max(self._books.wanted_blocks - max(left, 0), 0)
 
     def load(self) -> dict[str, float]:
         """The numbers of WorkerService.Stats that the engine knows."""

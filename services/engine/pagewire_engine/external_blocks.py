@@ -7,7 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from pagewire_core.block_hash import PageKeys
-from pagewire_core.errors import Overloaded
+from pagewire_core.errors import InvalidRequest, Overloaded
 
 from pagewire_engine.block_manager import BlockManager, OutOfBlocks
 from pagewire_engine.config import EngineConfig
@@ -37,12 +37,22 @@ class ExternalBlocks:
         """The block tables of all owners."""
         return list(self._held.values())
 
+    @property
+    def num_held(self) -> int:
+        """Blocks of all owners."""
+        return len({block for table in self._held.values() for block in table})
+
     def pin_prefix(self, owner: object, prompt: Seq[int], cache_root: bytes) -> int:
-        """Holds the blocks of the prompt's locally cached prefix for `owner`; returns its tokens."""
+        """Holds the blocks of the prompt's locally cached prefix for `owner`; returns its tokens.
+
+        Raises InvalidRequest for an owner that holds blocks: peers name the owners of what they ask for.
+        """
         keys: list[bytes] = []
         if self._config.enable_prefix_caching:
             keys = PageKeys(cache_root, self._config.block_size).extend(prompt, len(prompt))
         with self._lock:
+            if owner in self._held:
+                raise InvalidRequest("this transfer id is in use")
             blocks = self._blocks.match(keys)
             self._held[owner] = blocks
             return len(blocks) * self._config.block_size

@@ -182,6 +182,9 @@ class Outgoing:
             raise self._error
 
     def grant(self, window: int) -> None:
+        """Raises Incompatible for a window in which nothing would ever be sent, and nothing be missed."""
+        if not window:
+            raise Incompatible("the decode worker granted room for no chunk")
         self._window = window
         self._note_busy()
         self._granted.set()

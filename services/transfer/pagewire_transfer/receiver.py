@@ -75,13 +75,14 @@ class KvChannelServicer(KvChannelServiceServicer):
     async def release(self) -> None:
         """Closes the pairs that receive nothing; peers make new ones. Returns when their threads are gone.
 
-        An offer that has just come is still to be refused: such a pair is waited for, a little. One that goes on to
-        receive, a prefix that is fetched, stays.
+        An offer that has just come, or is about to, is still to be refused: such a pair is waited for, a little; ended
+        while its lane opens, the peer would take it for a lane that fails. One that goes on to receive, a prefix that
+        is fetched, stays.
         """
         leaving = set(self._pairs)
         for _ in range(_LOOKS):
             for pair in leaving:
-                if not pair.num_transfers:
+                if pair.is_idle:
                     pair.close(Unavailable("this worker has nothing to receive any more"))
             await asyncio.sleep(_LOOK_S)
             leaving &= self._pairs

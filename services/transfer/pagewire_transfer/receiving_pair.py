@@ -54,6 +54,7 @@ class ReceivingPair:
         self._lane_name = lane
         self._owners = owners
         self._spawn = spawn
+        self._was_offered = False  # any transfer
         self._open: dict[bytes, Incoming | None] = {}  # None: offered, pages not bound yet
         self._spans: dict[bytes, tracing.Span] = {}  # of transfers that are not yet counted
         # A peer that announces faster than the lane delivers is held back by the stream's flow control.
@@ -68,8 +69,9 @@ class ReceivingPair:
         settings.metrics.pairs.inc()
 
     @property
-    def num_transfers(self) -> int:
-        return len(self._open)
+    def is_idle(self) -> bool:
+        """Receives nothing and is not about to: a peer makes a pair for an offer, sent when the lane is open."""
+        return self._was_offered and not self._open
 
     def start(self, requests: AsyncIterator[kv.ConnectRequest], epoch: int) -> None:
         self._tasks = [self._spawn(self._guard(work)) for work in (self._read(requests), self._open_lane(epoch))]
@@ -127,6 +129,7 @@ class ReceivingPair:
         if transfer_id in self._owners:
             self._tell(transfer_id, InvalidRequest("another prefill worker has this transfer open"))
             return
+        self._was_offered = True
         self._open[transfer_id] = None
         self._owners[transfer_id] = self
         said = offer.trace

@@ -55,7 +55,7 @@ class PrefixFetcher:
 
     async def __call__(self, prompt: Sequence[int], cache_root: bytes, holder: pb.KvHolder) -> pb.Fetched:
         fetched = pb.Fetched()
-        if not holder.tokens:
+        if not holder.tokens or not self._engine.config.enable_prefix_caching:  # without a cache nothing would keep it
             return fetched
         began = time.monotonic()
         asked: tracing.Attributes = {"pagewire.holder": holder.worker_id, "pagewire.fetch_tokens": holder.tokens}

@@ -7,7 +7,6 @@ there for a while and is then handed over, and its connections to other workers 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import structlog
@@ -60,7 +59,7 @@ class Roles:
             raise InvalidRequest("role must be prefill, decode or both", "role")
         if self.draining:
             raise InvalidRequest("this worker is draining: it takes nothing new in any role")
-        await self._stop_giving_up()
+        self._stop_giving_up()
         log.info("role set", role=_name(role), before=_name(self.role))
         self.role = role
         self._apply()
@@ -81,7 +80,7 @@ class Roles:
         That happens also when nobody listens any more; a later drain sets another time.
         """
         self.stop_admitting()
-        await self._stop_giving_up()
+        self._stop_giving_up()
         servicers = (self._prefill, self._decode)
         self._giving_up = asyncio.create_task(self._give_up(servicers, timeout_s))
         while num_calls := _num_calls(servicers):
@@ -110,12 +109,10 @@ class Roles:
             await self._receiver.release()
         self._take_one_token()
 
-    async def _stop_giving_up(self) -> None:
-        giving_up, self._giving_up = self._giving_up, None
-        if giving_up is not None:
-            giving_up.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await giving_up
+    def _stop_giving_up(self) -> None:
+        """Waits for nothing: another change that came meanwhile would not know of the one that waits."""
+        if self._giving_up is not None:
+            self._giving_up.cancel()
 
 
 async def _ended(servicers: Sequence[PrefillServicer | DecodeServicer], timeout_s: float) -> None:
