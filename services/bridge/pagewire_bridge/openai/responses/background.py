@@ -54,6 +54,7 @@ class BackgroundRun:
         self._store = store_of(asked.request)
         self._name = (asked.tenant, asked.response_id)
         self._untold: list[bytes] = []
+        self._num_told = 0
         if opening.done():
             asked.accept(self.answer, generation)
         self._note(self.answer.queue())
@@ -75,7 +76,10 @@ class BackgroundRun:
                 self._note(self.answer.fail(Internal("The server failed; its log has the reason.")))
             await self._end(num_tries=_NUM_TRIES)
         except asyncio.CancelledError:
-            self._note(self.answer.fail(Unavailable("The server was stopped.")))
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            if self._asked.record(self.answer).is_running:
+                self._note(self.answer.fail(Unavailable("The server was stopped.")))
             await self._end(num_tries=1)
             raise
         finally:
@@ -130,8 +134,9 @@ class BackgroundRun:
     async def _tell(self) -> None:
         if self._untold:
             telling = len(self._untold)
-            await self._store.tell(*self._name, self._untold[:telling])
+            await self._store.tell(*self._name, self._num_told, self._untold[:telling])
             del self._untold[:telling]
+            self._num_told += telling
 
 
 async def follow(store: ResponseStore, tenant: str, response_id: str, first: int) -> AsyncGenerator[bytes]:
