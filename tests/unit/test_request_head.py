@@ -7,8 +7,20 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
+from pagewire.v1.inference_pb2 import GenerateRequest
 from pagewire_bridge import body, request_head
-from scripted_router import Bridge, running_bridge
+from scripted_router import (
+    STOP,
+    Bridge,
+    Events,
+    Script,
+    accepted,
+    delta,
+    eventually,
+    running_bridge,
+    stalls_after,
+    summary,
+)
 
 
 @pytest.fixture
@@ -71,6 +83,50 @@ async def test_a_head_that_does_not_come_ends_the_connection(bridge: Bridge, mon
     for parts in ((), (BEGIN,), (b"\r\n",)):
         status, error = await send(bridge, *parts, limit_s=5)
         assert (status, error["code"]) == (408, "request_timeout")
+
+
+async def begun_answer(bridge: Bridge, script: Script) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which a stream has begun."""
+    bridge.router.script = script
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(bridge.url.rpartition(":")[2]))
+    content = b'{"prompt": "x", "stream": true}'
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+    await reader.readuntil(b"data: ")
+    return reader, writer
+
+
+async def test_a_line_after_a_body_ends_no_answer(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some clients send one. That no head comes after it is told when the answer is complete."""
+    monkeypatch.setattr(request_head, "HEAD_S", 0.1)
+    go_on = asyncio.Event()
+
+    async def script(_request: GenerateRequest) -> Events:
+        yield accepted()
+        yield delta("x")
+        await go_on.wait()
+        yield delta("y", finish=STOP)
+        yield summary()
+
+    reader, writer = await begun_answer(bridge, script)
+    writer.write(b"\r\n")
+    await asyncio.sleep(0.25)
+    go_on.set()
+    async with asyncio.timeout(10):
+        answer = await reader.readuntil(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert b"HTTP/1.1" not in answer and (await reader.read()).startswith(b"HTTP/1.1 408")
+    writer.close()
+
+
+async def test_what_is_no_http_is_told_in_no_answer(bridge: Bridge) -> None:
+    reader, writer = await begun_answer(bridge, stalls_after(accepted(), delta("x")))
+    writer.write(b"NONSENSE\r\n\r\n")
+    async with asyncio.timeout(10):
+        try:
+            assert b"HTTP/1.1" not in await reader.read()
+        except ConnectionResetError:
+            pass
+    await eventually(lambda: bridge.router.num_cancelled == 1)
+    writer.close()
 
 
 async def test_a_body_that_does_not_come_ends_the_request(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
