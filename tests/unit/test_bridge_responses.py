@@ -378,16 +378,17 @@ async def test_what_is_put_into_a_list_again_is_there_once(shelf: Shelf) -> None
     assert await shelf.since("again", 0) == [b"a", b"b", b"c"] and await shelf.delete("again")
 
 
-async def test_events_are_kept_for_as_long_as_there_may_be_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_runs_is_kept_for_as_long_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("pagewire_bridge.openai.responses.shelf.time", SimpleNamespace(monotonic=lambda: now))
-    store, name = ResponseStore(LocalShelf(), 86400), "resp_" + "3" * 32
+    store, name = ResponseStore(LocalShelf(), 60), "resp_" + "3" * 32
     await store.begin("t", Record({"id": name, "status": "queued", "output": []}, [], name))
     await store.tell("t", name, 0, [b"created", b"queued"])
     for now in range(0, 1200, 10):  # noqa: B007 (the clock of the shelf)
         assert await store.go_on("t", name)
     await store.tell("t", name, 2, [b"in_progress"])
     assert await store.told("t", name, 0) == [b"created", b"queued", b"in_progress"]
+    assert await store.find("t", name)
     now += 601
     assert await store.told("t", name, 0) == []
 
@@ -510,6 +511,17 @@ async def test_a_deleted_background_response_does_not_go_on(bridge: Bridge) -> N
     await eventually(lambda: bridge.router.num_cancelled == 1)
     with pytest.raises(NotFoundError):
         await bridge.openai.responses.retrieve(begun.id)
+
+
+async def test_a_stream_of_what_is_not_kept_any_more_says_so(bridge: Bridge) -> None:
+    bridge.router.script = stalls_after(accepted(), delta("Hel"))
+    stream = await bridge.openai.responses.create(model="demo", input="x", background=True, stream=True)
+    events = []
+    async for event in stream:
+        events.append(event)
+        if event.type == "response.created":
+            await bridge.openai.responses.delete(event.response.id)
+    assert events[-1].type == "error" and "not kept" in events[-1].message
 
 
 async def test_what_is_wrong_is_told_at_once_or_found_later(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterable
 from typing import Any
 
 import structlog
-from pagewire_core.errors import Internal, PagewireError, Unavailable
+from pagewire_core.errors import Internal, InvalidRequest, PagewireError, Unavailable
 
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.responses.answer import encoded, error_event, events, is_last, last_event
@@ -149,12 +149,14 @@ async def follow(store: ResponseStore, tenant: str, response_id: str, first: int
             for event in told[before:]:
                 yield event
             first += len(told[before:])
-            if record is None or (told and is_last(told[-1])):
+            if told and is_last(told[-1]):
                 return
+            if record is None:
+                raise InvalidRequest("This response is not kept any more.")
             if not record.is_running:  # who ran it may not be there to tell the last; all before is told and read
                 if len(told) >= before:
                     yield encoded(last_event(record.response, first))
                 return
             await asyncio.sleep(TICK_S)
-    except Unavailable as error:
+    except (InvalidRequest, Unavailable) as error:
         yield encoded(error_event(error, first))

@@ -55,7 +55,7 @@ class Conversation:
 
 
 class ResponseStore:
-    """ttl_s: how long a response is kept after it, or one that follows it, was used."""
+    """ttl_s: how long a response is kept after it ended, and after it, or one that follows it, was used."""
 
     def __init__(self, shelf: Shelf, ttl_s: float) -> None:
         self._shelf, self._ttl_s = shelf, ttl_s
@@ -103,6 +103,7 @@ class ResponseStore:
     async def go_on(self, tenant: str, response_id: str) -> bool:
         """Whether it still is to run; to be asked often. Raises Unavailable."""
         key = _key(tenant, response_id)
+        await self._shelf.renew(key, self._ttl_s)
         await self._shelf.renew(key + ":events", _EVENTS_S)
         return await self._shelf.renew(key + ":lease", _LEASE_S)
 
