@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from pagewire.v1.inference_pb2 import GenerateRequest
-from pagewire_bridge import body, request_head
+from pagewire_bridge import body, main, request_head
 from scripted_router import (
     STOP,
     Bridge,
@@ -127,6 +127,49 @@ async def test_what_is_no_http_is_told_in_no_answer(bridge: Bridge) -> None:
             pass
     await eventually(lambda: bridge.router.num_cancelled == 1)
     writer.close()
+
+
+@pytest.mark.parametrize("comes", [b"", b"x", b"x" * 100])
+async def test_a_body_that_nobody_waits_for_keeps_no_connection(monkeypatch: pytest.MonkeyPatch, comes: bytes) -> None:
+    """Not at all, in drips, or whole, after the answer that did not need it."""
+    monkeypatch.setattr(main, "KEEP_ALIVE_S", 1)
+    async with running_bridge() as bridge:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(bridge.url.rpartition(":")[2]))
+        writer.write(b"POST /v1/models HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 405")
+
+        async def drip() -> None:
+            while comes:
+                writer.write(comes)
+                await asyncio.sleep(0.1 if len(comes) < 100 else 60)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(5):
+            await reader.read()
+        dripping.cancel()
+        writer.close()
+
+
+async def test_an_answer_is_not_cut_off_by_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "KEEP_ALIVE_S", 1)
+    async with running_bridge() as bridge:
+
+        async def script(_request: GenerateRequest) -> Events:
+            yield accepted()
+            await asyncio.sleep(1.5)
+            yield delta("x", finish=STOP)
+            yield summary()
+
+        bridge.router.script = script
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(bridge.url.rpartition(":")[2]))
+        writer.write(b"POST /v1/models HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 405")
+        content = b'{"prompt": "x", "stream": true}'
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(content)
+        writer.write(b"x" + head + content)
+        async with asyncio.timeout(5):
+            await reader.readuntil(b"data: [DONE]")
+        writer.close()
 
 
 async def test_a_body_that_does_not_come_ends_the_request(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ class BoundedHead(Pipelining):
 
     def on_headers_complete(self) -> None:
         self._end_timer()
+        super()._unset_keepalive_if_required()
         self._in_head, self._partial = False, 0
         self._num_heads += 1
         super().on_headers_complete()
@@ -83,6 +84,11 @@ class BoundedHead(Pipelining):
     def on_message_complete(self) -> None:
         self._in_head = True  # whatever follows begins another
         super().on_message_complete()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """What is left of a body after the answer is no request: it does not prolong the connection's time."""
+        if self._in_head:
+            super()._unset_keepalive_if_required()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(*self._refusal)
