@@ -18,6 +18,7 @@ from scripted_router import (
     delta,
     eventually,
     running_bridge,
+    says,
     stalls_after,
     summary,
 )
@@ -83,6 +84,34 @@ async def test_a_head_that_does_not_come_ends_the_connection(bridge: Bridge, mon
     for parts in ((), (BEGIN,), (b"\r\n",)):
         status, error = await send(bridge, *parts, limit_s=5)
         assert (status, error["code"]) == (408, "request_timeout")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 60, 200, 260])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_an_offer_of_another_protocol_is_declined_and_its_request_answered(
+    bridge: Bridge, cut: int, chunked: bool
+) -> None:
+    """Java's HttpClient makes one with every request, to go on in HTTP/2."""
+    offer = b"host: x\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"
+    content, asked = b'{"prompt": "Tokyo", "max_tokens": 3}', b""
+    if chunked:
+        body_of = b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+    else:
+        body_of = b"content-length: %d\r\n\r\n%s" % (len(content), content)
+    for _ in range(2):
+        asked += b"POST /v1/completions HTTP/1.1\r\n" + offer + body_of + b"GET /version HTTP/1.1\r\n" + offer + b"\r\n"
+    asked += b"GET /nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    bridge.router.script = says(accepted(), delta("Yes", finish=STOP), summary())
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(bridge.url.rpartition(":")[2]))
+    for part in (asked[:cut], asked[cut:]):
+        writer.write(part)
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(10):
+        answers = (await reader.read()).split(b"HTTP/1.1 ")[1:]
+    assert [answer[:3] for answer in answers] == [b"200", b"200", b"200", b"200", b"404"]
+    assert [b'"Yes"' in answer for answer in answers] == [True, False, True, False, False]
+    assert [request.text for request in bridge.router.requests[-2:]] == ["Tokyo", "Tokyo"]
+    writer.close()
 
 
 async def begun_answer(bridge: Bridge, script: Script) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
