@@ -524,6 +524,33 @@ async def test_a_stream_of_what_is_not_kept_any_more_says_so(bridge: Bridge) -> 
     assert events[-1].type == "error" and "not kept" in events[-1].message
 
 
+async def test_a_stream_whose_events_are_lost_says_so(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no more room for them."""
+    go_on, append, shelves = asyncio.Event(), LocalShelf.append, list[LocalShelf]()
+
+    async def noted(self: LocalShelf, key: str, first: int, values: list[bytes], ttl_s: float) -> None:
+        shelves.append(self)
+        await append(self, key, first, values, ttl_s)
+
+    async def script(_request: GenerateRequest) -> Events:
+        yield accepted()
+        yield delta("Hel")
+        await go_on.wait()
+        yield delta("lo", finish=STOP)
+        yield summary()
+
+    monkeypatch.setattr(LocalShelf, "append", noted)
+    bridge.router.script = script
+    stream = await bridge.openai.responses.create(model="demo", input="x", background=True, stream=True)
+    events = []
+    async for event in stream:
+        events.append(event)
+        if event.type == "response.output_text.delta":
+            await shelves[-1].delete(f"pw:response::{events[0].response.id}:events")  # type: ignore[union-attr]
+            go_on.set()
+    assert events[-1].type == "error" and "not kept" in events[-1].message
+
+
 async def test_what_is_wrong_is_told_at_once_or_found_later(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge.router.script = refuses(ContextLength("too long", "messages"))
     assert (await ask(bridge, background=True)).json()["error"]["code"] == "context_length_exceeded"

@@ -156,6 +156,8 @@ async def follow(store: ResponseStore, tenant: str, response_id: str, first: int
             if not record.is_running:  # who ran it may not be there to tell the last; all before is told and read
                 if len(told) >= before:
                     yield encoded(last_event(record.response, first))
+                elif not await store.told(tenant, response_id, 0):
+                    raise InvalidRequest("The events of this response are not kept any more.", "stream")
                 return
             await asyncio.sleep(TICK_S)
     except (InvalidRequest, Unavailable) as error:
