@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -10,8 +11,22 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from cluster import PAIRS, Cluster, running
+from pagewire.v1.inference_pb2 import GenerateRequest
+from pagewire_bridge.answer_parser import AnswerFormat
+from pagewire_bridge.reasoning import REASONING_FORMATS
 from pagewire_cli.serve import demo_model
 from playwright.async_api import Browser, Page, async_playwright, expect
+from scripted_router import (
+    STOP,
+    Events,
+    ScriptedRouter,
+    accepted,
+    delta,
+    running_bridge,
+    says,
+    stalls_after,
+    summary,
+)
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ("--kv-cache-memory-bytes=16M", "--max-model-len=512", "--threads=1")
@@ -100,6 +115,49 @@ async def test_an_answer_is_stopped_with_escape_and_leaves_nothing_behind(page: 
     await cluster.settle()
     await page.get_by_role("button", name="New chat").click()
     await expect(page.locator("article")).to_have_count(0)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def scripted(browser: Browser) -> AsyncIterator[tuple[Page, ScriptedRouter]]:
+    """The page of a bridge whose router says what it is told to."""
+    async with running_bridge(answers=AnswerFormat(reasoning=REASONING_FORMATS["qwen3"])) as bridge:
+        shown = await browser.new_page(base_url=bridge.url)
+        await shown.goto("/")
+        yield shown, bridge.router
+        await shown.close()
+
+
+async def test_a_new_chat_has_nothing_of_an_answer_that_it_ended(scripted: tuple[Page, ScriptedRouter]) -> None:
+    page, router = scripted
+    router.script = stalls_after(accepted(), delta("secret"))
+    await page.get_by_label("Message").fill("old")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("article.assistant pre")).to_have_text("secret")
+    await page.get_by_role("button", name="New chat").click()
+    await expect(page.get_by_role("button", name="Send")).to_be_visible()
+    router.script = says(accepted(), delta("Hi", finish=STOP), summary())
+    await page.get_by_label("Message").fill("new")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("article.assistant pre")).to_have_text("Hi")
+    assert [(m.role, m.content) for m in router.requests[-1].chat.messages] == [("user", "new")]
+
+
+async def test_a_thought_is_the_first_token(scripted: tuple[Page, ScriptedRouter]) -> None:
+    page, router = scripted
+
+    async def script(_request: GenerateRequest) -> Events:
+        yield accepted()
+        yield delta("<think>Hm")
+        await asyncio.sleep(1)
+        yield delta("</think>Hi", finish=STOP)
+        yield summary()
+
+    router.script = script
+    await page.get_by_label("Message").fill("x")
+    await page.keyboard.press("Enter")
+    account = page.locator("article.assistant footer")
+    await expect(account).to_contain_text("first token after")
+    assert int((await account.inner_text()).split("first token after ")[1].split(" ms")[0]) < 1000
 
 
 async def test_both_colour_schemes_are_readable(page: Page) -> None:

@@ -10,11 +10,13 @@ import httpx
 import openai
 import orjson
 import pytest
+from pagewire.v1.inference_pb2 import GenerateRequest
 from pagewire_bridge.client import RouterClient
 from pagewire_core import errors
 from scripted_router import (
     STOP,
     Bridge,
+    Events,
     accepted,
     delta,
     events_of,
@@ -262,6 +264,26 @@ async def test_pipelined_requests_on_one_connection_are_all_answered(bridge: Bri
     received = await reader.readuntil(b"[DONE]")
     assert received.count(b"HTTP/1.1 200") == 2
     writer.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_with_a_request_waiting_cancels_the_one_that_runs(
+    bridge: Bridge, stream: bool
+) -> None:
+    async def endless(_request: GenerateRequest) -> Events:
+        yield accepted()
+        while True:
+            yield delta("x")
+            await asyncio.sleep(0.01)
+
+    bridge.router.script = endless
+    _reader, writer = await _raw_request(bridge, {"stream": stream})
+    await eventually(lambda: bridge.router.num_started > bridge.router.num_ended)
+    writer.write(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.close()
+    await eventually(lambda: bridge.router.num_started == bridge.router.num_ended)
 
 
 async def test_without_a_router_requests_are_503_and_the_bridge_stays(bridge: Bridge) -> None:

@@ -114,12 +114,15 @@ async def test_what_is_no_json_is_text_for_the_template(bridge: Bridge, text: st
         (f'{{"id": {LONG},\n "of": [1.0, {{"ü": null}}]}}', f'{{"id":{LONG},"of":[1.0,{{"ü":null}}]}}'),
         (json.dumps(nested(900)), "{}"),
         ('{"a": 1e999}', "{}"),
+        ("null", "{}"),
+        ("[1]", "{}"),
+        ("5", "{}"),
     ],
 )
 async def test_arguments_that_are_objects_have_the_models_numbers(
     bridge: Bridge, arguments: str, expected: str
 ) -> None:
-    """In one line: Ollama's stream is lines."""
+    """In one line: Ollama's stream is lines. And what is no object is an empty one: Ollama's client reads no other."""
     said = f'{{"name": "now", "arguments": {arguments}}}'
     bridge.router.script = says(accepted(), delta(said), delta(finish=STOP), summary())
     chat: dict[str, Any] = {"model": "demo", "messages": [USER]}

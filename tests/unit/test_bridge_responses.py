@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -329,7 +330,7 @@ async def test_without_an_answer_of_redis_responses_are_given_and_not_stored() -
 async def test_a_bridge_without_redis_keeps_what_it_has_room_for() -> None:
     shelf = LocalShelf(max_bytes=10)
     await shelf.put("a", b"12345", 60)
-    await shelf.append("b", [b"123", b"45"], 60)
+    await shelf.append("b", 0, [b"123", b"45"], 60)
     assert await shelf.get("a", 60) == b"12345"  # used after b
     await shelf.put("c", b"123", 60)
     assert await shelf.since("b", 0) == [] and await shelf.get("a") and await shelf.get("c")
@@ -356,8 +357,8 @@ async def reachable(shelf: Shelf) -> bool:
 
 
 async def test_a_shelf_keeps_lists_and_values_for_their_time(shelf: Shelf) -> None:
-    await shelf.append("list", [b"a", b"b"], 60)
-    await shelf.append("list", [b"c"], 60)
+    await shelf.append("list", 0, [b"a", b"b"], 60)
+    await shelf.append("list", 2, [b"c"], 60)
     assert await shelf.since("list", 1) == [b"b", b"c"] and await shelf.since("list", 3) == []
     await shelf.put("short", b"x", 1)
     assert await shelf.renew("short", 60) and not await shelf.renew("none", 60)
@@ -366,6 +367,30 @@ async def test_a_shelf_keeps_lists_and_values_for_their_time(shelf: Shelf) -> No
     await asyncio.sleep(1.05)
     assert await shelf.get("short") == b"x" and await shelf.get("shorter") is None
     assert await shelf.delete("short", "list") and not await shelf.delete("short")
+
+
+async def test_what_is_put_into_a_list_again_is_there_once(shelf: Shelf) -> None:
+    await shelf.append("again", 0, [b"a", b"b"], 60)
+    await shelf.append("again", 0, [b"a", b"b", b"c"], 60)
+    await shelf.append("again", 1, [b"b"], 60)
+    assert await shelf.since("again", 0) == [b"a", b"b", b"c"]
+    await shelf.append("again", 4, [b"e"], 60)  # d was lost: the numbers of what follows would be others
+    assert await shelf.since("again", 0) == [b"a", b"b", b"c"] and await shelf.delete("again")
+
+
+async def test_what_runs_is_kept_for_as_long_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("pagewire_bridge.openai.responses.shelf.time", SimpleNamespace(monotonic=lambda: now))
+    store, name = ResponseStore(LocalShelf(), 60), "resp_" + "3" * 32
+    await store.begin("t", Record({"id": name, "status": "queued", "output": []}, [], name))
+    await store.tell("t", name, 0, [b"created", b"queued"])
+    for now in range(0, 1200, 10):  # noqa: B007 (the clock of the shelf)
+        assert await store.go_on("t", name)
+    await store.tell("t", name, 2, [b"in_progress"])
+    assert await store.told("t", name, 0) == [b"created", b"queued", b"in_progress"]
+    assert await store.find("t", name)
+    now += 601
+    assert await store.told("t", name, 0) == []
 
 
 async def test_only_one_ends_what_runs(shelf: Shelf) -> None:
@@ -488,6 +513,44 @@ async def test_a_deleted_background_response_does_not_go_on(bridge: Bridge) -> N
         await bridge.openai.responses.retrieve(begun.id)
 
 
+async def test_a_stream_of_what_is_not_kept_any_more_says_so(bridge: Bridge) -> None:
+    bridge.router.script = stalls_after(accepted(), delta("Hel"))
+    stream = await bridge.openai.responses.create(model="demo", input="x", background=True, stream=True)
+    events = []
+    async for event in stream:
+        events.append(event)
+        if event.type == "response.created":
+            await bridge.openai.responses.delete(event.response.id)
+    assert events[-1].type == "error" and "not kept" in events[-1].message
+
+
+async def test_a_stream_whose_events_are_lost_says_so(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no more room for them."""
+    go_on, append, shelves = asyncio.Event(), LocalShelf.append, list[LocalShelf]()
+
+    async def noted(self: LocalShelf, key: str, first: int, values: list[bytes], ttl_s: float) -> None:
+        shelves.append(self)
+        await append(self, key, first, values, ttl_s)
+
+    async def script(_request: GenerateRequest) -> Events:
+        yield accepted()
+        yield delta("Hel")
+        await go_on.wait()
+        yield delta("lo", finish=STOP)
+        yield summary()
+
+    monkeypatch.setattr(LocalShelf, "append", noted)
+    bridge.router.script = script
+    stream = await bridge.openai.responses.create(model="demo", input="x", background=True, stream=True)
+    events = []
+    async for event in stream:
+        events.append(event)
+        if event.type == "response.output_text.delta":
+            await shelves[-1].delete(f"pw:response::{events[0].response.id}:events")  # type: ignore[union-attr]
+            go_on.set()
+    assert events[-1].type == "error" and "not kept" in events[-1].message
+
+
 async def test_what_is_wrong_is_told_at_once_or_found_later(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge.router.script = refuses(ContextLength("too long", "messages"))
     assert (await ask(bridge, background=True)).json()["error"]["code"] == "context_length_exceeded"
@@ -514,6 +577,80 @@ async def test_a_bridge_that_stops_leaves_no_response_running(redis_url: str) ->
         async with AsyncOpenAI(base_url=other, api_key="unused", max_retries=0) as client:
             failed = await client.responses.retrieve(begun.id)
             assert failed.status == "failed" and failed.error and "stopped" in failed.error.message
+
+
+async def test_events_whose_storing_was_not_answered_are_told_once(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a Redis that stood still for longer than it is waited for, and then did what it had been sent."""
+    append, num_lost = LocalShelf.append, 0
+
+    async def unanswered(self: LocalShelf, key: str, first: int, values: list[bytes], ttl_s: float) -> None:
+        nonlocal num_lost
+        await append(self, key, first, values, ttl_s)
+        if first and num_lost < 2:
+            num_lost += 1
+            raise Unavailable("no answer")
+
+    monkeypatch.setattr(LocalShelf, "append", unanswered)
+    stream = await bridge.openai.responses.create(model="demo", input="x", background=True, stream=True)
+    events = [event.to_dict() async for event in stream]
+    assert num_lost == 2 and read_back(events)["output"][0]["content"][0]["text"] == "Hello"
+    assert await again(bridge, events[0]["response"]["id"]) == events
+
+
+async def test_what_comes_while_a_bridge_stops_does_not_change_how_a_response_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored, go_on, stops = list[Fields](), asyncio.Event(), False
+    append, put_under = LocalShelf.append, LocalShelf.put_under
+
+    async def slow(self: LocalShelf, key: str, first: int, values: list[bytes], ttl_s: float) -> None:
+        if stops:
+            go_on.set()
+            await asyncio.sleep(0.1)
+        await append(self, key, first, values, ttl_s)
+
+    async def noted(self: LocalShelf, lease: str, lease_s: float, key: str, value: bytes, ttl_s: float) -> bool:
+        stored.append(json.loads(value)["response"])
+        return await put_under(self, lease, lease_s, key, value, ttl_s)
+
+    async def script(_request: GenerateRequest) -> Events:
+        yield accepted()
+        yield delta("Hel")
+        await go_on.wait()
+        yield delta("lo", finish=STOP)
+        yield summary()
+
+    monkeypatch.setattr(LocalShelf, "append", slow)
+    monkeypatch.setattr(LocalShelf, "put_under", noted)
+    async with bridge_with(script) as url, AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+        stream = await client.responses.create(model="demo", input="x", background=True, stream=True)
+        async for event in stream:
+            if event.type == "response.output_text.delta":
+                break
+        await stream.close()
+        stops = True
+    assert [(one["status"], bool(one["error"]), len(one["output"])) for one in stored[1:]] == [("failed", True, 1)]
+
+
+async def test_a_response_that_is_complete_is_no_failure_of_a_bridge_that_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored, put_under = list[Fields](), LocalShelf.put_under
+
+    async def away_at_first(self: LocalShelf, lease: str, lease_s: float, key: str, value: bytes, ttl_s: float) -> bool:
+        stored.append(json.loads(value)["response"])
+        if [one["status"] for one in stored] == ["in_progress", "completed"]:
+            raise Unavailable("no answer")
+        return await put_under(self, lease, lease_s, key, value, ttl_s)
+
+    monkeypatch.setattr(LocalShelf, "put_under", away_at_first)
+    monkeypatch.setattr("pagewire_bridge.openai.responses.background._RETRY_S", 60.0)
+    async with bridge_with() as url, httpx.AsyncClient() as http:
+        await http.post(f"{url}/responses", json={"input": "x", "background": True})
+        await eventually(lambda: len(stored) == 2)
+    assert stored[2] == stored[1] and stored[2]["output"][0]["content"][0]["text"] == "Hello"
 
 
 async def test_a_background_response_needs_a_store_that_answers() -> None:

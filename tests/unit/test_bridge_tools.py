@@ -85,6 +85,23 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
      "Ok", [("get_weather", RAW), ("now", "{}")]),
     ("deepseek_v31", f"{B}{CB}get_weather{SEP}{RAW}{CE}{CB}now{SEP}{{}}{CE}{E}", "",
      [("get_weather", RAW), ("now", "{}")]),
+    # Braces that were forgotten take nothing with them.
+    ("hermes", f'<tool_call>\n{{"name": "get_weather", "arguments": {RAW}\n</tool_call>\n<tool_call>{{"name": "now"'
+               "</tool_call> Done", "Done", [("get_weather", RAW), ("now", "{}")]),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {"a": [1</tool_call><tool_call>{"name": "now"}</tool_call>', "",
+     [("now", '{"a": [1'), ("now", "{}")]),
+    ("llama3_json", '{"name": "now", "parameters": {}; {"name": "now", "parameters": {} x', "x",
+     [("now", "{}"), ("now", "{}")]),
+    ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}]Done', "Done", [("now", "{}")]),
+    ("deepseek_v31", f'{B}{CB}get_weather{SEP}{{"days": 3{CE}{CB}now{SEP}{{}}{CE}{E}Done', "Done",
+     [("get_weather", '{"days": 3'), ("now", "{}")]),
+    # No arguments, and no name.
+    ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [("now", "{}")]),
+    ("hermes", '<tool_call>{"arguments": null, "name": "now"}</tool_call>', "", [("now", "{}")]),
+    ("hermes", '<tool_call>{"name": "now", "arguments": nan}</tool_call>', "", [("now", "nan")]),
+    ("mistral", '[TOOL_CALLS]{"name": "now", "arguments": {}} Done', "Done", [("now", "{}")]),
+    ("mistral", "[TOOL_CALLS] [ARGS]{} Done", "[TOOL_CALLS] [ARGS]{} Done", []),
+    ("mistral", "[TOOL_CALLS]\x85[ARGS]{} Done", "[TOOL_CALLS]\x85[ARGS]{} Done", []),
 ]  # fmt: skip
 
 

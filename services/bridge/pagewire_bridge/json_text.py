@@ -34,3 +34,11 @@ def exact(text: str) -> orjson.Fragment:
     """
     check_depth(orjson.loads(text))  # strict, but it makes floats of whole numbers above 64 bits
     return orjson.Fragment(json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":")))
+
+
+def exact_object(text: str) -> orjson.Fragment | dict[str, Any]:
+    """The same of a call's arguments, for APIs in which they are an object: an empty one where the model wrote none."""
+    try:
+        return exact(text) if text.lstrip().startswith("{") else {}
+    except ValueError:
+        return {}

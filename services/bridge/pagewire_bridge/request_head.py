@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from pagewire_bridge.openai.errors import http_error_response
+from pagewire_bridge.pipelining import Pipelining
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
@@ -20,7 +21,7 @@ class _Refused(Exception):
     """Ends the parser's work."""
 
 
-class BoundedHead(HttpToolsProtocol):
+class BoundedHead(Pipelining):
     """uvicorn's protocol. A head that is too large, too slow or malformed gets an OpenAI error and the end."""
 
     _timer: asyncio.TimerHandle | None = None
@@ -75,6 +76,7 @@ class BoundedHead(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_timer()
+        super()._unset_keepalive_if_required()
         self._in_head, self._partial = False, 0
         self._num_heads += 1
         super().on_headers_complete()
@@ -82,6 +84,11 @@ class BoundedHead(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._in_head = True  # whatever follows begins another
         super().on_message_complete()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """What is left of a body after the answer is no request: it does not prolong the connection's time."""
+        if self._in_head:
+            super()._unset_keepalive_if_required()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(*self._refusal)
@@ -94,6 +101,8 @@ class BoundedHead(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         self._refused = True
         self._end_timer()
+        if self._answered is not None and self._answered.response_started and self.answering:
+            return self.transport.abort()  # what is said now would be a part of that answer
         self.transport.write(_whole(http_error_response(status, message, None)))
         # Closing at once would throw away what the client has not read yet, as more of its bytes are on the way.
         if self.transport.can_write_eof():
@@ -104,6 +113,8 @@ class BoundedHead(HttpToolsProtocol):
         self._timer = self.loop.call_later(HEAD_S, self._too_slow)
 
     def _too_slow(self) -> None:
+        if self.answering:  # as when a client ends its body with a line of its own: nothing need follow
+            return self._await_head()
         self._refuse(408, f"The headers did not come within {HEAD_S:.0f} s.")
 
     def _end_timer(self) -> None:

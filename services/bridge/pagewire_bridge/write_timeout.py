@@ -8,16 +8,16 @@ import socket
 import struct
 import termios
 
-from pagewire_bridge.request_head import BoundedHead
+from pagewire_bridge.upgrade import WithoutUpgrade
 
 
-def http_protocol(timeout_s: float) -> type[BoundedHead]:
+def http_protocol(timeout_s: float) -> type[WithoutUpgrade]:
     """uvicorn's protocol, with a limit to how long what is to be sent may stand still.
 
     Beyond uvicorn's 64 KiB and the kernel's buffers nothing is held for a client: its request waits for it.
     """
 
-    class Protocol(BoundedHead):
+    class Protocol(WithoutUpgrade):
         _watch: asyncio.TimerHandle | None = None
 
         def pause_writing(self) -> None:

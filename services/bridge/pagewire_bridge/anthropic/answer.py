@@ -20,7 +20,7 @@ from pagewire_bridge import sse
 from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.anthropic.errors import from_error
 from pagewire_bridge.generation import Generation
-from pagewire_bridge.json_text import exact
+from pagewire_bridge.json_text import exact_object
 from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
 
 log = structlog.get_logger(__name__)
@@ -80,7 +80,7 @@ async def whole(answer: Answer, generation: Generation) -> Fields:
     content: list[Fields] = []
     for piece in joined(pieces):
         if isinstance(piece, Arguments):
-            content[-1]["input"] = _read(piece.text)
+            content[-1]["input"] = exact_object(piece.text)
         else:
             content.append(_filled(piece))
     return {**answer.head, "content": content, **answer.ending, "usage": usage(generation.summaries[0])}
@@ -158,14 +158,6 @@ def _delta(piece: Piece) -> Fields | None:
         case Arguments(_, text):
             return {"type": "input_json_delta", "partial_json": text}
     return None
-
-
-def _read(text: str) -> Any:
-    """Arguments are an object here; a call that was cut short has what can be said of it."""
-    try:
-        return exact(text)
-    except ValueError:
-        return {}
 
 
 def _event(data: Fields) -> bytes:

@@ -18,7 +18,7 @@ from pagewire_core.errors import PagewireError
 from pagewire_bridge.answer_parser import AnswerParser
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.json_line import json_line
-from pagewire_bridge.json_text import exact
+from pagewire_bridge.json_text import exact_object
 from pagewire_bridge.ollama.errors import error_object
 from pagewire_bridge.timestamps import rfc3339
 from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought, joined
@@ -108,17 +108,12 @@ def _calls(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     arguments = {piece.index: piece.text for piece in joined(pieces) if isinstance(piece, Arguments)}
     calls = [piece for piece in pieces if isinstance(piece, Call)]
     return [
-        {"id": c.id, "function": {"index": c.index, "name": c.name, "arguments": _read(arguments.get(c.index, "{}"))}}
+        {
+            "id": c.id,
+            "function": {"index": c.index, "name": c.name, "arguments": exact_object(arguments.get(c.index, "{}"))},
+        }
         for c in calls
     ]
-
-
-def _read(text: str) -> Any:
-    """A call that was cut short has no arguments that could be read."""
-    try:
-        return exact(text)
-    except ValueError:
-        return {}
 
 
 async def whole(answer: Answer, generation: Generation) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 const root = new URL("..", document.currentScript.src); // where the APIs are
 const $ = (id) => document.getElementById(id);
-const messages = []; // of the conversation, as the API wants them
+let messages = []; // of the conversation that is shown, as the API wants them
 let running = null; // the AbortController of the answer that is being written
 
 function headers() {
@@ -68,13 +68,13 @@ function account(began, first, event) {
   return parts.join(" · ");
 }
 
-async function answer() {
+async function answer(conversation) {
   const article = show("assistant", "");
   const [body, foot] = article.children;
   const system = $("system").value.trim();
   const request = {
     model: $("model").value,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...conversation],
     temperature: $("temperature").valueAsNumber,
     stream: true,
     stream_options: { include_usage: true },
@@ -90,10 +90,10 @@ async function answer() {
     if (!response.ok) throw new Error(await failure(response));
     for await (const event of events(response.body)) {
       if (event.error) throw new Error(event.error.message);
-      const piece = event.choices[0]?.delta?.content;
-      if (piece) {
-        first ||= performance.now();
-        body.textContent += piece;
+      const { content, reasoning } = event.choices[0]?.delta ?? {};
+      if (content || reasoning) first ||= performance.now(); // thoughts are counted, too
+      if (content) {
+        body.textContent += content;
         article.scrollIntoView({ block: "end" });
       }
       if (event.usage) foot.textContent = account(began, first || performance.now(), event);
@@ -112,11 +112,12 @@ async function send(event) {
   if (!text || running) return;
   $("prompt").value = "";
   show("user", text);
-  messages.push({ role: "user", content: text });
+  const conversation = messages; // an answer that is late belongs to no later one
+  conversation.push({ role: "user", content: text });
   running = new AbortController();
   $("send").hidden = true;
   $("stop").hidden = false;
-  messages.push({ role: "assistant", content: await answer() });
+  conversation.push({ role: "assistant", content: await answer(conversation) });
   running = null;
   $("send").hidden = false;
   $("stop").hidden = true;
@@ -133,7 +134,7 @@ document.addEventListener("keydown", (event) => {
 });
 $("new").addEventListener("click", () => {
   running?.abort();
-  messages.length = 0;
+  messages = [];
   $("conversation").replaceChildren();
   $("prompt").focus();
 });

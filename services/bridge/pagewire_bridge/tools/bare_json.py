@@ -50,10 +50,10 @@ class BareJsonParser(MarkedParser):
         while True:
             if first != "{":
                 raise Broken
-            yield from self._json_call(self._tools)
+            after = yield from self._json_call(self._tools)
             self._num_complete = self._num_calls
-            self._raw.clear()
-            between = yield from after_space()
+            self._raw[:] = after
+            between = after or (yield from after_space())
             if listed and between == "]":
                 self._raw.clear()
                 return

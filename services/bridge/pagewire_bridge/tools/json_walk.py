@@ -14,7 +14,13 @@ _SPACE = " \t\r\n"
 
 
 class Broken(Exception):
-    """The text is no JSON, or not the JSON that was expected."""
+    """The text is no JSON, or not the JSON that was expected.
+
+    character: the one that could not be read, if it was one: it may begin what follows the JSON.
+    """
+
+    def __init__(self, character: str = "") -> None:
+        self.character = character
 
 
 def after_space() -> Walk:
@@ -25,18 +31,24 @@ def after_space() -> Walk:
 
 
 def value(first: str, take: Callable[[str], object]) -> Walk:
-    """One value that begins with `first`; its text goes to `take` as it comes."""
+    """One value that begins with `first`; its text goes to `take` as it comes.
+
+    Raises Broken where it is not complete before a mark, which begins with `<`, as JSON does nowhere but in a string.
+    """
     take(first)
     if first == '"':
         yield from _string(take)
         return None
     if first not in "{[":
-        while (character := (yield)) not in ",}]" and character not in _SPACE:
+        while (character := (yield)) not in ",}]<" and character not in _SPACE:
             take(character)
         return character
     depth = 1
     while depth:
-        take(character := (yield))
+        character = yield
+        if character == "<":
+            raise Broken(character)
+        take(character)
         if character == '"':
             yield from _string(take)
         depth += (character in "{[") - (character in "}]")
@@ -71,14 +83,14 @@ def members(take: Callable[[str, str], Walk]) -> Walk:
     character = yield from after_space()
     while character != "}":
         if character != '"':
-            raise Broken
+            raise Broken(character)
         key = yield from string()
-        if (yield from after_space()) != ":":
-            raise Broken
+        if (character := (yield from after_space())) != ":":
+            raise Broken(character)
         character = yield from take(key, (yield from after_space()))
         if character is None or character in _SPACE:
             character = yield from after_space()
         if character == ",":
             character = yield from after_space()
         elif character != "}":
-            raise Broken
+            raise Broken(character)

@@ -35,8 +35,8 @@ class HermesParser(OneMark):
     def _calls(self) -> Walk:
         if (yield from after_space()) != "{":
             raise Broken
-        yield from self._json_call()
-        yield from self._until("</tool_call>")
+        after = yield from self._json_call()
+        yield from self._until("</tool_call>", read=after)
 
 
 class MistralParser(OneMark):
@@ -47,9 +47,15 @@ class MistralParser(OneMark):
         if first == "[":
             yield from self._list()
             return
-        name = [first]
-        yield from self._until("{", name.append)
-        self._call("".join(name).partition("[")[0].strip())  # [CALL_ID]... and [ARGS] may stand between
+        if first == "{":
+            yield from self._json_call()
+            return
+        text = [first]
+        yield from self._until("{", text.append)
+        name = "".join(text).partition("[")[0].strip()  # [CALL_ID]... and [ARGS] may stand between
+        if not name:
+            raise Broken
+        self._call(name)
         yield from value("{", self._argue)
 
     def _list(self) -> Walk:
@@ -57,8 +63,7 @@ class MistralParser(OneMark):
         while character == ",":
             if (yield from after_space()) != "{":
                 raise Broken
-            yield from self._json_call()
-            character = yield from after_space()
+            character = (yield from self._json_call()) or (yield from after_space())
 
 
 class DeepSeekParser(OneMark):
@@ -76,5 +81,9 @@ class DeepSeekParser(OneMark):
                 yield from self._until("\n", name.append)
                 yield from self._until("{")
             self._call("".join(name).strip())
-            yield from value("{", self._argue)
-            yield from self._until("<｜tool▁call▁end｜>")
+            after = ""
+            try:
+                yield from value("{", self._argue)
+            except Broken as error:
+                after = error.character
+            yield from self._until("<｜tool▁call▁end｜>", read=after)

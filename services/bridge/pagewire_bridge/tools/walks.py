@@ -65,9 +65,9 @@ class MarkedParser(CharacterParser):
         self._space = text[len(kept) :]
         self._say(kept)
 
-    def _until(self, mark: str, take: Callable[[str], object] = lambda text: None) -> Walk:
-        """Takes the text up to a mark."""
-        held, found = "", None
+    def _until(self, mark: str, take: Callable[[str], object] = lambda text: None, read: str = "") -> Walk:
+        """Takes the text up to a mark. read: the character before, which may begin it."""
+        held, found = read if mark.startswith(read) else "", None
         while found is None:
             text, held, found = completes(held, (yield), [mark])
             if text:
@@ -98,7 +98,9 @@ class MarkedParser(CharacterParser):
     def _json_call(self, known: Collection[str] | None = None) -> Walk:
         """{"name": ..., "arguments": ...} whose brace was taken. Raises Broken before anything of it was said.
 
-        known: names that may be called; None: any. Arguments that are a string are the text in it.
+        Returns the character that broke it when it was said, none if it is whole: models forget the last brace.
+
+        known: names that may be called; None: any. Arguments that are a string are the text in it, null is none.
         """
         num_calls, early, argued = self._num_calls, list[str](), False
 
@@ -117,14 +119,16 @@ class MarkedParser(CharacterParser):
                 after = yield from value(first, lambda text: None)
             return after
 
+        after = ""
         try:
             yield from members(take)
-        except Broken:
-            pass  # in the arguments of a call that was said
+        except Broken as error:
+            after = error.character
         if self._num_calls == num_calls:
             raise Broken
         if not argued:
             self._argue("{}")
+        return after
 
     def _name(self, first: str, known: Collection[str] | None) -> Walk:
         parts: list[str] = []
@@ -136,9 +140,10 @@ class MarkedParser(CharacterParser):
         return after
 
     def _arguments(self, first: str, take: Callable[[str], Any]) -> Walk:
-        if first != '"':
+        if first not in '"n':
             return (yield from value(first, take))
         parts: list[str] = []
         after = yield from value(first, parts.append)
-        take(decoded("".join(parts)))
+        text = "".join(parts)
+        take(decoded(text) if first == '"' else "{}" if text == "null" else text)
         return after

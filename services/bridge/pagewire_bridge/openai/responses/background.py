@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterable
 from typing import Any
 
 import structlog
-from pagewire_core.errors import Internal, PagewireError, Unavailable
+from pagewire_core.errors import Internal, InvalidRequest, PagewireError, Unavailable
 
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.openai.responses.answer import encoded, error_event, events, is_last, last_event
@@ -54,6 +54,7 @@ class BackgroundRun:
         self._store = store_of(asked.request)
         self._name = (asked.tenant, asked.response_id)
         self._untold: list[bytes] = []
+        self._num_told = 0
         if opening.done():
             asked.accept(self.answer, generation)
         self._note(self.answer.queue())
@@ -75,7 +76,10 @@ class BackgroundRun:
                 self._note(self.answer.fail(Internal("The server failed; its log has the reason.")))
             await self._end(num_tries=_NUM_TRIES)
         except asyncio.CancelledError:
-            self._note(self.answer.fail(Unavailable("The server was stopped.")))
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            if self._asked.record(self.answer).is_running:
+                self._note(self.answer.fail(Unavailable("The server was stopped.")))
             await self._end(num_tries=1)
             raise
         finally:
@@ -130,8 +134,9 @@ class BackgroundRun:
     async def _tell(self) -> None:
         if self._untold:
             telling = len(self._untold)
-            await self._store.tell(*self._name, self._untold[:telling])
+            await self._store.tell(*self._name, self._num_told, self._untold[:telling])
             del self._untold[:telling]
+            self._num_told += telling
 
 
 async def follow(store: ResponseStore, tenant: str, response_id: str, first: int) -> AsyncGenerator[bytes]:
@@ -144,12 +149,16 @@ async def follow(store: ResponseStore, tenant: str, response_id: str, first: int
             for event in told[before:]:
                 yield event
             first += len(told[before:])
-            if record is None or (told and is_last(told[-1])):
+            if told and is_last(told[-1]):
                 return
+            if record is None:
+                raise InvalidRequest("This response is not kept any more.")
             if not record.is_running:  # who ran it may not be there to tell the last; all before is told and read
                 if len(told) >= before:
                     yield encoded(last_event(record.response, first))
+                elif not await store.told(tenant, response_id, 0):
+                    raise InvalidRequest("The events of this response are not kept any more.", "stream")
                 return
             await asyncio.sleep(TICK_S)
-    except Unavailable as error:
+    except (InvalidRequest, Unavailable) as error:
         yield encoded(error_event(error, first))

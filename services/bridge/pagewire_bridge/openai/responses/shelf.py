@@ -33,6 +33,16 @@ return 1
 """
 
 
+# KEYS: list. ARGV: its seconds, the number of the first value, values.
+_APPEND = """
+local known = redis.call('LLEN', KEYS[1]) - ARGV[2]
+if known >= 0 then
+  for i = 3 + known, #ARGV do redis.call('RPUSH', KEYS[1], ARGV[i]) end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+"""
+
+
 class Shelf(Protocol):
     """Everything raises Unavailable where the values cannot be reached."""
 
@@ -46,7 +56,10 @@ class Shelf(Protocol):
     async def renew(self, key: str, ttl_s: float) -> bool:
         """Whether there is such a key."""
 
-    async def append(self, key: str, values: Sequence[bytes], ttl_s: float) -> None: ...
+    async def append(self, key: str, first: int, values: Sequence[bytes], ttl_s: float) -> None:
+        """Puts values into a list from the number `first` on, but for those that are there: what was not answered, and
+        may have been done all the same, can be asked again. Nothing where values before them are missing.
+        """
 
     async def since(self, key: str, first: int) -> list[bytes]:
         """The values of a list, from this one on."""
@@ -65,6 +78,7 @@ class RedisShelf:
     def __init__(self, url: str) -> None:
         self._redis = open_redis(url)
         self._put_under = self._redis.register_script(_PUT_UNDER)
+        self._append = self._redis.register_script(_APPEND)
         self._away_until = 0.0
 
     async def get(self, key: str, ttl_s: float | None = None) -> bytes | None:
@@ -81,11 +95,9 @@ class RedisShelf:
     async def renew(self, key: str, ttl_s: float) -> bool:
         return bool(await self._ask(lambda: self._redis.expire(key, math.ceil(ttl_s))))
 
-    async def append(self, key: str, values: Sequence[bytes], ttl_s: float) -> None:
-        both = self._redis.pipeline(transaction=True)
-        both.rpush(key, *values)
-        both.expire(key, math.ceil(ttl_s))
-        await self._ask(both.execute)
+    async def append(self, key: str, first: int, values: Sequence[bytes], ttl_s: float) -> None:
+        arguments: list[bytes | int] = [math.ceil(ttl_s), first, *values]
+        await self._ask(lambda: self._append(keys=[key], args=arguments))
 
     async def since(self, key: str, first: int) -> list[bytes]:
         found: list[bytes] = await self._ask(lambda: self._redis.lrange(key, first, -1))
@@ -137,7 +149,7 @@ class LocalShelf:
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
         await self.delete(key)
-        await self.append(key, [value], ttl_s)
+        await self.append(key, 0, [value], ttl_s)
 
     async def put_under(self, lease: str, lease_s: float, key: str, value: bytes, ttl_s: float) -> bool:
         if not await self.renew(lease, lease_s):
@@ -153,10 +165,14 @@ class LocalShelf:
             self._kept.move_to_end(key)
         return kept is not None
 
-    async def append(self, key: str, values: Sequence[bytes], ttl_s: float) -> None:
-        kept = self._kept.setdefault(key, _Kept([], math.inf))
-        kept.values += values
-        self._num_bytes += sum(map(len, values))
+    async def append(self, key: str, first: int, values: Sequence[bytes], ttl_s: float) -> None:
+        kept = self._find(key) or _Kept([], math.inf)
+        if len(kept.values) < first:
+            return
+        new = values[len(kept.values) - first :]
+        kept.values += new
+        self._num_bytes += sum(map(len, new))
+        self._kept[key] = kept
         await self.renew(key, ttl_s)
         while self._num_bytes > self._max_bytes:
             await self.delete(next(iter(self._kept)))

@@ -23,7 +23,7 @@ from pagewire_bridge.openai.responses.shelf import Shelf
 _RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})_(?:in)?\d+")  # of items that were named here
 _LEASE_S = 15.0
-_EVENTS_S = 600.0  # after the last one
+_EVENTS_S = 600.0  # after the end of what tells them
 _LOST = {"code": "server_error", "message": "The server that ran this response in the background is gone."}
 
 
@@ -55,7 +55,7 @@ class Conversation:
 
 
 class ResponseStore:
-    """ttl_s: how long a response is kept after it, or one that follows it, was used."""
+    """ttl_s: how long a response is kept after it ended, and after it, or one that follows it, was used."""
 
     def __init__(self, shelf: Shelf, ttl_s: float) -> None:
         self._shelf, self._ttl_s = shelf, ttl_s
@@ -102,16 +102,19 @@ class ResponseStore:
 
     async def go_on(self, tenant: str, response_id: str) -> bool:
         """Whether it still is to run; to be asked often. Raises Unavailable."""
-        return await self._shelf.renew(_key(tenant, response_id) + ":lease", _LEASE_S)
+        key = _key(tenant, response_id)
+        await self._shelf.renew(key, self._ttl_s)
+        await self._shelf.renew(key + ":events", _EVENTS_S)
+        return await self._shelf.renew(key + ":lease", _LEASE_S)
 
     async def change(self, tenant: str, record: Record) -> bool:
         """What is stored of one that runs, or ends now; whether nobody has ended it before. Raises Unavailable."""
         key, lease_s = _key(tenant, record.response["id"]), _LEASE_S if record.is_running else 0.0
         return await self._shelf.put_under(key + ":lease", lease_s, key, orjson.dumps(record), self._ttl_s)
 
-    async def tell(self, tenant: str, response_id: str, events: Sequence[bytes]) -> None:
-        """Raises Unavailable."""
-        await self._shelf.append(_key(tenant, response_id) + ":events", events, _EVENTS_S)
+    async def tell(self, tenant: str, response_id: str, first: int, events: Sequence[bytes]) -> None:
+        """Of the events from this number on; again, where it is not known that they were told. Raises Unavailable."""
+        await self._shelf.append(_key(tenant, response_id) + ":events", first, events, _EVENTS_S)
 
     async def told(self, tenant: str, response_id: str, first: int) -> list[bytes]:
         """The events from this number on. Raises Unavailable."""
