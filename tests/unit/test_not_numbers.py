@@ -64,3 +64,20 @@ def test_an_answer_that_comes_to_it_ends_there(path: Path, made_by: str) -> None
     answer = Run([8, 9], max_tokens=20, logit_bias={BROKEN: 200.0})
     run_all(engine, beside, answer)
     assert isinstance(answer.events[-1], Failed) and len(beside.tokens()) == 20
+
+
+@pytest.mark.parametrize("made_by", ENGINES)
+def test_the_last_token_of_a_block_breaks_no_other_choice(path: Path, made_by: str) -> None:
+    """Both come to it in one step: the second one's blocks are gone with the first."""
+    engine = ENGINES[made_by](path)
+    answers = Run(range(20, 35), n=2, logit_bias={BROKEN: 200.0})
+    run_all(engine, answers)
+    assert isinstance(answers.events[-1], Failed)
+
+
+@pytest.mark.parametrize("made_by", ENGINES)
+def test_a_prompt_of_whole_blocks_whose_tokens_are_scored_fails_alone(path: Path, made_by: str) -> None:
+    engine, prompt = ENGINES[made_by](path), Run([8, BROKEN, *range(20, 50)])
+    prompt.request.prompt_logprobs = 1
+    run_all(engine, prompt)
+    assert isinstance(prompt.events[-1], Failed)
