@@ -10,7 +10,7 @@ import numpy as np
 from pagewire_engine.batch import Batch
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.model_runner import Launched, Runner
-from pagewire_engine.sampler import Sampled, SampleRow
+from pagewire_engine.sampler import NO_TOKEN, Sampled, SampleRow
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Sequence
 from pagewire_engine.speculative.draft_cache import DraftCache, DraftSequence
@@ -39,7 +39,7 @@ class DraftModel:
         """Up to so many greedy tokens after each sequence.
 
         None for one that is still being caught up with, for which there are no blocks, or that is longer
-        than this model can be.
+        than this model can be; and none after what are no numbers.
         """
         drafts: dict[Sequence, list[int]] = {seq: [] for seq, _ in wanted}
         steps = self._launch_all(self._first_step(wanted))
@@ -47,6 +47,9 @@ class DraftModel:
             sampled = result if isinstance(result, list) else result.tokens()
             for row, choice in zip((row for row in rows if row.count), sampled, strict=True):
                 drafts[row.seq.target].append(choice.token)
+        for draft in drafts.values():
+            if NO_TOKEN in draft:
+                del draft[draft.index(NO_TOKEN) :]
         for row in steps[0][0] if steps else ():
             if row.count:
                 row.seq.num_tokens = len(row.seq.target.tokens)
@@ -89,8 +92,10 @@ class DraftModel:
             result: list[Sampled] | Launched = launched if self._runner.overlaps else launched.tokens()
             steps.append((rows, result))
             ready = [row for row in rows if row.count]
-            ids = [s.token for s in result] if isinstance(result, list) else [-1 - i for i in range(len(ready))]
-            more = zip(ready, ids, strict=True)
+            if isinstance(result, list):
+                more = [(row, s.token) for row, s in zip(ready, result, strict=True) if s.token != NO_TOKEN]
+            else:
+                more = [(row, -1 - i) for i, row in enumerate(ready)]
             rows = [_Rows(row.seq, [token], row.count) for row, token in more if row.count > length]
         return steps
 
