@@ -56,7 +56,7 @@ class Script:
         starts, sample_from, sample_rows = [0], [], []
         for seq, count in rows:
             begin, end = seq.num_computed, seq.num_computed + count
-            self._grow(seq, end)
+            self.bind(seq, end)
             known = [*seq.tokens, *([-1 - unknown[seq]] if seq in unknown else [])]
             ids += known[begin:end]
             positions += range(begin, end)
@@ -81,7 +81,8 @@ class Script:
             copies=(),
         )
 
-    def _grow(self, seq: Scripted, num_tokens: int) -> None:
+    def bind(self, seq: Scripted, num_tokens: int) -> None:
+        """Gives it blocks for so many tokens; the next batch tells of them."""
         while len(seq.blocks) * BLOCK < num_tokens:
             seq.blocks.append(int(self._free.pop()))
             self.tables[seq.seat, len(seq.blocks) - 1] = seq.blocks[-1]

@@ -18,6 +18,7 @@ from pagewire_bridge.main import build_server, listen
 from pagewire_bridge.rate_limit import RateLimiter
 from pagewire_cli.main import main
 from pagewire_core.errors import Overloaded, StartupError
+from pagewire_core.redis_link import open_redis
 from scripted_router import ScriptedRouter, running_router
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
@@ -106,6 +107,23 @@ async def test_a_bucket_fills_evenly_and_without_redis_each_bridge_counts_alone(
         await limiter.admit(key)
     with pytest.raises(Overloaded) as refused:
         await limiter.admit(key)
+    assert 0 < refused.value.retry_after_s <= 1
+    await asyncio.sleep(refused.value.retry_after_s + 0.01)
+    await limiter.admit(key)
+    await limiter.close()
+
+
+async def test_a_bucket_outlives_a_clock_that_is_set_back(redis_url: str) -> None:
+    limiter = RateLimiter(redis_url)
+    key = ApiKey(name="faye", sha256="0" * 64, requests_per_minute=60)
+    async with open_redis(redis_url) as redis:
+        now, _ = await redis.time()
+        for level, at in ((30, now + 3600), (0, now + 3600)):
+            await redis.hset("pw:rate:faye:requests", mapping={"level": level, "at": at})
+            if level:
+                await limiter.admit(key)
+        with pytest.raises(Overloaded) as refused:
+            await limiter.admit(key)
     assert 0 < refused.value.retry_after_s <= 1
     await asyncio.sleep(refused.value.retry_after_s + 0.01)
     await limiter.admit(key)

@@ -92,3 +92,23 @@ def test_a_request_that_is_cancelled_leaves_nothing_behind(
     alone = mix(3)[1]
     run_all(engine_of(llama, monkeypatch, ahead=False), alone)
     assert [other.tokens(c) for c in range(other.request.n)] == [alone.tokens(c) for c in range(alone.request.n)]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_block_that_is_copied_is_there_until_then(ahead: bool, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other choice, which waits for its turn, ends between the decision and the step. Free blocks are poisoned."""
+    alone = Run([7, 8, 9], max_tokens=5, n=2)
+    run_all(engine_of(llama, monkeypatch, ahead=False), alone)
+    engine = engine_of(llama, monkeypatch, ahead=ahead, max_num_batched_tokens=16, max_num_seqs=32)
+    others = [Run([20 + i], max_tokens=40) for i in range(15)]
+    run = Run([7, 8, 9], max_tokens=5, n=2)
+    launch = engine.runner.launch
+
+    def launch_late(batch: Batch) -> Launched:
+        if batch.copies:
+            engine.cancel(run.request, [0])
+        return launch(batch)
+
+    monkeypatch.setattr(engine.runner, "launch", launch_late)
+    run_all(engine, *others, run)
+    assert run.tokens(1) == alone.tokens(1)

@@ -64,3 +64,36 @@ def test_an_answer_that_comes_to_it_ends_there(path: Path, made_by: str) -> None
     answer = Run([8, 9], max_tokens=20, logit_bias={BROKEN: 200.0})
     run_all(engine, beside, answer)
     assert isinstance(answer.events[-1], Failed) and len(beside.tokens()) == 20
+
+
+@pytest.mark.parametrize("made_by", ENGINES)
+def test_the_last_token_of_a_block_breaks_no_other_choice(path: Path, made_by: str) -> None:
+    """Both come to it in one step: the second one's blocks are gone with the first."""
+    engine = ENGINES[made_by](path)
+    answers = Run(range(20, 35), n=2, logit_bias={BROKEN: 200.0})
+    run_all(engine, answers)
+    assert isinstance(answers.events[-1], Failed)
+
+
+@pytest.mark.parametrize("made_by", ENGINES)
+def test_a_prompt_of_whole_blocks_whose_tokens_are_scored_fails_alone(path: Path, made_by: str) -> None:
+    engine, prompt = ENGINES[made_by](path), Run([8, BROKEN, *range(20, 50)])
+    prompt.request.prompt_logprobs = 1
+    run_all(engine, prompt)
+    assert isinstance(prompt.events[-1], Failed)
+
+
+@pytest.mark.parametrize("made_by", ENGINES)
+@pytest.mark.parametrize("row", [3, 16, 319])
+@pytest.mark.parametrize(
+    "asked", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 3}, {"logprobs": 1}], ids=str
+)
+def test_one_logit_that_is_none_is_enough(made_by: str, row: int, asked: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever it is compared with, the greatest of the others may be lost: 16 stands beside 0 in a vector."""
+    path = make_model(tmp_path, "llama", num_hidden_layers=1)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"][row] = torch.nan
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    run = Run([5, 6, 7], **asked)
+    run_all(ENGINES[made_by](path), run)
+    assert isinstance(run.events[-1], Failed)

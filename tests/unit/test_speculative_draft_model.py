@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gpu_runners import LIMITS, make_gpu_runner
 from hash_model import VOCABULARY, HashRunner, expected
 from hypothesis import given, settings
@@ -16,9 +17,11 @@ from pagewire_core.model_dir import resolve_model
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.loader import load
 from pagewire_engine.options import EngineOptions
+from pagewire_engine.sampler import NO_TOKEN
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request, Sequence
 from pagewire_engine.speculative.draft_model import DraftModel
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, make_model, reference_greedy
 
 
@@ -168,3 +171,19 @@ def test_equal_prompts_are_computed_once(llama: Path) -> None:
     assert model.cache.settle(second).num_computed == 64
     assert model.draft([(second, 3)]) == [expected]
     assert_empty(model, first, second)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_what_are_no_numbers_give_no_token_and_disturb_nobody(overlaps: bool, tmp_path: Path) -> None:
+    """What such logits give is no token, and none of the embeddings lies before the first."""
+    path = make_model(tmp_path, "llama", num_hidden_layers=1)
+    weights = load_file(path / "model.safetensors")
+    weights["model.embed_tokens.weight"][300] = torch.nan
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    model = DraftModel(make_gpu_runner(path), LIMITS) if overlaps else make_draft(path)
+    broken, beside = make_target(7), make_target(20)
+    beside.tokens[:] = [min(token, 299) for token in beside.tokens]
+    broken.tokens[3] = 300
+    nothing, drafts = model.draft([(broken, 3), (beside, 3)])
+    assert {*nothing} == {NO_TOKEN} and drafts == reference_greedy(path, beside.tokens, 3)[0]
+    assert_empty(model, broken, beside)

@@ -21,8 +21,9 @@ constexpr int LARGEST_PIECE = 32;  // some milliseconds at most, so that a borro
 
 struct Best {
     float value;
-    int32_t token;
+    int32_t token;  // -1: none so far, or none at all
 };
+constexpr Best NOTHING = {-INFINITY, -1}, NOT_NUMBERS = {INFINITY, -1};
 
 struct Query {  // one piece of attention: some flattened query rows of one sequence
     int32_t sequence, first, count;
@@ -115,7 +116,7 @@ class Runner {
         sequence_of_.resize(b_->num_rows);
         for (int s = 0; s < b_->num_sequences; s++)
             for (int r = b_->query_start[s]; r < b_->query_start[s + 1]; r++) sequence_of_[r] = s;
-        best_.assign(size_t(threads_.most()) * b_->num_samples, {-INFINITY, -1});
+        best_.assign(size_t(threads_.most()) * b_->num_samples, NOTHING);
         if ((int)scratch_.size() < threads_.most()) scratch_.resize(threads_.most());
         if ((int)samplers_.size() < threads_.most()) samplers_.resize(threads_.most());
     }
@@ -450,6 +451,9 @@ class Runner {
         const int first = int(vocab_.own);
         times(m.head, final_.rows(), samples, thread, nullptr, [&](int r, int strip, float* c) {
             const int from = first + strip * STRIP;
+            bool numbers = true;
+            for (int i = 0; i < STRIP; i++) numbers &= c[i] == c[i];
+            if (!numbers) best[r] = NOT_NUMBERS;
             const uint32_t outside = from + STRIP > m.vocab ? ~0u << (m.vocab - from) : 0;
             const uint32_t banned = outside | (b_->mask && !b_->raw[r] ? ~b_->mask[int64_t(r) * words + from / 32] : 0);
             if (banned)
@@ -501,23 +505,27 @@ class Runner {
                     std::memcpy(b_->logits + wanted_[i] * logits_stride_ + vocab_.first(rank), logits(from) + i * width, rounded(vocab_.width(rank), STRIP) * sizeof(float));
             });
         }
-        threads_.first_alone(thread, [&] { std::fill(best_.begin() + samples, best_.end(), Best{-INFINITY, -1}); });
+        threads_.first_alone(thread, [&] { std::fill(best_.begin() + samples, best_.end(), NOTHING); });
     }
 
+    static bool is_broken(const Best& a) { return a.token < 0 && a.value > 0; }
+
     static Best better(const Best& a, const Best& b) {
+        if (is_broken(a) || is_broken(b)) return NOT_NUMBERS;
         if (b.token < 0) return a;
         return a.token < 0 || b.value > a.value || (b.value == a.value && b.token < a.token) ? b : a;
     }
 
     Best greatest(int r) const {
-        Best found = {-INFINITY, -1};
+        Best found = NOTHING;
         for (int t = 0; t < threads_.most(); t++) found = better(found, best_[size_t(t) * b_->num_samples + r]);
         return found;
     }
 
     int32_t token(int r, int thread) {
-        if (b_->choices[r].temperature > 0) return samplers_[thread].draw(b_->logits + r * logits_stride_, int(logits_stride_), b_->choices[r]);
-        return greatest(r).token;
+        const Best best = greatest(r);
+        if (b_->choices[r].temperature == 0 || is_broken(best)) return best.token;
+        return samplers_[thread].draw(b_->logits + r * logits_stride_, int(logits_stride_), b_->choices[r]);
     }
 
     struct Own {  // what each thread has for itself

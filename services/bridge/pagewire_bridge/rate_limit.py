@@ -25,14 +25,22 @@ _REDIS_PAUSE_S = 5.0  # after a failure
 _PREFIX = "pw:rate:"
 
 # KEYS: bucket. ARGV: capacity, cost, least level. Returns what is left; below zero, nothing was taken and the answer is
-# how much is missing. A bucket that nobody touches for a minute is full, so it may be forgotten.
+# how much is missing. A bucket that nobody touches for a minute is full, so it may be forgotten. Where the clock was
+# set back, or another server took over whose is behind, a bucket goes on from where it was.
 _TAKE = """
 local now = redis.call('TIME')
 now = tonumber(now[1]) + tonumber(now[2]) / 1e6
 local capacity, cost, least = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local known = redis.call('HMGET', KEYS[1], 'level', 'at')
 local level = capacity
-if known[1] then level = math.min(capacity, tonumber(known[1]) + (now - tonumber(known[2])) * capacity / 60) end
+if known[1] then
+  local passed = now - tonumber(known[2])
+  if passed < 0 then
+    passed = 0
+    redis.call('HSET', KEYS[1], 'at', tostring(now))
+  end
+  level = math.min(capacity, tonumber(known[1]) + passed * capacity / 60)
+end
 if level < least then return tostring(level - least) end
 level = level - cost
 redis.call('HSET', KEYS[1], 'level', tostring(level), 'at', tostring(now))

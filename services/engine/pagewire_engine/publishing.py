@@ -51,8 +51,12 @@ class Publisher:
     def _advance(self, seq: Sequence, sampled: Sampled, outbox: Outbox) -> None:
         """The KV of its last token is there, and so is one more token.
 
-        A sequence that was cancelled may have gone on by a token that nobody knows: its block has no identity.
+        A sequence that was cancelled may have gone on by a token that nobody knows: its block has no identity. Nor has
+        any block of one that failed.
         """
+        if seq.request.failed:
+            self._books.settle(seq)
+            return
         if sampled.is_nothing and not seq.finished:
             self._break(seq.request, outbox)
             return
@@ -92,6 +96,9 @@ class Publisher:
             counters.accepted_per_position[position] += 1
 
     def _publish_chunk(self, seq: Sequence, count: int, chosen: list[Sampled], outbox: Outbox) -> None:
+        if seq.request.failed:
+            self._books.settle(seq)
+            return
         if any(sampled.is_nothing for sampled in chosen) and not seq.finished:
             self._break(seq.request, outbox)
             return
@@ -167,6 +174,7 @@ class Publisher:
     def fail(self, failed: Mapping[Request, PagewireError]) -> Outbox:
         """Ends these requests, in whatever step they are."""
         for request in failed:
+            request.failed = True
             for seq in request.sequences:
                 if not seq.finished or seq in self._books.ending:
                     self._books.drop(seq)

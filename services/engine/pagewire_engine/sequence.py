@@ -89,6 +89,7 @@ class Request:
     num_scored: int = 1  # leading tokens of the prompt that need none any more; the first one has none
     sequences: list[Sequence] = field(default_factory=list)  # one, the prompt's, until it is computed; then n
     cancelled: bool = False
+    failed: bool = False  # what its later steps compute may be built on what is not there
     forked: bool = False
     done: bool = False  # Finished was emitted
     arrived: float = field(default_factory=time.monotonic)

@@ -60,8 +60,16 @@ class GpuRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Chosen:
         """Starts the step; see Runner."""
-        self.cache.copy_blocks(batch.copies)
+        try:
+            return self._launch(batch)
+        except Exception:  # the next step is composed as if this one had been launched, and may refer to its tokens
+            num_tokens, device = len(batch.sample_rows), self.config.device
+            self._tokens = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+            raise
+
+    def _launch(self, batch: Batch) -> Chosen:
         self._tables.update(batch)
+        self.cache.copy_blocks(batch.copies)
         num_tokens = batch.positions[batch.sample_from] + 1
         sampling = self._sampling.arrays(batch.sample_rows, num_tokens)
         embeds = rows_that_embed(batch).tolist()

@@ -10,7 +10,7 @@ import numpy as np
 from pagewire_engine.batch import Batch
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.model_runner import Launched, Runner
-from pagewire_engine.sampler import Sampled, SampleRow
+from pagewire_engine.sampler import NO_TOKEN, Sampled, SampleRow
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Sequence
 from pagewire_engine.speculative.draft_cache import DraftCache, DraftSequence
@@ -89,9 +89,10 @@ class DraftModel:
             result: list[Sampled] | Launched = launched if self._runner.overlaps else launched.tokens()
             steps.append((rows, result))
             ready = [row for row in rows if row.count]
-            told = [max(s.token, 0) for s in result] if isinstance(result, list) else []  # 0 for NO_TOKEN
-            ids = told or [-1 - i for i in range(len(ready))]
-            more = zip(ready, ids, strict=True)
+            if isinstance(result, list):
+                more = [(row, s.token) for row, s in zip(ready, result, strict=True) if s.token != NO_TOKEN]
+            else:
+                more = [(row, -1 - i) for i, row in enumerate(ready)]
             rows = [_Rows(row.seq, [token], row.count) for row, token in more if row.count > length]
         return steps
 
