@@ -451,9 +451,7 @@ class Runner {
         const int first = int(vocab_.own);
         times(m.head, final_.rows(), samples, thread, nullptr, [&](int r, int strip, float* c) {
             const int from = first + strip * STRIP;
-            bool numbers = true;
-            for (int i = 0; i < STRIP; i++) numbers &= c[i] == c[i];
-            if (!numbers) best[r] = NOT_NUMBERS;
+            if (any_nan(load(c), load(c + 16))) best[r] = NOT_NUMBERS;  // which a maximum may lose, and others with it
             const uint32_t outside = from + STRIP > m.vocab ? ~0u << (m.vocab - from) : 0;
             const uint32_t banned = outside | (b_->mask && !b_->raw[r] ? ~b_->mask[int64_t(r) * words + from / 32] : 0);
             if (banned)

@@ -66,6 +66,7 @@ PW_INLINE F16 round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEA
 PW_INLINE F16 times_power_of_two(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 PW_INLINE float sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
 PW_INLINE float largest(F16 a) { return _mm512_reduce_max_ps(a.v); }
+PW_INLINE bool any_nan(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
 PW_INLINE F16 load_bf16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
@@ -213,6 +214,9 @@ PW_INLINE float largest(F16 x) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+PW_INLINE bool any_nan(F16 x, F16 y) {
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, y.b, _CMP_UNORD_Q)));
 }
 
 #else

@@ -54,6 +54,11 @@ PW_INLINE void store_int8(int8_t* p, F16 a) {
 }
 PW_INLINE float sum(F16 a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3]))); }
 PW_INLINE float largest(F16 a) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3]))); }
+PW_INLINE bool any_nan(F16 a, F16 b) {
+    uint32x4_t numbers = vdupq_n_u32(~0u);
+    for (int i = 0; i < 4; i++) numbers = vandq_u32(numbers, vandq_u32(vceqq_f32(a.v[i], a.v[i]), vceqq_f32(b.v[i], b.v[i])));
+    return !vminvq_u32(numbers);
+}
 
 PW_INLINE I16 splat(int32_t x) {
     I16 r;
@@ -155,6 +160,11 @@ PW_INLINE float largest(F16 a) {
     float most = a.v[0];
     for (int i = 1; i < 16; i++) most = a.v[i] > most ? a.v[i] : most;
     return most;
+}
+PW_INLINE bool any_nan(F16 a, F16 b) {
+    bool found = false;
+    for (int i = 0; i < 16; i++) found |= a.v[i] != a.v[i] || b.v[i] != b.v[i];
+    return found;
 }
 PW_INLINE I16 splat(int32_t x) {
     I16 r;
