@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,19 @@ USAGE = {
     "input_tokens": 7, "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0}, "output_tokens": 3,
     "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 10,
 }  # fmt: skip
+
+
+def in_two(go_on: asyncio.Event) -> Callable[[GenerateRequest], Events]:
+    """A router's answer whose second half waits."""
+
+    async def script(_request: GenerateRequest) -> Events:
+        yield accepted()
+        yield delta("Hel")
+        await go_on.wait()
+        yield delta("lo", finish=STOP)
+        yield summary()
+
+    return script
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -453,14 +466,7 @@ async def test_a_background_response_is_found_when_it_is_done(bridge: Bridge) ->
 async def test_a_background_stream_can_be_left_and_read_again_from_any_event(bridge: Bridge) -> None:
     go_on = asyncio.Event()
 
-    async def script(_request: GenerateRequest) -> Events:
-        yield accepted()
-        yield delta("Hel")
-        await go_on.wait()
-        yield delta("lo", finish=STOP)
-        yield summary()
-
-    bridge.router.script = script
+    bridge.router.script = in_two(go_on)
     stream = await bridge.openai.responses.create(model="demo", input="x", background=True, stream=True)
     async for event in stream:
         if event.type == "response.created":
@@ -532,15 +538,8 @@ async def test_a_stream_whose_events_are_lost_says_so(bridge: Bridge, monkeypatc
         shelves.append(self)
         await append(self, key, first, values, ttl_s)
 
-    async def script(_request: GenerateRequest) -> Events:
-        yield accepted()
-        yield delta("Hel")
-        await go_on.wait()
-        yield delta("lo", finish=STOP)
-        yield summary()
-
     monkeypatch.setattr(LocalShelf, "append", noted)
-    bridge.router.script = script
+    bridge.router.script = in_two(go_on)
     stream = await bridge.openai.responses.create(model="demo", input="x", background=True, stream=True)
     events = []
     async for event in stream:
@@ -615,16 +614,9 @@ async def test_what_comes_while_a_bridge_stops_does_not_change_how_a_response_en
         stored.append(json.loads(value)["response"])
         return await put_under(self, lease, lease_s, key, value, ttl_s)
 
-    async def script(_request: GenerateRequest) -> Events:
-        yield accepted()
-        yield delta("Hel")
-        await go_on.wait()
-        yield delta("lo", finish=STOP)
-        yield summary()
-
     monkeypatch.setattr(LocalShelf, "append", slow)
     monkeypatch.setattr(LocalShelf, "put_under", noted)
-    async with bridge_with(script) as url, AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+    async with bridge_with(in_two(go_on)) as url, AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
         stream = await client.responses.create(model="demo", input="x", background=True, stream=True)
         async for event in stream:
             if event.type == "response.output_text.delta":

@@ -38,6 +38,14 @@ async def answered(prompt: list[int], source: Peer, target: Peer) -> list[int]:
             await asyncio.sleep(0.05)
 
 
+async def crossed(a: Peer, b: Peer) -> asyncio.Task[list[list[int]]]:
+    """The answers to all prompts, every other one's the other way round, once room is promised for each."""
+    pairs = [(a, b), (b, a)] * 2
+    calls = asyncio.create_task(all_of(answered(prompt, *pair) for prompt, pair in zip(PROMPTS, pairs, strict=True)))
+    await until(lambda: a.engine.external.reserved == b.engine.external.reserved == 24, 5)
+    return calls
+
+
 async def test_two_workers_full_of_promises_to_each_others_queues_do_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,11 +59,7 @@ async def test_two_workers_full_of_promises_to_each_others_queues_do_not_wait_fo
         go = threading.Event()
         for worker in (a, b):
             worker.engine.step = gated(worker.engine.step, go)  # type: ignore[method-assign]
-        pairs = [(a, b), (b, a)] * 2
-        calls = asyncio.create_task(
-            all_of(answered(prompt, *pair) for prompt, pair in zip(PROMPTS, pairs, strict=True))
-        )
-        await until(lambda: a.engine.external.reserved == b.engine.external.reserved == 24, 5)
+        calls = await crossed(a, b)
         go.set()
         assert await asyncio.wait_for(calls, 30) == expected
         for worker in (a, b):
@@ -81,11 +85,7 @@ async def test_what_runs_and_could_not_give_back_enough_is_not_waited_for(
         await until(lambda: all(worker.engine.load()["num_running"] == 1 for worker in (a, b)), 5)
         for worker in (a, b):
             worker.engine.step = gated(worker.engine.step, go)  # type: ignore[method-assign]
-        pairs = [(a, b), (b, a)] * 2
-        calls = asyncio.create_task(
-            all_of(answered(prompt, *pair) for prompt, pair in zip(PROMPTS, pairs, strict=True))
-        )
-        await until(lambda: a.engine.external.reserved == b.engine.external.reserved == 24, 5)
+        calls = await crossed(a, b)
         go.set()
         with contextlib.ExitStack() as ending:
             ending.callback(over.set)

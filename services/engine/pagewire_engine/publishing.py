@@ -126,14 +126,15 @@ class Publisher:
     def _publish_scores(self, scored: Scored, scores: Scores, outbox: Outbox) -> None:
         at = 0
         for seq, first, count in scored.parts:
-            request = seq.request
-            if not seq.finished and not scores.part(at, at + count, 0).are_numbers:
-                self._break(request, outbox)
-            elif not seq.finished:
-                request.num_scored = first + count
-                part = scores.part(at, at + count, request.prompt_logprobs or 0)
-                outbox.append((request, PromptScores(first, part)))
+            request, part = seq.request, scores.part(at, at + count, seq.request.prompt_logprobs or 0)
             at += count
+            if seq.finished:
+                continue
+            if not part.are_numbers:
+                self._break(request, outbox)
+                continue
+            request.num_scored = first + count
+            outbox.append((request, PromptScores(first, part)))
 
     def _publish_prefill(self, seq: Sequence, chosen: list[Sampled], outbox: Outbox) -> None:
         outbox.append((seq.request, Progress(seq.num_computed)))
