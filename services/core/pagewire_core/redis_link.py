@@ -14,6 +14,7 @@ import structlog
 
 from pagewire_core.errors import StartupError
 from pagewire_core.redis_client import NoBackoff, Redis, RedisError, Retry, SSLConnection
+from pagewire_core.tasks import is_cancelled
 
 log = structlog.get_logger(__name__)
 
@@ -118,6 +119,5 @@ class RedisLink:
 
 def _end_if_cancelled() -> None:
     """redis-py can lose a cancellation that comes while it reads; the task would then go on for ever."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    if is_cancelled():
         raise asyncio.CancelledError

@@ -23,7 +23,7 @@ from pagewire_core.errors import (
     from_rpc,
 )
 from pagewire_core.rpc import request_metadata
-from pagewire_core.tasks import all_of
+from pagewire_core.tasks import all_of, is_cancelled
 
 from pagewire_router.admission import Admission, Slot
 from pagewire_router.fair_queue import QUANTUM
@@ -147,13 +147,7 @@ class Embedder:
             except grpc.RpcError as error:
                 raise from_rpc(error) from error
             except asyncio.CancelledError:
-                if dead is not None and not _is_cancelled():
+                if dead is not None and not is_cancelled():
                     raise dead from None
                 raise
         return inference_pb2.Embedding(vector=answer.vector)
-
-
-def _is_cancelled() -> bool:
-    """Whether this task is, and not only what it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
