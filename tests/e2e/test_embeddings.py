@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -111,16 +112,29 @@ async def test_ollama_embeds_no_empty_text_of_a_list(cluster: Cluster) -> None:
     assert refused.status_code == 400 and "input 0 is empty" in refused.json()["error"]
 
 
-async def test_what_has_no_effect_is_named_and_other_dimensions_are_refused(cluster: Cluster) -> None:
+async def test_what_has_no_effect_is_named(cluster: Cluster) -> None:
     asked = {"model": "demo", "input": "hi", "keep_alive": "5m", "options": {"num_ctx": 64}}
     answer = await cluster.http.post("/api/embed", json=asked)
     assert answer.headers["x-pagewire-ignored-fields"] == "keep_alive,options"
-    refused = await cluster.http.post("/api/embed", json={**asked, "dimensions": 3})
-    assert refused.status_code == 400 and "no fewer" in refused.json()["error"]
     ranked = await cluster.http.post("/v2/rerank", json={"query": "hi", "documents": ["a"], "priority": 1})
     assert ranked.headers["x-pagewire-ignored-fields"] == "priority"
     refused = await cluster.http.post("/v2/rerank", json={"query": "hi", "documents": []})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "documents"
+
+
+async def test_vectors_have_as_many_dimensions_as_asked_and_length_1(cluster: Cluster) -> None:
+    whole = (await post(cluster, "/v1/embeddings", {"input": "hi"}))["data"][0]["embedding"]
+    for most in (1, 3, len(whole)):
+        first = torch.tensor(whole[:most])
+        expected = pytest.approx((first / first.norm()).tolist(), abs=1e-6)
+        asked = {"input": ["hi"], "dimensions": most}
+        assert (await post(cluster, "/v1/embeddings", asked))["data"][0]["embedding"] == expected
+        assert (await post(cluster, "/api/embed", {"model": "demo", **asked}))["embeddings"] == [expected]
+        encoded = await post(cluster, "/v1/embeddings", {**asked, "encoding_format": "base64"})
+        assert len(base64.b64decode(encoded["data"][0]["embedding"])) == 4 * most
+    for wrong in (0, -1, len(whole) + 1):
+        refused = await cluster.http.post("/api/embed", json={"model": "demo", "input": "hi", "dimensions": wrong})
+        assert refused.status_code == 400 and f"between 1 and {len(whole)}" in refused.json()["error"]
 
 
 async def test_scores_and_rankings_are_cosines(cluster: Cluster) -> None:
@@ -144,7 +158,7 @@ async def test_scores_and_rankings_are_cosines(cluster: Cluster) -> None:
         ("/v1/embeddings", {"input": ""}, "empty"),
         ("/v1/embeddings", {"input": []}, "input"),
         ("/v1/embeddings", {"input": list(range(5, 250)) * 2}, "context length"),
-        ("/v1/embeddings", {"input": "x", "dimensions": 3}, "dimensions"),
+        ("/v1/embeddings", {"input": "x", "dimensions": 0}, "dimensions"),
         ("/v1/embeddings", {"input": [[999999]]}, "vocabulary"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
         ("/v1/rerank", {"query": "a", "documents": []}, "documents"),

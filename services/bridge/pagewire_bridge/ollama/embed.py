@@ -15,7 +15,7 @@ from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.ollama.routes import find_model
 from pagewire_bridge.ollama.translate import to_model
-from pagewire_bridge.openai.embeddings import answer_of, check_dimensions, embed
+from pagewire_bridge.openai.embeddings import answer_of, check_dimensions, embed, shortened
 
 
 class _Body(BaseModel):
@@ -41,8 +41,9 @@ class EmbeddingsBody(_Body):
 async def embed_inputs(request: Request) -> Response:
     body, began = validated(EmbedBody, to_object(await read_body(request))), time.perf_counter_ns()
     inputs = body.input if isinstance(body.input, list) else _one(body.input)
-    vectors, num_tokens = await _vectors(request, body, inputs)
-    check_dimensions(body.dimensions, vectors)
+    await check_dimensions(request, body.dimensions)
+    embedded, num_tokens = await _vectors(request, body, inputs)
+    vectors = [list(shortened(vector, body.dimensions)) for vector in embedded]
     total = time.perf_counter_ns() - began
     counts: dict[str, Any] = {"total_duration": total, "load_duration": 1, "prompt_eval_count": num_tokens}
     return answer_of(body, {"model": body.model, "embeddings": vectors, **counts})

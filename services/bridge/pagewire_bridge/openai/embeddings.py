@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -93,9 +94,9 @@ async def embed(
 
 async def embeddings(request: Request) -> Response:
     body = validated(EmbeddingsBody, to_object(await read_body(request)))
+    await check_dimensions(request, body.dimensions)
     response = await embed(request, body.model, body.input, **body.truncation)
-    vectors = [one.vector for one in response.embeddings]
-    check_dimensions(body.dimensions, vectors)
+    vectors = [shortened(one.vector, body.dimensions) for one in response.embeddings]
     encode = _base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
     return answer_of(body, {**_head(request, "embd", response), "data": data, "usage": _usage(response)})
@@ -106,10 +107,22 @@ def answer_of(body: BaseModel, content: Mapping[str, object]) -> Response:
     return json_response(content, headers=ignored_fields_header(unknown_fields(body)))
 
 
-def check_dimensions(wanted: int | None, vectors: Sequence[Vector]) -> None:
-    """Raises InvalidRequest for any number but the model's own: a vector that is cut short is another one."""
-    if wanted is not None and vectors and wanted != len(vectors[0]):
-        raise InvalidRequest(f"This model's vectors have {len(vectors[0])} dimensions and no fewer.", "dimensions")
+async def check_dimensions(request: Request, wanted: int | None) -> None:
+    """Raises InvalidRequest for more dimensions than the model's vectors have."""
+    if wanted is None:
+        return
+    most = (await client_of(request).list_models())[0].hidden_size
+    if not 1 <= wanted <= most:
+        raise InvalidRequest(f"`dimensions` must be between 1 and {most}, the model's own.", "dimensions")
+
+
+def shortened(vector: Vector, dimensions: int | None) -> Vector:
+    """The first numbers of a vector, of length 1 again: what models with Matryoshka representations are trained for."""
+    if dimensions is None or dimensions == len(vector):
+        return vector
+    first = vector[:dimensions]
+    length = math.hypot(*first)
+    return [value / length for value in first] if length else first
 
 
 async def score(request: Request) -> Response:
