@@ -8,7 +8,7 @@ import structlog
 import torch
 from pagewire_core.errors import StartupError
 from pagewire_core.machine import available_memory
-from pagewire_core.model_dir import ModelDir
+from pagewire_core.model_dir import ModelDir, read_json
 
 from pagewire_engine.config import DTYPES
 from pagewire_engine.gpu.kv_cache import cache_dtype
@@ -24,7 +24,19 @@ DEFAULT_CPU_KV_BYTES = 4 << 30  # a KV pool that fills all of a laptop's memory 
 def read_model_config(model: ModelDir, options: EngineOptions) -> ModelConfig:
     """The model's shape, with the dtype and on the device that it will be loaded to. Raises StartupError."""
     device = _device(options.device)
+    _check_pooling(model)
     return read_config(model.config, _dtype(options.dtype, model, device), device)
+
+
+def _check_pooling(model: ModelDir) -> None:
+    """Raises StartupError for an embedding model, by sentence-transformers' files, of other vectors than ours."""
+    pooling = read_json(model.path / "1_Pooling" / "config.json", {})
+    modes = {mode.removeprefix("pooling_mode_") for mode, used in pooling.items() if used and "pooling_mode_" in mode}
+    modes |= {pooling.get("pooling_mode", "lasttoken")}  # newer files
+    if others := modes - {"lasttoken"}:
+        raise StartupError(
+            f"{model.path} makes its vectors by pooling {', '.join(others)}; only lasttoken is supported"
+        )
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_cache_dtype: str = "auto") -> int:

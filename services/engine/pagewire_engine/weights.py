@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
+import structlog
 import torch
 from pagewire_core.errors import StartupError
 from pagewire_core.model_dir import weight_map
 from safetensors import SafetensorError, safe_open
+
+log = structlog.get_logger(__name__)
+
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 class Checkpoint:
@@ -30,6 +35,7 @@ class Checkpoint:
 
     def take(self, name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None) -> torch.Tensor:
         """The tensor called `name`, checked against the shape that config.json implies; or only some of its rows."""
+        name = self._stored_name(name)
         file = self._file_of.get(name)
         if file is None:
             raise StartupError(f"the checkpoint in {self._path} has no tensor {name}; download the model again")
@@ -47,6 +53,15 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise _corrupt(self._path / file, error) from None
         return tensor.to(device=self._device, dtype=self._dtype)
+
+    def _stored_name(self, name: str) -> str:
+        """Models that were saved without a head, as those for embeddings are, lack the "model." of the whole one."""
+        if name in self._file_of or _EMBEDDING not in self._file_of:
+            return name
+        if name == _HEAD:
+            log.warning("the checkpoint has no head: embeddings are right, generated text means nothing")
+            return _EMBEDDING
+        return name.removeprefix("model.")
 
 
 def _corrupt(file: Path, error: Exception) -> StartupError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,9 +51,10 @@ class ModelConfig:
 
 def read_config(hf: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> ModelConfig:
     """Raises StartupError if the architecture or one of its options is not supported."""
-    architecture = (hf.get("architectures") or ["?"])[0]
+    named = (hf.get("architectures") or ["?"])[0]
+    architecture = re.sub("Model$", "ForCausalLM", named)  # a model that was saved without its head
     if architecture not in ARCHITECTURES:
-        raise StartupError(f"architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        raise StartupError(f"architecture {named} is not supported; supported are {', '.join(ARCHITECTURES)}")
     if hf.get("hidden_act", "silu") != "silu":
         raise StartupError(f"activation {hf['hidden_act']!r} is not supported; only silu is")
     if hf.get("quantization_config"):
