@@ -19,6 +19,7 @@ from typing import Any
 from pagewire_core.errors import StartupError
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+_SAME_WEIGHTS = "consolidated*.safetensors"  # once more, as Mistral's own loader wants them
 _QUANTIZED_BYTES = {"int8": 1.1, "fp8": 1.1, "int4": 0.65}  # of a weight, with its part of the scales
 _WHOLE_FILE_BYTES = 256 << 20
 _WINDOW_BYTES = 1 << 20
@@ -137,11 +138,20 @@ def locate(model: str, revision: str | None = None, download_dir: str | None = N
 
 
 def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
+    from httpx2 import TransportError  # what the Hub's library raises when a connection breaks again and again
     from huggingface_hub import errors as hub  # not at the top: importing it takes longer than all of core
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=list(_FILES)))
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                cache_dir=download_dir,
+                allow_patterns=list(_FILES),
+                ignore_patterns=_SAME_WEIGHTS,
+            )
+        )
     except hub.HFValidationError:
         remedy = f"{model!r} is neither a local directory nor a Hub id like org/name"
     except hub.GatedRepoError:
@@ -155,6 +165,8 @@ def _download(model: str, revision: str | None, download_dir: str | None) -> Pat
     except hub.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         remedy = f"the Hub answered {status} for {model}; set HF_TOKEN if it needs one, or try again later"
+    except TransportError as error:
+        remedy = f"the connection to the Hub broke while {model} was downloaded ({error}); try again"
     except OSError as error:
         remedy = f"{model} could not be stored: {error.strerror or error}; choose another --download-dir"
     raise StartupError(remedy)
