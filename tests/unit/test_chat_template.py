@@ -108,13 +108,17 @@ def test_where_the_template_comes_from(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
     config.write_text(
-        json.dumps({"chat_template": [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]})
+        json.dumps({"chat_template": [{"name": name, "template": name} for name in ("rag", "default", "tool_use")]})
     )
-    assert _rendered(tmp_path) == "D"
+    assert _rendered(tmp_path) == "default" and _rendered(tmp_path, tools=[{}]) == "tool_use"
+    assert _rendered(tmp_path, "{{ tools | length }}", tools=[{}]) == "1"
     config.write_text(json.dumps({"chat_template": "S{{ eos_token }}", "eos_token": {"content": "</s>"}}))
     assert _rendered(tmp_path) == "S</s>"
     (tmp_path / "chat_template.jinja").write_text("F")
     assert _rendered(tmp_path) == "F"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("U")
+    assert _rendered(tmp_path) == "F" and _rendered(tmp_path, tools=[{}]) == "U"
     (tmp_path / "mine.jinja").write_text("M")
     assert _rendered(tmp_path, str(tmp_path / "mine.jinja")) == "M"
     assert _rendered(tmp_path, "{{ 'inline' }}") == "inline"
@@ -126,7 +130,17 @@ def test_a_bad_template_ends_the_start_with_a_sentence(tmp_path: Path, given: st
         load_chat_template(tmp_path, given)
 
 
-def _rendered(path: Path, given: str | None = None) -> str:
+def test_a_template_that_wants_parts_gets_them(tmp_path: Path) -> None:
+    """Llama Guard's, and those of models that see: of a string they would make nothing, or its characters."""
+    parts = "{% for m in messages %}{% for part in m.content %}{{ m.role }}={{ part.text }};{% endfor %}{% endfor %}"
+    messages = [*USER, {"role": "assistant", "content": "Well"}]
+    rendered = ChatTemplate(parts).render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert rendered == "user=<b>hi</b>;assistant=Well"
+    either = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+    assert ChatTemplate(either + "{{ messages[0].content is string }}").render(USER) == "<b>hi</b>True"
+
+
+def _rendered(path: Path, given: str | None = None, **variables: object) -> str:
     template = load_chat_template(path, given)
     assert template is not None
-    return template.render(USER)
+    return template.render(USER, kwargs=variables)

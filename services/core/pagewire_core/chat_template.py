@@ -27,18 +27,17 @@ from pagewire_core.model_dir import read_json, special_token
 _TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
                     ValueError)  # fmt: skip
 
+_PROBE = "a text to be found again"
+
 
 class ChatTemplate:
     """One model's chat template; `render` raises InvalidRequest for what the template refuses."""
 
-    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
-        """Raises StartupError if `source` is not valid Jinja."""
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise StartupError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
+    def __init__(self, source: str, bos_token: str = "", eos_token: str = "", tool_use: str | None = None) -> None:
+        """tool_use: the template of chats with tools, where it is another. Raises StartupError for invalid Jinja."""
+        constants = {"bos_token": bos_token, "eos_token": eos_token, "tools": None, "documents": None}
+        self._plain, self._tool_use = _Compiled(source, constants), _Compiled(tool_use or source, constants)
         self.source = source
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(
         self,
@@ -54,12 +53,12 @@ class ChatTemplate:
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest("add_generation_prompt and continue_final_message exclude each other")
-        variables = {"tools": None, "documents": None, **self._tokens, **(kwargs or {})}
-        variables["add_generation_prompt"] = add_generation_prompt
+        variables = {**(kwargs or {}), "add_generation_prompt": add_generation_prompt}
+        template = self._tool_use if variables.get("tools") else self._plain
         refusal: Exception | None = None
-        for form in forms(messages, knows_developer="developer" in self.source):
+        for form in forms(messages, knows_developer="developer" in template.source):
             try:
-                text = self._template.render(messages=list(form), **variables)
+                text = template.render(form, variables)
             except _TEMPLATE_ERRORS as error:
                 refusal = refusal or error
             else:
@@ -67,10 +66,40 @@ class ChatTemplate:
         raise InvalidRequest(f"the chat template refused the messages: {refusal}", param="messages") from refusal
 
 
+class _Compiled:
+    """A template, and how it wants messages. constants: variables that renderings may replace."""
+
+    def __init__(self, source: str, constants: dict[str, Any]) -> None:
+        try:
+            self._template = _environment().from_string(source, constants)
+        except jinja2.TemplateSyntaxError as error:
+            raise StartupError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
+        self.source = source
+        self._wants_parts = not self._shows(_PROBE) and self._shows(_as_parts(_PROBE))
+
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """Raises _TEMPLATE_ERRORS."""
+        if self._wants_parts:
+            messages = [{**message, "content": _as_parts(message["content"])} for message in messages]
+        return self._template.render(messages=list(messages), **variables)
+
+    def _shows(self, content: object) -> bool:
+        """Whether the prompt has a user's message of that content: templates for models that see may lose a string."""
+        try:
+            return _PROBE in self._template.render(messages=[{"role": "user", "content": content}])
+        except _TEMPLATE_ERRORS:
+            return False
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
 def load_chat_template(model_dir: Path, given: str | None = None) -> ChatTemplate | None:
     """The template `given` (a file or the template itself), else the model's; None if there is none."""
-    source = _given(given) if given else _own(model_dir)
-    return ChatTemplate(source, *special_texts(model_dir)) if source is not None else None
+    named = {"default": _given(given)} if given else _own(model_dir)
+    source = named.get("default", next(iter(named.values()), None))
+    return ChatTemplate(source, *special_texts(model_dir), named.get("tool_use")) if source is not None else None
 
 
 def special_texts(model_dir: Path) -> tuple[str, str]:
@@ -90,15 +119,18 @@ def _given(given: str) -> str:
         ) from error
 
 
-def _own(model_dir: Path) -> str | None:
+def _own(model_dir: Path) -> dict[str, str]:
+    """A model's templates by name, as transformers saves them now and did before."""
     file = model_dir / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        others = (model_dir / "additional_chat_templates").glob("*.jinja")
+        return {path.stem: path.read_text(encoding="utf-8") for path in others} | {
+            "default": file.read_text(encoding="utf-8")
+        }
     found = read_json(model_dir / "tokenizer_config.json", {}).get("chat_template")
     if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        return named.get("default", next(iter(named.values()), None))
-    return found
+        return {entry["name"]: entry["template"] for entry in found}
+    return {"default": found} if found is not None else {}
 
 
 def _open_end(text: str, content: str) -> str:
