@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from pagewire_core.chat_calls import call_forms
 from pagewire_core.chat_roles import Message, forms
 from pagewire_core.errors import InvalidRequest, StartupError
 from pagewire_core.model_dir import read_json, special_token
@@ -49,14 +51,16 @@ class ChatTemplate:
     ) -> str:
         """The prompt; with `continue_final_message` it ends where the last message's content ends.
 
-        What the template refuses it is asked for in other roles (`chat_roles`), before that is the client's error.
+        What the template refuses it is asked for in other roles and with calls told in other ways (`chat_roles`,
+        `chat_calls`), before that is the client's error.
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest("add_generation_prompt and continue_final_message exclude each other")
         variables = {**(kwargs or {}), "add_generation_prompt": add_generation_prompt}
         template = self._tool_use if variables.get("tools") else self._plain
         refusal: Exception | None = None
-        for form in forms(messages, knows_developer="developer" in template.source):
+        knows_developer = "developer" in template.source
+        for form in chain.from_iterable(forms(told, knows_developer=knows_developer) for told in call_forms(messages)):
             try:
                 text = template.render(form, variables)
             except _TEMPLATE_ERRORS as error:
