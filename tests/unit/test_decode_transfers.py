@@ -205,7 +205,7 @@ async def test_a_reservation_whose_call_compiles_its_grammar_does_not_end_with_i
 async def test_promises_that_a_prompt_here_waits_for_end_the_latest_first(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not while something runs that will give its blocks back, and not those that have pages."""
+    """Not while one is on its way, and not those that have pages."""
     monkeypatch.setattr(module, "LOOK_S", 0.01)
     transfers, names = Transfers(engine), [os.urandom(16) for _ in range(3)]
     claimed = []
