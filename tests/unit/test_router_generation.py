@@ -362,6 +362,17 @@ async def test_a_decode_worker_lost_in_mid_stream_is_replaced_and_the_client_see
         assert total("pagewire_resumed_requests_total", s) == resumes
 
 
+async def test_an_answer_that_its_only_worker_cannot_go_on_with_now_is_resumed_there(byte_tokenizer: Tokenizer) -> None:
+    """As where its grammar is to be compiled again: nobody's failure."""
+    async with scene(byte_tokenizer, "d1") as s:
+        s.workers["d1"].script.hooks["decode"] = at(3, refuse)
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None and answer.summary.attempts == 2
+        assert [list(output.token_ids) for output in s.workers["d1"].requests[1].prior] == [s.ids("hel")]
+        assert not list(s.router.services.placement.breakers)
+
+
 async def test_a_request_is_given_up_only_when_attempts_in_a_row_gave_nothing(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         decoded = itertools.count(1)
