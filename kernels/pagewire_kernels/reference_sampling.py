@@ -26,7 +26,8 @@ def sample(
     temperature = params.temperature[rows]
     drawn = _draw(changed, params, rows, uniforms, torch.where(temperature > 0, temperature, 1.0))
     tokens = torch.where(temperature > 0, drawn, _first_of_largest(changed))
-    out_tokens.copy_(torch.where(logits.isnan().any(-1), -1, tokens))
+    nothing = logits.isnan().any(-1) | ~changed.amax(-1).isfinite()
+    out_tokens.copy_(torch.where(nothing, -1, tokens))
 
 
 def count_tokens(counts: Tensor, seats: Tensor, tokens: Tensor) -> None:

@@ -175,7 +175,7 @@ def choose_kernel(
     top = tl.max(maxima, 0)
     token_ptr = out_tokens_ptr + row
     firsts = tl.load(chunk_first_ptr + chunks, mask=c < num_chunks, other=NO_TOKEN)
-    if tl.min(firsts, 0) < 0:
+    if (tl.min(firsts, 0) < 0) | (tl.abs(top) == float("inf")):
         tl.store(token_ptr, tl.full([], -1, out_tokens_ptr.dtype.element_ty))
         return
     if tl.load(temperature_ptr + seat) == 0.0:

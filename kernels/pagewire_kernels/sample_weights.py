@@ -135,6 +135,8 @@ def weigh_kernel(
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = ids < V
     top = tl.max(tl.load(chunk_max_ptr + row * num_chunks + c, mask=c < num_chunks, other=float("-inf")), 0)
+    if tl.abs(top) == float("inf"):  # there is nothing to draw
+        return
     p = relative_probabilities(tl.load(scaled_ptr + row * V + ids, mask=inside, other=float("-inf")), top)
     at = row * num_chunks + chunk
     tl.store(chunk_sum_ptr + at, tl.sum(p.to(tl.float64), 0))

@@ -24,8 +24,9 @@ def sample(
 
     The order of operations is grammar, bans, bias, penalties; then, where the temperature is not 0, temperature, min_p,
     top_k, top_p, and the first token whose cumulative probability, in vocabulary order, exceeds uniform * total.
-    Ties rank by token id. A row with a logit that is not a number has no token: -1. Nothing is approximated: only
-    rounding can differ between devices.
+    Ties rank by token id. A row with a logit that is not a number has no token: -1. Nor has one whose largest logit
+    is infinite in the end, as where every token is excluded. Nothing is approximated: only rounding can differ between
+    devices.
     """
     check_sample(logits, params, seats, uniforms, num_chosen, out_tokens, bitmask)
     implementation(logits.device.type).sample(logits, params, seats, uniforms, num_chosen, out_tokens, bitmask)

@@ -89,6 +89,22 @@ def test_a_row_with_a_logit_that_is_not_a_number_has_no_token() -> None:
         assert ((out < 0).cpu() == logits.isnan().any(-1)).all()
 
 
+def test_a_row_whose_every_token_is_excluded_has_none() -> None:
+    vocabulary = 100
+    params = SamplingTensors.neutral(10, vocabulary, "cpu", 1, 1)
+    params.temperature[5:], params.top_k[6], params.top_p[7], params.min_p[8] = 1.0, 3, 0.5, 0.1
+    logits = torch.full((10, vocabulary), -torch.inf)
+    logits[torch.tensor([4, 9]), torch.tensor([70, 3])] = torch.inf
+    out = check(logits, params, torch.arange(10), torch.rand(10, dtype=torch.float64), zeros(10), None)
+    assert (out == -1).all()
+    logits = torch.randn(10, vocabulary)
+    params.bias_ids[:, 0], params.bias_values[:, 0] = 40, -torch.inf
+    bitmask = torch.zeros(10, 4, dtype=torch.int32)
+    bitmask[:, 1] = 1 << (40 - 32)
+    out = check(logits, params, torch.arange(10), torch.rand(10, dtype=torch.float64), zeros(10), bitmask)
+    assert (out == -1).all()
+
+
 def random_params(seats: int, vocabulary: int) -> SamplingTensors:
     params = SamplingTensors.neutral(seats, vocabulary, "cpu", max_banned=3, max_bias=5)
 

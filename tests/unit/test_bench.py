@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import random
@@ -16,6 +17,7 @@ import pytest
 import uvicorn
 from pagewire_cli.load import pace, report
 from pagewire_cli.load.client import Outcome
+from pagewire_cli.load.run import _target
 from pagewire_cli.load.workload import Calibration, Lengths, RandomWorkload
 from pagewire_cli.main import main
 from starlette.applications import Starlette
@@ -296,3 +298,9 @@ def test_burstier_arrivals_have_the_same_rate_and_more_spread() -> None:
         assert statistics.fmean(gaps) == pytest.approx(0.1, rel=0.05)
         spread[burstiness] = statistics.pstdev(gaps) / statistics.fmean(gaps)
     assert spread[0.2] > 1.8 * spread[1.0] > 3.2 * spread[5.0] and spread[1.0] == pytest.approx(1.0, rel=0.05)
+
+
+async def test_a_server_is_found_at_an_ipv6_address() -> None:
+    given = {"base_url": None, "host": "::1", "port": 9, "backend": "openai", "endpoint": None, "model": "m"}
+    target = await _target(argparse.Namespace(**given, ignore_eos=False))
+    assert target.server.base_url == "http://[::1]:9"

@@ -13,7 +13,15 @@ from engines import ROOT, Run, assert_empty, make_engine, run_all
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pagewire.v1 import common_pb2, decode_pb2
-from pagewire_core.errors import Cancelled, ContextLength, InvalidRequest, Overloaded, PagewireError, Unavailable
+from pagewire_core.errors import (
+    Cancelled,
+    ContextLength,
+    InvalidRequest,
+    Overloaded,
+    PagewireError,
+    TransferLost,
+    Unavailable,
+)
 from pagewire_decode import transfers as module
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
@@ -122,6 +130,24 @@ async def test_a_stopped_transfer_refuses_whatever_comes_late(engine: Engine) ->
     assert_empty(engine)
 
 
+async def test_a_call_that_comes_late_is_told_what_ended_its_transfer(engine: Engine) -> None:
+    """Each heard that it had been stopped, so that room which was taken back counted as the worker's failure."""
+    transfers = Transfers(engine)
+    causes = [Overloaded("needed here", retry_after_s=1.0), TransferLost("the peer was lost"), Unavailable("it stops")]
+    for cause in causes:
+        name = os.urandom(16)
+        transfers.reserve(name, PROMPT, ROOT, 1)
+        transfers.failed(name, cause)
+        transfers.end(name, Cancelled("the decode call ended"))
+        for _ in range(2):
+            with pytest.raises(type(cause), match=cause.message) as told:
+                transfers.claim(name)
+            assert told.value.retry_after_s == cause.retry_after_s
+        with pytest.raises(type(cause)):
+            await transfers.bind(name, 0, 50)
+    assert_empty(engine)
+
+
 async def test_a_reservation_that_nobody_uses_ends_with_its_lease(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +205,7 @@ async def test_a_reservation_whose_call_compiles_its_grammar_does_not_end_with_i
 async def test_promises_that_a_prompt_here_waits_for_end_the_latest_first(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not while something runs that will give its blocks back, and not those that have pages."""
+    """Not while one is on its way, and not those that have pages."""
     monkeypatch.setattr(module, "LOOK_S", 0.01)
     transfers, names = Transfers(engine), [os.urandom(16) for _ in range(3)]
     claimed = []

@@ -15,7 +15,7 @@ from engines import Run, make_engine, run_all
 from gpu_runners import LIMITS, make_gpu_runner
 from llguidance import LLMatcher
 from pagewire.v1 import common_pb2 as pb
-from pagewire_core.errors import InvalidRequest
+from pagewire_core.errors import InvalidRequest, Overloaded
 from pagewire_core.grammar import Vocabulary
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_engine.constraint import Constraints, Matching
@@ -256,6 +256,23 @@ def test_an_output_goes_on_elsewhere_as_far_as_where_it_was_made(llama: Path) ->
     assert walk(matching, output[31:]) == len(output) and not matching.error
     matching.fill(np.zeros(VOCAB // 32, np.uint32), output[1:2] * 99)
     assert walk(matching, output[1:6]) == len(output) + 5 and not matching.error
+
+
+def test_an_output_whose_grammar_takes_long_to_compile_again_is_resumed(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps do not wait for that, and the output of a request whose lexer others had used up failed."""
+    monkeypatch.setattr("pagewire_engine.constraint._QUICK_S", -1.0)
+    constraints, wanted = Constraints(Vocabulary(llama, VOCAB, [EOS])), pb.Constraint(answer=WEARING)
+    short, long = (Tokenizer(llama).encode(text, False) for text in ("bxx", "b" + "x" * 99))
+    beside, worn = (constraints.make_now(wanted).of(0) for _ in range(2))
+    assert 40 < walk(worn, long) < 99 and isinstance(worn.error, Overloaded)
+    assert walk(beside, short) < 3 and isinstance(beside.error, Overloaded)
+    resumed = constraints.make_now(wanted, [[short[0]]]).of(0)
+    assert walk(resumed, short[1:]) == 3 and not resumed.error
+    again = constraints.make_now(wanted, [worn.taken]).of(0)
+    walk(again, long[len(worn.taken) :])
+    assert isinstance(again.error, InvalidRequest), "it has used up its own grammar"
 
 
 def test_masks_of_guesses_are_not_on_the_account_of_the_request(

@@ -48,7 +48,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "cpu-lending": ("/dev/shm/cores", "/dev/shm/cores"),
     "role": ("decode", "decode"),
     "worker-id": ("w1", "w1"),
-    "host": ("::1", "::1"),
+    "host": ("[::1]", "::1"),
     "port": ("9000", 9000),
     "redis-url": ("redis://:p=w@h:1/2", "redis://:p=w@h:1/2"),
     "router": ("h:1", "h:1"),

@@ -53,7 +53,7 @@ def test_only_who_asked_for_it_fails(path: Path, made_by: str, asked: dict[str, 
     broken = Run([8, BROKEN, 9], **asked)
     run_all(engine, broken)
     [failed] = [event for event in broken.events if isinstance(event, Failed)]
-    assert failed.error.message == "the model's logits are not numbers"
+    assert failed.error.message.startswith("the model's logits are not numbers")
     assert broken.events[-1] is failed and beside.tokens() == alone.tokens()
 
 
@@ -97,3 +97,23 @@ def test_one_logit_that_is_none_is_enough(made_by: str, row: int, asked: dict[st
     run = Run([5, 6, 7], **asked)
     run_all(ENGINES[made_by](path), run)
     assert isinstance(run.events[-1], Failed)
+
+
+@pytest.mark.parametrize("made_by", ENGINES)
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        {}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 3}, {"temperature": 0.8, "top_p": 0.5},
+        {"temperature": 0.8, "min_p": 0.1}, {"temperature": 0.8, "typical_p": 0.5}, {"logprobs": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_excludes_every_token_fails_alone(path: Path, made_by: str, drawn: dict[str, Any]) -> None:
+    """A penalty may make the only token that is allowed impossible; none that is excluded comes in its place."""
+    engine, beside = ENGINES[made_by](path), Run([5, 6, 7], max_tokens=20)
+    asked = {"allowed_token_ids": frozenset({7}), "logit_bias": {7: -100.0}, "repetition_penalty": 3e38}
+    run = Run([5, 6, 7], **asked, **drawn)
+    run_all(engine, beside, run)
+    failed = run.events[-1]
+    assert isinstance(failed, Failed) and "the request excludes every token" in failed.error.message
+    assert len(beside.tokens()) == 20

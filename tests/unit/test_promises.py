@@ -66,13 +66,17 @@ async def test_two_workers_full_of_promises_to_each_others_queues_do_not_wait_fo
             await worker.assert_empty()
 
 
-async def test_what_runs_and_could_not_give_back_enough_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("num_blocks", "before"), [(34, 1), (36, 100)], ids=["too few blocks", "enough in the end"])
+async def test_what_runs_is_not_waited_for_beside_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_blocks: int, before: int
 ) -> None:
-    """One long answer on each worker, and nobody's prompt was computed before these had ended."""
+    """One long answer on each worker, and nobody's prompt was computed before these had ended.
+
+    24 blocks are promised, and a prompt takes 11: with what the answer gives back there are 10, or 12.
+    """
     monkeypatch.setattr(transfers, "LOOK_S", 0.1)
     path = make_model(tmp_path, "llama")
-    room = 384 * 16 * 34  # 24 are promised, and 10 are not enough for a prompt
+    room = 384 * 16 * num_blocks
     async with (
         peer(path, "a", kv_cache_memory_bytes=room, enable_prefix_caching=False) as a,
         peer(path, "b", kv_cache_memory_bytes=room, enable_prefix_caching=False) as b,
@@ -81,7 +85,7 @@ async def test_what_runs_and_could_not_give_back_enough_is_not_waited_for(
         go, over = threading.Event(), threading.Event()
         for worker in (a, b):
             worker.engine.step = slowed(worker.engine.step, over)  # type: ignore[method-assign]
-        long = [asyncio.create_task(compute([9], worker, max_tokens=120)) for worker in (a, b)]
+        long = [asyncio.create_task(compute([9] * before, worker, max_tokens=120)) for worker in (a, b)]
         await until(lambda: all(worker.engine.load()["num_running"] == 1 for worker in (a, b)), 5)
         for worker in (a, b):
             worker.engine.step = gated(worker.engine.step, go)  # type: ignore[method-assign]

@@ -17,6 +17,7 @@ from pagewire_core.errors import Cancelled, Internal, Overloaded, PagewireError,
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_router import embedding, workers
 from pagewire_router.fair_queue import QUANTUM
+from pagewire_router.room import Room
 from router_scene import scene, until
 
 Served = Callable[[FakeWorker], Awaitable[None]]
@@ -78,6 +79,23 @@ async def test_one_part_of_a_request_waits_at_a_time_and_its_clients_leaving_end
             call.cancel()
         await s.settle()
         assert s.router.admission.num_queued == 0
+
+
+async def test_free_blocks_of_decode_workers_are_not_waited_for(
+    byte_tokenizer: Tokenizer, serve: Callable[[Served], None]
+) -> None:
+    serve(at_once)
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["d1"].script.hooks["decode"] = never
+        running = [asyncio.create_task(s.ask())]
+        await until(lambda: "decode_started" in s.workers["d1"].seen)
+        s.router.admission._room = lambda: Room(kv_tokens=0)
+        running.append(asyncio.create_task(s.ask()))
+        await until(lambda: s.router.admission.num_queued == 1)
+        assert (await s.stub.Embed(asked("x" * 40, "y"))).embeddings
+        for task in running:
+            task.cancel()
+        await s.settle()
 
 
 async def test_waiting_in_the_queue_ends_with_the_deadline(

@@ -23,6 +23,7 @@ from pagewire_core.errors import (
 )
 from pagewire_core.tokenizer import Tokenizer
 from pagewire_router.attempt import Attempt
+from pagewire_router.policies import POLICIES
 from pagewire_router.request import validate
 from pagewire_router.spans import AttemptSpans
 from router_scene import EOS, Answer, Scene, request, scene, until
@@ -361,6 +362,17 @@ async def test_a_decode_worker_lost_in_mid_stream_is_replaced_and_the_client_see
         assert total("pagewire_resumed_requests_total", s) == resumes
 
 
+async def test_an_answer_that_its_only_worker_cannot_go_on_with_now_is_resumed_there(byte_tokenizer: Tokenizer) -> None:
+    """As where its grammar is to be compiled again: nobody's failure."""
+    async with scene(byte_tokenizer, "d1") as s:
+        s.workers["d1"].script.hooks["decode"] = at(3, refuse)
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None and answer.summary.attempts == 2
+        assert [list(output.token_ids) for output in s.workers["d1"].requests[1].prior] == [s.ids("hel")]
+        assert not list(s.router.services.placement.breakers)
+
+
 async def test_a_request_is_given_up_only_when_attempts_in_a_row_gave_nothing(byte_tokenizer: Tokenizer) -> None:
     async with scene(byte_tokenizer, "p1 d1") as s:
         decoded = itertools.count(1)
@@ -506,6 +518,37 @@ async def test_an_error_says_what_has_failed(
         answer = await s.ask()
         assert answer.error is not None
         assert (answer.error.code, answer.error.message) == (code, told)
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "on one worker"])
+async def test_what_fails_wherever_it_is_tried_rests_no_worker(byte_tokenizer: Tokenizer, everywhere: bool) -> None:
+    """A prompt of which a model makes no numbers, asked three times, kept a worker from all others' requests."""
+
+    def hook(worker: object) -> None:
+        raise Internal("no numbers")
+
+    async with scene(byte_tokenizer, "d1 d2") as s:
+        for worker in s.workers.values() if everywhere else [s.workers["d1"]]:
+            worker.script.hooks["decode"] = hook
+        s.router.services.placement.policy = POLICIES["round_robin"]
+        for _ in range(6):
+            assert ((await s.ask()).error is not None) is everywhere
+        resting = [breaker.workers for breaker, _, _ in s.router.services.placement.breakers]
+        assert resting == ([] if everywhere else [("d1",)])
+
+
+async def test_a_prefill_worker_is_booked_until_it_has_handed_its_prompt_over(byte_tokenizer: Tokenizer) -> None:
+    """Blocks that it gave back, and may have evicted, counted as hits to the end of a long answer."""
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["d1"].script.hooks["decode"] = never
+        answer = asyncio.create_task(s.ask("x" * 200))
+        prefill, decode = (s.router.services.workers.get(name) for name in ("p1", "d1"))
+        assert prefill and decode
+        await until(lambda: "decode_started" in s.workers["d1"].seen and not prefill.is_booked)
+        assert decode.is_booked and "prefill" in s.workers["p1"].seen
+        answer.cancel()
+        await s.settle()
+        assert not decode.is_booked
 
 
 async def test_a_replay_that_samples_otherwise_is_an_error_and_not_a_wrong_answer(byte_tokenizer: Tokenizer) -> None:

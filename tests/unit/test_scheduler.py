@@ -148,6 +148,17 @@ def test_a_prompt_for_another_worker_keeps_its_blocks_whoever_lacks_one() -> Non
     assert decide(alone, [], pool(0), CONFIG).preempted == (first,)
 
 
+def test_as_many_decoding_sequences_as_the_budget_has_tokens_leave_prompts_a_block_of_it() -> None:
+    """Prompts had what they left, which was nothing until enough answers had ended."""
+    config = replace(CONFIG, max_num_batched_tokens=20)
+    state = running([(20, 1)] * 20, handed_over=20)
+    decision = decide(state, [sequence(30)], pool(64), config)
+    assert len(decision.decode) == 10 and [chunk for _, chunk in admitted(decision)] == [10]
+    begun = decide(running([(90, 60), *[(20, 1)] * 25], handed_over=26), [], pool(64), config)
+    assert len(begun.decode) == 10 and [chunk for _, chunk in begun.chunks] == [10]
+    assert len(decide(state, [sequence(5, n=7)], pool(64), config).decode) == 20, "nobody could join"
+
+
 def test_prompts_beside_decoding_sequences_keep_to_their_limit() -> None:
     state, alone = running([(90, 60), (33, 1)]), running([(90, 60)])
     [prefilling, _] = state.order

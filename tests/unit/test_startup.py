@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pagewire_cli.serve import demo_model
@@ -21,7 +22,7 @@ def test_the_first_phase_begins_with_the_process_itself() -> None:
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--kv-cache-memory-bytes=100", "raise --kv-cache-memory-bytes"), ("--lanes=tcp", "tcp needs --tls-cert")],
+    [("--kv-cache-memory-bytes=100", "raise --kv-cache-memory-bytes"), ("--lanes=nccl", "nccl does not work")],
 )
 def test_a_worker_refused_after_its_threads_have_begun_leaves_no_end_to_the_interpreter(flag: str, words: str) -> None:
     """It would end threads in the middle of compiled code, which now and then aborts: the exit code is then not 1."""
@@ -31,3 +32,14 @@ def test_a_worker_refused_after_its_threads_have_begun_leaves_no_end_to_the_inte
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert words in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--lanes=tcp", "tcp needs --tls-cert"), ("--lanes=udp", "is not a lane"), ("--host=0.0.0.0", "can dial")],
+)
+def test_what_cannot_work_is_told_before_the_model_is_loaded(flag: str, words: str, tmp_path: Path) -> None:
+    code = "from pagewire_worker.main import main; main()"
+    command = [sys.executable, "-P", "-c", code, f"--model={tmp_path}", "--port=0", flag]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and words in done.stderr.splitlines()[-1]

@@ -18,7 +18,7 @@ struct Choice {
 
 class Sampler {
    public:
-    // logits [padded], padded a multiple of 16 and -inf beyond the vocabulary; overwritten. -1: no logit is a number.
+    // logits [padded], padded a multiple of 16 and -inf beyond the vocabulary; overwritten. -1: the largest is infinite, as where every token is excluded.
     int draw(float* x, int padded, const Choice& choice) {
         if (!weigh(x, padded, choice)) return -1;
         if (choice.top_k > 0 && choice.top_k < padded) truncate(x, padded, choice.top_k, INFINITY);

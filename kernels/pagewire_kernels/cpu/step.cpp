@@ -522,7 +522,7 @@ class Runner {
 
     int32_t token(int r, int thread) {
         const Best best = greatest(r);
-        if (b_->choices[r].temperature == 0 || is_broken(best)) return best.token;
+        if (b_->choices[r].temperature == 0 || is_broken(best)) return best.value < INFINITY ? best.token : -1;
         return samplers_[thread].draw(b_->logits + r * logits_stride_, int(logits_stride_), b_->choices[r]);
     }
 

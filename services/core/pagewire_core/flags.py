@@ -61,6 +61,11 @@ fraction = number("fraction", float, lambda x: 0 < x <= 1, "must be in (0, 1]")
 seconds = number("seconds", float, lambda x: 0 < x < math.inf, "must be positive and finite")
 
 
+def host(text: str) -> str:
+    """A name or an address, an IPv6 one with or without brackets."""
+    return text.strip("[]")
+
+
 def cpus(text: str) -> tuple[int, ...]:
     """'0,2-3' -> (0, 2, 3); each once, ranges upwards."""
     numbers: list[int] = []
@@ -169,7 +174,7 @@ FLAGS: dict[str, Flag] = {
     "role": Flag("both", "what this worker does", choices=("prefill", "decode", "both")),
     "worker-id": Flag(None, "a stable name; default: role, host and port"),
     "host": Flag("127.0.0.1", "address to listen on; a worker tells it to others, or with 0.0.0.0 the one that it has "
-                              "on the way to Redis"),
+                              "on the way to Redis", host),
     "port": Flag(0, "port to listen on; 0: any free one", port),
     "redis-url": Flag(None, "redis://host:port/db of the index and registry"),
     "router": Flag(None, "host:port of the router"),

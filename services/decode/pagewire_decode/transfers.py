@@ -1,7 +1,7 @@
 """Prompts on their way in: credits, pages, and the KV that fills them.
 
     RESERVED --bind--> BOUND --sealed--> READY --take--> (the engine's)
-        any of them --end--> ended: credits and pages are back, the id is remembered for a while
+        any of them --end--> ended: credits and pages are back, the id and the cause are remembered for a while
 
 A transfer lives as long as its Decode call, or until its lease ends if that call never comes. A promise also
 ends where it is all that a prompt here waits for: two workers of both roles, each full of promises to prompts in
@@ -22,7 +22,7 @@ import structlog
 import torch
 from pagewire.v1 import common_pb2
 from pagewire_core import faults
-from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, PagewireError, Unavailable
+from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, PagewireError, Unavailable, from_proto
 from pagewire_engine.engine import Engine
 from pagewire_transfer.receiver import ReceiveStats
 
@@ -56,7 +56,7 @@ class Transfers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._transfers: dict[bytes, Transfer] = {}
-        self._tombstones: dict[bytes, float] = {}
+        self._tombstones: dict[bytes, tuple[float, common_pb2.Error]] = {}  # until when, and why it ended
         self._look: asyncio.TimerHandle | None = None
         self.abort_peer: Callable[[bytes, PagewireError], None] = lambda transfer_id, error: None
 
@@ -64,8 +64,8 @@ class Transfers:
         return len(self._transfers)
 
     def reserve(self, transfer_id: bytes, prompt: list[int], cache_root: bytes, n: int) -> Transfer:
-        """Promises room for a prompt and its first step. Raises Overloaded, ContextLength, Cancelled."""
-        self._check_not_stopped(transfer_id)
+        """Promises room for a prompt and its first step. Raises Overloaded, ContextLength, and what ended it before."""
+        self._check_not_ended(transfer_id)
         if transfer_id in self._transfers:
             return self._transfers[transfer_id]
         config = self._engine.config
@@ -89,7 +89,7 @@ class Transfers:
 
     def claim(self, transfer_id: bytes) -> Transfer:
         """The reserved transfer, which now lives as long as the caller wants it."""
-        self._check_not_stopped(transfer_id)
+        self._check_not_ended(transfer_id)
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             raise Unavailable("this transfer has no reservation here; its lease may have ended")
@@ -109,8 +109,8 @@ class Transfers:
         return self._engine.external.unbind(transfer.transfer_id)
 
     def end(self, transfer_id: bytes, error: PagewireError) -> bool:
-        """Gives back whatever the transfer holds and remembers that it is over. Idempotent."""
-        self._bury(transfer_id)
+        """Gives back whatever the transfer holds; who comes late is told the first cause. Idempotent."""
+        self._bury(transfer_id, error)
         transfer = self._transfers.pop(transfer_id, None)
         if transfer is None:
             return False
@@ -148,23 +148,24 @@ class Transfers:
         if self._transfers:
             self._look_later(found=lacking > 0)
 
-    def _check_not_stopped(self, transfer_id: bytes) -> None:
-        if self._tombstones.get(transfer_id, 0) > time.monotonic():
-            raise Cancelled("this transfer was stopped")
+    def _check_not_ended(self, transfer_id: bytes) -> None:
+        until, cause = self._tombstones.get(transfer_id, (0.0, common_pb2.Error()))
+        if until > time.monotonic():
+            raise from_proto(cause)
 
-    def _bury(self, transfer_id: bytes) -> None:
+    def _bury(self, transfer_id: bytes, error: PagewireError) -> None:
         now = time.monotonic()
-        while self._tombstones and next(iter(self._tombstones.values())) < now:
+        while self._tombstones and next(iter(self._tombstones.values()))[0] < now:
             del self._tombstones[next(iter(self._tombstones))]
         if len(self._tombstones) >= _MAX_TOMBSTONES:
             del self._tombstones[next(iter(self._tombstones))]
-        self._tombstones[transfer_id] = now + TOMBSTONE_S
+        self._tombstones.setdefault(transfer_id, (now + TOMBSTONE_S, error.to_proto()))
 
     # ---------------------------------------------------------------- KvSink
 
     async def bind(self, transfer_id: bytes, token_begin: int, token_end: int) -> None:
         """Turns credits into pages. Raises Overloaded if they were oversold."""
-        self._check_not_stopped(transfer_id)
+        self._check_not_ended(transfer_id)
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             raise Unavailable("this transfer has no reservation here; its lease may have ended")

@@ -19,13 +19,13 @@ from functools import lru_cache, partial
 import numpy as np
 from llguidance import LLMatcher
 from pagewire.v1 import common_pb2 as pb
-from pagewire_core.errors import Internal, InvalidRequest, PagewireError
+from pagewire_core.errors import Internal, InvalidRequest, Overloaded, PagewireError
 from pagewire_core.grammar import Vocabulary, check
 
 _KEPT_GRAMMARS = 32  # of some MiB, at worst
 # A request whose masks take more CPU time than this is ended: it would slow down all that share its steps.
 _FREE_S, _FREE_PER_TOKEN_S = 0.5, 0.002
-_QUICK_S = 0.05  # to compile: what takes longer is not compiled again while steps wait
+_QUICK_S = 0.05  # to compile: what takes longer is not compiled again while a step waits, but where the request resumes
 _TOO_SLOW = "the grammar takes too long to follow; make it simpler"
 
 
@@ -61,7 +61,8 @@ class Constraints:
         constraint, seconds = self._constraint(wanted, partial(self._compile, root))
         matchings = Matchings(constraint, partial(self._anew, wanted, seconds))
         for choice, output in enumerate(prior):
-            matchings.of(choice).extend(output or ())
+            if output:
+                matchings.of(choice).go_on_after(output)
         return matchings
 
     def _timed(self, grammar: str) -> tuple[LLMatcher, float]:
@@ -80,11 +81,14 @@ class Constraints:
         tokens = wanted.reasoning_tokens if wanted.HasField("reasoning_tokens") else None
         return Constraint(answer, reasoning, end, tokens, self.vocabulary.num_words), first + second + third
 
-    def _anew(self, wanted: pb.Constraint, seconds: float) -> Constraint:
-        """For one output alone, between two steps. What is kept for others is worn, too. Raises InvalidRequest."""
+    def _anew(self, wanted: pb.Constraint, seconds: float, hurried: bool) -> Constraint:
+        """For one output alone. What is kept for others is worn, too. hurried: a step waits.
+
+        Raises InvalidRequest, and Overloaded where it takes too long for that: the output is to be resumed.
+        """
         self._compile.cache_clear()
-        if seconds > _QUICK_S:
-            raise InvalidRequest(_TOO_SLOW, "structured_outputs")
+        if hurried and seconds > _QUICK_S:
+            raise Overloaded("the grammar is worn, and takes too long to be compiled again while others wait")
         constraint, _ = self._constraint(wanted, self._timed)
         return constraint
 
@@ -103,7 +107,7 @@ async def matchings_of(
 class Matchings:
     """Those of one request, a choice each. anew: see Matching."""
 
-    def __init__(self, constraint: Constraint, anew: Callable[[], Constraint]) -> None:
+    def __init__(self, constraint: Constraint, anew: Callable[[bool], Constraint]) -> None:
         self._constraint, self._anew = constraint, anew
         self._of: dict[int, Matching] = {}
 
@@ -176,14 +180,15 @@ class _Place:
 
 @dataclass
 class Matching:
-    """One choice's place in its constraint. error: why it cannot go on. anew: makes the constraint for it alone.
+    """One choice's place in its constraint. error: why it cannot go on. anew: makes the constraint for it alone, told
+    whether a step waits for that.
 
     Copies of a matcher share a lexer, whose bounds are over the texts of all of them: where others have used it up, or
     a text is replayed in fewer steps than it was made in, this one begins anew, and what fails then is its own grammar.
     """
 
     constraint: Constraint
-    anew: Callable[[], Constraint]
+    anew: Callable[[bool], Constraint]
     error: PagewireError | None = None
     taken: list[int] = field(default_factory=list)  # the output
     _place: _Place = field(init=False)
@@ -192,16 +197,21 @@ class Matching:
     def __post_init__(self) -> None:
         self._place = _Place.beginning(self.constraint)
 
-    def extend(self, tokens: Seq[int]) -> None:
+    def go_on_after(self, output: Seq[int]) -> None:
+        """Before any step waits for it. What cannot be followed any further has its error then."""
+        self.extend(output, hurried=False)
+        self.fill(np.empty(self.constraint.num_words, np.uint32), hurried=False)
+
+    def extend(self, tokens: Seq[int], hurried: bool = True) -> None:
         """The output's next tokens, which are final."""
         for token in tokens:
             self.taken.append(token)
             if not self._place.take(token):
-                self._begin_anew()
+                self._begin_anew(hurried)
             if self.error:
                 return
 
-    def fill(self, mask: np.ndarray, draft: Seq[int] = ()) -> None:
+    def fill(self, mask: np.ndarray, draft: Seq[int] = (), hurried: bool = True) -> None:
         """Writes which tokens may come next, uint32 [words]. draft: guesses of tokens that come before it.
 
         After a guess that may not come, or an error, anything may: the token will not be used.
@@ -214,7 +224,7 @@ class Matching:
         if not draft:  # the time of guesses is weighed by speculation, and ends no request that would else go on
             self._account(started)
         if failed:
-            self._begin_anew()
+            self._begin_anew(hurried)
             failed = None if self.error else self._try(mask, draft)
         if failed and not draft:
             self._fail(failed)
@@ -230,11 +240,11 @@ class Matching:
             return error
         return None
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, hurried: bool) -> None:
         """Each token after its mask, as the output was made."""
         started, mask = time.thread_time(), np.empty(self.constraint.num_words, np.uint32)
         try:
-            self._place = place = _Place.beginning(self.anew())
+            self._place = place = _Place.beginning(self.anew(hurried))
             for token in self.taken:
                 if place.matcher:
                     self._compute(place.matcher, mask)
@@ -242,7 +252,8 @@ class Matching:
                     raise Internal("a token of the output does not follow its grammar")
         except PagewireError as error:
             self._fail(error)
-        self._account(started)
+        if hurried:
+            self._account(started)
 
     def _compute(self, matcher: LLMatcher, mask: np.ndarray) -> None:
         """Raises InvalidRequest."""

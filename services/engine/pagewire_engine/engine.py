@@ -361,13 +361,14 @@ class Engine:
     def blocks_promised_away(self) -> int:
         """Blocks that the first that waits lacks because they are promised to transfers.
 
-        0 where what runs here will give back enough, however long that takes.
+        Where there would be too few without promises, too, those that it will lack when all has ended that runs here.
         """
         with self._lock:
-            if not self.external.reserved:
-                return 0
-            left = self.blocks.num_blocks - self.external.num_held - self.external.reserved
-            return max(self._books.wanted_blocks - max(left, 0), 0)
+            wanted, reserved = self._books.wanted_blocks, self.external.reserved
+            free = self.blocks.num_free - len(self._books.running)  # as the scheduler has them
+            if wanted > free:
+                free = self.blocks.num_blocks - self.external.num_held
+            return max(wanted - max(free - reserved, 0), 0) if reserved else 0
 
     def load(self) -> dict[str, float]:
         """The numbers of WorkerService.Stats that the engine knows."""

@@ -13,7 +13,7 @@ from pagewire_engine.books import Books
 from pagewire_engine.counters import Counters
 from pagewire_engine.events import Failed, Finished, FirstTokens, Progress, PromptScores, Token
 from pagewire_engine.outbox import Outbox
-from pagewire_engine.sampler import NOT_NUMBERS, Sampled
+from pagewire_engine.sampler import NOT_NUMBERS, OR_EXCLUDED, Sampled
 from pagewire_engine.scoring import Scores
 from pagewire_engine.sequence import Request, Sequence
 
@@ -120,8 +120,9 @@ class Publisher:
             self.fork(seq, chosen, outbox)
 
     def _break(self, request: Request, outbox: Outbox) -> None:
-        """Its model computed what are no numbers: it fails, and those beside it go on."""
-        outbox += self.fail({request: Internal(NOT_NUMBERS)})
+        """No token follows from what its model computed: it fails, and those beside it go on."""
+        may_exclude = request.params.changes_logits or request.params.masked
+        outbox += self.fail({request: Internal(NOT_NUMBERS + (OR_EXCLUDED if may_exclude else ""))})
 
     def _publish_scores(self, scored: Scored, scores: Scores, outbox: Outbox) -> None:
         at = 0

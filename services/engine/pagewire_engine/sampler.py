@@ -25,6 +25,7 @@ from pagewire_engine.watermark import add_watermark
 
 NO_TOKEN = -1
 NOT_NUMBERS = "the model's logits are not numbers"
+OR_EXCLUDED = ", or the request excludes every token"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SampleRow:
 class Sampled:
     """A chosen token; logprobs only if the request asked: of the token, and of the best (id, logprob).
 
-    token is NO_TOKEN where the logits were not numbers: none follows from them.
+    token is NO_TOKEN where none follows from the logits: one is not a number, or the largest that is left is infinite.
     hidden: float32 [E] in its place, with NO_TOKEN, where the request embeds.
     """
 
@@ -63,7 +64,7 @@ class Sampled:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether the model computed what are no numbers."""
+        """Whether nothing follows from what the model computed."""
         return self.token < 0 and (self.hidden is None or bool(self.hidden.isnan().any()))
 
 
@@ -93,7 +94,9 @@ def sample(
     if allowed is not None:
         bits = np.unpackbits(allowed.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
         logits.masked_fill_(torch.from_numpy(bits == 0).to(logits.device), -torch.inf)
-    tokens = logits.argmax(-1).tolist()
+    largest = logits.max(-1)
+    broken += (~largest.values.isfinite()).nonzero()[:, 0].tolist()
+    tokens = largest.indices.tolist()
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if random:
         drawn = _draw(logits[random], [rows[i] for i in random], [num_tokens[i] for i in random])

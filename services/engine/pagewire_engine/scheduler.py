@@ -1,11 +1,11 @@
 """Decides what the next step computes. Pure: it reads the state it is given and changes nothing.
 
 Policy, as in Sarathi-Serve (arXiv 2403.02310) and vLLM: every running sequence that decodes gets its token, or, where
-they are more than the token budget, those that have waited longest; what is left of the budget goes to prompts that are
-partly computed, then to waiting ones, in order of arrival, as long as the prompts' tokens are fewer than make a step
-efficient. When a decoding sequence finds no block, the sequence that arrived last is preempted: it gives its blocks
-back and is computed anew later (mostly from the prefix cache). Not so a prefill-only prompt: its KV may be on its way
-to another worker, and with all the blocks that it will ever need it ends by itself.
+they are more than the token budget, those that have waited longest; what is left of the budget, a block at least, goes
+to prompts that are partly computed, then to waiting ones, in order of arrival, as long as the prompts' tokens are fewer
+than make a step efficient. When a decoding sequence finds no block, the sequence that arrived last is preempted: it
+gives its blocks back and is computed anew later (mostly from the prefix cache). Not so a prefill-only prompt: its KV
+may be on its way to another worker, and with all the blocks that it will ever need it ends by itself.
 
 `max_num_seqs` sequences that have waited run at a time. Those whose KV came from a prefill worker run beside them, at
 once, for their blocks are theirs already: as many as the router lets in. If they took the places of those that wait, a
@@ -91,9 +91,10 @@ def decide(
     running: Running, waiting: Iterable[Sequence], pool: Pool, config: EngineConfig, prefill_limit: int | None = None
 ) -> Decision:
     """waiting in order of arrival. prefill_limit: prompt tokens in a step that has decoding sequences."""
-    rows, ready = running.rows, running.ready
-    if len(ready) > config.max_num_batched_tokens:  # they take turns
-        longest = np.argsort(rows.last_steps[ready], kind="stable")[: config.max_num_batched_tokens]
+    rows, ready, seats = running.rows, running.ready, _free_seats(running, config)
+    most = config.max_num_batched_tokens - _prompts_share(running, waiting, seats, config)
+    if len(ready) > most:  # they take turns
+        longest = np.argsort(rows.last_steps[ready], kind="stable")[:most]
         ready = np.sort(ready[longest])
     growing = [rows.sequences[i] for i in ready[rows.positions[ready] >= rows.capacities[ready]]]
     fresh = (rows.sequences[i] for i in ready[rows.may_copy[ready] > 0])
@@ -105,7 +106,7 @@ def decide(
     limit = budget if prefill_limit is None or not len(ready) else min(budget, prefill_limit)
     chunks, left = _chunks(running.prompts, limit)
     least = max(limit - config.enough_prompt_tokens, 0)
-    admitted, refused = _admit(running, waiting, pool, config, free, left, least)
+    admitted, refused = _admit(running, waiting, seats, pool, config, free, left, least)
     if drafted:
         single = np.ones(len(rows), bool)
         single[[seq.row for seq in drafted]] = False
@@ -113,6 +114,18 @@ def decide(
         growing = [seq for seq in growing if single[seq.row]]
         copying = [seq for seq in copying if single[seq.row]]
     return Decision((), ready, tuple(growing), tuple(copying), tuple(drafted), tuple(chunks), tuple(admitted), refused)
+
+
+def _free_seats(running: Running, config: EngineConfig) -> int:
+    return config.max_num_seqs - running.rows.num_queued - sum(_seats(seq) for seq in running.prompts)
+
+
+def _prompts_share(running: Running, waiting: Iterable[Sequence], seats: int, config: EngineConfig) -> int:
+    """Tokens of the budget that rows leave to prompts, which would else wait until answers end."""
+    first = next(iter(waiting), None)
+    if not any(running.prompts) and (first is None or _seats(first) > seats):
+        return 0
+    return min(config.block_size, config.max_num_batched_tokens // 2)
 
 
 def _drafts(
@@ -143,11 +156,17 @@ def _chunks(prompts: Iterable[Sequence], limit: int) -> tuple[list[tuple[Sequenc
 
 
 def _admit(
-    running: Running, waiting: Iterable[Sequence], pool: Pool, config: EngineConfig, free: int, limit: int, least: int
+    running: Running,
+    waiting: Iterable[Sequence],
+    seats: int,
+    pool: Pool,
+    config: EngineConfig,
+    free: int,
+    limit: int,
+    least: int,
 ) -> tuple[list[Admission], tuple[Sequence, int] | None]:
     """Takes sequences from the head of the queue while they fit and more than `least` of the limit is left."""
     admitted: list[Admission] = []
-    seats = config.max_num_seqs - running.rows.num_queued - sum(_seats(seq) for seq in running.prompts)
     for seq in waiting:
         # Whoever decodes beside it may want a block at the next step.
         available = free - pool.reserved - len(running.order) - len(admitted)

@@ -43,7 +43,8 @@ class _Load:
 class Slot(Waiting):
     """A request's place in the queue, and then among those that run.
 
-    n: its sequences. deadline: on the loop's clock.
+    n: its sequences; 0: its prompt is only computed, and takes no room of those that decode. deadline: on the loop's
+    clock.
     """
 
     n: int = 1
@@ -55,7 +56,7 @@ class Slot(Waiting):
 
     @property
     def kv_tokens(self) -> int:
-        return self.tokens + self.n
+        return self.tokens + self.n if self.n else 0
 
     def begin(self, admission: Admission) -> None:
         load, self._admission = admission.load, admission
@@ -96,6 +97,7 @@ class Slot(Waiting):
 class Admission:
     """Lets requests in as long as `room()` has room for them, in the order of a FairQueue.
 
+    Where the next one waits for room to decode, those that do not decode pass it, in the order of their coming.
     The room may change at any time; call `wake` then. A request heavier than the whole room runs alone.
     """
 
@@ -104,6 +106,7 @@ class Admission:
         self._limits = limits
         self._room = room
         self._queue = FairQueue()
+        self._passing: dict[Slot, None] = {}  # of those that wait, who does not decode
         self._rate = DrainRate()
 
     @property
@@ -142,12 +145,17 @@ class Admission:
         """Lets in what fits now."""
         while (slot := self._queue.next()) is not None:
             assert isinstance(slot, Slot) and slot.turn is not None
-            if slot.turn.done():  # its caller gives up at this moment
+            if not slot.turn.done() and not self._fits(slot):
+                slot = next(iter(self._passing), slot)
+            turn = slot.turn
+            assert turn is not None
+            if turn.done():  # its caller gives up at this moment
                 self._take_out(slot)
             elif self._fits(slot):
                 self._queue.take(slot)
+                self._passing.pop(slot, None)
                 self._rate.left(slot.tokens, _now())
-                slot.turn.set_result(None)
+                turn.set_result(None)
                 slot.turn = None
                 slot.begin(self)
             else:
@@ -166,6 +174,8 @@ class Admission:
             slot.begin(self)
             return
         turn = self._queue_up(slot)
+        if not slot.n:
+            self.wake()
         try:
             async with asyncio.timeout_at(slot.deadline):
                 await turn
@@ -182,7 +192,7 @@ class Admission:
     def _queue_up(self, slot: Slot) -> asyncio.Future[None]:
         now = _now()
         wait_s = self._rate.seconds_for(self._queue.ahead_of(slot), now)
-        if wait_s is not None and now + wait_s > slot.deadline:
+        if slot.n and wait_s is not None and now + wait_s > slot.deadline:
             raise DeadlineExceeded(
                 f"the request cannot begin in time: what waits before it takes about {wait_s:.0f} s; "
                 "try again later or allow more time"
@@ -190,6 +200,8 @@ class Admission:
         slot.turn = turn = asyncio.get_running_loop().create_future()
         self._rate.waits(now)
         self._queue.put(slot)
+        if not slot.n:
+            self._passing[slot] = None
         while len(self._queue) > 1 and self._is_too_long():
             self._refuse(self._queue.shed(), self._overloaded())
         return turn
@@ -209,6 +221,7 @@ class Admission:
 
     def _take_out(self, slot: Slot) -> None:
         self._queue.remove(slot)
+        self._passing.pop(slot, None)
         slot.turn = None
 
     def _fits(self, slot: Slot) -> bool:
@@ -216,10 +229,12 @@ class Admission:
         if not load.requests:
             return True
         room = self._room()
-        return (
-            load.sequences + slot.n <= room.sequences
-            and load.uncomputed < room.prompt_tokens
-            and min(slot.kv_tokens, room.kv_pool) <= room.kv_tokens - load.entering
+        return load.uncomputed < room.prompt_tokens and (
+            not slot.n
+            or (
+                load.sequences + slot.n <= room.sequences
+                and min(slot.kv_tokens, room.kv_pool) <= room.kv_tokens - load.entering
+            )
         )
 
     def _overloaded(self) -> Overloaded:

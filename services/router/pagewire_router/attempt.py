@@ -60,7 +60,8 @@ class LegFailed(Exception):
 class Attempt:
     """An async context manager: `reserve`, then iterate `events` once; both raise LegFailed.
 
-    The work counts against its workers from entering on. Raises DeadlineExceeded at `deadline`, on the
+    The work counts against its workers from entering on, against the prefill worker until its leg is over.
+    Raises DeadlineExceeded at `deadline`, on the
     loop's clock. Workers notice a transfer that stands still for `transfer_timeout_s`; twice that after
     the first token the attempt gives up on one that nobody ended. `prior` is what the decode worker is to
     go on after, for each choice, if anything. `take` may be given tokens while
@@ -87,7 +88,8 @@ class Attempt:
         self._spans = spans
         self._metadata = request_metadata(request.request_id, spans.attempt)
         self._arrived: Mailbox[Arrival] = Mailbox(MAX_UNREAD, self._overflow)
-        self._held = contextlib.ExitStack()  # bookings and the place on the feed
+        self._held = contextlib.ExitStack()  # the decode worker's booking and the place on the feed
+        self._prefill_held = contextlib.ExitStack()  # the prefill worker's booking: it keeps nothing beyond its leg
         self._feed: FeedCall | None = None
         self._calls: dict[Leg, grpc.aio.UnaryStreamCall] = {}
         self._pumps: list[asyncio.Task[None]] = []
@@ -103,7 +105,9 @@ class Attempt:
         self.transfer_id = secrets.token_bytes(16)
 
     async def __aenter__(self) -> Self:
-        self._held.enter_context(self.placed.booked())
+        if self.placed.prefill is not None:
+            self._prefill_held.enter_context(self.placed.prefill.booked(self.placed.prefill_booking))
+        self._held.enter_context(self.placed.decode.booked(self.placed.decode_booking))
         legs: list[tuple[Leg, Worker | None]] = [("prefill", self.placed.prefill), ("decode", self.placed.decode)]
         for leg, worker in legs:
             if worker is not None:
@@ -120,6 +124,7 @@ class Attempt:
             await leaving
             raise
         finally:
+            self._prefill_held.close()
             self._held.close()
             if isinstance(failure, LegFailed):
                 self._spans.close(failure.error, failure.leg)
@@ -320,6 +325,8 @@ class Attempt:
     def _judge_end(self, leg: Leg, error: PagewireError | None) -> None:
         """A leg is over: raises LegFailed if the attempt cannot go on without it."""
         self._spans.end_leg(leg, error)
+        if leg == "prefill":
+            self._prefill_held.close()
         if self._finished:
             return
         if leg == "decode":

@@ -98,7 +98,7 @@ class Embedder:
     async def _part(
         self, inputs: list[list[int]], queueing: asyncio.Lock, request_id: str, tenant: str, deadline: float
     ) -> list[inference_pb2.Embedding]:
-        slot = Slot(sum(map(len, inputs)), tenant, deadline=deadline)
+        slot = Slot(sum(map(len, inputs)), tenant, n=0, deadline=deadline)
         async with contextlib.AsyncExitStack() as held:
             async with queueing:
                 await held.enter_async_context(self._admission.slot(slot))

@@ -93,6 +93,7 @@ class Generation:
         self._refused: set[str] = set()  # workers that had no room
         self._backoff_s = _MIN_BACKOFF_S
         self._failures = 0  # since the client was given something
+        self._undecided: list[tuple[Placed[Worker], LegFailed]] = []  # whether they are the request's own fault
         self._given_before = 0  # tokens, when the last failure was judged
         self.outcome = "internal"  # unless one of the ends below says otherwise
 
@@ -284,6 +285,8 @@ class Generation:
         if delta is None:
             return
         faults.point("relay")
+        if self._undecided and delta.tokens:
+            self._learn_undecided()
         if delta.tokens and not self._request.is_step:
             self._account.note_tokens(delta.choice, len(delta.tokens), self._services.metrics)
         if delta.finish_reason and not self._request.is_step:
@@ -319,7 +322,10 @@ class Generation:
         if isinstance(error, Overloaded):
             self._refused.add(failure.worker_id)
             return
-        learn_failure(self._services.placement, placed, self._request, failure)
+        if isinstance(error, Internal):
+            self._undecided.append((placed, failure))
+        else:
+            learn_failure(self._services.placement, placed, self._request, failure)
         given, self._given_before = self._given_before, self.completion_tokens
         self._failures = 1 if self.completion_tokens > given else self._failures + 1
         self._services.metrics.retries.labels(failure.leg).inc()
@@ -331,6 +337,15 @@ class Generation:
             raise _told(failure, placed)
         self._avoid.add(failure.worker_id)
         self._refused.clear()  # by now they may have room
+
+    def _learn_undecided(self) -> None:
+        """An attempt got past where others failed: that was these workers' fault.
+
+        What fails wherever it is tried, as where the model computes no numbers for it, opens no circuit breaker.
+        """
+        for placed, failure in self._undecided:
+            learn_failure(self._services.placement, placed, self._request, failure)
+        self._undecided.clear()
 
 
 def opening(request: ValidRequest) -> inference_pb2.GenerateResponse:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -59,15 +58,6 @@ class Placed(Generic[W]):
     def compute_tokens(self) -> int:
         """Prompt tokens that nobody has yet, as far as is known."""
         return (self.decode_booking if self.prefill is None else self.prefill_booking).compute_tokens
-
-    @contextlib.contextmanager
-    def booked(self) -> Iterator[None]:
-        """Counts the work against its workers while the body runs."""
-        with contextlib.ExitStack() as stack:
-            if self.prefill is not None:
-                stack.enter_context(self.prefill.booked(self.prefill_booking))
-            stack.enter_context(self.decode.booked(self.decode_booking))
-            yield
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,17 @@ class GrpcLane:
         pass
 
 
+def named_lanes(flag: str, encrypted: bool) -> list[str]:
+    """The lanes that `--lanes` names; none for "auto". Raises StartupError for what works on no machine so started."""
+    names = [] if flag == "auto" else list(dict.fromkeys(name.strip() for name in flag.split(",")))
+    for name in names:
+        if name not in LANES:
+            raise StartupError(f"--lanes: {name!r} is not a lane; choose auto or some of {', '.join(LANES)}")
+        if name == "tcp" and not encrypted:
+            raise StartupError("--lanes: tcp needs --tls-cert, --tls-key and --tls-ca; use gloo on a private network")
+    return names
+
+
 def available_lanes(flag: str, device: torch.device | str, encrypted: bool = False) -> list[str]:
     """The lanes of `--lanes`, best first; "auto" is all that work on this device.
 
@@ -105,12 +116,8 @@ def available_lanes(flag: str, device: torch.device | str, encrypted: bool = Fal
     }
     if flag == "auto":
         return [name for name in LANES if works[name] and not (encrypted and name in _UNPROTECTED)]
-    names = list(dict.fromkeys(name.strip() for name in flag.split(",")))
+    names = named_lanes(flag, encrypted)
     for name in names:
-        if name not in works:
-            raise StartupError(f"--lanes: {name!r} is not a lane; choose auto or some of {', '.join(LANES)}")
-        if name == "tcp" and not encrypted:
-            raise StartupError("--lanes: tcp needs --tls-cert, --tls-key and --tls-ca; use gloo on a private network")
         if encrypted and name in _UNPROTECTED:
             log.warning("THIS LANE IS NEITHER AUTHENTICATED NOR ENCRYPTED; keep its network private", lane=name)
         if not works[name]:

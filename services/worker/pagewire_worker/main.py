@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import uvloop
 from pagewire_core import faults, tracing
+from pagewire_core.announced_host import announced_host
 from pagewire_core.command_line import run_main
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import WORKER_FLAGS
@@ -23,6 +24,7 @@ from pagewire_engine.loader import load
 from pagewire_engine.options import EngineOptions
 from pagewire_engine.speculative.config import read_speculative_config
 from pagewire_engine.speculative.loading import load_proposer, resolve_draft
+from pagewire_transfer.lanes import named_lanes
 
 from pagewire_worker.worker import Worker
 
@@ -43,6 +45,9 @@ def _run(args: argparse.Namespace, began: float | None) -> None:
     configure_logging(f"worker-{args.role}", args.log_format, args.log_level)
     tls = tls_files(args.tls_cert, args.tls_key, args.tls_ca)
     args.redis_url = with_certificates(args.redis_url, tls)
+    # What cannot work is told before the model is loaded, which may take minutes.
+    named_lanes(args.lanes, tls is not None)
+    host = announced_host(args.host, args.redis_url)
     torch.set_num_threads(args.threads or min(torch.get_num_threads(), num_threads(args.cpus)))
     torch.set_num_interop_threads(1)
     model = resolve_model(args.model, args.revision, args.download_dir)
@@ -54,7 +59,7 @@ def _run(args: argparse.Namespace, began: float | None) -> None:
         loaded = load(model, options, draft)
         proposer = load_proposer(speculation, loaded, options, draft) if speculation else None
         timeline.mark("model")
-        uvloop.run(Worker(args, loaded, proposer, uuid.uuid4().hex, timeline, tls).run())
+        uvloop.run(Worker(args, host, loaded, proposer, uuid.uuid4().hex, timeline, tls).run())
     except StartupError as error:
         # The interpreter's own end would end threads in the middle of compiled code, which aborts the process.
         sys.stderr.write(f"pagewire-worker: {error}\n")

@@ -25,7 +25,7 @@ from pagewire.v1 import (
     worker_pb2_grpc,
 )
 from pagewire_core import rpc, tracing
-from pagewire_core.announced_host import address_of, announced_host
+from pagewire_core.announced_host import address_of
 from pagewire_core.block_events import BlockEventPublisher
 from pagewire_core.command_line import shown_flags
 from pagewire_core.flags import WORKER_FLAGS
@@ -61,11 +61,12 @@ CLOSE_S = 2.0  # how long what is handed over, and then the connections, may tak
 
 
 class Worker:
-    """One engine and its gRPC services, from start to SIGTERM."""
+    """One engine and its gRPC services, from start to SIGTERM. host: where others reach it."""
 
     def __init__(
         self,
         args: argparse.Namespace,
+        host: str,
         loaded: Loaded,
         proposer: SpeculativeProposer | None,
         instance: str,
@@ -75,7 +76,7 @@ class Worker:
         self._args, self._loaded, self._proposer, self._instance = args, loaded, proposer, instance
         self._timeline = timeline
         self._tls = tls
-        self._host = announced_host(args.host, args.redis_url)
+        self._host = host
         self._registry = CollectorRegistry()
         self._lanes = available_lanes(args.lanes, loaded.runner.config.device, tls is not None)
         self._publisher: BlockEventPublisher | None = None

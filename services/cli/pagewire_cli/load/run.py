@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from pagewire_core.announced_host import address_of
+
 from pagewire_cli.load import dataset, pace, report
 from pagewire_cli.load.client import CHAT, COMPLETIONS, Outcome, ServerUnfit, Target
 from pagewire_cli.load.http import Server
@@ -57,7 +59,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 
 async def _target(args: argparse.Namespace) -> Target:
     key = os.environ.get("OPENAI_API_KEY")
-    base_url = args.base_url or f"http://{args.host}:{args.port}"
+    base_url = args.base_url or f"http://{address_of(args.host, args.port)}"
     server = Server(base_url, {"authorization": f"Bearer {key}"} if key else {})
     is_chat = args.backend == "openai-chat"
     endpoint = args.endpoint or (CHAT if is_chat else COMPLETIONS)
