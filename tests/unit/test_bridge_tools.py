@@ -95,6 +95,13 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}]Done', "Done", [("now", "{}")]),
     ("deepseek_v31", f'{B}{CB}get_weather{SEP}{{"days": 3{CE}{CB}now{SEP}{{}}{CE}{E}Done', "Done",
      [("get_weather", '{"days": 3'), ("now", "{}")]),
+    # Neither do ends of values, of functions, or of calls.
+    ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n<parameter=days>\n3\n</function>\n"
+                    "</tool_call> Done", "Done", [("get_weather", '{"city": "Rome", "days": 3}')]),
+    ("qwen3_coder", "<tool_call>\n<function=now>\n<parameter=a>\n<b></function></b>\n</parameter>\n</tool_call>\n"
+                    "<tool_call>\n<function=now>\n</tool_call>\nDone", "Done",
+     [("now", '{"a": "<b></function></b>"}'), ("now", "{}")]),
+    ("qwen3_coder", "<tool_call><function=now><parameter=a>\n1\n</tool_call>Done", "Done", [("now", '{"a": "1"}')]),
     # No arguments, and no name.
     ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [("now", "{}")]),
     ("hermes", '<tool_call>{"arguments": null, "name": "now"}</tool_call>', "", [("now", "{}")]),

@@ -10,6 +10,10 @@ from pagewire_bridge.tools.json_walk import Walk
 from pagewire_bridge.tools.marked import OneMark
 
 _FUNCTION, _PARAMETER = "<function=", "<parameter="
+_PARAMETER_END, _FUNCTION_END, _CALL_END = "</parameter>", "</function>", "</tool_call>"
+_AFTER_VALUE = (_PARAMETER, _FUNCTION_END, _CALL_END)
+# Models forget the end of a value: what follows it ends it, too, at the beginning of a line.
+_VALUE_ENDS = (_PARAMETER_END, *(f"\n{mark}" for mark in _AFTER_VALUE))
 
 
 def _is_text(schema: object) -> bool:
@@ -27,15 +31,17 @@ class XmlParser(OneMark):
         name = yield from self._text_before(">")
         tool = self._tools.get(name.strip())
         self._call(name.strip())
-        between = "{"
-        while (yield from self._first_of([_PARAMETER, "</function>"])) == _PARAMETER:
+        between, mark = "{", (yield from self._first_of(_AFTER_VALUE))
+        while mark == _PARAMETER:
             key = yield from self._text_before(">")
-            text = yield from self._text_before("</parameter>")
+            text, end = yield from self._text_to(_VALUE_ENDS)
+            mark = end.lstrip() if end != _PARAMETER_END else (yield from self._first_of(_AFTER_VALUE))
             properties = tool.parameters.get("properties", {}) if tool else {}
             self._argue(f"{between}{json.dumps(key, ensure_ascii=False)}: {_as_json(text, properties.get(key))}")
             between = ", "
         self._argue("{}" if between == "{" else "}")
-        yield from self._until("</tool_call>")
+        if mark == _FUNCTION_END:
+            yield from self._until(_CALL_END)
 
 
 def _as_json(text: str, schema: object) -> str:
