@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-import orjson
 from pagewire.v1.inference_pb2 import StructuredOutput
 from pagewire_core.errors import InvalidRequest
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from pagewire_bridge.body import to_object
+from pagewire_bridge.json_text import written
 
 MAX_BEST_OF = 2
 MAX_STOP_SEQUENCES = 4
@@ -42,7 +42,7 @@ class Grammar(_Body):
             schema = to_object(schema.encode())
         if self.type == "json" and "properties" not in schema:
             raise InvalidRequest("`grammar.value` must have a key `properties`", "grammar.value")
-        return StructuredOutput(json_schema=orjson.dumps(schema).decode())
+        return StructuredOutput(json_schema=written(schema).decode())
 
 
 class Parameters(_Body):

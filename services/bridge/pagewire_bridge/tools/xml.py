@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pagewire_bridge.json_text import read, written
 from pagewire_bridge.tools.calls import Tool
 from pagewire_bridge.tools.json_walk import Walk
 from pagewire_bridge.tools.marked import OneMark
@@ -48,7 +49,7 @@ def _as_json(text: str, schema: object) -> str:
     text = text.removeprefix("\n").removesuffix("\n")
     if not _is_text(schema):
         try:
-            return json.dumps(json.loads(text), ensure_ascii=False)
+            return written(read(text.encode())).decode()
         except ValueError:
             pass  # the model's mistake: the application sees the text
     return json.dumps(text, ensure_ascii=False)
