@@ -136,6 +136,33 @@ async def test_arguments_that_are_objects_have_the_models_numbers(
         assert all(json.loads(line) for line in text.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"a": [1]}', {"a": [1]}),
+        (" {} ", {}),
+        ("null", {}),
+        ("[1]", {}),
+        ("5", {}),
+        ('"x"', {}),
+        ('" [1]"', {}),
+        ('" {}"', {}),
+    ],
+)
+async def test_a_streams_pieces_of_a_call_add_up_to_an_object(
+    bridge: Bridge, arguments: str, expected: dict[str, Any]
+) -> None:
+    """Anthropic's clients read them as one."""
+    said = f'{{"name": "now", "arguments": {arguments}}}'
+    bridge.router.script = says(accepted(), *map(delta, said), delta(finish=STOP), summary())
+    tools = [{"name": "now", "input_schema": {}}]
+    body = {"model": "demo", "messages": [USER], "max_tokens": 9, "tools": tools, "stream": True}
+    _, text = await post(bridge, "/v1/messages", body)
+    lines = (json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: "))
+    deltas = [event["delta"] for event in lines if event["type"] == "content_block_delta"]
+    assert json.loads("".join(d["partial_json"] for d in deltas) or "{}") == expected
+
+
 @pytest.mark.parametrize("number", range(len(bodies_with({}))))
 async def test_long_numbers_reach_the_router_as_they_are_in_every_api(bridge: Bridge, number: int) -> None:
     """As a schema's `const` or a call's argument: they became floats."""

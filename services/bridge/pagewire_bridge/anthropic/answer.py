@@ -107,19 +107,28 @@ async def events(answer: Answer, generation: Generation) -> AsyncGenerator[bytes
 
 
 class _Blocks:
-    """The events of an answer's blocks, of which one is open at a time."""
+    """The events of an answer's blocks, of which one is open at a time.
+
+    A call's arguments are told if they are an object, as its input is one: else it is the empty one of its begin.
+    """
 
     def __init__(self) -> None:
         self._index = -1
         self._open: type[Piece] | None = None
+        self._is_object: bool | None = None  # of the call that is open; None: they have not begun
 
     def of(self, piece: Piece) -> Iterator[Fields]:
         kind = Call if isinstance(piece, Arguments) else type(piece)
         if kind is not self._open or isinstance(piece, Call):
             yield from self.end()
-            self._open = kind
+            self._open, self._is_object = kind, None
             self._index += 1
             yield {"type": "content_block_start", "index": self._index, "content_block": _empty(piece)}
+        if isinstance(piece, Arguments):
+            if self._is_object is None and piece.text.strip():
+                self._is_object = piece.text.lstrip().startswith("{")
+            if not self._is_object:
+                return
         if delta := _delta(piece):
             yield {"type": "content_block_delta", "index": self._index, "delta": delta}
 
