@@ -63,7 +63,7 @@ class Answer:
 
 
 def usage(summary: Summary) -> dict[str, int]:
-    """input_tokens leaves out what came from the cache, as Anthropic counts."""
+    """input_tokens leaves out what came from the cache, as Anthropic counts: the input is the sum of three."""
     return {
         "input_tokens": summary.prompt_tokens - summary.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -88,8 +88,9 @@ async def whole(answer: Answer, generation: Generation) -> Fields:
 
 async def events(answer: Answer, generation: Generation) -> AsyncGenerator[bytes]:
     """After a failure one error event, and no more."""
-    before = {"input_tokens": generation.accepted[0].prompt_tokens, "output_tokens": 0}
-    begin = {**answer.head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": before}
+    # What will come from the cache is not known yet.
+    before = Summary(prompt_tokens=generation.accepted[0].prompt_tokens)
+    begin = {**answer.head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage(before)}
     yield _event({"type": "message_start", "message": begin})
     blocks = _Blocks()
     try:
