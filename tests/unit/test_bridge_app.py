@@ -82,6 +82,13 @@ async def test_every_route_names_what_had_no_effect_but_not_null(
         assert response.headers["x-pagewire-ignored-fields"] == names
 
 
+async def test_a_grammar_that_is_no_schema_is_told_by_its_name(bridge: Bridge) -> None:
+    for text in ("5", "{"):
+        grammar = {"type": "json", "value": text}
+        response = await bridge.http.post("/generate", json={"inputs": "x", "parameters": {"grammar": grammar}})
+        assert response.status_code == 422 and response.json()["error"].startswith("`grammar.value` ")
+
+
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
 @pytest.mark.parametrize(("name", "value"), [("mcp_servers", [{"type": "url"}]), ("container", "c")])
 async def test_what_would_give_another_message_is_refused(bridge: Bridge, path: str, name: str, value: object) -> None:

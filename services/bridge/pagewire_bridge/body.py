@@ -37,16 +37,19 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def to_object(data: bytes) -> dict[str, Any]:
-    """Raises InvalidRequest: not JSON (NaN and lone surrogates included), nested too deeply, or not an object."""
+def to_object(data: bytes, what: str = "The body") -> dict[str, Any]:
+    """Raises InvalidRequest: not JSON (NaN and lone surrogates included), nested too deeply, or not an object.
+
+    what: the data are, as messages call it.
+    """
     try:
         fields = read(data)
     except TooDeep as error:
-        raise InvalidRequest(f"The body is {error}.") from None
+        raise InvalidRequest(f"{what} is {error}.") from None
     except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+        raise InvalidRequest(f"{what} is not valid JSON: {error}.") from None
     if not isinstance(fields, dict):
-        raise InvalidRequest("The body must be a JSON object.")
+        raise InvalidRequest(f"{what} must be a JSON object.")
     return fields
 
 

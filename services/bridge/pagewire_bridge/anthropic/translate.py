@@ -81,7 +81,7 @@ def _tools(body: MessagesBody | CountBody) -> Fields:
     kind, name = choice.get("type"), choice.get("name")
     if kind == "tool" and isinstance(name, str):
         wanted: Any = {"type": "function", "function": {"name": name}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         wanted = _CHOICES[kind]
     else:
         raise InvalidRequest("tool_choice: type must be auto, any, none, or tool with a name", "tool_choice")

@@ -39,7 +39,7 @@ class Grammar(_Body):
         if isinstance(schema, dict) and self.type == "json_schema":
             schema = schema.get("schema", schema)
         if isinstance(schema, str):
-            schema = to_object(schema.encode())
+            schema = to_object(schema.encode(), "`grammar.value`")
         if self.type == "json" and "properties" not in schema:
             raise InvalidRequest("`grammar.value` must have a key `properties`", "grammar.value")
         return StructuredOutput(json_schema=written(schema).decode())
