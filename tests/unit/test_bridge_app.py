@@ -173,7 +173,14 @@ async def test_a_tier_that_was_asked_for_is_told(bridge: Bridge) -> None:
 
 async def test_what_the_proxy_allows_bounds_the_call(bridge: Bridge) -> None:
     body = {"messages": MESSAGES}
-    for allowed, expected in (("1500", 1.5), ("0", None), ("soon", None), ("99999999", None)):
+    for allowed, expected in (
+        ("1500", 1.5),
+        ("0", None),
+        ("soon", None),
+        ("99999999", None),
+        ("9" * 400, None),
+        ("9" * 5000, None),
+    ):
         headers = {"x-envoy-expected-rq-timeout-ms": allowed}
         assert (await bridge.http.post("/v1/chat/completions", json=body, headers=headers)).status_code == 200
         left_s = bridge.router.time_remaining

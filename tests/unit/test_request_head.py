@@ -214,11 +214,12 @@ async def test_a_body_that_does_not_come_ends_the_request(bridge: Bridge, monkey
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_client_of_http_1_0_gets_no_chunks(bridge: Bridge, streamed: bool) -> None:
+async def test_a_client_of_http_1_0_gets_no_chunks_and_no_interim_answer(bridge: Bridge, streamed: bool) -> None:
     bridge.router.script = says(accepted(), delta("a"), delta("b", finish=STOP), summary())
     reader, writer = await asyncio.open_connection("127.0.0.1", int(bridge.url.rpartition(":")[2]))
     content = json.dumps({"prompt": "x", "stream": streamed}).encode()
-    writer.write(b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+    writer.write(b"POST /v1/completions HTTP/1.0\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(content))
+    writer.write(content)
     async with asyncio.timeout(10):
         head, _, told = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()

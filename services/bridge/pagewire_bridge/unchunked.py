@@ -1,4 +1,7 @@
-"""Answers to HTTP/1.0, which knows no chunks: a stream ends where its connection does. uvicorn sends them to all."""
+"""Answers to HTTP/1.0, which knows no chunks and no `100 Continue`: uvicorn sends them to all.
+
+A stream ends where its connection does.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ class Unchunked(HttpToolsProtocol):
     """uvicorn's protocol. It closes the connection of such a client after the answer, whatever that is."""
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        older = cycle.scope["http_version"] == "1.0"
-        super()._start_asgi_task(cycle, _unchunked(cycle, app) if older else app)
+        if cycle.scope["http_version"] == "1.0":
+            cycle.waiting_for_100_continue = False
+            app = _unchunked(cycle, app)
+        super()._start_asgi_task(cycle, app)
 
 
 def _unchunked(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
