@@ -102,6 +102,11 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
                     "<tool_call>\n<function=now>\n</tool_call>\nDone", "Done",
      [("now", '{"a": "<b></function></b>"}'), ("now", "{}")]),
     ("qwen3_coder", "<tool_call><function=now><parameter=a>\n1\n</tool_call>Done", "Done", [("now", '{"a": "1"}')]),
+    ("hermes", '<tool_call>{"name": "now"}\n<tool_call>{"name": "now"} Then\n<tool_call>{"name": "now"}}</tool_call>'
+               "Done", "ThenDone", [("now", "{}")] * 3),
+    ("hermes", '<tool_call>{"name": "now"}\n\nDone. ', "Done. ", [("now", "{}")]),
+    ("qwen3_coder", "<tool_call>\n<function=now>\n</function>\n<tool_call>\n<function=now>\n</function>\nDone", "Done",
+     [("now", "{}")] * 2),
     # No arguments, and no name.
     ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [("now", "{}")]),
     ("hermes", '<tool_call>{"arguments": null, "name": "now"}</tool_call>', "", [("now", "{}")]),

@@ -94,7 +94,10 @@ class MarkedParser(CharacterParser):
         """As `walk`, with all characters that it gets in `raw`."""
         next(walk)
         while True:
-            raw.append((yield))
+            try:
+                raw.append((yield))
+            except TextOver as over:
+                walk.throw(over)
             try:
                 walk.send(raw[-1])
             except StopIteration as stop:

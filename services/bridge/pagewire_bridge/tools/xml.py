@@ -41,8 +41,7 @@ class XmlParser(OneMark):
             self._argue(f"{between}{json.dumps(key, ensure_ascii=False)}: {_as_json(text, properties.get(key))}")
             between = ", "
         self._argue("{}" if between == "{" else "}")
-        if mark == _FUNCTION_END:
-            yield from self._until(_CALL_END)
+        return (yield from self._to_end(_CALL_END)) if mark == _FUNCTION_END else None
 
 
 def _as_json(text: str, schema: object) -> str:
