@@ -123,6 +123,20 @@ def test_a_familys_calls_are_found(family: str, text: str, content: str, calls: 
     assert parsed(family, list(text)) == (content, calls)
 
 
+@pytest.mark.parametrize("wrong", [None, 5, True, "x", ["x"], {"x": 1}])
+@pytest.mark.parametrize("name", ["properties", "required", "enum"])
+@pytest.mark.parametrize("family", sorted(TOOL_FORMATS))
+def test_a_schema_that_is_none_is_no_fault_of_ours(family: str, name: str, wrong: object) -> None:
+    """What of it has a form is told to the router, which says what is wrong with it."""
+    inner: dict[str, Any] = {"type": "string", **({"enum": wrong} if name == "enum" else {})}
+    parameters = {"type": "object", "properties": {"a": inner}, **({name: wrong} if name != "enum" else {})}
+    form, tools = TOOL_FORMATS[family], [Tool("now", parameters=parameters)]
+    assert json.dumps([form.forced(tools, True), form.free(tools, True)])
+    text = "<tool_call><function=now><parameter=a>\n1\n</parameter></function></tool_call>"
+    parser = form.parser(tools)
+    assert said([*parser.push(text), *parser.finish()])
+
+
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     return [text[a:b] for a, b in pairwise(places)]
