@@ -22,6 +22,7 @@ from scripted_router import (
     ScriptedRouter,
     accepted,
     delta,
+    refuses,
     running_bridge,
     says,
     stalls_after,
@@ -140,6 +141,31 @@ async def test_a_new_chat_has_nothing_of_an_answer_that_it_ended(scripted: tuple
     await page.keyboard.press("Enter")
     await expect(page.locator("article.assistant pre")).to_have_text("Hi")
     assert [(m.role, m.content) for m in router.requests[-1].chat.messages] == [("user", "new")]
+
+
+async def test_a_question_that_failed_is_asked_again_or_is_no_part_of_the_next(
+    scripted: tuple[Page, ScriptedRouter],
+) -> None:
+    page, router = scripted
+    told, foot = page.locator("article.assistant pre"), page.locator("article.assistant footer")
+    router.script = refuses(RuntimeError("no"))
+    await page.get_by_label("Message").fill("first")
+    await page.keyboard.press("Enter")
+    await expect(foot).to_contain_text("Try again")
+    router.script = says(accepted(), delta("Hi", finish=STOP), summary())
+    await page.get_by_role("button", name="Try again").click()
+    await expect(told).to_have_text("Hi")
+    await expect(page.locator("article")).to_have_count(2)
+    router.script = says(accepted(), delta("half"))  # and no end
+    await page.get_by_label("Message").fill("second")
+    await page.keyboard.press("Enter")
+    await expect(foot.last).to_contain_text("Try again")
+    router.script = says(accepted(), delta("Ho", finish=STOP), summary())
+    await page.get_by_label("Message").fill("third")
+    await page.keyboard.press("Enter")
+    await expect(told.last).to_have_text("Ho")
+    asked = [(m.role, m.content) for m in router.requests[-1].chat.messages]
+    assert asked == [("user", "first"), ("assistant", "Hi"), ("user", "third")]
 
 
 async def test_a_thought_is_the_first_token(scripted: tuple[Page, ScriptedRouter]) -> None:

@@ -64,6 +64,7 @@ def test_web_search_is_left_out_and_named() -> None:
         ({"tool_choice": {"type": "any"}, "tools": []}, "tool_choice"),
         ({"tool_choice": {"type": "any"}, "tools": [SEARCH]}, "tool_choice"),
         ({"tool_choice": {"type": "tool"}, "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": {"type": ["any"]}, "tools": [TOOL]}, "tool_choice"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0.type"),
         ({"tools": [TOOL, {"name": "not a name"}]}, "tools.1.name"),
         ({"tools": [SEARCH, {"name": "now", "input_schema": 3}]}, "tools.1.input_schema"),

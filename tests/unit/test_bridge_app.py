@@ -62,6 +62,12 @@ TENSOR = {"name": "text_input", "data": ["hi"]}
         ("/v1/messages", {**USER, "max_tokens": 3, "metadata": {"odd": 1, "user_id": "u"}}, "metadata.odd"),
         ("/v1/chat/completions", {**USER, "odd": 1, "stream_options": {"odd": 1}, "stream": True},
          "odd,stream_options.odd"),
+        # What OpenAI's routes refuse is no field of these.
+        ("/generate", {"inputs": "hi", "suffix": "x", "modalities": ["text"], "parameters": {"watermarking": True}},
+         "parameters.watermarking,suffix"),
+        ("/v1/messages", {**USER, "max_tokens": 3, "web_search_options": {}, "watermarking": False, "mcp_servers": []},
+         "web_search_options"),
+        ("/api/generate", {"model": "demo", "prompt": "hi", "audio": {}}, "audio"),
         ("/v1/responses", {"input": "hi", "odd": 1, "text": {"format": {"type": "text", "odd": 1}}},
          "odd,text.format.odd"),
     ],
@@ -74,6 +80,20 @@ async def test_every_route_names_what_had_no_effect_but_not_null(
         response = await bridge.http.post(path, json={**body, **nothing})
         assert response.status_code == 200, response.text
         assert response.headers["x-pagewire-ignored-fields"] == names
+
+
+async def test_a_grammar_that_is_no_schema_is_told_by_its_name(bridge: Bridge) -> None:
+    for text in ("5", "{"):
+        grammar = {"type": "json", "value": text}
+        response = await bridge.http.post("/generate", json={"inputs": "x", "parameters": {"grammar": grammar}})
+        assert response.status_code == 422 and response.json()["error"].startswith("`grammar.value` ")
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(("name", "value"), [("mcp_servers", [{"type": "url"}]), ("container", "c")])
+async def test_what_would_give_another_message_is_refused(bridge: Bridge, path: str, name: str, value: object) -> None:
+    response = await bridge.http.post(path, json={**USER, "max_tokens": 3, name: value})
+    assert response.status_code == 400 and f"`{name}`" in response.json()["error"]["message"]
 
 
 async def test_the_request_id_comes_from_the_header_then_the_body_then_us(bridge: Bridge) -> None:
@@ -153,7 +173,14 @@ async def test_a_tier_that_was_asked_for_is_told(bridge: Bridge) -> None:
 
 async def test_what_the_proxy_allows_bounds_the_call(bridge: Bridge) -> None:
     body = {"messages": MESSAGES}
-    for allowed, expected in (("1500", 1.5), ("0", None), ("soon", None), ("99999999", None)):
+    for allowed, expected in (
+        ("1500", 1.5),
+        ("0", None),
+        ("soon", None),
+        ("99999999", None),
+        ("9" * 400, None),
+        ("9" * 5000, None),
+    ):
         headers = {"x-envoy-expected-rq-timeout-ms": allowed}
         assert (await bridge.http.post("/v1/chat/completions", json=body, headers=headers)).status_code == 200
         left_s = bridge.router.time_remaining

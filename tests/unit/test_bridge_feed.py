@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 
@@ -171,3 +171,36 @@ async def test_routers_that_stop_one_after_the_other_lose_no_request() -> None:
         over.set()
         assert min(await asyncio.gather(*asking)) > 0
         await client.close()
+
+
+async def test_prompts_that_a_failure_ends_are_ended_though_the_client_leaves_meanwhile() -> None:
+    """Their calls went on until somebody looked for garbage."""
+    ending, go_on, ended = asyncio.Event(), asyncio.Event(), list[str]()
+
+    async def fails() -> AsyncGenerator[Event]:
+        raise Unavailable("lost")
+        yield accepted()
+
+    async def ends_slowly() -> AsyncGenerator[Event]:
+        try:
+            await asyncio.Event().wait()
+            yield accepted()
+        finally:
+            ending.set()
+            await go_on.wait()
+            ended.append("slow")
+
+    async def is_read() -> AsyncGenerator[Event]:
+        try:
+            while True:
+                yield accepted()
+        finally:
+            ended.append("read")
+
+    streams = [fails(), ends_slowly(), is_read()]
+    opening = asyncio.create_task(Generation(streams, 1).open())
+    await ending.wait()
+    opening.cancel()
+    await asyncio.gather(opening, return_exceptions=True)
+    go_on.set()
+    await until(lambda: ended == ["slow", "read"])

@@ -48,9 +48,8 @@ async def post(bridge: Bridge, path: str, body: dict[str, Any]) -> tuple[int, st
     return response.status_code, response.text
 
 
-def deep_bodies(depth: int) -> list[tuple[str, dict[str, Any]]]:
-    """In every API, with what is nested so deep in one of its fields."""
-    deep = nested(depth)
+def bodies_with(deep: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """In every API, with this object in one of its fields."""
     function = {"name": "f", "parameters": deep}
     chat: dict[str, Any] = {"model": "demo", "messages": [USER]}
     use = {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": deep}]}
@@ -82,15 +81,15 @@ def deep_bodies(depth: int) -> list[tuple[str, dict[str, Any]]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(deep_bodies(2))))
+@pytest.mark.parametrize("number", range(len(bodies_with({}))))
 async def test_what_is_nested_too_deeply_is_refused_in_every_api(bridge: Bridge, number: int) -> None:
     """It was once read, could not be written for the router, and failed as a fault of the server."""
     bridge.router.script = says(accepted(), delta("ho", tokens=[]), delta("", finish=STOP), summary())
     for depth in (MAX_DEPTH + 1, 300, 900):
-        status, text = await post(bridge, *deep_bodies(depth)[number])
+        status, text = await post(bridge, *bodies_with(nested(depth))[number])
         assert status in (400, 422) and "nested too deeply" in text
     assert not bridge.router.requests
-    await post(bridge, *deep_bodies(MAX_DEPTH - 10)[number])
+    await post(bridge, *bodies_with(nested(MAX_DEPTH - 10))[number])
     assert len(bridge.router.requests) == 1
 
 
@@ -135,3 +134,56 @@ async def test_arguments_that_are_objects_have_the_models_numbers(
         status, text = await post(bridge, path, body)
         assert status == 200 and f'"{key}":{expected}' in text
         assert all(json.loads(line) for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"a": [1]}', {"a": [1]}),
+        (" {} ", {}),
+        ("null", {}),
+        ("[1]", {}),
+        ("5", {}),
+        ('"x"', {}),
+        ('" [1]"', {}),
+        ('" {}"', {}),
+    ],
+)
+async def test_a_streams_pieces_of_a_call_add_up_to_an_object(
+    bridge: Bridge, arguments: str, expected: dict[str, Any]
+) -> None:
+    """Anthropic's clients read them as one."""
+    said = f'{{"name": "now", "arguments": {arguments}}}'
+    bridge.router.script = says(accepted(), *map(delta, said), delta(finish=STOP), summary())
+    tools = [{"name": "now", "input_schema": {}}]
+    body = {"model": "demo", "messages": [USER], "max_tokens": 9, "tools": tools, "stream": True}
+    _, text = await post(bridge, "/v1/messages", body)
+    lines = (json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: "))
+    deltas = [event["delta"] for event in lines if event["type"] == "content_block_delta"]
+    assert json.loads("".join(d["partial_json"] for d in deltas) or "{}") == expected
+
+
+@pytest.mark.parametrize("number", range(len(bodies_with({}))))
+async def test_long_numbers_reach_the_router_as_they_are_in_every_api(bridge: Bridge, number: int) -> None:
+    """As a schema's `const` or a call's argument: they became floats."""
+    bridge.router.script = says(accepted(), delta("ho", tokens=[]), delta("", finish=STOP), summary())
+    await post(bridge, *bodies_with({"properties": {}, "const": LONG, "list": [-LONG]})[number])
+    [request] = bridge.router.requests
+    assert str(LONG) in str(request) and str(-LONG) in str(request)
+
+
+async def test_long_numbers_are_told_and_stored_as_they_are(bridge: Bridge) -> None:
+    tool = {"type": "function", "name": "f", "description": "d", "parameters": {"const": LONG}, "strict": True}
+    body = {"model": "demo", "input": "hi", "tools": [tool]}
+    for stream in (False, True):
+        bridge.router.script = says(accepted(), delta("ho"), delta(finish=STOP), summary())
+        status, text = await post(bridge, "/v1/responses", {**body, "stream": stream})
+        assert status == 200 and f'"const":{LONG}' in text
+    told = (await bridge.http.post("/v1/responses", json=body)).json()
+    found = await bridge.http.get(f"/v1/responses/{told['id']}")
+    assert json.loads(found.text)["tools"] == [tool]
+
+
+async def test_what_is_no_number_of_a_float_is_refused(bridge: Bridge) -> None:
+    response = await bridge.http.post("/v1/chat/completions", content=b'{"seed": %s}' % (b"9" * 400))
+    assert response.status_code == 400 and "not valid JSON" in response.json()["error"]["message"]

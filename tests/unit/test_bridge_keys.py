@@ -203,3 +203,17 @@ def test_keys_of_the_flag_have_a_tenant_each() -> None:
     tenants = {key.tenant_name for key in map(ring.find, ("one", "two")) if key}
     assert tenants == {"api-key-1", "api-key-2"} and not load_keys("", None)
     assert digest_of("one") == hashlib.sha256(b"one").hexdigest()
+
+
+@pytest.mark.parametrize("secret", ["schlüssel", "a\udcff", "a\nb"])
+def test_a_key_that_no_client_can_send_is_refused_at_the_start(secret: str) -> None:
+    with pytest.raises(StartupError, match="ASCII") as refused:
+        load_keys(f"one,{secret}", None)
+    assert secret not in str(refused.value)
+
+
+async def test_a_key_of_any_bytes_is_one_that_is_not_known() -> None:
+    async with bridge(KeyRing([ALICE])) as (http, _):
+        for sent in ("alice-secrét".encode(), "alice-secrét".encode("latin-1"), b"\xff\xfe"):
+            for headers in ({b"authorization": b"Bearer " + sent}, {b"x-api-key": sent}):
+                assert (await http.get("/v1/models", headers=headers)).status_code == 401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import anthropic
 import pytest
@@ -71,3 +72,15 @@ async def test_a_client_that_leaves_a_silent_stream_ends_its_pings(
                 break
             assert pinging()
     await eventually(lambda: bridge.router.num_cancelled == 1 and not pinging())
+
+
+async def test_all_of_the_input_is_told_at_the_beginning_and_at_the_end(bridge: Bridge) -> None:
+    """By the same keys, whose sum it is; what of it came from the cache, at the end alone."""
+    bridge.router.script = silent_for(0.0)
+    response = await bridge.http.post("/v1/messages", json=BODY)
+    lines = (json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: "))
+    events = {event["type"]: event for event in lines}
+    before, after = events["message_start"]["message"]["usage"], events["message_delta"]["usage"]
+    assert before.keys() == after.keys()
+    inputs = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+    assert [before[name] for name in inputs] == [7, 0, 0] and [after[name] for name in inputs] == [3, 0, 4]

@@ -274,6 +274,23 @@ async def test_what_cannot_be_done_is_refused_before_anything_runs(bridge: Bridg
     assert not bridge.router.requests
 
 
+async def test_thoughts_may_be_parts_of_any_text(bridge: Bridge) -> None:
+    parts = [
+        {"type": "reasoning_text", "text": "a"},
+        {"type": "text", "text": "b"},
+        {"type": "refusal", "refusal": "c"},
+    ]
+    given = [
+        {"role": "user", "content": "x"},
+        {"type": "reasoning", "content": parts},
+        {"role": "user", "content": "y"},
+    ]
+    response = await ask(bridge, input=given)
+    assert response.status_code == 200, response.text
+    turn = bridge.router.requests[-1].chat.messages[1]
+    assert (turn.role, json.loads(turn.fields_json)["reasoning"]) == ("assistant", "abc")
+
+
 async def test_every_parameter_may_be_null(bridge: Bridge) -> None:
     assert (await ask(bridge, **dict.fromkeys(set(ResponsesBody.model_fields) - {"input"}))).status_code == 200
 

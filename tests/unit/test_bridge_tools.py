@@ -95,6 +95,18 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}]Done', "Done", [("now", "{}")]),
     ("deepseek_v31", f'{B}{CB}get_weather{SEP}{{"days": 3{CE}{CB}now{SEP}{{}}{CE}{E}Done', "Done",
      [("get_weather", '{"days": 3'), ("now", "{}")]),
+    # Neither do ends of values, of functions, or of calls.
+    ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n<parameter=days>\n3\n</function>\n"
+                    "</tool_call> Done", "Done", [("get_weather", '{"city": "Rome", "days": 3}')]),
+    ("qwen3_coder", "<tool_call>\n<function=now>\n<parameter=a>\n<b></function></b>\n</parameter>\n</tool_call>\n"
+                    "<tool_call>\n<function=now>\n</tool_call>\nDone", "Done",
+     [("now", '{"a": "<b></function></b>"}'), ("now", "{}")]),
+    ("qwen3_coder", "<tool_call><function=now><parameter=a>\n1\n</tool_call>Done", "Done", [("now", '{"a": "1"}')]),
+    ("hermes", '<tool_call>{"name": "now"}\n<tool_call>{"name": "now"} Then\n<tool_call>{"name": "now"}}</tool_call>'
+               "Done", "ThenDone", [("now", "{}")] * 3),
+    ("hermes", '<tool_call>{"name": "now"}\n\nDone. ', "Done. ", [("now", "{}")]),
+    ("qwen3_coder", "<tool_call>\n<function=now>\n</function>\n<tool_call>\n<function=now>\n</function>\nDone", "Done",
+     [("now", "{}")] * 2),
     # No arguments, and no name.
     ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [("now", "{}")]),
     ("hermes", '<tool_call>{"arguments": null, "name": "now"}</tool_call>', "", [("now", "{}")]),
@@ -109,6 +121,20 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
 def test_a_familys_calls_are_found(family: str, text: str, content: str, calls: list[tuple[str, str]]) -> None:
     assert parsed(family, [text]) == (content, calls)
     assert parsed(family, list(text)) == (content, calls)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, True, "x", ["x"], {"x": 1}])
+@pytest.mark.parametrize("name", ["properties", "required", "enum"])
+@pytest.mark.parametrize("family", sorted(TOOL_FORMATS))
+def test_a_schema_that_is_none_is_no_fault_of_ours(family: str, name: str, wrong: object) -> None:
+    """What of it has a form is told to the router, which says what is wrong with it."""
+    inner: dict[str, Any] = {"type": "string", **({"enum": wrong} if name == "enum" else {})}
+    parameters = {"type": "object", "properties": {"a": inner}, **({name: wrong} if name != "enum" else {})}
+    form, tools = TOOL_FORMATS[family], [Tool("now", parameters=parameters)]
+    assert json.dumps([form.forced(tools, True), form.free(tools, True)])
+    text = "<tool_call><function=now><parameter=a>\n1\n</parameter></function></tool_call>"
+    parser = form.parser(tools)
+    assert said([*parser.push(text), *parser.finish()])
 
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:

@@ -211,3 +211,23 @@ async def test_a_body_that_does_not_come_ends_the_request(bridge: Bridge, monkey
 
     response = await bridge.http.post("/v1/completions", content=drips())
     assert (response.status_code, response.json()["error"]["code"]) == (408, "request_timeout")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_client_of_http_1_0_gets_no_chunks_and_no_interim_answer(bridge: Bridge, streamed: bool) -> None:
+    bridge.router.script = says(accepted(), delta("a"), delta("b", finish=STOP), summary())
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(bridge.url.rpartition(":")[2]))
+    content = json.dumps({"prompt": "x", "stream": streamed}).encode()
+    writer.write(b"POST /v1/completions HTTP/1.0\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(content))
+    writer.write(content)
+    async with asyncio.timeout(10):
+        head, _, told = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n") and b"\r\nconnection: close" in head
+    assert b"transfer-encoding" not in head and (b"content-length: %d\r\n" % len(told) in head) is not streamed
+    if streamed:
+        *events, done, _ = told.split(b"\n\n")
+        texts = [json.loads(event.removeprefix(b"data: "))["choices"][0]["text"] for event in events]
+        assert "".join(texts) == "ab" and done == b"data: [DONE]"
+    else:
+        assert json.loads(told)["choices"][0]["text"] == "ab"

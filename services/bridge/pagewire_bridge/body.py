@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import orjson
 from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from pagewire_bridge.json_text import MAX_DEPTH, TooDeep, check_depth
+from pagewire_bridge.json_text import TooDeep, read
 
 MAX_BODY_BYTES = 32 << 20
 MAX_BODY_S = 300.0
@@ -38,20 +37,19 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def to_object(data: bytes) -> dict[str, Any]:
-    """Raises InvalidRequest: not JSON (NaN and lone surrogates included), nested too deeply, or not an object."""
+def to_object(data: bytes, what: str = "The body") -> dict[str, Any]:
+    """Raises InvalidRequest: not JSON (NaN and lone surrogates included), nested too deeply, or not an object.
+
+    what: the data are, as messages call it.
+    """
     try:
-        fields = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+        fields = read(data)
+    except TooDeep as error:
+        raise InvalidRequest(f"{what} is {error}.") from None
+    except ValueError as error:
+        raise InvalidRequest(f"{what} is not valid JSON: {error}.") from None
     if not isinstance(fields, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    # Most have too few brackets to look at every value: of 4 million token ids that takes 0.4 s, the count 0.015.
-    if data.count(b"{") + data.count(b"[") > MAX_DEPTH:
-        try:
-            check_depth(fields)
-        except TooDeep as error:
-            raise InvalidRequest(f"The body is {error}.") from None
+        raise InvalidRequest(f"{what} must be a JSON object.")
     return fields
 
 

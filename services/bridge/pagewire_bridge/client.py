@@ -289,4 +289,5 @@ def client_of(request: Request) -> RouterClient:
 def time_allowed(request: Request) -> float:
     """Seconds that a proxy in front of us waits for the answer, if it says so: what cannot begin before is refused."""
     milliseconds = request.headers.get("x-envoy-expected-rq-timeout-ms", "")
-    return int(milliseconds) / 1e3 if milliseconds.isdecimal() and int(milliseconds) else math.inf
+    allowed_s = float(milliseconds) / 1e3 if milliseconds.isdecimal() else 0.0  # a float holds any number of digits
+    return allowed_s or math.inf

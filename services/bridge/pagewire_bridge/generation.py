@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 
 from pagewire.v1 import common_pb2, inference_pb2
@@ -36,11 +36,16 @@ async def merge(streams: Sequence[Events]) -> AsyncGenerator[tuple[int, Event]]:
                 reads[asyncio.ensure_future(anext(streams[i]))] = i
                 yield i, event
     finally:
-        for read in reads:
-            read.cancel()
-        await asyncio.gather(*reads, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()
+        # A client may leave while a failure ends the others: who waits for that is then cancelled, and it goes on.
+        await asyncio.shield(_end(reads, streams))
+
+
+async def _end(reads: Collection[asyncio.Future[Event]], streams: Sequence[Events]) -> None:
+    for read in reads:
+        read.cancel()
+    await asyncio.gather(*reads, return_exceptions=True)
+    for stream in streams:
+        await stream.aclose()
 
 
 class Generation:

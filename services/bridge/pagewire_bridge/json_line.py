@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import orjson
+from pagewire_bridge.json_text import written
 
 # JSON escapes control characters. These end a line all the same for Python's str.splitlines, and so for httpx and every
 # client that reads its lines.
@@ -13,7 +13,7 @@ _LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x8
 
 def json_line(content: Mapping[str, object]) -> bytes:
     """Without a character that anybody takes for the end of a line."""
-    line = orjson.dumps(content)
+    line = written(content)
     if not line.isascii():
         for end, escaped in _LINE_ENDS:
             line = line.replace(end, escaped)

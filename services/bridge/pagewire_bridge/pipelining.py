@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from pagewire_bridge.unchunked import Unchunked
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
 
 
-class Pipelining(HttpToolsProtocol):
+class Pipelining(Unchunked):
     """uvicorn's protocol. A client that leaves ends the request that is answered, and those that wait behind it."""
 
     _answered: RequestResponseCycle | None = None  # now, or last

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import orjson
 from pagewire.v1 import common_pb2 as pb
 from pagewire_core.errors import STATUS, PagewireError
 from starlette.responses import Response
+
+from pagewire_bridge.json_text import written
 
 _TRY_AGAIN = (429, 503, 529)
 
@@ -16,7 +17,7 @@ _TRY_AGAIN = (429, 503, 529)
 def json_response(
     content: Mapping[str, object] | Sequence[object], status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+    return Response(written(content), status, headers, media_type="application/json")
 
 
 def http_status(error: PagewireError) -> int:

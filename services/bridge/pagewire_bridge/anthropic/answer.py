@@ -63,7 +63,7 @@ class Answer:
 
 
 def usage(summary: Summary) -> dict[str, int]:
-    """input_tokens leaves out what came from the cache, as Anthropic counts."""
+    """input_tokens leaves out what came from the cache, as Anthropic counts: the input is the sum of three."""
     return {
         "input_tokens": summary.prompt_tokens - summary.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -88,8 +88,9 @@ async def whole(answer: Answer, generation: Generation) -> Fields:
 
 async def events(answer: Answer, generation: Generation) -> AsyncGenerator[bytes]:
     """After a failure one error event, and no more."""
-    before = {"input_tokens": generation.accepted[0].prompt_tokens, "output_tokens": 0}
-    begin = {**answer.head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": before}
+    # What will come from the cache is not known yet.
+    before = Summary(prompt_tokens=generation.accepted[0].prompt_tokens)
+    begin = {**answer.head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage(before)}
     yield _event({"type": "message_start", "message": begin})
     blocks = _Blocks()
     try:
@@ -107,19 +108,28 @@ async def events(answer: Answer, generation: Generation) -> AsyncGenerator[bytes
 
 
 class _Blocks:
-    """The events of an answer's blocks, of which one is open at a time."""
+    """The events of an answer's blocks, of which one is open at a time.
+
+    A call's arguments are told if they are an object, as its input is one: else it is the empty one of its begin.
+    """
 
     def __init__(self) -> None:
         self._index = -1
         self._open: type[Piece] | None = None
+        self._is_object: bool | None = None  # of the call that is open; None: they have not begun
 
     def of(self, piece: Piece) -> Iterator[Fields]:
         kind = Call if isinstance(piece, Arguments) else type(piece)
         if kind is not self._open or isinstance(piece, Call):
             yield from self.end()
-            self._open = kind
+            self._open, self._is_object = kind, None
             self._index += 1
             yield {"type": "content_block_start", "index": self._index, "content_block": _empty(piece)}
+        if isinstance(piece, Arguments):
+            if self._is_object is None and piece.text.strip():
+                self._is_object = piece.text.lstrip().startswith("{")
+            if not self._is_object:
+                return
         if delta := _delta(piece):
             yield {"type": "content_block_delta", "index": self._index, "delta": delta}
 

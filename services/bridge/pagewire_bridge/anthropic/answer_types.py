@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -33,12 +33,12 @@ Block = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class Usage(TypedDict):
-    """input_tokens leaves out what came from the cache."""
+    """input_tokens leaves out what came from the cache, of which a message_start does not know yet."""
 
     input_tokens: int
     output_tokens: int
-    cache_creation_input_tokens: NotRequired[int]
-    cache_read_input_tokens: NotRequired[int]
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
 
 
 class MessageAnswer(TypedDict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from pagewire.v1.inference_pb2 import TokenizeRequest
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,15 +17,17 @@ from pagewire_bridge.client import client_of
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.tool_use import parser_of
 from pagewire_bridge.openai.translate import to_chat, to_chat_request
-from pagewire_bridge.openai.unsupported import ignored_fields_header
+from pagewire_bridge.openai.unsupported import ignored_fields_header, refuse_unsupported_in_messages
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
 
+Body = TypeVar("Body", MessagesBody, CountBody)
+
 
 async def messages(request: Request) -> Response:
-    body, answers = validated(MessagesBody, to_object(await read_body(request))), request.state.answers.with_tools
+    body, answers = await _read(request, MessagesBody), request.state.answers.with_tools
     chat = to_chat_body(body, answers)
     asked = to_chat_request(chat, request.state.request_id, answers)
     asked.clip_max_tokens = True  # coding agents ask for the longest answers that any model gives
@@ -47,12 +51,19 @@ async def messages(request: Request) -> Response:
 
 
 async def count_tokens(request: Request) -> Response:
-    body = validated(CountBody, to_object(await read_body(request)))
+    body = await _read(request, CountBody)
     answers = request.state.answers.with_tools
     asked = TokenizeRequest(model=to_served_name(body.model), chat=to_chat(to_chat_body(body, answers)))
     tokens = (await client_of(request).tokenize(asked)).tokens
     headers = ignored_fields_header(ignored_fields(body, answers))
     return json_response({"input_tokens": len(tokens)}, headers=headers)
+
+
+async def _read(request: Request, model: type[Body]) -> Body:
+    """Raises InvalidRequest."""
+    fields = to_object(await read_body(request))
+    refuse_unsupported_in_messages(fields)
+    return validated(model, fields)
 
 
 ROUTES = [

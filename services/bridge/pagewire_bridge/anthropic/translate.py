@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import orjson
 from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import AnswerFormat
 from pagewire_bridge.anthropic.schema import CountBody, MessagesBody, Tool, ToolResult, ToolUse
 from pagewire_bridge.body import validated
+from pagewire_bridge.json_text import written
 from pagewire_bridge.openai.schema import ChatBody
 from pagewire_bridge.openai.unsupported import unknown_fields
 
@@ -81,7 +81,7 @@ def _tools(body: MessagesBody | CountBody) -> Fields:
     kind, name = choice.get("type"), choice.get("name")
     if kind == "tool" and isinstance(name, str):
         wanted: Any = {"type": "function", "function": {"name": name}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         wanted = _CHOICES[kind]
     else:
         raise InvalidRequest("tool_choice: type must be auto, any, none, or tool with a name", "tool_choice")
@@ -121,7 +121,7 @@ def _to_messages(role: str, content: str | Sequence[Fields], where: str) -> Iter
                 yield {"role": "tool", "tool_call_id": result.tool_use_id, "content": told}
             case "tool_use" if role == "assistant":
                 use = validated(ToolUse, block, f"{where}.{i}")
-                function = {"name": use.name, "arguments": orjson.dumps(use.input or {}).decode()}
+                function = {"name": use.name, "arguments": written(use.input or {}).decode()}
                 calls.append({"id": use.id, "type": "function", "function": function})
             case "thinking" if role == "assistant":
                 thoughts += str(block.get("thinking", ""))

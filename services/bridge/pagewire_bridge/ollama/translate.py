@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import AnswerFormat
 from pagewire_bridge.body import validated
+from pagewire_bridge.json_text import written
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.ollama.schema import CalledTool, ChatBody, GenerateBody, Message, Options
 from pagewire_bridge.openai.schema import ChatBody as OpenAIChat
@@ -128,7 +128,7 @@ def _is_begun(last: Message) -> bool:
 
 
 def _call(call: CalledTool) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": orjson.dumps(call.function.arguments or {}).decode()}
+    function = {"name": call.function.name, "arguments": written(call.function.arguments or {}).decode()}
     return {"id": call.id, "type": "function", "function": function}
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-import orjson
 from pagewire.v1.inference_pb2 import StructuredOutput, Texts
 from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pagewire_bridge.json_text import TooDeep, check_depth
+from pagewire_bridge.json_text import TooDeep, read, written
 
 _KINDS = ("json_", "regex", "choice", "grammar", "json_object", "structural_tag")
 
@@ -124,12 +123,12 @@ class StructuredOutputs(_Shape):
 def _check_depth(value: dict[str, Any] | str | None, where: str) -> None:
     """Of text, whose other mistakes the router tells. Raises InvalidRequest."""
     try:
-        check_depth(orjson.loads(value) if isinstance(value, str) else None)
+        read(value.encode() if isinstance(value, str) else b"null")
     except TooDeep as error:
         raise InvalidRequest(f"`{where}` is {error}.", where) from None
-    except orjson.JSONDecodeError:
+    except ValueError:
         pass
 
 
 def _text(value: dict[str, Any] | str | None) -> str:
-    return value if isinstance(value, str) else orjson.dumps(value).decode()
+    return value if isinstance(value, str) else written(value).decode()

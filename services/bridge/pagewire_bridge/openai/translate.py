@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import orjson
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import NO_FORMAT, AnswerFormat
+from pagewire_bridge.json_text import written
 from pagewire_bridge.model_names import to_served_name
 from pagewire_bridge.openai.guided import guided_field
 from pagewire_bridge.openai.schema import (
@@ -120,9 +120,9 @@ def to_chat(body: ChatBody) -> inference_pb2.Chat:
         messages=[_to_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
-        template_kwargs_json=orjson.dumps(kwargs).decode() if kwargs else "",
+        template_kwargs_json=written(kwargs).decode() if kwargs else "",
         chat_template=body.chat_template or "",
-        tools_json=orjson.dumps([tool.model_dump(exclude_unset=True) for tool in tools]).decode() if tools else "",
+        tools_json=written([tool.model_dump(exclude_unset=True) for tool in tools]).decode() if tools else "",
     )
 
 
@@ -237,7 +237,7 @@ def _to_message(message: Message, where: str) -> inference_pb2.ChatMessage:
         role=message.role,
         content=_to_text(message, where),
         name=message.name or "",
-        fields_json=orjson.dumps(fields).decode() if fields else "",
+        fields_json=written(fields).decode() if fields else "",
     )
 
 

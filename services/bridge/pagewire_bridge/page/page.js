@@ -68,8 +68,8 @@ function account(began, first, event) {
   return parts.join(" · ");
 }
 
-async function answer(conversation) {
-  const article = show("assistant", "");
+// Writes an answer to the conversation into the article. Returns its text; null if there is none.
+async function answer(conversation, article) {
   const [body, foot] = article.children;
   const system = $("system").value.trim();
   const request = {
@@ -102,26 +102,45 @@ async function answer(conversation) {
     const stopped = error.name === "AbortError";
     foot.className = stopped ? "" : "error";
     foot.textContent = stopped ? "stopped" : error.message;
+    return (stopped && body.textContent) || null;
   }
   return body.textContent;
 }
 
-async function send(event) {
+function send(event) {
   event?.preventDefault();
   const text = $("prompt").value.trim();
   if (!text || running) return;
   $("prompt").value = "";
-  show("user", text);
+  ask(text);
+}
+
+async function ask(text) {
+  const shown = [show("user", text), show("assistant", "")];
   const conversation = messages; // an answer that is late belongs to no later one
-  conversation.push({ role: "user", content: text });
+  const question = { role: "user", content: text };
   running = new AbortController();
   $("send").hidden = true;
   $("stop").hidden = false;
-  conversation.push({ role: "assistant", content: await answer(conversation) });
+  const told = await answer([...conversation, question], shown[1]);
+  if (told === null) offerAgain(text, shown); // what was not answered is not asked with the next question
+  else conversation.push(question, { role: "assistant", content: told });
   running = null;
   $("send").hidden = false;
   $("stop").hidden = true;
   $("prompt").focus();
+}
+
+function offerAgain(text, shown) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Try again";
+  button.addEventListener("click", () => {
+    if (running) return;
+    shown.forEach((article) => article.remove());
+    ask(text);
+  });
+  shown[1].lastElementChild.append(" ", button);
 }
 
 $("composer").addEventListener("submit", send);

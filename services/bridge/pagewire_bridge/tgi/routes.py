@@ -43,9 +43,9 @@ async def generate_stream(request: Request) -> Response:
 
 
 async def generate_either(request: Request) -> Response:
-    """POST /: streams when the body says so; an answer that does not stream is in a list."""
+    """POST /: streams when the body says so."""
     body = validated(GenerateBody, to_object(await read_body(request)))
-    return await _answer(request, body, streams=bool(body.stream), in_list=True)
+    return await _answer(request, body, streams=bool(body.stream), older=True)
 
 
 async def invocations(request: Request) -> Response:
@@ -54,7 +54,7 @@ async def invocations(request: Request) -> Response:
     fields = to_object(data)
     if "inputs" in fields:
         body = validated(GenerateBody, fields)
-        return await _answer(request, body, streams=bool(body.stream), in_list=True)
+        return await _answer(request, body, streams=bool(body.stream), older=True)
     return await (answer_chat(request, data) if "messages" in fields else answer_completion(request, data))
 
 
@@ -156,7 +156,10 @@ def _to_text(data: Sequence[str] | Sequence[int], where: str) -> str:
     return text
 
 
-async def _answer(request: Request, body: GenerateBody, *, streams: bool, in_list: bool = False) -> Response:
+async def _answer(request: Request, body: GenerateBody, *, streams: bool, older: bool = False) -> Response:
+    """older: as Hugging Face's API was before TGI: a whole answer is in a list, and unless the client says otherwise a
+    text begins with its prompt.
+    """
     parameters, began = body.asked, time.perf_counter()
     if streams and (parameters.best_of or 1) > 1:
         raise InvalidRequest("`best_of` must be 1 where the answer is streamed", "best_of")
@@ -164,13 +167,13 @@ async def _answer(request: Request, body: GenerateBody, *, streams: bool, in_lis
         raise InvalidRequest("`decoder_input_details` is not supported when streaming tokens", "decoder_input_details")
     asked = to_request(body, request.state.request_id, with_tokens=streams)
     generation = begin(request, [asked], asked.n)
-    about, ignored = _about(body, asked), ignored_fields_header(unknown_fields(body))
+    about, ignored = _about(body, asked, full_text=older), ignored_fields_header(unknown_fields(body))
 
     async def answer_whole() -> Response:
         content = await whole(about, generation, asked.n)
         timings = _timings(body.inputs, generation.summaries[0], time.perf_counter() - began)
         headers = {**ignored, **timings, **served_by(generation.summaries)}
-        return json_response([content] if in_list else content, headers=headers)
+        return json_response([content] if older else content, headers=headers)
 
     def answer_stream() -> Response:
         return EventStream(stream(about, generation), generation.close, ignored)
@@ -189,7 +192,7 @@ async def _text(request: Request, body: GenerateBody | ChatBody, request_id: str
         asked, about = to_chat_request(body, request_id), _JUST_TEXT
     else:
         asked = to_request(body, request_id, with_tokens=False)
-        about = _about(body, asked)
+        about = _about(body, asked, full_text=False)
     generation = begin(request, [asked], asked.n)
     try:
         await generation.open()
@@ -199,11 +202,12 @@ async def _text(request: Request, body: GenerateBody | ChatBody, request_id: str
     return str(content["generated_text"])
 
 
-def _about(body: GenerateBody, asked: GenerateRequest) -> Asked:
+def _about(body: GenerateBody, asked: GenerateRequest, *, full_text: bool) -> Asked:
+    """full_text: where the client does not say."""
     parameters, sampling = body.asked, asked.sampling
     return Asked(
         inputs=body.inputs,
-        full_text=bool(parameters.return_full_text),
+        full_text=full_text if parameters.return_full_text is None else parameters.return_full_text,
         details=bool(parameters.details),
         with_top_tokens=bool(parameters.top_n_tokens),
         seed=sampling.seed if sampling.HasField("seed") else None,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-import orjson
 from pagewire.v1.inference_pb2 import StructuredOutput
 from pagewire_core.errors import InvalidRequest
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from pagewire_bridge.body import to_object
+from pagewire_bridge.json_text import written
 
 MAX_BEST_OF = 2
 MAX_STOP_SEQUENCES = 4
@@ -39,10 +39,10 @@ class Grammar(_Body):
         if isinstance(schema, dict) and self.type == "json_schema":
             schema = schema.get("schema", schema)
         if isinstance(schema, str):
-            schema = to_object(schema.encode())
+            schema = to_object(schema.encode(), "`grammar.value`")
         if self.type == "json" and "properties" not in schema:
             raise InvalidRequest("`grammar.value` must have a key `properties`", "grammar.value")
-        return StructuredOutput(json_schema=orjson.dumps(schema).decode())
+        return StructuredOutput(json_schema=written(schema).decode())
 
 
 class Parameters(_Body):

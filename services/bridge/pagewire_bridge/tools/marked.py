@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pagewire_bridge.tools.calls import TextOver
 from pagewire_bridge.tools.json_walk import Broken, Walk, after_space, value
 from pagewire_bridge.tools.walks import MarkedParser
 
@@ -14,10 +15,12 @@ class OneMark(MarkedParser):
     mark: str
 
     def _parse(self) -> Any:
+        mark = None
         while True:
-            raw, num_calls = [(yield from self._text_until([self.mark]))], self._num_calls
+            raw, num_calls = [mark or (yield from self._text_until([self.mark]))], self._num_calls
+            mark = None
             try:
-                yield from self._recorded(raw, self._calls())
+                mark = yield from self._recorded(raw, self._calls())
             except Broken:
                 pass
             finally:
@@ -25,8 +28,24 @@ class OneMark(MarkedParser):
                     self._say("".join(raw))
 
     def _calls(self) -> Walk:
+        """Returns the mark where it has read the next one, too."""
         raise NotImplementedError
         yield
+
+    def _to_end(self, end: str, read: str = "") -> Walk:
+        """As `_until` the end of a call; where the model has left that out, all that follows is text, or the next call,
+        whose mark is returned.
+        """
+        between: list[str] = []
+        try:
+            found = yield from self._first_of([end, self.mark], between.append, read if end.startswith(read) else "")
+        except TextOver:
+            self._say("".join(between).lstrip())
+            raise
+        if found == end:
+            return None
+        self._say("".join(between).strip())
+        return found
 
 
 class HermesParser(OneMark):
@@ -36,7 +55,7 @@ class HermesParser(OneMark):
         if (yield from after_space()) != "{":
             raise Broken
         after = yield from self._json_call()
-        yield from self._until("</tool_call>", read=after)
+        return (yield from self._to_end("</tool_call>", after))
 
 
 class MistralParser(OneMark):

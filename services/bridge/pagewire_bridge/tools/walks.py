@@ -67,29 +67,37 @@ class MarkedParser(CharacterParser):
 
     def _until(self, mark: str, take: Callable[[str], object] = lambda text: None, read: str = "") -> Walk:
         """Takes the text up to a mark. read: the character before, which may begin it."""
-        held, found = read if mark.startswith(read) else "", None
+        yield from self._first_of([mark], take, read if mark.startswith(read) else "")
+
+    def _first_of(
+        self, marks: Sequence[str], take: Callable[[str], object] = lambda text: None, held: str = ""
+    ) -> Walk:
+        """Takes the text up to one of the marks, and returns which it was. held: what may have begun it."""
+        found = None
         while found is None:
-            text, held, found = completes(held, (yield), [mark])
+            text, held, found = completes(held, (yield), marks)
             if text:
                 take(text)
-
-    def _first_of(self, marks: Sequence[str]) -> Walk:
-        """Skips to one of the marks, and returns which it was."""
-        held, found = "", None
-        while found is None:
-            _, held, found = completes(held, (yield), marks)
         return found
 
-    def _text_before(self, mark: str) -> Walk:
+    def _text_to(self, marks: Sequence[str]) -> Walk:
+        """The text up to one of the marks, and which it was."""
         text: list[str] = []
-        yield from self._until(mark, text.append)
-        return "".join(text)
+        mark = yield from self._first_of(marks, text.append)
+        return "".join(text), mark
+
+    def _text_before(self, mark: str) -> Walk:
+        text, _ = yield from self._text_to([mark])
+        return text
 
     def _recorded(self, raw: list[str], walk: Walk) -> Walk:
         """As `walk`, with all characters that it gets in `raw`."""
         next(walk)
         while True:
-            raw.append((yield))
+            try:
+                raw.append((yield))
+            except TextOver as over:
+                walk.throw(over)
             try:
                 walk.send(raw[-1])
             except StopIteration as stop:

@@ -109,8 +109,8 @@ def _item(item: object, where: str) -> Fields:
     elif kind == "function_call_output":
         parts = _parts(fields.get("output"), "input_text", f"{where}.output")
         fields["output"] = "".join(part["text"] for part in parts)
-    elif kind == "reasoning":
-        _parts(fields.get("content", []), "reasoning_text", f"{where}.content")
+    elif "content" in fields:  # of thoughts
+        fields["content"] = _parts(fields["content"], "reasoning_text", f"{where}.content")
     return fields
 
 

@@ -14,9 +14,9 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-import orjson
 from pagewire_core.errors import InvalidRequest, Unavailable
 
+from pagewire_bridge.json_text import MAX_DEPTH, read, written
 from pagewire_bridge.openai.responses.items import Fields
 from pagewire_bridge.openai.responses.shelf import Shelf
 
@@ -75,12 +75,12 @@ class ResponseStore:
 
     async def _read(self, key: str) -> Record | None:
         found = await self._shelf.get(key, self._ttl_s)
-        return Record(**orjson.loads(found)) if found else None
+        return Record(**read(found, 2 * MAX_DEPTH)) if found else None
 
     async def save(self, tenant: str, record: Record) -> bool:
         """Whether it is stored: an answer is given whether or not it can be."""
         try:
-            await self._shelf.put(_key(tenant, record.response["id"]), orjson.dumps(record), self._ttl_s)
+            await self._shelf.put(_key(tenant, record.response["id"]), written(record), self._ttl_s)
         except Unavailable:
             return False
         return True
@@ -98,7 +98,7 @@ class ResponseStore:
         """Raises Unavailable."""
         key = _key(tenant, record.response["id"])
         await self._shelf.put(key + ":lease", b"1", _LEASE_S)
-        await self._shelf.put(key, orjson.dumps(record), self._ttl_s)
+        await self._shelf.put(key, written(record), self._ttl_s)
 
     async def go_on(self, tenant: str, response_id: str) -> bool:
         """Whether it still is to run; to be asked often. Raises Unavailable."""
@@ -110,7 +110,7 @@ class ResponseStore:
     async def change(self, tenant: str, record: Record) -> bool:
         """What is stored of one that runs, or ends now; whether nobody has ended it before. Raises Unavailable."""
         key, lease_s = _key(tenant, record.response["id"]), _LEASE_S if record.is_running else 0.0
-        return await self._shelf.put_under(key + ":lease", lease_s, key, orjson.dumps(record), self._ttl_s)
+        return await self._shelf.put_under(key + ":lease", lease_s, key, written(record), self._ttl_s)
 
     async def tell(self, tenant: str, response_id: str, first: int, events: Sequence[bytes]) -> None:
         """Of the events from this number on; again, where it is not known that they were told. Raises Unavailable."""
