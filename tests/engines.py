@@ -61,3 +61,5 @@ def assert_empty(engine: Engine) -> None:
     load_now = engine.load()
     assert engine.blocks.num_held == 0, "blocks leaked"
     assert (load_now["num_running"], load_now["num_waiting"], load_now["reserved_blocks"]) == (0, 0, 0)
+    assert (load_now["waiting_prefill_tokens"], load_now["waiting_prefill_attended"]) == (0, 0)
+    assert not engine._books.ending, "a sequence that has ended is kept"

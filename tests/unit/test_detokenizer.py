@@ -129,6 +129,37 @@ def test_a_beginning_of_a_stop_string_is_held_and_then_told(codec: Tokenizer) ->
     assert detokenizer.flush() == "ST"
 
 
+def test_of_several_beginnings_of_stop_strings_the_longest_is_held(codec: Tokenizer) -> None:
+    detokenizer = IncrementalDetokenizer(codec, ["aab", "ab"])
+    steps = [detokenizer.push(codec.encode(c, add_special_tokens=False)) for c in "aab"]
+    assert steps == [("", None), ("", None), ("", "aab")]
+
+
+def test_of_stop_strings_in_one_token_the_one_that_is_complete_first_wins(tmp_path: Path) -> None:
+    """As if it had come letter by letter."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"x": 0, "abcd": 1}, merges=[]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    detokenizer = IncrementalDetokenizer(Tokenizer(tmp_path), ["abcd", "bc"])
+    assert detokenizer.push([1]) == ("a", "bc")
+
+
+def test_a_character_that_is_nearly_there_is_kept_when_bytes_before_it_are_given_up(codec: Tokenizer) -> None:
+    [junk] = [i for i in range(codec.vocab_size) if codec.token_bytes(i) == b"\xff"]
+    *begun, last = codec.encode("🙂", add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(codec)
+    told = "".join(detokenizer.push([i])[0] for i in [junk] * 14 + begun)
+    assert told == "\ufffd" * 14
+    assert detokenizer.push([last]) == ("🙂", None)
+
+
+def test_tokens_without_text_are_not_decoded_again_and_again(codec: Tokenizer) -> None:
+    [silent] = codec.encode("</s>", add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(codec, prompt_tail_ids=codec.encode("a", add_special_tokens=False))
+    assert detokenizer.push([silent] * 1000) == ("", None)
+    assert len(detokenizer._ids) < 25
+    assert detokenizer.push(codec.encode("b", add_special_tokens=False)) == ("b", None)
+
+
 def test_tokens_after_a_stop_string_do_not_count(codec: Tokenizer) -> None:
     detokenizer = IncrementalDetokenizer(codec, ["b"])
     assert detokenizer.push(codec.encode("abcd", add_special_tokens=False)) == ("a", "b")

@@ -141,6 +141,44 @@ def test_nobody_owes_for_what_nobody_else_wanted() -> None:
     assert [take(queue).tenant for _ in range(50)].count("alone") >= 20
 
 
+def test_who_owes_and_does_not_wait_gets_no_more_of_the_rounds_that_others_need_than_pays_it_off() -> None:
+    queue = FairQueue()
+    fill(queue, "longest", 1, tokens=1000 * QUANTUM)
+    [long], [owing] = fill(queue, "long", 1, tokens=500 * QUANTUM), fill(queue, "owing", 1)
+    queue.charge(owing, 100 * QUANTUM)
+    queue.remove(owing)
+    assert take(queue) is long
+    fill(queue, "long", 20), fill(queue, "owing", 20)
+    assert 5 < [take(queue).tenant for _ in range(20)].count("long") < 15
+
+
+def test_who_asks_for_one_thing_at_a_time_owes_all_the_same() -> None:
+    """What it gets is made while nothing of its waits: it would never have paid."""
+    queue = FairQueue()
+    fill(queue, "patient", 40)
+    one = fill(queue, "one at a time", 1)
+    served = []
+    for _ in range(30):
+        served.append(take(queue))
+        if served[-1].tenant == "one at a time":
+            queue.charge(served[-1], 1000)
+            take(queue)
+            one = fill(queue, "one at a time", 1)
+    assert one and [waiting.tenant for waiting in served].count("one at a time") <= 4
+
+
+def test_what_is_left_of_a_turn_is_not_saved_up() -> None:
+    """Nor is a tenant kept that owes nothing: names are the clients'."""
+    queue = FairQueue()
+    fill(queue, "busy", 3)
+    for i in range(100):
+        fill(queue, f"once-{i}", 1, tokens=0), fill(queue, "saving", 1, tokens=1), fill(queue, "busy", 3)
+        while queue.tokens > 300:
+            take(queue)
+    fill(queue, "saving", 20), fill(queue, "busy", 20)
+    assert [take(queue).tenant for _ in range(20)].count("saving") < 15
+
+
 def test_what_was_owed_is_forgotten_when_nobody_waits() -> None:
     queue = FairQueue()
     [owing], [other] = fill(queue, "owing", 1), fill(queue, "other", 1)

@@ -312,6 +312,18 @@ def test_what_was_sent_to_a_worker_counts_while_it_cannot_be_followed() -> None:
     assert index.match(BLOCKS) == {}, "another process has nothing of what was sent to the one before"
 
 
+def test_of_what_was_sent_to_a_worker_the_latest_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_index, "_MAX_PLACED", 3)
+    index = PrefixIndex(clock := Clock())
+    index.join("w", "i", MODEL)
+    index.told("w", 1)
+    clock.now += 100
+    for blocks in (BLOCKS[:3], BLOCKS[:1], BLOCKS[3:4]):
+        index.placed("w", blocks)
+    assert index.match(BLOCKS[:2]) == {"w": 1} and index.match(BLOCKS[1:2]) == {}
+    assert index.match(BLOCKS[2:4]) == {"w": 2}
+
+
 def test_a_worker_that_does_not_say_how_many_events_there_were_is_taken_at_its_word() -> None:
     index = PrefixIndex(clock := Clock())
     index.join("w", "i", MODEL)

@@ -182,6 +182,18 @@ async def test_a_flooded_queue_does_without_the_flood_and_not_without_the_others
         await visitor.leave()
 
 
+async def test_who_fits_once_the_one_before_was_refused_starts_at_once() -> None:
+    """It waited for whatever happened next, though there was room and nobody was before it."""
+    admission = Admission(Limits(1), lambda: Room(4))
+    first, heavy = await crowd(admission, {"weight": 3}, {"weight": 2, "tokens": 90, "tenant": "flood"})
+    [light] = await crowd(admission, {"tenant": "other"})
+    with pytest.raises(Overloaded):
+        await heavy.task
+    assert light.inside and admission.num_queued == 0
+    await first.leave()
+    await light.leave()
+
+
 async def test_the_queue_is_bounded_in_prompt_tokens_for_each_worker_that_computes_them() -> None:
     room = Room(1, num_prefill=2)
     admission = Admission(Limits(99, max_tokens=50), lambda: room)

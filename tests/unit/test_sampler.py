@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pagewire.v1 import common_pb2 as pb
+from pagewire_engine import sampler
 from pagewire_engine.sampler import SampleRow, sample, uniform
 from pagewire_engine.sampling_params import SamplingParams
 
@@ -59,6 +60,34 @@ def test_min_p_is_relative_to_the_best_token() -> None:
     probs = LOGITS.softmax(-1)
     kept = probs >= 0.2 * probs.max()
     assert_distribution(draw(3000, min_p=0.2), torch.where(kept, probs, 0) / probs[kept].sum())
+
+
+def test_min_p_of_one_keeps_the_best() -> None:
+    rows = [row([0] * i, i, seed=7, min_p=1.0) for i in range(50)]
+    assert {s.token for s in sample(LOGITS.flip(0).repeat(50, 1), rows)} == {5}
+
+
+def test_top_p_is_of_what_top_k_has_left() -> None:
+    """Of 0.4 and 0.3 the first alone has more than 0.55."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    for options, kept in (({"top_k": 2, "top_p": 0.55}, {0}), ({"top_k": 2, "top_p": 0.6}, {0, 1})):
+        rows = [row([0] * i, i, seed=3, **options) for i in range(50)]
+        assert {s.token for s in sample(logits.repeat(50, 1), rows)} == kept
+
+
+def test_a_set_that_is_exactly_top_p_needs_no_more() -> None:
+    rows = [row([0] * i, i, seed=3, top_p=0.5) for i in range(50)]
+    assert {s.token for s in sample(torch.tensor([0.0, 0.0]).repeat(50, 1), rows)} == {0}
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1.0, 2)])
+def test_at_the_ends_of_the_distribution_is_a_token_that_is_possible(
+    number: float, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The greatest number below one, times what the probabilities add up to, may be rounded to that."""
+    monkeypatch.setattr(sampler, "uniform", lambda seed, choice, position: number)
+    logits = torch.tensor([[-3.0, 1.0, 1.0, -3.0]])
+    assert sample(logits, [row(top_k=2)])[0].token == token
 
 
 def test_typical_p_keeps_what_surprises_as_much_as_is_expected() -> None:

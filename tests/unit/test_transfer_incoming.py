@@ -210,3 +210,44 @@ def test_a_seal_does_not_overtake_a_chunk(refused: bool) -> None:
         incoming.damaged(0)
     with pytest.raises(Incompatible, match="1 chunks were unacknowledged"):
         incoming.seal(1, root_checksum([1000]))
+
+
+def incoming_of(tokens: tuple[int, int]) -> Incoming:
+    return Incoming(LAYOUT, tokens, window=3)
+
+
+def arrive(incoming: Incoming, tokens: tuple[int, int], seq: int) -> None:
+    incoming.announce(chunk_of(ChunkRange((0, 3), tokens), seq))
+    incoming.verified(seq)
+
+
+def test_a_chunk_that_came_twice_does_not_stand_for_one_that_did_not_come() -> None:
+    """As many cells as were offered, and a hole among them."""
+    incoming = incoming_of((0, 8))
+    arrive(incoming, (0, 4), 0)
+    with pytest.raises(Incompatible, match="overlaps"):
+        arrive(incoming, (0, 4), 1)
+    with pytest.raises(Incompatible, match="overlaps"):
+        arrive(incoming, (3, 7), 1)
+
+
+def test_a_chunk_has_as_many_bytes_as_its_range() -> None:
+    chunk = chunk_of(ChunkRange((0, 3), (0, 4)), 0)
+    chunk.num_bytes -= 1
+    with pytest.raises(Incompatible, match="bytes, not"):
+        incoming_of((0, 8)).announce(chunk)
+
+
+def test_a_chunk_comes_again_once_for_each_time_it_is_asked_for_and_is_sealed_as_it_then_is() -> None:
+    incoming = incoming_of((0, 4))
+    chunk = chunk_of(ChunkRange((0, 3), (0, 4)), 0)
+    incoming.announce(chunk)
+    incoming.damaged(0)
+    chunk.checksum += 1
+    incoming.announce(chunk)
+    with pytest.raises(Incompatible, match="unasked"):
+        incoming.announce(chunk)
+    incoming.verified(0)
+    with pytest.raises(Incompatible, match="root checksum"):
+        incoming.seal(1, root_checksum([chunk.checksum - 1]))
+    incoming.seal(1, root_checksum([chunk.checksum]))

@@ -204,6 +204,7 @@ class Admission:
             self._passing[slot] = None
         while len(self._queue) > 1 and self._is_too_long():
             self._refuse(self._queue.shed(), self._overloaded())
+            self.wake()  # the next in order may fit where the one that was refused did not
         return turn
 
     def _is_too_long(self) -> bool:
