@@ -243,7 +243,11 @@ async def test_platform_routes_answer_like_generate(cluster: Cluster) -> None:
         answer = (await cluster.http.post("/v2/models/demo/infer", json=inference)).json()
         [output] = answer["outputs"]
         text = output["data"][0] if isinstance(output["data"][0], str) else bytes(output["data"]).decode()
-        assert answer["id"] == "7" and text == expected
+        assert answer["id"] == "7" and text == expected and output["name"] == "text_output"
+    named = {**inference, "outputs": [{"name": "mine"}]}
+    assert (await cluster.http.post("/v2/models/demo/infer", json=named)).json()["outputs"][0]["name"] == "mine"
+    refused = await cluster.http.post("/v2/models/demo/infer", json={**inference, "outputs": [{"name": {}}]})
+    assert refused.status_code == 422 and "outputs" in refused.json()["error"]
     assert (await cluster.http.get("/v2/health/ready")).json()["ready"] is True
     about = (await cluster.http.get("/info")).json()
     assert about["max_total_tokens"] == 512 and about["model_pipeline_tag"] == "text-generation"

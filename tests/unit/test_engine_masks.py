@@ -162,6 +162,14 @@ def test_guesses_are_part_of_what_is_written() -> None:
     assert [np.flatnonzero(row == 0).tolist() for row in bits] == [[], [6], [8], []]
 
 
+def test_bad_words_that_leave_nothing_take_nothing_out() -> None:
+    """Whatever the size of the vocabulary: the bits beyond it are no tokens that are left."""
+    for size in (96, 100):
+        params = SamplingParams(bad_tokens=tuple((token,) for token in range(size)))
+        [row] = allowed_tokens([SampleRow(params, 0, [5], 1)], size).view(np.uint8)
+        assert np.flatnonzero(np.unpackbits(row, bitorder="little")).tolist() == list(range(size))
+
+
 @torch.inference_mode()
 def test_log_probabilities_of_named_tokens_are_the_models_own(llama: Path) -> None:
     """Best first, whatever masks and penalties do; the same from the step of a GPU."""

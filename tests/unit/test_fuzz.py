@@ -205,7 +205,9 @@ def test_a_request_is_valid_or_refused(served: ServedModel, data: bytes, text: s
     assert 0 < len(valid.prompt_ids) < LIMIT and 0 < valid.sampling.max_tokens <= LIMIT - len(valid.prompt_ids)
 
 
-@pytest.mark.parametrize("kwargs", ["[" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "{}x", "1", '{"messages": 1}'])
+@pytest.mark.parametrize(
+    "kwargs", ["[" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "{}x", "1", '{"messages": 1}']
+)
 def test_template_variables_that_are_no_small_object_are_refused(served: ServedModel, kwargs: str) -> None:
     message = inference_pb2.ChatMessage(role="user", content="x")
     chat = inference_pb2.Chat(messages=[message], template_kwargs_json=kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -102,12 +103,15 @@ class Life:
 
     def __init__(self, fleet: Fleet, arrival: Arrival, placed: Placed[SimWorker], refused: set[str]) -> None:
         self._fleet, self._arrival, self._placed, self._refused = fleet, arrival, placed, refused
-        self._booked = placed.booked()
+        self._held = contextlib.ExitStack()  # the bookings, as an Attempt of the router has them
+        self._prefill_held = contextlib.ExitStack()
         self._hit = 0
         self._began = 0.0
 
     def begin(self) -> None:
-        self._booked.__enter__()
+        if self._placed.prefill is not None:
+            self._prefill_held.enter_context(self._placed.prefill.booked(self._placed.prefill_booking))
+        self._held.enter_context(self._placed.decode.booked(self._placed.decode_booking))
         self._arrival.plan = self._placed.decision
         self._after(self._reserve if self._placed.prefill else self._local)
 
@@ -143,7 +147,8 @@ class Life:
         assert self._placed.prefill is not None
         hit = self._placed.decode.reserve(self._arrival)
         if hit is None:
-            self._booked.__exit__(None, None, None)
+            self._prefill_held.close()
+            self._held.close()
             self._fleet._place(self._arrival, self._refused | {self._placed.decode.worker_id})
             return
         self._hit = hit
@@ -165,6 +170,7 @@ class Life:
         prefill, decode = self._placed.prefill, self._placed.decode
         assert prefill is not None
         prefill.release(self._prompt)
+        self._prefill_held.close()
         decode.start(self._arrival, self._hit, self._finished)
 
     def _first_token(self) -> None:
@@ -173,7 +179,7 @@ class Life:
     def _finished(self) -> None:
         arrival, clock = self._arrival, self._fleet.clock
         arrival.finished = clock.now + _CALL_S
-        self._booked.__exit__(None, None, None)
+        self._held.close()
         self._fleet._placement.observe_output(arrival.output_tokens)
         if following := arrival.then(arrival):
             seconds, next_one = following

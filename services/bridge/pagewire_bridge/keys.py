@@ -62,9 +62,7 @@ class KeyRing:
 def load_keys(given: str, file: str | None) -> KeyRing:
     """The keys of --api-key (comma-separated, with one tenant each) and of --api-keys-file. Raises StartupError."""
     secrets = [secret for secret in (part.strip() for part in given.split(",")) if secret]
-    if not all(
-        secret.isascii() and secret.isprintable() for secret in secrets
-    ):  # clients would send other bytes, or none
+    if not all(secret.isascii() and secret.isprintable() for secret in secrets):
         raise StartupError("--api-key: a key may have printable ASCII characters alone, as it is sent in a header")
     keys = [ApiKey(name=f"api-key-{i}", sha256=digest_of(secret)) for i, secret in enumerate(secrets, 1)]
     keys += _of_file(Path(file)) if file else []

@@ -23,6 +23,7 @@ def allowed_tokens(rows: Seq[SampleRow], vocab_size: int) -> np.ndarray:
     Without the engine's lock: a row takes some 20 microseconds, and a large grammar a thousand times that.
     """
     allowed = np.full((len(rows), -(-vocab_size // 32)), _ALL)
+    allowed[:, -1] >>= np.uint32(-vocab_size % 32)  # bits beyond the vocabulary are no tokens that could be left
     for row, mask in zip(rows, allowed, strict=True):
         if row.params.masked:
             _fill(row, mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import chain, repeat
 from typing import Any
 
 from pagewire.v1.inference_pb2 import GenerateRequest, Model, Summary
@@ -27,7 +28,7 @@ from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
 from pagewire_bridge.tgi.answer import Asked, stream, whole
-from pagewire_bridge.tgi.schema import MAX_BEST_OF, MAX_STOP_SEQUENCES, GenerateBody, InferBody, VertexBody
+from pagewire_bridge.tgi.schema import MAX_BEST_OF, MAX_STOP_SEQUENCES, GenerateBody, InferBody, InferOutput, VertexBody
 from pagewire_bridge.tgi.translate import to_request
 
 MAX_CLIENT_BATCH_SIZE = 4
@@ -137,11 +138,11 @@ async def kserve_infer(request: Request) -> Response:
     bodies = [GenerateBody(inputs=prompt, parameters=body.parameters) for prompt in prompts]
     texts = await until_disconnect(request.receive, _texts(request, bodies))
     outputs = []
-    for i, (given, text) in enumerate(zip(body.inputs, texts, strict=True)):
+    wanted = chain(body.outputs or (), repeat(InferOutput()))
+    for given, text, output in zip(body.inputs, texts, wanted, strict=False):
         as_bytes = isinstance(given.data[0], int)  # TGI's own form; the protocol's is a string
         data: list[Any] = list(text.encode()) if as_bytes else [text]
-        name = (body.outputs or [])[i : i + 1] or [{"name": "text_output"}]
-        outputs.append({"name": name[0].get("name"), "shape": [1, len(data)], "datatype": "BYTES", "data": data})
+        outputs.append({"name": output.name, "shape": [1, len(data)], "datatype": "BYTES", "data": data})
     answer = {"id": body.id or request.state.request_id, "outputs": outputs}
     return json_response(answer, headers=ignored_fields_header(unknown_fields(body)))
 

@@ -114,10 +114,14 @@ class InferInput(_Body):
     data: list[str] | list[int]
 
 
+class InferOutput(_Body):
+    name: str = "text_output"
+
+
 class InferBody(_Body):
     """KServe's inference request: one input, the prompt, as a BYTES tensor (strings, or TGI's own bytes)."""
 
     id: str | None = None
     inputs: Annotated[list[InferInput], Field(min_length=1)]
     parameters: Parameters | None = None
-    outputs: list[dict[str, Any]] | None = None
+    outputs: list[InferOutput] | None = None
