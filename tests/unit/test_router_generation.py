@@ -537,18 +537,24 @@ async def test_what_fails_wherever_it_is_tried_rests_no_worker(byte_tokenizer: T
         assert resting == ([] if everywhere else [("d1",)])
 
 
-async def test_a_prefill_worker_is_booked_until_it_has_handed_its_prompt_over(byte_tokenizer: Tokenizer) -> None:
-    """Blocks that it gave back, and may have evicted, counted as hits to the end of a long answer."""
+@pytest.mark.parametrize("delay_s", [0.0, 60.0])
+async def test_a_prefill_worker_is_booked_until_the_index_knows_of_the_prompt_that_it_handed_over(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, delay_s: float
+) -> None:
+    """Blocks that it gave back, and may have evicted, counted as hits to the end of a long answer. Without the delay
+    nobody knew of them for a moment, and prompts that began alike went elsewhere.
+    """
+    monkeypatch.setattr("pagewire_router.attempt.INDEX_DELAY_S", delay_s)
     async with scene(byte_tokenizer, "p1 d1") as s:
         s.workers["d1"].script.hooks["decode"] = never
         answer = asyncio.create_task(s.ask("x" * 200))
         prefill, decode = (s.router.services.workers.get(name) for name in ("p1", "d1"))
         assert prefill and decode
-        await until(lambda: "decode_started" in s.workers["d1"].seen and not prefill.is_booked)
+        await until(lambda: "decode_started" in s.workers["d1"].seen and prefill.is_booked == (delay_s > 0))
         assert decode.is_booked and "prefill" in s.workers["p1"].seen
         answer.cancel()
         await s.settle()
-        assert not decode.is_booked
+        assert not decode.is_booked and not prefill.is_booked
 
 
 async def test_a_replay_that_samples_otherwise_is_an_error_and_not_a_wrong_answer(byte_tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pagewire.v1 import common_pb2
 from pagewire_core.block_hash import HASH_BLOCK
 from pagewire_core.prefix_index import PrefixIndex
+from pagewire_router.attempt import INDEX_DELAY_S
 from pagewire_router.load import StepModel
 from pagewire_router.placement import Placed, Placement
 from pagewire_router.plan import Policy
@@ -170,7 +171,7 @@ class Life:
         prefill, decode = self._placed.prefill, self._placed.decode
         assert prefill is not None
         prefill.release(self._prompt)
-        self._prefill_held.close()
+        self._after(self._prefill_held.close, INDEX_DELAY_S)
         decode.start(self._arrival, self._hit, self._finished)
 
     def _first_token(self) -> None:
@@ -179,6 +180,7 @@ class Life:
     def _finished(self) -> None:
         arrival, clock = self._arrival, self._fleet.clock
         arrival.finished = clock.now + _CALL_S
+        self._prefill_held.close()
         self._held.close()
         self._fleet._placement.observe_output(arrival.output_tokens)
         if following := arrival.then(arrival):

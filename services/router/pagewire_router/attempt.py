@@ -44,6 +44,7 @@ _TOO_LONG = "the request took longer than it may"
 _NO_TOKENS = decode_pb2.FeedEntry()
 _RESERVE_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 2.0
+INDEX_DELAY_S = 1.0  # how long the index may take to hear of blocks; until then a booking tells of them
 _KV_SENT_TIMEOUT_S = 0.5  # how long a finished request waits for the prefill worker's account of it
 
 
@@ -60,13 +61,12 @@ class LegFailed(Exception):
 class Attempt:
     """An async context manager: `reserve`, then iterate `events` once; both raise LegFailed.
 
-    The work counts against its workers from entering on, against the prefill worker until its leg is over.
-    Raises DeadlineExceeded at `deadline`, on the
-    loop's clock. Workers notice a transfer that stands still for `transfer_timeout_s`; twice that after
-    the first token the attempt gives up on one that nobody ended. `prior` is what the decode worker is to
-    go on after, for each choice, if anything. `take` may be given tokens while
-    `events` is waited for; where it returns True, `events` goes on with an entry that has none. What it
-    raises comes out of `events`.
+    The work counts against its workers from entering on, against the prefill worker until its leg is over and the
+    index knows of its blocks. Raises DeadlineExceeded at `deadline`, on the loop's clock. Workers notice a transfer
+    that stands still for `transfer_timeout_s`; twice that after the first token the attempt gives up on one that
+    nobody ended. `prior` is what the decode worker is to go on after, for each choice, if anything. `take` may be
+    given tokens while `events` is waited for; where it returns True, `events` goes on with an entry that has none.
+    What it raises comes out of `events`.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Attempt:
         self._arrived: Mailbox[Arrival] = Mailbox(MAX_UNREAD, self._overflow)
         self._held = contextlib.ExitStack()  # the decode worker's booking and the place on the feed
         self._prefill_held = contextlib.ExitStack()  # the prefill worker's booking: it keeps nothing beyond its leg
+        self._unbooking: asyncio.TimerHandle | None = None  # of the prefill worker
         self._feed: FeedCall | None = None
         self._calls: dict[Leg, grpc.aio.UnaryStreamCall] = {}
         self._pumps: list[asyncio.Task[None]] = []
@@ -124,6 +125,8 @@ class Attempt:
             await leaving
             raise
         finally:
+            if self._unbooking is not None:
+                self._unbooking.cancel()
             self._prefill_held.close()
             self._held.close()
             if isinstance(failure, LegFailed):
@@ -326,7 +329,7 @@ class Attempt:
         """A leg is over: raises LegFailed if the attempt cannot go on without it."""
         self._spans.end_leg(leg, error)
         if leg == "prefill":
-            self._prefill_held.close()
+            self._unbooking = asyncio.get_running_loop().call_later(INDEX_DELAY_S, self._prefill_held.close)
         if self._finished:
             return
         if leg == "decode":
