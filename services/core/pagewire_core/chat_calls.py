@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-Message = Mapping[str, Any]
+from pagewire_core.chat_roles import Message
+
 Call = Mapping[str, Any]
 _ID_LENGTH = 9  # in Mistral's templates
 

@@ -38,7 +38,8 @@ class ChatTemplate:
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "", tool_use: str | None = None) -> None:
         """tool_use: the template of chats with tools, where it is another. Raises StartupError for invalid Jinja."""
         constants = {"bos_token": bos_token, "eos_token": eos_token, "tools": None, "documents": None}
-        self._plain, self._tool_use = _Compiled(source, constants), _Compiled(tool_use or source, constants)
+        self._plain = _Compiled(source, constants)
+        self._tool_use = _Compiled(tool_use, constants) if tool_use else self._plain
         self.source = source
 
     def render(
@@ -127,10 +128,8 @@ def _own(model_dir: Path) -> dict[str, str]:
     """A model's templates by name, as transformers saves them now and did before."""
     file = model_dir / "chat_template.jinja"
     if file.is_file():
-        others = (model_dir / "additional_chat_templates").glob("*.jinja")
-        return {path.stem: path.read_text(encoding="utf-8") for path in others} | {
-            "default": file.read_text(encoding="utf-8")
-        }
+        others = {path.stem: path for path in (model_dir / "additional_chat_templates").glob("*.jinja")}
+        return {name: path.read_text(encoding="utf-8") for name, path in (others | {"default": file}).items()}
     found = read_json(model_dir / "tokenizer_config.json", {}).get("chat_template")
     if isinstance(found, list):
         return {entry["name"]: entry["template"] for entry in found}
