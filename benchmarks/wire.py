@@ -48,7 +48,7 @@ def lanes_round(peer: wire_lanes.Peer, lanes: Sequence[str]) -> Rates:
             if lane != "grpc":  # it moves its bytes in the control messages of a hand-off
                 row[lane] = wire_lanes.measure_lane(peer, lane, size)
     for lane in lanes:
-        tcp = wire_lanes.measure_tcp(peer, wire_lanes.HAND_OFF_CHUNK)
+        tcp = wire_lanes.measure_tcp(peer, max(wire_lanes.CHUNKS))
         for num_tokens, rate in wire_lanes.measure_hand_offs(peer, lane).items():
             row = rates[f"hand-off of {num_tokens} tokens"]
             row[lane] = rate

@@ -35,7 +35,6 @@ from prometheus_client import CollectorRegistry
 TIMEOUT_S = 30.0
 TOTAL_BYTES = 256 << 20  # per measurement of a lane
 CHUNKS = (1 << 20, 4 << 20, 8 << 20)
-HAND_OFF_CHUNK = 4 << 20
 LAYOUT = kv.KvLayout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")  # 23 KB a token
 PROMPTS = (512, 2048, 8192)
 HAND_OFFS = 4  # of a prompt, one after the other, for one figure
@@ -257,7 +256,7 @@ def measure_hand_offs(peer: Peer, lane: str, *, checked: bool = True) -> dict[in
 
 
 async def _hand_over(address: str, lane: str) -> dict[int, float]:
-    sender = KvSender(_identity("prefill"), Pages(), chunk_bytes=HAND_OFF_CHUNK, **_settings(lane))
+    sender = KvSender(_identity("prefill"), Pages(), **_settings(lane))
     rates: dict[int, float] = {}
     try:
         for num_tokens in (min(PROMPTS), *PROMPTS):  # once more: the first makes the pair

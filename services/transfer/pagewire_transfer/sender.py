@@ -37,7 +37,7 @@ class KvSender:
         lanes: list[str],
         metrics: TransferMetrics,
         timeout_s: float,
-        chunk_bytes: int = 4 << 20,
+        chunk_bytes: int = MAX_CHUNK_BYTES,
         tls: TlsFiles | None = None,
     ) -> None:
         assert chunk_bytes <= MAX_CHUNK_BYTES
