@@ -31,6 +31,7 @@ from pagewire_bridge.observe import BridgeMetrics, Observe
 from pagewire_bridge.ollama.embed import ROUTES as OLLAMA_EMBED_ROUTES
 from pagewire_bridge.ollama.routes import ROUTES as OLLAMA_ROUTES
 from pagewire_bridge.openai.embeddings import ROUTES as EMBEDDING_ROUTES
+from pagewire_bridge.openai.generative_scoring import ROUTES as GENERATIVE_SCORING_ROUTES
 from pagewire_bridge.openai.responses.background import BackgroundRuns
 from pagewire_bridge.openai.responses.routes import ROUTES as RESPONSES_ROUTES
 from pagewire_bridge.openai.responses.shelf import open_shelf
@@ -95,6 +96,7 @@ ROUTES = (
     *OPENAI_ROUTES,
     *RESPONSES_ROUTES,
     *EMBEDDING_ROUTES,
+    *GENERATIVE_SCORING_ROUTES,
     *TGI_ROUTES,
     *OLLAMA_ROUTES,
     *OLLAMA_EMBED_ROUTES,

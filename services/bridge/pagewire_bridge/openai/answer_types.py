@@ -297,6 +297,15 @@ class ScoreList(TypedDict):
     usage: PromptUsage
 
 
+class GenerativeScoreList(TypedDict):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage
+
+
 class Document(TypedDict):
     text: str
 

@@ -99,7 +99,7 @@ async def embeddings(request: Request) -> Response:
     vectors = [shortened(one.vector, body.dimensions) for one in response.embeddings]
     encode = _base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
-    return answer_of(body, {**_head(request, "embd", response), "data": data, "usage": _usage(response)})
+    return answer_of(body, {**head_of(request, "embd", response.model), "data": data, "usage": _usage(response)})
 
 
 def answer_of(body: BaseModel, content: Mapping[str, object]) -> Response:
@@ -136,7 +136,7 @@ async def score(request: Request) -> Response:
     left, right = vectors[: len(first)], vectors[len(first) :]
     scores = [_dot(left[i if len(first) > 1 else 0], vector) for i, vector in enumerate(right)]
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
-    return answer_of(body, {**_head(request, "score", response), "data": data, "usage": _usage(response)})
+    return answer_of(body, {**head_of(request, "score", response.model), "data": data, "usage": _usage(response)})
 
 
 async def rerank(request: Request) -> Response:
@@ -172,10 +172,10 @@ def _base64(vector: Vector) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-def _head(request: Request, kind: str, response: pb.EmbedResponse) -> dict[str, object]:
+def head_of(request: Request, kind: str, model: str) -> dict[str, object]:
     """Of a list, as vLLM has it, and as Mistral's client wants it."""
     named = {"id": f"{kind}-{request.state.request_id}", "object": "list"}
-    return {**named, "created": int(time.time()), "model": response.model}
+    return {**named, "created": int(time.time()), "model": model}
 
 
 def _usage(response: pb.EmbedResponse) -> dict[str, int]:

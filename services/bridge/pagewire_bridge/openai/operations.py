@@ -8,6 +8,7 @@ from pagewire_core.errors import ModelNotFound
 
 from pagewire_bridge.openai import answer_types as answers
 from pagewire_bridge.openai.embeddings import EmbeddingsBody, RerankBody, ScoreBody, embeddings, rerank, score
+from pagewire_bridge.openai.generative_scoring import ScoringBody, generative_scoring
 from pagewire_bridge.openai.routes import chat_completions, completions, list_models, retrieve_model
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody
 from pagewire_bridge.openapi.headers import IGNORED_FIELDS, SERVED_BY
@@ -109,6 +110,17 @@ API = Api(
                     "top_n": 1,
                     "return_documents": False,
                 },
+            },
+        ),
+        generative_scoring: Operation(
+            "How likely a token is the model's next one after a query and each of many items",
+            ScoringBody,
+            answers.GenerativeScoreList,
+            raises=ASKING_OF_MODEL,
+            headers=(IGNORED_FIELDS, *SERVED_BY),
+            examples={
+                "texts": {"query": "Is this a city?", "items": _TEXTS, "label_token_ids": [5, 6]},
+                "token ids": {"query": [5, 6], "items": [[7], [8]], "label_token_ids": [9], "apply_softmax": False},
             },
         ),
         list_models: Operation("The models that are served", answer=answers.ModelList, raises=ASKING),
