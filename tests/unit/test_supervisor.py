@@ -100,13 +100,17 @@ async def _running(plan: Plan) -> AsyncIterator[asyncio.Task[None]]:
 
 
 @pytest.fixture(autouse=True)
-def _no_model_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in router speaks no gRPC."""
+def _nobody_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-ins speak no gRPC, for whose answer the supervisor would wait two seconds each time."""
 
     async def has_chat_template(_self: Supervisor) -> bool:
         return True
 
+    async def startup_phases(*_: object) -> dict[str, float]:
+        return {}
+
     monkeypatch.setattr(Supervisor, "_has_chat_template", has_chat_template)
+    monkeypatch.setattr(readiness, "startup_phases", startup_phases)
 
 
 async def test_every_service_is_announced_and_all_are_stopped_in_order(
