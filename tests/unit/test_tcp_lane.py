@@ -134,7 +134,8 @@ FORGERIES: dict[str, Callable[[], Forge]] = {
 
 
 @pytest.mark.parametrize("how", FORGERIES)
-def test_bytes_that_are_not_the_peers_are_never_delivered(how: str) -> None:
+def test_bytes_that_are_not_the_peers_are_never_delivered(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_lane, "RECV_TIMEOUT_S", 1.0)  # for the chunk that never comes
     between = Between(FORGERIES[how]())
     with opened(between.instead_of) as (sender, receiver):
         tags = [sent(sender, chunk(i)) for i in range(2)]

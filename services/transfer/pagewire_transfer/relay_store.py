@@ -39,7 +39,7 @@ class RelayStore(Store):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends every wait, now and later, with an error. Idempotent."""
+        """Ends every wait for what has not come, now and later, with an error. Idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -54,7 +54,11 @@ class RelayStore(Store):
         return self._values[key]
 
     def check(self, keys: Sequence[str]) -> bool:
-        return all(key in self._values for key in keys)
+        """Raises RuntimeError when they are not there and never will be."""
+        here = all(key in self._values for key in keys)
+        if self._closed and not here:
+            raise RuntimeError("the control stream ended before the pair was up")
+        return here
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Raises RuntimeError when the keys do not come in time or the stream has ended."""
@@ -62,7 +66,5 @@ class RelayStore(Store):
         deadline = time.monotonic() + limit_s
         with self._changed:
             while not self.check(keys):
-                if self._closed:
-                    raise RuntimeError("the control stream ended before the pair was up")
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise RuntimeError(f"the peer did not join the pair within {limit_s:.1f} s")

@@ -40,6 +40,7 @@ _KEY_BYTES = 32
 _TAG_BYTES = 16
 _BUILD_TIMEOUT_S = 5.0
 _BUFFER_BYTES = 4 << 20  # of the kernel, so that a chunk travels while the next is gathered or verified
+_LOOK_EVERY_S = 0.1  # whether the peer is still there to come
 _MAX_CALLERS = 64  # that have connected and not yet shown that they are the peer
 
 
@@ -144,7 +145,7 @@ def _accepted(store: dist.Store, host: str, limit_s: float) -> tuple[bytes, sock
         listener.setblocking(False)
         store.set("key", key)  # type: ignore[arg-type] # bytes are taken as they are
         store.set("address", f"{host} {listener.getsockname()[1]}")
-        connection = _peer_among_callers(listener, _proof(key), limit_s)
+        connection = _peer_among_callers(listener, _proof(key), limit_s, store)
     try:
         store.set("accepted", "yes")
     except BaseException:
@@ -174,15 +175,19 @@ def _proof(key: bytes) -> bytes:
     return hmac.digest(key, b"pagewire tcp lane", "sha256")
 
 
-def _peer_among_callers(listener: socket.socket, proof: bytes, limit_s: float) -> socket.socket:
-    """The first caller that shows the proof. One that says something else, or nothing, does not hold up the others."""
+def _peer_among_callers(listener: socket.socket, proof: bytes, limit_s: float, store: dist.Store) -> socket.socket:
+    """The first caller that shows the proof. One that says something else, or nothing, does not hold up the others.
+
+    Raises TimeoutError, and RuntimeError when the store has been closed.
+    """
     deadline = time.monotonic() + limit_s
     heard: dict[socket.socket, bytes] = {}  # in the order of their coming
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         try:
             while (left_s := deadline - time.monotonic()) > 0:
-                for ready, _ in selector.select(left_s):
+                store.check(["accepted"])
+                for ready, _ in selector.select(min(left_s, _LOOK_EVERY_S)):
                     caller = ready.fileobj
                     assert isinstance(caller, socket.socket)
                     if caller is listener:
