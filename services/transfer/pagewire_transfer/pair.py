@@ -40,6 +40,7 @@ log = structlog.get_logger(__name__)
 
 _OPEN_TIMEOUT_S = 10.0  # of a lane; a hand-shake with NCCL takes a few seconds
 _QUEUED = 2  # chunks: the thread never waits for the event loop, and few are sent of a transfer that has ended
+_LEAST_AHEAD_BYTES = 1 << 20  # that layers make before their step is over: what waits for more is tail
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Pair:
             raise self.error
         assert transfer_id not in self._transfers, "one transfer, one offer"
         limit = min(self._settings.chunk_bytes, self._thread.lane.most_bytes)
-        plan = ChunkPlan(self._settings.identity.layout, tokens, limit, limit // 4)
+        plan = ChunkPlan(self._settings.identity.layout, tokens, limit, min(limit // 4, _LEAST_AHEAD_BYTES))
         outgoing = Outgoing(self, transfer_id, plan, self._settings.timeout_s, span)
         self._transfers[transfer_id] = outgoing
         self._turns.append(outgoing)
