@@ -28,6 +28,7 @@ from pagewire_router import ledger, workers
 from pagewire_router.main import _report_health
 from prometheus_client.parser import text_string_to_metric_families
 from router_scene import EOS, ROLES, Scene, scene, until
+from structlog.testing import capture_logs
 
 
 @contextlib.asynccontextmanager
@@ -220,6 +221,28 @@ async def test_who_is_introduced_twice_at_one_moment_joins_once(
         table.set_static([s.workers["p1"].address, d1.address, other])
         await until(lambda: reports == 6)
         assert joined == [table.get("d1")]
+
+
+async def test_a_worker_that_never_answers_is_told_of_once_and_one_that_is_starting_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with an address that cannot be reached from the router, or where one of the two speaks no TLS."""
+    attempts: list[object] = []
+    monkeypatch.setattr(workers, "_MAX_BACKOFF_S", 0.1)
+    monkeypatch.setattr(workers, "open_channel", lambda *args: attempts.append(args) or open_channel(*args))
+    table = workers.WorkerTable(b"")
+    with capture_logs() as lines:
+        table.set_static(["127.0.0.1:1"])
+        await until(lambda: len(attempts) > 2)
+        assert not lines
+        monkeypatch.setattr(workers, "_DEAD_S", 0.0)
+        await until(lambda: bool(lines))
+        told = len(attempts)
+        await until(lambda: len(attempts) > told + 2)
+    await table.close()
+    [line] = lines
+    assert (line["event"], line["address"], line["log_level"]) == ("worker refused", "127.0.0.1:1", "error")
+    assert line["reason"].startswith("does not answer: ")
 
 
 async def test_a_worker_that_falls_silent_gets_nothing_new_and_then_counts_as_dead(
