@@ -36,14 +36,16 @@ async def ready_port(process: asyncio.subprocess.Process) -> int:
     return int(line["port"])
 
 
-async def test_a_port_in_use_is_one_sentence_and_exit_code_1() -> None:
+@pytest.mark.parametrize("flag", ["--port", "--ollama-port"])
+async def test_a_port_in_use_is_one_sentence_and_exit_code_1(flag: str) -> None:
+    """Of the two ports, the sentence names the flag of the one that is taken: where an Ollama runs, its."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        async with bridge_process("--router", "127.0.0.1:1", "--port", str(port)) as process:
+        async with bridge_process("--router", "127.0.0.1:1", "--port=0", flag, str(port)) as process:
             _, stderr = await process.communicate()
     assert process.returncode == 1
-    assert stderr.decode().startswith(f"pagewire-bridge: cannot listen on 127.0.0.1:{port}: Address already in use;")
-    assert stderr.count(b"\n") == 1
+    what = f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --host or {flag}"
+    assert stderr.decode() == f"pagewire-bridge: {what}\n"
 
 
 async def test_a_missing_router_is_one_sentence_and_exit_code_1() -> None:
