@@ -68,9 +68,13 @@ def ratio(part: str, whole: str) -> str:
     return f"{part} / ({whole} > 0)"
 
 
+# As all bridges tell of it, who scrapes several has it several times.
+_ROLES = "max by (instance, role) (pagewire_worker_info)"
+
+
 def by_role(expression: str) -> str:
     """Of workers, summed by the role that they have now."""
-    return f"sum by (role) ({expression} * on (instance) group_left (role) pagewire_worker_info)"
+    return f"sum by (role) ({expression} * on (instance) group_left (role) {_ROLES})"
 
 
 _KV_USAGE = f"1 - {by_role('pagewire_engine_free_blocks')} / {by_role('pagewire_engine_total_blocks')}"
@@ -92,7 +96,7 @@ OVERVIEW = Dashboard("pagewire-overview", "pagewire: overview", (
     Panel("Time between tokens", quantiles(_ITL), "s"),
     Panel("Whole requests", quantiles("pagewire_e2e_seconds"), "s"),
     Panel("KV in use", {"{{role}}": _KV_USAGE}, "percentunit", high=1),
-    count("Workers", {"{{role}}": "count by (role) (pagewire_worker_info)"}),
+    count("Workers", {"{{role}}": f"count by (role) ({_ROLES})"}),
     Panel("HTTP answers", {"{{status}}": rate("pagewire_bridge_requests_total", "status", _API)}, "reqps",
           description="By status; 499: the client left. Without probes and scrapes."),
     count("Envoy: healthy upstreams", {"{{envoy_cluster_name}}": "sum by (envoy_cluster_name) "
