@@ -14,7 +14,7 @@ from pagewire_core.command_line import run_main, shown_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS
 from pagewire_core.rpc import warn_of_plain_text
-from pagewire_core.startup import freeze_heap
+from pagewire_core.startup import allow_connections, freeze_heap
 from pagewire_core.telemetry import configure_logging
 from pagewire_core.tls import tls_files, with_certificates
 from starlette.types import ASGIApp
@@ -99,6 +99,7 @@ def serve(flags: argparse.Namespace) -> None:
         https.server_context()  # a mistake shows before anything is begun
     warn_of_plain_text(flags.host, https is not None, "--ssl-certfile and --ssl-keyfile")
     keys = load_keys(flags.api_key, flags.api_keys_file)
+    allow_connections()
     shared = flags.own_port is not None
     listeners = [listen(flags.host, flags.port, shared)]
     if flags.ollama_port:
