@@ -68,12 +68,16 @@ def ratio(part: str, whole: str) -> str:
     return f"{part} / ({whole} > 0)"
 
 
-def of_pool(expression: str) -> str:
-    """Summed by pool, which is what a worker's name begins with."""
-    return f'sum by (pool) (label_replace({expression}, "pool", "$1", "instance", "(prefill|decode|both)-.*"))'
+# As all bridges tell of it, who scrapes several has it several times.
+_ROLES = "max by (instance, role) (pagewire_worker_info)"
 
 
-_KV_USAGE = f"1 - {of_pool('pagewire_engine_free_blocks')} / {of_pool('pagewire_engine_total_blocks')}"
+def by_role(expression: str) -> str:
+    """Of workers, summed by the role that they have now."""
+    return f"sum by (role) ({expression} * on (instance) group_left (role) {_ROLES})"
+
+
+_KV_USAGE = f"1 - {by_role('pagewire_engine_free_blocks')} / {by_role('pagewire_engine_total_blocks')}"
 _TTFT, _ITL = "pagewire_time_to_first_token_seconds", "pagewire_inter_token_latency_seconds"
 _REQUESTS, _ERRORS = "pagewire_requests_total", '{outcome=~"internal|unavailable|deadline"}'
 _COMPUTED, _CACHED = (rate_of(f"pagewire_engine_prompt_tokens_{what}_total") for what in ("computed", "cached"))
@@ -91,8 +95,8 @@ OVERVIEW = Dashboard("pagewire-overview", "pagewire: overview", (
     Panel("Time to first token", quantiles(_TTFT), "s"),
     Panel("Time between tokens", quantiles(_ITL), "s"),
     Panel("Whole requests", quantiles("pagewire_e2e_seconds"), "s"),
-    Panel("KV in use", {"{{pool}}": _KV_USAGE}, "percentunit", high=1),
-    count("Workers", {"{{pool}}": of_pool("pagewire_engine_total_blocks > bool 0")}),
+    Panel("KV in use", {"{{role}}": _KV_USAGE}, "percentunit", high=1),
+    count("Workers", {"{{role}}": f"count by (role) ({_ROLES})"}),
     Panel("HTTP answers", {"{{status}}": rate("pagewire_bridge_requests_total", "status", _API)}, "reqps",
           description="By status; 499: the client left. Without probes and scrapes."),
     count("Envoy: healthy upstreams", {"{{envoy_cluster_name}}": "sum by (envoy_cluster_name) "
@@ -107,11 +111,11 @@ OVERVIEW = Dashboard("pagewire-overview", "pagewire: overview", (
 BALANCE = Dashboard("pagewire-balance", "pagewire: prefill and decode", (
     Panel("Plans", {"{{decision}}": rate("pagewire_route_total", "decision")}, "reqps",
           description="A pair of workers, or one worker alone."),
-    count("Waiting", {"{{pool}}": of_pool("pagewire_engine_num_waiting")}),
-    count("Running", {"{{pool}}": of_pool("pagewire_engine_num_running")}),
-    Panel("Prompt tokens computed a second", {"{{pool}}": of_pool(_COMPUTED)}),
-    Panel("Tokens sampled a second", {"{{pool}}": of_pool(rate_of("pagewire_engine_tokens_sampled_total"))}),
-    Panel("KV in use", {"{{pool}}": _KV_USAGE}, "percentunit", high=1),
+    count("Waiting", {"{{role}}": by_role("pagewire_engine_num_waiting")}),
+    count("Running", {"{{role}}": by_role("pagewire_engine_num_running")}),
+    Panel("Prompt tokens computed a second", {"{{role}}": by_role(_COMPUTED)}),
+    Panel("Tokens sampled a second", {"{{role}}": by_role(rate_of("pagewire_engine_tokens_sampled_total"))}),
+    Panel("KV in use", {"{{role}}": _KV_USAGE}, "percentunit", high=1),
     Panel("Steps a second", {"{{instance}}": rate_of("pagewire_engine_steps_total")}),
     Panel("Preemptions a second", {"{{instance}}": rate_of("pagewire_engine_preemptions_total")}),
     count("Reserved blocks", {"{{instance}}": "pagewire_engine_reserved_blocks"},

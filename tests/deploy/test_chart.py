@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -148,6 +149,15 @@ def test_one_value_has_every_service_send_its_spans() -> None:
         [container] = workloads(documents)[role]["spec"]["containers"]
         variables = {variable["name"]: variable.get("value") for variable in container["env"]}
         assert variables["PAGEWIRE_OTLP_TRACES_ENDPOINT"] == "http://collector:4317"
+
+
+def test_what_two_edges_tell_of_the_same_workers_is_one_series() -> None:
+    """Else every sum would be twice what it is. Prometheus' operator names the pod and the container of each."""
+    [monitor] = of_kind(render({"edge": {"replicas": 2}, "monitoring": {"podMonitor": True}}), "ServiceMonitor")
+    [endpoint] = monitor["spec"]["endpoints"]
+    dropped = [r["regex"] for r in endpoint["metricRelabelings"] if r["action"] == "labeldrop"]
+    assert endpoint["honorLabels"]
+    assert all(any(re.fullmatch(regex, label) for regex in dropped) for label in ("pod", "container"))
 
 
 def test_helm_finds_nothing_to_complain_about() -> None:

@@ -65,6 +65,10 @@ async def test_workers_swap_their_roles_without_being_started_again(cluster: Clu
         role = PREFILL if name.startswith("decode") else DECODE
         assert (await set_role(cluster.processes[name], role))[-1] == 0
     await wait_roles(cluster, **swapped)
+    metrics = (await cluster.http.get("/metrics")).text
+    for name, role in (("decode-0", "prefill"), ("prefill-0", "decode")):
+        worker = f"{name.partition('-')[0]}-{cluster.processes[name].address}"
+        assert f'pagewire_worker_info{{instance="{worker}",role="{role}"}} 1.0' in metrics
     decoding = {cluster.processes[name].address for name in ("prefill-0", "prefill-1")}
     computing = {cluster.processes[name].address for name in ("decode-0", "decode-1")}
     for seed, tokens in enumerate(before):

@@ -154,6 +154,17 @@ def test_a_made_key_opens_with_its_entry(capsys: pytest.CaptureFixture[str], tmp
     assert secret not in file.read_text() and ring.find(secret + "x") is None and ring.find("") is None
 
 
+def test_a_key_that_is_only_named_has_a_tenant_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    main(["key", "erin"])
+    main(["key", "root", "--admin"])
+    shown = capsys.readouterr().out
+    file.write_text(shown)
+    ring = load_keys("", str(file))
+    found = [ring.find(line.rpartition(" ")[2]) for line in shown.splitlines() if line.startswith("#")]
+    assert [(key.tenant_name, key.admin) for key in found if key] == [("erin", False), ("root", True)]
+
+
 @pytest.mark.parametrize("name", ["123", "true", "1e3", "no"])
 def test_a_key_may_be_named_by_what_yaml_takes_for_something_else(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -169,7 +180,12 @@ def test_a_key_may_be_named_by_what_yaml_takes_for_something_else(
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["a b"], 1), (["a", "--tenant", "x: y"], 1), (["a", "--requests-per-minute", "0"], 2)],
+    [
+        (["a b"], 1),
+        (["a", "--tenant", "x: y"], 1),
+        (["a", "--tenant", ""], 1),
+        (["a", "--requests-per-minute", "0"], 2),
+    ],
 )
 def test_no_entry_is_made_that_a_bridge_would_refuse(
     arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]

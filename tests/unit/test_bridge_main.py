@@ -17,9 +17,11 @@ from scripted_router import HELLO, ScriptedRouter, accepted, delta, running_rout
 
 
 @contextlib.asynccontextmanager
-async def bridge_process(*flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def bridge_process(*flags: str, files: int = 1024) -> AsyncIterator[asyncio.subprocess.Process]:
+    """files: that the shell which starts it lets it have open, unless it asks for more."""
+    shell = ("sh", "-c", f'ulimit -Sn {files} && exec "$@"', "sh")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "pagewire_bridge.main", *flags, stderr=asyncio.subprocess.PIPE
+        *shell, sys.executable, "-P", "-m", "pagewire_bridge.main", *flags, stderr=asyncio.subprocess.PIPE
     )
     try:
         yield process
@@ -36,14 +38,29 @@ async def ready_port(process: asyncio.subprocess.Process) -> int:
     return int(line["port"])
 
 
-async def test_a_port_in_use_is_one_sentence_and_exit_code_1() -> None:
+@pytest.mark.parametrize("flag", ["--port", "--ollama-port"])
+async def test_a_port_in_use_is_one_sentence_and_exit_code_1(flag: str) -> None:
+    """Of the two ports, the sentence names the flag of the one that is taken: where an Ollama runs, its."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        async with bridge_process("--router", "127.0.0.1:1", "--port", str(port)) as process:
+        async with bridge_process("--router", "127.0.0.1:1", "--port=0", flag, str(port)) as process:
             _, stderr = await process.communicate()
     assert process.returncode == 1
-    assert stderr.decode().startswith(f"pagewire-bridge: cannot listen on 127.0.0.1:{port}: Address already in use;")
-    assert stderr.count(b"\n") == 1
+    what = f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --host or {flag}"
+    assert stderr.decode() == f"pagewire-bridge: {what}\n"
+
+
+async def test_more_clients_may_come_than_a_shell_allows_open_files() -> None:
+    async with (
+        bridge_process("--router=127.0.0.1:1", "--port=0", files=64) as process,
+        contextlib.AsyncExitStack() as all,
+    ):
+        port = await ready_port(process)
+        for _ in range(100):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            all.callback(writer.close)
+            writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in await reader.readline()
 
 
 async def test_a_missing_router_is_one_sentence_and_exit_code_1() -> None:

@@ -70,6 +70,37 @@ async def test_a_service_may_listen_on_an_address_of_ipv6(host: str) -> None:
         await server.stop()
 
 
+async def test_a_proxy_for_the_outside_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services do not go through it to each other either."""
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = RpcServer()
+    port = await server.start("127.0.0.1", 0)
+    try:
+        await server.set_serving(True)
+        assert await exit_code("worker", f"127.0.0.1:{port}") == 0
+    finally:
+        await server.stop()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bridge", "127.0.0.1:x"),
+        ("bridge", "https://127.0.0.1:1", "--tls-cert=/none", "--tls-key=/none"),
+        ("worker", "127.0.0.1:1", "--tls-cert=/none", "--tls-key=/none", "--tls-ca=/none"),
+    ],
+)
+async def test_what_cannot_be_asked_is_one_sentence(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await exit_code(*arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pagewire-health: ") and said.count("\n") == 1
+
+
 async def test_where_nobody_listens_nobody_is_alive() -> None:
     (port,) = ports.free_ports(1)
     for service in ("worker", "bridge"):

@@ -43,6 +43,7 @@ def known_names() -> set[str]:
     names = {"up"} | {f"pagewire_engine_{name}" for name in engine_metrics._GAUGES}
     names |= {f"pagewire_engine_{name}_total" for name in engine_metrics._COUNTERS}
     names |= {"pagewire_kv_fetches_total", "envoy_cluster_membership_healthy", "envoy_cluster_membership_total"}
+    names.add("pagewire_worker_info")
     names |= {rule["record"] for group in RULES for rule in group["rules"] if "record" in rule}
     for registry in (workers, RouterMetrics().registry, BridgeMetrics().registry):
         for family in registry.collect():

@@ -28,6 +28,7 @@ from pagewire_router import ledger, workers
 from pagewire_router.main import _report_health
 from prometheus_client.parser import text_string_to_metric_families
 from router_scene import EOS, ROLES, Scene, scene, until
+from structlog.testing import capture_logs
 
 
 @contextlib.asynccontextmanager
@@ -222,6 +223,28 @@ async def test_who_is_introduced_twice_at_one_moment_joins_once(
         assert joined == [table.get("d1")]
 
 
+async def test_a_worker_that_never_answers_is_told_of_once_and_one_that_is_starting_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with an address that cannot be reached from the router, or where one of the two speaks no TLS."""
+    attempts: list[object] = []
+    monkeypatch.setattr(workers, "_MAX_BACKOFF_S", 0.1)
+    monkeypatch.setattr(workers, "open_channel", lambda *args: attempts.append(args) or open_channel(*args))
+    table = workers.WorkerTable(b"")
+    with capture_logs() as lines:
+        table.set_static(["127.0.0.1:1"])
+        await until(lambda: len(attempts) > 2)
+        assert not lines
+        monkeypatch.setattr(workers, "_DEAD_S", 0.0)
+        await until(lambda: bool(lines))
+        told = len(attempts)
+        await until(lambda: len(attempts) > told + 2)
+    await table.close()
+    [line] = lines
+    assert (line["event"], line["address"], line["log_level"]) == ("worker refused", "127.0.0.1:1", "error")
+    assert line["reason"].startswith("does not answer: ")
+
+
 async def test_a_worker_that_falls_silent_gets_nothing_new_and_then_counts_as_dead(
     byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +362,7 @@ async def test_what_the_index_promised_is_held_against_what_was_found(byte_token
 
 
 async def test_every_metric_keeps_its_name(byte_tokenizer: Tokenizer) -> None:
+    """Without a Redis, which is then not said to be away: pagewire_redis_connected."""
     async with scene(byte_tokenizer, "p1 d1") as s:
         text = (await s.stub.Metrics(inference_pb2.MetricsRequest())).text
         names = {f.name for f in text_string_to_metric_families(text) if not f.name.endswith("_created")}
@@ -352,7 +376,7 @@ async def test_every_metric_keeps_its_name(byte_tokenizer: Tokenizer) -> None:
             "pagewire_expected_hit_tokens", "pagewire_false_hit_tokens", "pagewire_unexpected_hit_tokens",
             "pagewire_index_blocks", "pagewire_predicted_seconds", "pagewire_prediction_error_seconds",
             "pagewire_circuits_opened", "pagewire_circuits_open",
-            "pagewire_redis_connected", "pagewire_inference_seconds", "pagewire_mean_time_per_token_seconds",
+            "pagewire_inference_seconds", "pagewire_mean_time_per_token_seconds",
             "pagewire_request_prompt_tokens", "pagewire_request_generation_tokens", "pagewire_request_max_tokens",
             "pagewire_request_choices", "pagewire_finished_choices", "pagewire_request_longest_answer_tokens",
             "pagewire_validation_seconds", "pagewire_step_text_seconds",

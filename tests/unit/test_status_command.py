@@ -19,6 +19,8 @@ METRICS = """\
 pagewire_kv_transfer_bytes_total{direction="sent",instance="p1",lane="shm"} 3145728
 pagewire_kv_transfer_bytes_total{direction="sent",instance="p1",lane="gloo"} 1048576
 pagewire_kv_transfer_bytes_total{direction="received",instance="d1",lane="shm"} 3145728
+# TYPE pagewire_redis_connected gauge
+pagewire_redis_connected{instance="router"} 0
 # TYPE pagewire_index_level gauge
 pagewire_index_level{instance="router"} 2
 # TYPE pagewire_index_age_seconds gauge
@@ -63,6 +65,7 @@ async def test_the_command_asks_a_router(byte_tokenizer: Tokenizer, capsys: pyte
         await status(arguments("--router", s.address))
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "0 requests running, 0 queued (0 prompt tokens)"
+        assert lines[1].endswith("; no Redis")
         assert sorted(line.split()[0] for line in lines[4:]) == ["d1", "p1"]
         await status(arguments("--router", s.address, "--json"))
         assert {w["worker_id"] for w in json.loads(capsys.readouterr().out)["workers"]} == {"p1", "d1"}

@@ -14,7 +14,7 @@ from pagewire_core.command_line import run_main, shown_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS
 from pagewire_core.rpc import warn_of_plain_text
-from pagewire_core.startup import freeze_heap
+from pagewire_core.startup import allow_connections, freeze_heap
 from pagewire_core.telemetry import configure_logging
 from pagewire_core.tls import tls_files, with_certificates
 from starlette.types import ASGIApp
@@ -36,8 +36,9 @@ BACKLOG = 2048
 SEND_BUFFER_BYTES = 128 << 10  # of the kernel, for each client; left to itself it grows to 4 MiB that nobody reads
 
 
-def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+def listen(host: str, port: int, shared: bool = False, flag: str = "--port") -> socket.socket:
     """A listening socket. shared: with other processes of this user that say so, too; the kernel spreads connections.
+    flag: that names the port.
 
     Raises StartupError when the address is taken or is not ours.
     """
@@ -56,7 +57,7 @@ def listen(host: str, port: int, shared: bool = False) -> socket.socket:
             raise
     except OSError as error:
         raise StartupError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or {flag}"
         ) from error
     return listener
 
@@ -98,9 +99,11 @@ def serve(flags: argparse.Namespace) -> None:
         https.server_context()  # a mistake shows before anything is begun
     warn_of_plain_text(flags.host, https is not None, "--ssl-certfile and --ssl-keyfile")
     keys = load_keys(flags.api_key, flags.api_keys_file)
-    ports = [flags.port, *([flags.ollama_port] if flags.ollama_port else [])]
+    allow_connections()
     shared = flags.own_port is not None
-    listeners = [listen(flags.host, port, shared) for port in ports]
+    listeners = [listen(flags.host, flags.port, shared)]
+    if flags.ollama_port:
+        listeners.append(listen(flags.host, flags.ollama_port, shared, "--ollama-port"))
     if shared:
         listeners.append(listen("127.0.0.1", flags.own_port))
     host, port = listeners[0].getsockname()[:2]

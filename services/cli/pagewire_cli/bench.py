@@ -133,6 +133,8 @@ def _target(text: str) -> tuple[str, float]:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from pagewire_core.startup import allow_connections
+
     from pagewire_cli.load.client import ServerUnfit  # HTTP and JSON: not wanted by the other commands
     from pagewire_cli.load.report import table
     from pagewire_cli.load.run import run
@@ -140,6 +142,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.dataset_name != "random" and args.dataset_path is None:
         args.parser.error(f"--dataset-name {args.dataset_name} needs --dataset-path")
     try:
+        allow_connections()
         result = asyncio.run(run(args))
     except (ServerUnfit, OSError, ValueError) as error:
         raise StartupError(str(error) or type(error).__name__) from None

@@ -7,9 +7,11 @@ for the others, where the `pagewire` command takes 0.8 s.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _DOMAIN = "pagewire.internal"  # as in pagewire_core.tls
@@ -33,7 +35,11 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
         parser.add_argument(f"--tls-{name}", default=default, help=f"default: PAGEWIRE_TLS_{name.upper()}")
     args = parser.parse_args(argv)
     ask = _bridge_is_ready if args.service == "bridge" else _grpc_is_serving
-    is_ready = ask(args)
+    try:
+        is_ready = ask(args)
+    except OSError as error:
+        sys.stderr.write(f"pagewire-health: cannot use the --tls-* files: {error}\n")
+        raise SystemExit(1) from None
     if is_ready is None or not (is_ready or args.live):
         said = "does not answer" if is_ready is None else "is not ready"
         sys.stderr.write(f"pagewire-health: the {args.service} at {args.address} {said}\n")
@@ -46,7 +52,7 @@ def _bridge_is_ready(args: argparse.Namespace) -> bool | None:
     import ssl
 
     address = args.address.removeprefix("http://")
-    connection = http.client.HTTPConnection(address, timeout=args.timeout)
+    connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
     if address.startswith("https://"):
         # The address is our own: it need not prove who it is.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -54,14 +60,13 @@ def _bridge_is_ready(args: argparse.Namespace) -> bool | None:
         if args.tls_cert and args.tls_key:
             context.load_cert_chain(args.tls_cert, args.tls_key)
         address = address.removeprefix("https://")
-        connection = http.client.HTTPSConnection(address, timeout=args.timeout, context=context)
+        connect = functools.partial(http.client.HTTPSConnection, context=context)
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
+        with contextlib.closing(connect(address, timeout=args.timeout)) as connection:
+            connection.request("GET", "/health")
+            return bool(connection.getresponse().status == http.client.OK)
+    except (OSError, http.client.HTTPException):  # of the latter, also an address that is none
         return None
-    finally:
-        connection.close()
 
 
 def _grpc_is_serving(args: argparse.Namespace) -> bool | None:
@@ -69,10 +74,11 @@ def _grpc_is_serving(args: argparse.Namespace) -> bool | None:
     import grpc
     from grpc_health.v1 import health_pb2
 
-    channel = grpc.insecure_channel(args.address)
+    options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
+    channel = grpc.insecure_channel(args.address, options)
     if args.tls_cert and args.tls_key and args.tls_ca:
         ca, key, cert = (Path(path).read_bytes() for path in (args.tls_ca, args.tls_key, args.tls_cert))
-        options = [("grpc.ssl_target_name_override", f"{args.service}.{_DOMAIN}")]
+        options.append(("grpc.ssl_target_name_override", f"{args.service}.{_DOMAIN}"))
         channel = grpc.secure_channel(args.address, grpc.ssl_channel_credentials(ca, key, cert), options)
     check = channel.unary_unary(
         "/grpc.health.v1.Health/Check",

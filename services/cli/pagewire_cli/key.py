@@ -28,9 +28,10 @@ def _run(args: argparse.Namespace) -> None:
 
     secret = f"pw-{secrets.token_urlsafe(32)}"
     try:
+        own = {} if args.tenant is None else {"tenant": args.tenant}
         key = ApiKey(
-            name=args.name, sha256=digest_of(secret), tenant=args.tenant or "", admin=args.admin,
-            requests_per_minute=args.requests_per_minute, tokens_per_minute=args.tokens_per_minute,
+            name=args.name, sha256=digest_of(secret), admin=args.admin, requests_per_minute=args.requests_per_minute,
+            tokens_per_minute=args.tokens_per_minute, **own,
         )  # fmt: skip
     except ValidationError:
         raise StartupError("NAME and --tenant are 1 to 64 letters, digits, dots, dashes and underscores") from None

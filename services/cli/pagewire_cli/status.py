@@ -84,6 +84,9 @@ def report(answer: inference_pb2.StatusResponse, metrics: Samples) -> Iterable[s
         return next(iter(metrics.get(f"pagewire_{name}", {}).values()), 0.0)
 
     level = int(of_router("index_level"))
+    redis = "Redis answers" if answer.redis_connected else "Redis DOES NOT ANSWER"
+    if "pagewire_redis_connected" not in metrics:
+        redis = "no Redis"
     expected, false = of_router("expected_hit_tokens_total"), of_router("false_hit_tokens_total")
     yield (
         f"{answer.running_requests} requests running, {answer.queued_requests} queued "
@@ -92,7 +95,7 @@ def report(answer: inference_pb2.StatusResponse, metrics: Samples) -> Iterable[s
     yield (
         f"index: {answer.indexed_blocks} blocks, {_LEVELS[min(level, len(_LEVELS) - 1)]}, incomplete for "
         f"{of_router('index_age_seconds'):.1f} s, {false / expected if expected else 0:.1%} of expected hits false; "
-        f"Redis {'answers' if answer.redis_connected else 'DOES NOT ANSWER'}"
+        f"{redis}"
     )
     yield ""
     if not answer.workers:

@@ -1,13 +1,17 @@
-"""The start of a process: how long its phases took, and what is done once it is over."""
+"""The start of a process: how long its phases took, what it needs of the system, and what is done once it is over."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import resource
 import time
 from pathlib import Path
 
 import psutil
+
+_CONNECTIONS = 32768
 
 
 class Timeline:
@@ -30,6 +34,17 @@ def process_began() -> float:
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + started
     except (OSError, AttributeError):
         return psutil.Process().create_time()
+
+
+def allow_connections() -> None:
+    """Raises this process's limit of open files, of which each is one, as far as its user may: shells begin with 1024
+    on Linux and 256 on macOS, and who comes after that is cut without a word.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, _CONNECTIONS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def freeze_heap() -> None:

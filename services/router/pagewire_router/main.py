@@ -124,6 +124,8 @@ async def running_router(
 
     workers = WorkerTable(model.digest, joined, left, tls, reported, switched)
     discovery = Discovery(args.redis_url, workers) if args.redis_url else None
+    if discovery is None:  # what is not there is not away
+        metrics.registry.unregister(metrics.redis_connected)
     admission = Admission(Limits(args.max_queued_requests, args.max_queued_tokens), lambda: room_of(workers.live))
     breakers = Breakers(opened=lambda breaker: metrics.circuits_opened.labels(breaker.leg, breaker.cause).inc())
     placement = Placement(workers, index, POLICIES[args.routing_policy], breakers)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import grpc
@@ -107,6 +108,7 @@ class WorkerTable:
         self._appeared: dict[str, asyncio.Event] = {}  # by address; set by another instance than was there
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}  # address -> what was last logged
+        self._silent_since: dict[str, float] = {}  # address -> loop time; inf: that has been logged
         self._changed = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -187,6 +189,7 @@ class WorkerTable:
             appeared.clear()
         self._followers.pop(address, None)
         self._appeared.pop(address, None)
+        self._silent_since.pop(address, None)
 
     async def _one_life(self, address: str) -> bool:
         """Follows a worker from its first word to its last; says whether it was alive at all."""
@@ -208,8 +211,10 @@ class WorkerTable:
         try:
             info = await control.Info(worker_pb2.InfoRequest(), timeout=_INFO_TIMEOUT_S)
         except grpc.RpcError as error:
-            self._refuse(address, f"does not answer: {from_rpc(error).message}", quiet=True)
+            if self._stays_silent(address):
+                self._refuse(address, f"does not answer: {from_rpc(error).message}")
             return None
+        self._silent_since.pop(address, None)
         if why := self._unfit(info):
             self._refuse(address, why)
             return None
@@ -263,10 +268,20 @@ class WorkerTable:
             self._refuse(address, f"has the worker id of {known.address}: give it another --worker-id")
         return True
 
-    def _refuse(self, address: str, why: str, quiet: bool = False) -> None:
+    def _stays_silent(self, address: str) -> bool:
+        """Whether it has now been silent for long, as one at an address that cannot be reached from here. True once;
+        who starts or has just ended is silent as well, and nothing to tell of.
+        """
+        now = asyncio.get_running_loop().time()
+        if now - self._silent_since.setdefault(address, now) < _DEAD_S:
+            return False
+        self._silent_since[address] = math.inf
+        return True
+
+    def _refuse(self, address: str, why: str) -> None:
         if self._refused.get(address) != why:
             self._refused[address] = why
-            (log.debug if quiet else log.error)("worker refused", address=address, reason=why)
+            log.error("worker refused", address=address, reason=why)
 
     def _join(self, worker: Worker) -> None:
         if self._live.get(worker.worker_id) is not worker:

@@ -49,7 +49,7 @@ from pagewire_transfer.lanes import available_lanes, gpu_id
 from pagewire_transfer.metrics import TransferMetrics
 from pagewire_transfer.receiver import KvChannelServicer
 from pagewire_transfer.sender import KvSender
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Info
 
 from pagewire_worker.prefixes import PrefixFetcher, PrefixLender
 from pagewire_worker.roles import NAMES, Roles
@@ -78,6 +78,7 @@ class Worker:
         self._tls = tls
         self._host = host
         self._registry = CollectorRegistry()
+        self._role = Info("pagewire_worker", "What it does now", registry=self._registry)
         self._lanes = available_lanes(args.lanes, loaded.runner.config.device, tls is not None)
         self._publisher: BlockEventPublisher | None = None
         self._unpublished = 0  # changes of the prefix cache, where there is no Redis
@@ -183,7 +184,7 @@ class Worker:
             gpu_id(runner.config.device),
         )
         timeout_s = self._args.transfer_timeout
-        self._engine.layers.enabled = self._args.role != "decode"
+        self._take_role(self._args.role)
         # Every worker sends and receives: prefixes go between any two.
         source = PromptSource(self._engine)
         lender = PrefixLender(self._engine, source)
@@ -239,8 +240,8 @@ class Worker:
         return [self._registration.run(), self._publisher.run()]
 
     def _take_role(self, role: str) -> None:
-        """Prompts of others are sent layer by layer where there are any."""
-        self._engine.layers.enabled = role != "decode"
+        self._role.info({"role": role})
+        self._engine.layers.enabled = role != "decode"  # where prompts of others are computed, layers are sent
         if self._registration:
             self._registration.set_role(role)
 
