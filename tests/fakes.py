@@ -26,6 +26,7 @@ from pagewire.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from pagewire_core.errors import ContextLength
 from pagewire_core.feed import Feed, Feeds
 from pagewire_core.rpc import PROTOCOL, SAMPLING_REVISION, RpcServer
 from processes import free_port
@@ -172,6 +173,7 @@ class FakeWorker(
         self.protocol, self.sampling_revision = PROTOCOL, SAMPLING_REVISION
         self.step_cost = worker_pb2.StepCost()
         self.waiting_prefill_tokens = 0  # as it says
+        self.max_num_seqs, self.max_model_len = 8, 256
         self.hashes: list[bytes] = []
         self.arrived: dict[bytes, asyncio.Event] = {}
         self.seen: list[str] = []  # what was asked of it, in order
@@ -228,7 +230,7 @@ class FakeWorker(
             fingerprint=b"f" * 32,
             model_digest=self.digest,
             protocol=self.protocol,
-            max_model_len=256,
+            max_model_len=self.max_model_len,
             block_size=16,
             total_blocks=64,
             kv_bytes_per_token=1000,
@@ -241,7 +243,7 @@ class FakeWorker(
             while self.silent:
                 await asyncio.sleep(0.01)
             yield worker_pb2.StatsResponse(
-                free_blocks=64, total_blocks=64, max_num_seqs=8, step_cost=self.step_cost,
+                free_blocks=64, total_blocks=64, max_num_seqs=self.max_num_seqs, step_cost=self.step_cost,
                 waiting_prefill_tokens=self.waiting_prefill_tokens, role=self.role, draining=self.draining,
             )  # fmt: skip
             await asyncio.sleep(0.2)
@@ -254,8 +256,15 @@ class FakeWorker(
     async def Metrics(self, request: Any, context: grpc.aio.ServicerContext) -> worker_pb2.WorkerServiceMetricsResponse:
         return worker_pb2.WorkerServiceMetricsResponse(text="# TYPE pagewire_fake gauge\npagewire_fake 1.0\n")
 
-    async def Reserve(self, request: Any, context: grpc.aio.ServicerContext) -> decode_pb2.ReserveResponse:
+    def _check_fits(self, num_tokens: int, n: int) -> None:
+        if num_tokens >= self.max_model_len or n > self.max_num_seqs:
+            raise ContextLength(f"{num_tokens} tokens of {n} choices are too much for {self.worker_id}")
+
+    async def Reserve(
+        self, request: decode_pb2.ReserveRequest, context: grpc.aio.ServicerContext
+    ) -> decode_pb2.ReserveResponse:
         async with self._call("reserve"):
+            self._check_fits(len(request.prompt_ids), request.n)
             await self._hook("reserve")
             return decode_pb2.ReserveResponse(instance=self.instance, kv_address=self.address)
 
@@ -288,6 +297,8 @@ class FakeWorker(
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         async with self._call("decode"):
             self.requests.append(request)
+            prior = max((len(output.token_ids) for output in request.prior), default=0)
+            self._check_fits(len(request.prompt_ids) + prior, request.n)
             if not request.local_prefill:
                 await self.kv_arrived(request.transfer_id).wait()
             self.decoding.add(request.transfer_id)

@@ -134,6 +134,18 @@ class Ends:
         self.source.prompts[transfer_id] = prompt
         return await self.sender.open(transfer_id, self.address, self.instance, (begin, prompt.shape[2]))
 
+    @contextlib.asynccontextmanager
+    async def listening_again(self) -> AsyncIterator[None]:
+        """The same receiver, after its server has stopped."""
+        server = RpcServer()
+        server.add(add_KvChannelServiceServicer_to_server, self.servicer, SERVICE)
+        await server.start("127.0.0.1", int(self.address.rpartition(":")[2]))
+        try:
+            yield
+        finally:
+            await self.sender.close()
+            await server.stop(0)
+
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(f"pagewire_kv_{name}", labels) or 0.0
 

@@ -23,6 +23,7 @@ from pagewire_core.errors import (
     Unavailable,
 )
 from pagewire_decode import transfers as module
+from pagewire_decode.line import PATIENCE_S, Line
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine
@@ -94,6 +95,29 @@ async def test_more_than_the_pool_holds_is_refused_and_costs_nothing(engine: Eng
     assert engine.load()["reserved_blocks"] == 15
     for key in list(transfers._transfers):
         transfers.end(key, Cancelled("test"))
+    assert_empty(engine)
+
+
+async def test_who_asks_again_has_the_room_before_those_who_came_later(engine: Engine) -> None:
+    """A large prompt waited for as long as another router's small ones took each block that became free."""
+    transfers, large = Transfers(engine), [7] * 160
+
+    def ask(prompt: list[int]) -> bytes:
+        name = os.urandom(16)
+        transfers.reserve(name, prompt, ROOT, 1)
+        return name
+
+    ends = [ask([i] * 50) for i in range(2)]
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            ask(large)
+    with pytest.raises(Overloaded, match="5 KV blocks wanted, 0 free"):
+        ask([8] * 50)
+    for name in ends:
+        transfers.end(name, Cancelled("test"))
+    ask(large)
+    ask([8] * 50)
+    transfers.end_all(Cancelled("test"))
     assert_empty(engine)
 
 
@@ -304,3 +328,18 @@ async def _interleave(engine: Engine, steps: list[tuple[str, int]]) -> None:
         engine.blocks.check(tables)
     for name in names:
         transfers.end(name, Cancelled("over"))
+
+
+def test_a_place_in_the_line_is_kept_by_asking_again() -> None:
+    now = 0.0
+    line = Line(lambda: now)
+    for who, blocks in (("first", 4), ("second", 8), ("first", 3), ("second", 9)):
+        line.refused(who, blocks)
+    line.refused("found room elsewhere", 5)
+    assert [line.ahead_of(who) for who in ("first", "second", "another")] == [0, 3, 12]
+    now = PATIENCE_S
+    line.refused("second", 9)
+    now += 0.1
+    assert line.ahead_of("another") == 9, "the first has not asked for long"
+    line.leave("second")
+    assert line.ahead_of("another") == 0

@@ -141,7 +141,9 @@ def test_the_environment_gives_a_default_and_the_command_line_wins(name: str) ->
     environ = {f"PAGEWIRE_{_attribute(name).upper()}": text}
     assert getattr(_parser(environ=environ).parse_args([]), _attribute(name)) == value
     flag = FLAGS[name]
-    others = {"allowed-origins": '["*"]', "otlp-traces-endpoint": "h:1", "root-path": "/a"}
+    others = {
+        "allowed-origins": '["*"]', "otlp-traces-endpoint": "h:1", "root-path": "/a", "max-num-batched-tokens": "2",
+    }  # fmt: skip
     other = flag.choices[0] if flag.choices else others.get(name, "1")
     expected = flag.type(other) if flag.type else None
     assert getattr(_parser(environ=environ).parse_args([f"--{name}={other}"]), _attribute(name)) == expected

@@ -3,10 +3,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from pagewire_core.errors import DeadlineExceeded, Overloaded
+from pagewire_router import admission as admission_module
 from pagewire_router.admission import Admission, Limits, Slot
 from pagewire_router.fair_queue import QUANTUM
 from pagewire_router.room import Room
@@ -240,6 +242,36 @@ async def test_a_request_waits_for_room_for_its_kv() -> None:
     await settle()
     assert third.inside, "what no worker can ever hold is refused by a worker, not kept"
     for visitor in (first, second, third):
+        await visitor.leave()
+
+
+async def test_the_first_that_stands_for_free_blocks_goes_to_wait_at_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other routers, which know nothing of it, had each block that became free before there were enough."""
+    monkeypatch.setattr(admission_module, "_STANDS_S", 0.0)
+    room = Room(99, kv_tokens=0, kv_pool=1000, num_waiting=1)
+    admission = Admission(Limits(99), lambda: room)
+    running, first, second = await crowd(admission, {"tokens": 5}, {"tokens": 500}, {"tokens": 5})
+    running.slot.placed(5)
+    await settle()
+    assert not first.inside, "somebody waits there already"
+    room = replace(room, num_waiting=0)
+    admission.wake()
+    await settle()
+    assert first.inside and not second.inside, "one at a time"
+    first.slot.placed(500)
+    await settle()
+    assert second.inside
+    for visitor in (running, first, second):
+        await visitor.leave()
+
+
+async def test_the_first_stands_a_while_for_free_blocks_before_it_goes() -> None:
+    admission = Admission(Limits(99), lambda: Room(99, kv_tokens=0, kv_pool=1000))
+    running, first = await crowd(admission, {"tokens": 5}, {"tokens": 500})
+    running.slot.placed(5)
+    await settle()
+    assert not first.inside
+    for visitor in (running, first):
         await visitor.leave()
 
 

@@ -47,6 +47,13 @@ def test_who_computes_the_prompt_of_a_request_for_one_token_serves_it_alone() ->
     assert found_by(ask, workers[:1])[0].workers == ("p",)
 
 
+def test_a_prefill_worker_with_places_for_fewer_choices_hands_the_prompt_over() -> None:
+    """Alone it would refuse them as too many for anybody."""
+    workers = [load("p", PREFILL, one_token=True, max_num_seqs=4), load("d", DECODE, max_num_seqs=16)]
+    ask = Ask(500, n=8, output_tokens=1, one_token=True)
+    assert {plan.workers for plan in found_by(ask, workers)} == {("p", "d"), ("d",)}
+
+
 def test_a_decode_worker_computes_the_prompt_when_nobody_else_can() -> None:
     assert best(500, load("d", DECODE)) == (None, "d")
     other_model = load("p", PREFILL, fingerprint=b"g" * 32)

@@ -75,3 +75,52 @@ async def test_what_a_worker_hands_over_leaves_no_circuit_open(
         d1.draining, d1.role = change == "leaves", common_pb2.WORKER_ROLE_PREFILL
         await until(lambda: not known_as.can_decode)
         assert not list(s.router.services.placement.breakers)
+
+
+async def test_a_request_waits_for_the_worker_that_can_run_as_many_choices(byte_tokenizer: Tokenizer) -> None:
+    """While that one was full, it was put on a smaller one, and refused as if nobody could ever serve it."""
+    async with scene(byte_tokenizer, "p1 d1 d2") as s:
+        small, large = s.workers["d1"], s.workers["d2"]
+        small.max_num_seqs = 2
+        [known] = [w for w in s.router.services.workers.live if w.worker_id == "d1"]
+        await until(lambda: known.stats.max_num_seqs == 2)
+        going_on = asyncio.Event()
+        large.script.hooks["decode_started"] = lambda worker: going_on.wait()
+        first = asyncio.create_task(s.ask(n=8))
+        await until(lambda: "decode_started" in large.seen)
+        second = asyncio.create_task(s.ask("other", n=4))
+        await until(lambda: len(large.requests) == 2)
+        going_on.set()
+        for answer, n in ((await first, 8), (await second, 4)):
+            assert answer.text == dict.fromkeys(range(n), "hello world")
+        assert "reserve" not in small.seen
+
+
+async def test_what_began_on_a_worker_of_long_contexts_goes_on_on_such_a_one(byte_tokenizer: Tokenizer) -> None:
+    """With one of shorter contexts that had come meanwhile, an answer ended with an error in its middle."""
+    async with scene(byte_tokenizer, "p1 d1 d2") as s:
+        lost = asyncio.Event()
+
+        async def lose(worker: FakeWorker) -> None:
+            await lost.wait()
+            worker.script.hooks.clear()
+            raise Unavailable("lost")
+
+        for name in ("d1", "d2"):
+            s.workers[name].script.hooks["decode"] = lose
+        asking = asyncio.create_task(s.ask("a long prompt"))
+        await until(lambda: any("decode" in s.workers[name].seen for name in ("d1", "d2")))
+        long, short = sorted(("d1", "d2"), key=lambda name: "decode" not in s.workers[name].seen)
+        old = s.workers[short]
+        await old.kill()
+        again = FakeWorker(short, old.role, old.script, old.peers)
+        again.instance, again.address, again.max_model_len = f"{short}-2", old.address, 12
+        await again.start()
+        try:
+            workers = s.router.services.workers
+            await until(lambda: any(w.info.instance == again.instance for w in workers.live))
+            lost.set()
+            assert (await asking).text == {0: "hello world"}
+            assert not again.seen, f"it went on on {short}, not on {long}"
+        finally:
+            await again.kill()

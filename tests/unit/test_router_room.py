@@ -27,6 +27,12 @@ def test_room_is_what_the_workers_have_together() -> None:
     )
 
 
+def test_nobody_waits_for_blocks_while_a_decode_worker_has_nobody_that_does() -> None:
+    waits = worker("d", num_waiting=3)
+    assert room_of([waits]).num_waiting == 3
+    assert room_of([waits, worker("p", num_waiting=2), worker("d", num_waiting=1)]).num_waiting == 1
+
+
 def test_what_is_on_its_way_to_a_worker_takes_its_room() -> None:
     decode = worker("d")
     with decode.booked(Booking(kv_tokens=600)):

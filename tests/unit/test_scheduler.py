@@ -159,6 +159,15 @@ def test_as_many_decoding_sequences_as_the_budget_has_tokens_leave_prompts_a_blo
     assert len(decide(state, [sequence(5, n=7)], pool(64), config).decode) == 20, "nobody could join"
 
 
+def test_drafts_leave_prompts_their_block_too() -> None:
+    """Where they took it, a prompt waited until enough answers had ended."""
+    state = running([(20, 1)] * 5, drafts=[9] * 5, handed_over=5)
+    assert len(decide(state, [], pool(64), CONFIG).drafted) == 5
+    decision = decide(state, [sequence(30)], pool(64), CONFIG)
+    assert len(decision.drafted) == 3 and len(decision.decode) == 2
+    assert [chunk for _, chunk in admitted(decision)] == [18]
+
+
 def test_prompts_beside_decoding_sequences_keep_to_their_limit() -> None:
     state, alone = running([(90, 60), (33, 1)]), running([(90, 60)])
     [prefilling, _] = state.order

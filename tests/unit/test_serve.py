@@ -49,6 +49,7 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
         (["--enable-log-requests", "--disable-log-requests"], "--enable-log-requests and --disable-log-requests con"),
         (["--max-logprobs", "-1"], "argument --max-logprobs: must be 0 or more"),
         (["-dp", "2"], "-dp is not implemented yet"),
+        (["--max-num-batched-tokens", "1"], "argument --max-num-batched-tokens: must be 2 or more"),
         (["-tp", "0"], "argument --tensor-parallel-size/-tp/--num-shard: must be positive"),
         (["--max_model_len=3"], "unknown flag --max_model_len; did you mean --max-model-len?"),
         (["--frobnicate"], "unknown flag --frobnicate"),

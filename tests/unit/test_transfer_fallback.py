@@ -126,6 +126,25 @@ async def test_a_peer_that_gives_up_its_role_while_a_lane_opens_says_nothing_of_
         assert await moved(both) == "shm"
 
 
+async def test_a_peer_that_is_lost_before_anything_arrived_says_nothing_of_the_lane() -> None:
+    """Frozen for some seconds, it was sent everything over a slower lane from then on, for as long as both lived."""
+    stands, goes_on = threading.Event(), threading.Event()
+
+    def stand_still(transfer_id: bytes) -> None:
+        stands.set()
+        goes_on.wait(20)
+
+    async with ends("shm,grpc") as both:
+        both.sink.before = stand_still
+        losing = asyncio.create_task(fails(both))
+        await until(stands.is_set)
+        await both.server.stop(0)
+        goes_on.set()
+        await losing
+        async with both.listening_again():
+            assert await moved(both) == "shm"
+
+
 async def test_workers_that_share_a_gpu_share_memory() -> None:
     async with ends("nccl,shm,gloo,grpc", gpu="GPU-1") as both:
         assert await moved(both) == "shm"

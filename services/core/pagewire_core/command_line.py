@@ -15,7 +15,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pagewire_core import settings
-from pagewire_core.flags import FLAG_GROUPS, FLAGS, Flag, count, fraction, not_negative, origins, positive, seconds
+from pagewire_core.flags import (
+    FLAG_GROUPS,
+    FLAGS,
+    Flag,
+    count,
+    fraction,
+    not_negative,
+    origins,
+    positive,
+    seconds,
+    several,
+)
 from pagewire_core.help_text import HelpFormatter
 from pagewire_core.settings import Setting
 
@@ -29,6 +40,7 @@ _PASSWORD = re.compile(r"://[^/]*@")
 _LONG_CHOICES = 40  # characters; beyond it they go into the text
 _METAVARS: dict[Callable[[str], Any], str] = {
     positive: "N",
+    several: "N",
     count: "N",
     not_negative: "N",
     seconds: "S",

@@ -54,6 +54,7 @@ def number(name: str, kind: Callable[[str], N], accepts: Callable[[N], bool], re
 
 
 positive = number("positive", int, lambda n: n > 0, "must be positive")
+several = number("several", int, lambda n: n > 1, "must be 2 or more")
 count = number("count", int, lambda n: 0 <= n < 2**32, "must be 0 or more, and below 4294967296")
 not_negative = number("not_negative", float, lambda x: 0 <= x < math.inf, "must be finite and not negative")
 port = number("port", int, lambda n: 0 <= n <= 65535, "must be between 0 and 65535")
@@ -147,7 +148,7 @@ FLAGS: dict[str, Flag] = {
                            choices=("auto", "fp8", "fp8_e4m3")),
     "enforce-eager": Flag(False, "no CUDA graphs: faster start, slower decoding; without effect on a CPU", None),
     "max-num-seqs": Flag(128, "sequences that a worker runs at a time", positive),
-    "max-num-batched-tokens": Flag(2048, "tokens in one step", positive),
+    "max-num-batched-tokens": Flag(2048, "tokens in one step: of prompts and of answers, so 2 or more", several),
     "max-prefill-delay-ms": Flag(50.0, "milliseconds that chunks of prompts may add to a step in which others decode; "
                                        "0: no limit", not_negative),
     "speculative-config": Flag(None, "draft tokens, as JSON: method (ngram, draft_model), num_speculative_tokens, "

@@ -57,13 +57,14 @@ class ExternalBlocks:
             self._held[owner] = blocks
             return len(blocks) * self._config.block_size
 
-    def reserve(self, num_blocks: int) -> None:
+    def reserve(self, num_blocks: int, for_others: int = 0) -> None:
         """Promises blocks without binding them. Raises Overloaded if there are not as many.
 
-        Those that a queue's first waits for are not there for who comes later: a large prompt might wait for ever.
+        Those that a queue's first waits for are not there for who comes later, nor those `for_others` who asked
+        before: a large prompt might wait for ever.
         """
         with self._lock:
-            free = max(self._blocks.num_free - self.reserved - self._wanted(), 0)
+            free = max(self._blocks.num_free - self.reserved - self._wanted() - for_others, 0)
             if num_blocks > free:
                 raise Overloaded(f"{num_blocks} KV blocks wanted, {free} free", retry_after_s=1.0)
             self.reserved += num_blocks

@@ -1,11 +1,12 @@
 """Decides what the next step computes. Pure: it reads the state it is given and changes nothing.
 
 Policy, as in Sarathi-Serve (arXiv 2403.02310) and vLLM: every running sequence that decodes gets its token, or, where
-they are more than the token budget, those that have waited longest; what is left of the budget, a block at least, goes
-to prompts that are partly computed, then to waiting ones, in order of arrival, as long as the prompts' tokens are fewer
-than make a step efficient. When a decoding sequence finds no block, the sequence that arrived last is preempted: it
-gives its blocks back and is computed anew later (mostly from the prefix cache). Not so a prefill-only prompt: its KV
-may be on its way to another worker, and with all the blocks that it will ever need it ends by itself.
+they are more than the token budget, those that have waited longest; what they and their drafts leave of the budget, a
+block at least, goes to prompts that are partly computed, then to waiting ones, in order of arrival, as long as the
+prompts' tokens are fewer than make a step efficient. When a decoding sequence finds no block, the sequence that arrived
+last is preempted: it gives its blocks back and is computed anew later (mostly from the prefix cache). Not so a
+prefill-only prompt: its KV may be on its way to another worker, and with all the blocks that it will ever need it ends
+by itself.
 
 `max_num_seqs` sequences that have waited run at a time. Those whose KV came from a prefill worker run beside them, at
 once, for their blocks are theirs already: as many as the router lets in. If they took the places of those that wait, a
@@ -92,7 +93,8 @@ def decide(
 ) -> Decision:
     """waiting in order of arrival. prefill_limit: prompt tokens in a step that has decoding sequences."""
     rows, ready, seats = running.rows, running.ready, _free_seats(running, config)
-    most = config.max_num_batched_tokens - _prompts_share(running, waiting, seats, config)
+    share = _prompts_share(running, waiting, seats, config)
+    most = config.max_num_batched_tokens - share
     if len(ready) > most:  # they take turns
         longest = np.argsort(rows.last_steps[ready], kind="stable")[:most]
         ready = np.sort(ready[longest])
@@ -101,8 +103,9 @@ def decide(
     copying = [seq for seq in fresh if must_copy(seq, pool.ref_count, config)]
     if len(growing) + len(copying) > pool.free:
         return _preempt(running, ready, pool, config)
-    free, budget = pool.free - len(growing) - len(copying), config.max_num_batched_tokens - len(ready)
-    drafted, free, budget = _drafts(running, ready, free - pool.reserved, free, budget, config)
+    free = pool.free - len(growing) - len(copying)
+    drafted, free, left = _drafts(running, ready, free - pool.reserved, free, most - len(ready), config)
+    budget = left + share
     limit = budget if prefill_limit is None or not len(ready) else min(budget, prefill_limit)
     chunks, left = _chunks(running.prompts, limit)
     least = max(limit - config.enough_prompt_tokens, 0)
@@ -121,7 +124,7 @@ def _free_seats(running: Running, config: EngineConfig) -> int:
 
 
 def _prompts_share(running: Running, waiting: Iterable[Sequence], seats: int, config: EngineConfig) -> int:
-    """Tokens of the budget that rows leave to prompts, which would else wait until answers end."""
+    """Tokens of the budget that rows and their drafts leave to prompts, which would else wait until answers end."""
     first = next(iter(waiting), None)
     if not any(running.prompts) and (first is None or _seats(first) > seats):
         return 0

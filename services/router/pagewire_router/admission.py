@@ -18,6 +18,7 @@ from pagewire_router.fair_queue import FairQueue, Waiting
 from pagewire_router.room import UNBOUNDED, Room
 
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
+_STANDS_S = 1.0  # how long the first in the queue waits here for free blocks
 _FIRST_GUESS_S = 2.0  # how long a full queue takes to move before anything was seen to leave it
 
 
@@ -50,6 +51,7 @@ class Slot(Waiting):
     n: int = 1
     deadline: float = float("inf")
     turn: asyncio.Future[None] | None = None  # while it waits
+    stands_since: float | None = None  # as the first, for want of free blocks alone
     _admission: Admission | None = None  # while it runs
     _uncomputed: int = 0
     _entering: int = 0
@@ -98,7 +100,8 @@ class Admission:
     """Lets requests in as long as `room()` has room for them, in the order of a FairQueue.
 
     Where the next one waits for room to decode, those that do not decode pass it, in the order of their coming.
-    The room may change at any time; call `wake` then. A request heavier than the whole room runs alone.
+    The room may change at any time; call `wake` then, and every second. A request heavier than the whole room runs
+    alone.
     """
 
     def __init__(self, limits: Limits, room: Callable[[], Room]) -> None:
@@ -230,13 +233,24 @@ class Admission:
         if not load.requests:
             return True
         room = self._room()
-        return load.uncomputed < room.prompt_tokens and (
-            not slot.n
-            or (
-                load.sequences + slot.n <= room.sequences
-                and min(slot.kv_tokens, room.kv_pool) <= room.kv_tokens - load.entering
-            )
-        )
+        if load.uncomputed >= room.prompt_tokens:
+            return False
+        if not slot.n:
+            return True
+        if load.sequences + slot.n > room.sequences:
+            return False
+        return min(slot.kv_tokens, room.kv_pool) <= room.kv_tokens - load.entering or self._goes_ahead(slot, room)
+
+    def _goes_ahead(self, slot: Slot, room: Room) -> bool:
+        """Whether it had better wait at a worker, where those of all routers go in order.
+
+        Here it waits beside routers that know nothing of it, and have every block that becomes free before there are
+        enough. One goes at a time, and only where nobody waits already.
+        """
+        now = _now()
+        if slot.stands_since is None:
+            slot.stands_since = now
+        return now >= slot.stands_since + _STANDS_S and not (self.load.entering or room.num_waiting)
 
     def _overloaded(self) -> Overloaded:
         """To be tried again when the queue should have moved by a quarter, at the rate at which it moves now."""

@@ -135,6 +135,7 @@ class Ledger:
             + sum(b.num_sequences for b in unreported),
             kv_tokens=stats.running_kv_tokens + booked_kv,
             max_num_seqs=stats.max_num_seqs,
+            max_model_len=self.info.max_model_len,
             free_tokens=free,
             unused_tokens=max(free - int(stats.cached_blocks) * block_size, 0),
             kv_bytes_per_token=self._kv_bytes_per_token,

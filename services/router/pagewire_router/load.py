@@ -88,6 +88,7 @@ class Load:
     num_sequences: int = 0  # running and on the way
     kv_tokens: int = 0  # of these sequences
     max_num_seqs: int = 0  # 0: not known
+    max_model_len: int = 0  # 0: not known
     free_tokens: int = 1 << 40
     unused_tokens: int = 1 << 40  # of these, the room that holds no cached prefix
     kv_bytes_per_token: int = 0
@@ -105,7 +106,7 @@ class Load:
 
     def ends(self, ask: Ask) -> bool:
         """Whether it has all of the answer when it has computed the prompt, and need not hand it over."""
-        return ask.one_token and self.one_token and self.can_prefill
+        return ask.one_token and self.one_token and self.can_prefill and self._seats(ask.n)
 
     @cached_property
     def queue_ms(self) -> float:
@@ -113,8 +114,15 @@ class Load:
         return self.model.prefill_work_ms(self.waiting_tokens, self.waiting_attended)
 
     def has_room(self, ask: Ask) -> bool:
-        seats = not self.max_num_seqs or self.num_sequences + ask.n <= self.max_num_seqs
-        return seats and ask.prompt_tokens + ask.n <= self.free_tokens
+        return self._seats(self.num_sequences + ask.n) and ask.prompt_tokens + ask.n <= self.free_tokens
+
+    def is_made_for(self, ask: Ask) -> bool:
+        """Whether it can serve the request at all, whatever it has to do now: others may run more or longer ones."""
+        length = ask.most_tokens if self.can_decode else ask.prompt_tokens
+        return (not self.max_model_len or length <= self.max_model_len) and (not self.can_decode or self._seats(ask.n))
+
+    def _seats(self, sequences: int) -> bool:
+        return not self.max_num_seqs or sequences <= self.max_num_seqs
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,7 @@ class Ask:
 
     prompt_tokens: int
     n: int = 1
+    most_tokens: int = 0  # of the prompt and the longest output that it may have
     output_tokens: float = EXPECTED_OUTPUT  # of each choice, as far as one can tell
     previous: str | None = None
     usual_prefill_ms: float = 0.0  # of the prompts before it; 0: not known

@@ -176,9 +176,13 @@ class Placement(Generic[W]):
         output = min(float(request.tokens_to_come), self._output_tokens)
         previous = self._sessions.get(request.session_id) if request.session_id else None
         ask = Ask(
-            len(request.prompt_ids), request.n, output, previous, self._prefill_ms, goes_on=bool(request.prior),
-            one_token=request.is_one_token,
+            len(request.prompt_ids), request.n, len(request.prompt_ids) + request.sampling.max_tokens, output, previous,
+            self._prefill_ms, goes_on=bool(request.prior), one_token=request.is_one_token,
         )  # fmt: skip
+        able = {name: load for name, load in loads.items() if load.is_made_for(ask)}
+        if any(load.can_decode for load in able.values()):  # else a worker says why not
+            loads = able
+        held = {name: tokens for name, tokens in held.items() if name in loads}
         return View(ask, loads, Fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)
 
     def plans(

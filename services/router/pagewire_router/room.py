@@ -16,12 +16,15 @@ UNBOUNDED = 1 << 40
 
 @dataclass(frozen=True)
 class Room:
-    """All workers together but for `kv_tokens` (now) and `kv_pool` (ever), which one decode worker has at most."""
+    """All workers together but for `kv_tokens` (now) and `kv_pool` (ever), which one decode worker has at most, and
+    `num_waiting`, requests at the one that has fewest of them.
+    """
 
     sequences: int = UNBOUNDED
     prompt_tokens: int = UNBOUNDED
     kv_tokens: int = UNBOUNDED
     kv_pool: int = UNBOUNDED
+    num_waiting: int = 0
     num_prefill: int = 1
 
 
@@ -37,6 +40,7 @@ def room_of(workers: Iterable[Ledger]) -> Room:
         prompt_tokens=sum(map(_ahead_tokens, prefilling)),
         kv_tokens=max(w.free_kv_tokens for w in decoding),
         kv_pool=max(int(w.stats.total_blocks) * w.info.block_size for w in decoding),
+        num_waiting=min(int(w.stats.num_waiting) for w in decoding),
         num_prefill=len(prefilling),
     )
 

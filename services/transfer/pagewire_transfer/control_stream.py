@@ -7,19 +7,30 @@ import asyncio
 import grpc
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceStub
-from pagewire_core.errors import DeadlineExceeded, Incompatible, PagewireError, Unavailable, from_rpc
+from pagewire_core.errors import (
+    ERROR_METADATA_KEY,
+    DeadlineExceeded,
+    Incompatible,
+    PagewireError,
+    Unavailable,
+    from_rpc,
+)
 from pagewire_core.rpc import open_channel
 from pagewire_core.tls import WORKER, TlsFiles
 
 
 class ControlStream:
-    """A Connect call. Every method raises the PagewireError that says why the stream is over."""
+    """A Connect call. Every method raises the PagewireError that says why the stream is over.
+
+    was_cut: it ended without a word from the peer, which is dead or frozen, or the network to it is cut.
+    """
 
     def __init__(self, address: str, tls: TlsFiles | None) -> None:
         self._address = address
         self._channel = open_channel(address, tls, WORKER)
         self._call: grpc.aio.StreamStreamCall = KvChannelServiceStub(self._channel).Connect()
         self._cancelled: PagewireError | None = None
+        self.was_cut = False
 
     async def shake_hands(self, hello: kv.Hello) -> kv.Welcome:
         """Raises Incompatible where the peer is another one than expected, or has no lane of ours."""
@@ -55,7 +66,8 @@ class ControlStream:
 
     async def _why_lost(self) -> PagewireError:
         """The error behind the end of the stream, which has ended."""
-        trailing = await self._call.trailing_metadata()
+        trailing = await self._call.trailing_metadata() or ()
+        self.was_cut = all(key != ERROR_METADATA_KEY for key, _ in trailing)
         details = await self._call.details() or "closed"
         status = grpc.aio.AioRpcError(await self._call.code(), grpc.aio.Metadata(), trailing, details)
         error = from_rpc(status)

@@ -59,7 +59,8 @@ class SendSettings:
 class Pair:
     """Made by KvSender; `connect` before anything else. Any error ends it, and all its transfers, for good.
 
-    lanes: to choose from, best first. lane_failed: the one chosen did not come up, or nothing ever arrived over it.
+    lanes: to choose from, best first. lane_failed: the one chosen did not come up, or nothing ever arrived over it,
+    though the peer was there.
     """
 
     def __init__(
@@ -281,7 +282,7 @@ class Pair:
         self.error = error
         transfers = list(self._transfers.values())
         begun = any(outgoing.gathering is not None for outgoing in transfers)
-        self.lane_failed = self._opening or (begun and not self._has_arrived)
+        self.lane_failed = (self._opening or (begun and not self._has_arrived)) and not self._stream.was_cut
         for outgoing in transfers:
             outgoing.fail(error)
         for task in self._tasks:
