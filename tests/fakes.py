@@ -354,7 +354,7 @@ class FakeWorker(
     async def _steps(self, request: decode_pb2.DecodeRequest) -> AsyncIterator[decode_pb2.DecodeTokens]:
         limit = min(request.sampling.max_tokens, len(self.script.tokens))
         ends = {*request.sampling.eos_token_ids, *request.sampling.stop_token_ids}
-        done = len(request.prior[0].token_ids) if request.prior and self.resumes else 1
+        done = max((len(o.token_ids) for o in request.prior), default=1) if self.resumes else 1
         for position in range(done, max(limit, done + 1)):
             if position < limit:
                 await self._hook("decode")
