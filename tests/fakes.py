@@ -277,7 +277,9 @@ class FakeWorker(
             self.peers[request.decode_address].kv_arrived(request.transfer_id).set()
             sent = len(request.prompt_ids) - request.decode_local_tokens
             yield prefill_pb2.PrefillResponse(
-                kv_sent=prefill_pb2.KvSent(transferred_tokens=sent, transferred_bytes=sent * 1000, lane="grpc")
+                kv_sent=prefill_pb2.KvSent(
+                    transferred_tokens=sent, transferred_bytes=sent * 1000, lane="grpc", wire_us=sent * 100
+                )
             )
 
     def kv_arrived(self, transfer_id: bytes) -> asyncio.Event:

@@ -75,3 +75,21 @@ async def test_what_a_worker_hands_over_leaves_no_circuit_open(
         d1.draining, d1.role = change == "leaves", common_pb2.WORKER_ROLE_PREFILL
         await until(lambda: not known_as.can_decode)
         assert not list(s.router.services.placement.breakers)
+
+
+async def test_what_a_leg_does_well_is_learnt_while_the_answer_goes_on(byte_tokenizer: Tokenizer) -> None:
+    """Who failed before begins anew, a transfer that works closes its circuit, and its time is the link's."""
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        placement = s.router.services.placement
+        placement.breakers.failed("prefill", "unavailable", "p1")
+        placement.breakers.failed("transfer", "unavailable", "p1", "d1")
+        for breaker, _, _ in placement.breakers:
+            breaker.until = 0.0  # its back-off is over
+        s.workers["d1"].script.hooks["decode"] = lambda worker: asyncio.sleep(60)
+        answers = [asyncio.create_task(s.ask("x" * 100))]
+        await until(lambda: not list(placement.breakers), 5)
+        answers.append(asyncio.create_task(s.ask("y" * 100)))  # of the link the first says nothing
+        await until(lambda: placement.links("p1", "d1").transfer_ms(100_000) > 5.0, 5)
+        for answer in answers:
+            answer.cancel()
+        await s.settle()
