@@ -286,7 +286,9 @@ class FakeWorker(
             self.peers[request.decode_address].kv_arrived(request.transfer_id).set()
             sent = len(request.prompt_ids) - request.decode_local_tokens
             yield prefill_pb2.PrefillResponse(
-                kv_sent=prefill_pb2.KvSent(transferred_tokens=sent, transferred_bytes=sent * 1000, lane="grpc")
+                kv_sent=prefill_pb2.KvSent(
+                    transferred_tokens=sent, transferred_bytes=sent * 1000, lane="grpc", wire_us=sent * 100
+                )
             )
 
     def kv_arrived(self, transfer_id: bytes) -> asyncio.Event:
@@ -365,7 +367,7 @@ class FakeWorker(
     async def _steps(self, request: decode_pb2.DecodeRequest) -> AsyncIterator[decode_pb2.DecodeTokens]:
         limit = min(request.sampling.max_tokens, len(self.script.tokens))
         ends = {*request.sampling.eos_token_ids, *request.sampling.stop_token_ids}
-        done = len(request.prior[0].token_ids) if request.prior and self.resumes else 1
+        done = max((len(o.token_ids) for o in request.prior), default=1) if self.resumes else 1
         for position in range(done, max(limit, done + 1)):
             if position < limit:
                 await self._hook("decode")

@@ -167,6 +167,8 @@ async def _decode(target: Peer, request: decode_pb2.DecodeRequest) -> Alone:
     async for event in target.decode.Decode(request, None):  # type: ignore[arg-type]
         if event.HasField("started"):
             started = event.started
+        timings = event.finished.timings
+        assert max(timings.queue_us, timings.prefill_us, timings.decode_us) < 60e6, "nothing here takes a minute"
         tokens += [token.token_id for token in event.started.first_tokens]
         tokens += [token.token_id for choice in event.tokens.choices for token in choice.tokens]
     return Alone(tokens, started)

@@ -256,6 +256,24 @@ async def test_promises_that_a_prompt_here_waits_for_end_the_latest_first(
     assert_empty(engine)
 
 
+async def test_no_more_promises_end_than_a_prompt_lacks_and_none_before_the_second_look(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([5, 0, 5, 5])  # blocks that a prompt lacks; each promise is of as many
+    monkeypatch.setattr(module, "LOOK_S", 0.001)
+    monkeypatch.setattr(engine, "blocks_promised_away", lambda: next(looks, 0))
+    transfers, names = Transfers(engine), [os.urandom(16) for _ in range(3)]
+    claimed = []
+    for name in names:
+        transfers.reserve(name, PROMPT, ROOT, 1)
+        claimed.append(transfers.claim(name))
+    with pytest.raises(Overloaded, match="needed here"):
+        await claimed[2].ready
+    assert next(looks, None) is None and len(transfers) == 2
+    transfers.end_all(Cancelled("test"))
+    assert_empty(engine)
+
+
 async def test_tokens_that_were_not_agreed_on_are_refused(engine: Engine) -> None:
     transfers, name = Transfers(engine), os.urandom(16)
     transfers.reserve(name, PROMPT, ROOT, 1)

@@ -221,8 +221,8 @@ async def test_draining_lets_the_last_call_finish_and_then_ends_the_feed() -> No
                 p.say(heard.call, 1)
                 await until(lambda: heard.tokens == [1])
                 p.say(heard.call, 2)
+                await until(lambda: heard.tokens == [1, 2])
             await until(lambda: p.servicer.feeds.get(heard.call.feed_id) is None)
-            await until(lambda: heard.tokens == [1, 2])
         async with asyncio.timeout(20):
             await p.server.stop(60)
 
@@ -271,3 +271,15 @@ async def test_two_feeds_cannot_have_one_id() -> None:
     assert [e.call for e in (await anext(first)).entries] == [7]
     await first.aclose()
     assert feeds.get(feed_id) is None
+
+
+async def test_a_reader_that_is_closed_ends_its_feed_and_opens_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagewire_core.feed._RETRY_S", 0.0)
+    async with peers() as p:
+        with Heard(p.reader) as heard:
+            pass
+        await p.reader.close()
+        assert not p.reader.is_open
+        await until(lambda: p.servicer.feeds.get(heard.call.feed_id) is None)
+        p.reader.open()
+        assert p.reader._reading is None

@@ -98,6 +98,7 @@ async def test_a_prompt_is_computed_on_one_worker_and_answered_by_another(byte_t
         prefill, decode = s.workers["p1"].requests[0], s.workers["d1"].requests[0]
         assert prefill.transfer_id == decode.transfer_id
         assert (prefill.request_id, prefill.decode_address) == ("r-1", s.workers["d1"].address)
+        assert decode.request_id == "r-1"
         assert prefill.sampling.seed == decode.sampling.seed
         assert total("pagewire_requests_total", s, outcome="ok") == 1
         assert total("pagewire_route_total", s, decision="pair") == 1
@@ -324,6 +325,32 @@ async def test_waiting_for_room_ends_with_the_deadline(byte_tokenizer: Tokenizer
         with pytest.raises(grpc.RpcError) as caught:
             await s.ask()
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert 1 < s.workers["d1"].seen.count("reserve") < 10, "a worker without room was asked on and on"
+
+
+async def test_where_no_worker_comes_a_request_is_told_so_before_its_time_is_up(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagewire_router.generation._NO_WORKER_WAIT_S", 0.05)
+    async with scene(byte_tokenizer, "d1", request_timeout=3.0) as s:
+        await s.workers["d1"].kill()
+        await until(lambda: not s.router.services.workers.live)
+        with pytest.raises(grpc.RpcError) as caught:
+            await s.ask()
+        error = from_rpc(caught.value)
+        assert isinstance(error, Unavailable) and error.retry_after_s > 0
+        assert "start a decode worker" in error.message
+
+
+async def test_a_request_that_finds_no_worker_waits_for_one_to_come(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        worker = s.workers["d1"]
+        worker.draining = True
+        await until(lambda: not any(w.can_decode for w in s.router.services.workers.live))
+        asking = asyncio.create_task(s.ask())
+        await until(lambda: s.router.admission.num_running == 1)
+        worker.draining = False
+        assert (await asking).text == {0: "hello world"}
 
 
 async def test_a_decode_worker_lost_before_it_gave_anything_is_replaced(byte_tokenizer: Tokenizer) -> None:
@@ -360,6 +387,33 @@ async def test_a_decode_worker_lost_in_mid_stream_is_replaced_and_the_client_see
         assert [list(output.token_ids) for output in second.prior] == [s.ids("hel")] * n
         assert total("pagewire_retries_total", s, leg="decode") == 1
         assert total("pagewire_resumed_requests_total", s) == resumes
+
+
+async def test_a_choice_that_has_ended_is_not_made_anew_where_the_others_go_on(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "d1") as s:
+        worker = s.workers["d1"]
+        worker.script.first = s.ids("!h")
+        worker.script.hooks["decode"] = at(3, later(fail))
+        answer = await s.ask(n=2, sampling={"stop": ["!"]})
+        assert answer.text == {0: "", 1: "hello world"}
+        assert [output.ended for output in worker.requests[1].prior] == [True, False]
+
+
+async def test_a_worker_that_leaves_a_choice_unfinished_is_replaced(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, asked = FakeWorker._steps, itertools.count(1)
+
+    async def too_few(self: FakeWorker, request: Any) -> AsyncIterator[Any]:
+        if next(asked) > 1:
+            async for step in steps(self, request):
+                yield step
+
+    monkeypatch.setattr(FakeWorker, "_steps", too_few)
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None and answer.summary.attempts == 2
 
 
 async def test_an_answer_that_its_only_worker_cannot_go_on_with_now_is_resumed_there(byte_tokenizer: Tokenizer) -> None:
@@ -678,6 +732,15 @@ async def test_a_transfer_that_stands_still_is_tried_elsewhere(byte_tokenizer: T
         assert answer.summary is not None
         assert answer.summary.attempts == 2
         await s.settle()
+
+
+async def test_an_answer_may_take_longer_than_its_transfer_was_allowed_to(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1", transfer_timeout=0.05) as s:
+        s.workers["d1"].script.step_s = 0.02
+        answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None
+        assert (answer.summary.attempts, answer.summary.total_us > 100_000) == (1, True)
 
 
 async def test_logprobs_come_with_their_tokens(byte_tokenizer: Tokenizer) -> None:

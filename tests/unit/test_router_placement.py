@@ -124,3 +124,21 @@ async def test_what_began_on_a_worker_of_long_contexts_goes_on_on_such_a_one(byt
             assert not again.seen, f"it went on on {short}, not on {long}"
         finally:
             await again.kill()
+
+
+async def test_what_a_leg_does_well_is_learnt_while_the_answer_goes_on(byte_tokenizer: Tokenizer) -> None:
+    """Who failed before begins anew, a transfer that works closes its circuit, and its time is the link's."""
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        placement = s.router.services.placement
+        placement.breakers.failed("prefill", "unavailable", "p1")
+        placement.breakers.failed("transfer", "unavailable", "p1", "d1")
+        for breaker, _, _ in placement.breakers:
+            breaker.until = 0.0  # its back-off is over
+        s.workers["d1"].script.hooks["decode"] = lambda worker: asyncio.sleep(60)
+        answers = [asyncio.create_task(s.ask("x" * 100))]
+        await until(lambda: not list(placement.breakers), 5)
+        answers.append(asyncio.create_task(s.ask("y" * 100)))  # of the link the first says nothing
+        await until(lambda: placement.links("p1", "d1").transfer_ms(100_000) > 5.0, 5)
+        for answer in answers:
+            answer.cancel()
+        await s.settle()

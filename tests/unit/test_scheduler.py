@@ -157,6 +157,9 @@ def test_as_many_decoding_sequences_as_the_budget_has_tokens_leave_prompts_a_blo
     begun = decide(running([(90, 60), *[(20, 1)] * 25], handed_over=26), [], pool(64), config)
     assert len(begun.decode) == 10 and [chunk for _, chunk in begun.chunks] == [10]
     assert len(decide(state, [sequence(5, n=7)], pool(64), config).decode) == 20, "nobody could join"
+    assert len(decide(state, [sequence(5, n=6)], pool(64), config).decode) == 10, "all the seats are free"
+    many = decide(running([(20, 1)] * 60, handed_over=60), [sequence(30)], pool(99), CONFIG)
+    assert len(many.decode) == 34, "a block of the budget, where that is less than half of it"
 
 
 def test_drafts_leave_prompts_their_block_too() -> None:

@@ -12,6 +12,7 @@ import torch
 from kv_endpoints import FIRST, LAYOUT, ends, random_kv, until
 from pagewire_core.errors import Cancelled, DeadlineExceeded, Incompatible, Overloaded, Unavailable
 from pagewire_transfer import lane_thread
+from pagewire_transfer.incoming import Incoming
 from pagewire_transfer.lanes import Lane, open_lane
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
@@ -69,12 +70,30 @@ async def test_a_chunk_damaged_twice_fails_the_transfer_and_never_reaches_the_si
             await outgoing.seal(FIRST)
         assert isinstance(both.sink.failures[outgoing.transfer_id], Unavailable)
         assert not both.sink.done
+        for direction in ("sent", "received"):
+            assert both.metric("transfers_total", direction=direction, outcome="Unavailable") == 1
         await both.assert_empty()
         prompt = random_kv(LAYOUT, 4)  # the pair is still good
         again = await both.open(prompt)
         await again.seal(FIRST)
         assert torch.equal(both.sink.pages[again.transfer_id], prompt)
         assert both.metric("pairs") == 2
+
+
+async def test_a_peer_that_asks_for_a_chunk_again_and_again_is_not_sent_it_for_ever(
+    damage: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage.update(range(4))
+
+    def ask_again(self: Incoming, seq: int) -> None:
+        self._pending[seq].resend = True
+
+    monkeypatch.setattr(Incoming, "damaged", ask_again)
+    async with ends("grpc") as both:
+        outgoing = await both.open(random_kv(LAYOUT, 4))
+        with pytest.raises(Unavailable, match="twice"):
+            await outgoing.seal(FIRST)
+        await both.assert_empty()
 
 
 async def test_a_sink_that_refuses_a_chunk_ends_the_transfer() -> None:

@@ -62,7 +62,6 @@ class Feed(Generic[B]):
         self._num_added += 1
         if self._num_added > _MAX_UNREAD:
             self._closed = True
-            self._wake.set()
         if self._closed:
             raise Unavailable("the caller's feed has ended")
         known = self._entries.get(call)
