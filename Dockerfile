@@ -136,6 +136,7 @@ ENTRYPOINT ["pagewire-worker"]
 FROM worker-runtime-${VARIANT} AS pagewire
 COPY --from=worker-env /opt/venv /opt/venv
 EXPOSE 8000 80 11434
+# Whether it has certificates is in its arguments.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=600s --retries=3 \
-    CMD pagewire-health bridge 127.0.0.1:11434
+    CMD pagewire-health bridge 127.0.0.1:11434 || pagewire-health bridge https://127.0.0.1:11434
 ENTRYPOINT ["pagewire-launch"]
