@@ -82,8 +82,9 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
 FROM ${BASE_IMAGE} AS runtime
 LABEL org.opencontainers.image.title=pagewire org.opencontainers.image.licenses=Apache-2.0
 # /data: models from the Hub, for which a volume may be mounted. Everything else that is written goes to /tmp.
+# /root: whoever comes from vLLM mounts /root/.cache/huggingface, and others than root must get to it.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin pagewire \
-    && install -d -o 10001 -g 10001 /data
+    && install -d -o 10001 -g 10001 /data && chmod 711 /root
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp XDG_STATE_HOME=/tmp/state XDG_CACHE_HOME=/tmp/cache HF_HOME=/data \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PAGEWIRE_HOST=0.0.0.0 PAGEWIRE_LOG_FORMAT=json
 COPY models/pagewire-demo /models/pagewire-demo
