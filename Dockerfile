@@ -82,8 +82,9 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
 FROM ${BASE_IMAGE} AS runtime
 LABEL org.opencontainers.image.title=pagewire org.opencontainers.image.licenses=Apache-2.0
 # /data: models from the Hub, for which a volume may be mounted. Everything else that is written goes to /tmp.
+# /root: whoever comes from vLLM mounts /root/.cache/huggingface, and others than root must get to it.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin pagewire \
-    && install -d -o 10001 -g 10001 /data
+    && install -d -o 10001 -g 10001 /data && chmod 711 /root
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp XDG_STATE_HOME=/tmp/state XDG_CACHE_HOME=/tmp/cache HF_HOME=/data \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PAGEWIRE_HOST=0.0.0.0 PAGEWIRE_LOG_FORMAT=json
 COPY models/pagewire-demo /models/pagewire-demo
@@ -136,6 +137,7 @@ ENTRYPOINT ["pagewire-worker"]
 FROM worker-runtime-${VARIANT} AS pagewire
 COPY --from=worker-env /opt/venv /opt/venv
 EXPOSE 8000 80 11434
+# Whether it has certificates is in its arguments.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=600s --retries=3 \
-    CMD pagewire-health bridge 127.0.0.1:11434
+    CMD pagewire-health bridge 127.0.0.1:11434 || pagewire-health bridge https://127.0.0.1:11434
 ENTRYPOINT ["pagewire-launch"]

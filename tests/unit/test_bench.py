@@ -38,6 +38,7 @@ class PlainServer:
         self.cut_short = False
         self.kv_bytes: int | None = None
         self.url = ""
+        self.wants_key = False
 
     def app(self) -> Starlette:
         return Starlette(
@@ -51,6 +52,8 @@ class PlainServer:
         )
 
     async def _models(self, _request: Request) -> Response:
+        if self.wants_key:
+            return JSONResponse({"error": {"message": "The API key is missing."}}, status_code=401)
         return JSONResponse({"data": [{"id": "plain"}]})
 
     async def _tokenize(self, request: Request) -> Response:
@@ -212,6 +215,29 @@ def test_the_transfer_of_a_pagewire_server_is_the_difference_of_its_metrics(
     assert (moved["transfers"], moved["bytes"]) == (1, 1000)
     assert moved["seconds"] == pytest.approx(0.001)
     assert moved["mb_per_s"] == pytest.approx(1.0)
+
+
+def test_a_server_that_wants_a_key_is_quoted(server: PlainServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is up, and has models."""
+    server.wants_key = True
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--base-url", server.url, "--num-prompts=1"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        'pagewire: the server answers 401: {"error":{"message":"The API key is missing."}}\n'
+    )
+
+
+def test_a_result_that_cannot_be_saved_is_shown_and_told(
+    server: PlainServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").touch()  # no folder
+    with pytest.raises(SystemExit) as ended:
+        _measure(server, tmp_path, "--num-prompts=1", "--random-output-len=4")
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert "Successful requests" in shown.out
+    assert shown.err.startswith("pagewire: cannot save the result: ") and shown.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,14 @@ def test_a_shell_that_is_unknown_is_refused(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as ended:
         main(["completion", "csh"])
     assert ended.value.code == 2 and "bash" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_had_enough_is_no_fault_to_trace() -> None:
+    """As in `pagewire explain ... | head`: the command ends as those of the shell do."""
+    code = "from pagewire_cli.main import main; main(['completion', 'bash'])"
+    process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # long before anything is printed
+    assert process.stderr.read() == b""
+    assert process.wait() == 128 + signal.SIGPIPE
+    process.stderr.close()

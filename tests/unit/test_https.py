@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -50,6 +52,17 @@ def client(directory: Path, shown: str | None = None) -> httpx.AsyncClient:
     if shown:
         context.load_cert_chain(directory / f"{shown}.crt", directory / f"{shown}.key")
     return httpx.AsyncClient(verify=context, trust_env=False)
+
+
+async def test_the_image_with_everything_is_well_with_certificates_too(directory: Path) -> None:
+    """They are in the arguments that it is given, of which its probe knows nothing."""
+    text = (Path(__file__).parents[2] / "Dockerfile").read_text().rpartition(" AS pagewire\n")[2]
+    [probe] = re.findall(r"^HEALTHCHECK .*\\\n +CMD (.*)$", text, re.M)
+    async with running(edge(directory)) as address:
+        health = f"{sys.executable} -Pc 'from pagewire_cli.health import main; main()'"
+        command = probe.replace("127.0.0.1:11434", address).replace("pagewire-health", health)
+        process = await asyncio.create_subprocess_shell(command, stderr=asyncio.subprocess.DEVNULL)
+        assert await process.wait() == 0
 
 
 async def test_a_bridge_that_stops_does_not_wait_for_idle_clients(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pagewire_cli import launch
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, WORKER_FLAGS
 from pagewire_core.settings import variable_of
@@ -53,6 +54,13 @@ def test_every_target_runs_as_nobody_and_says_whether_it_is_well() -> None:
         assert "HEALTHCHECK" in named[target] and "ENTRYPOINT [" in named[target] and "USER" not in named[target]
     for stage in ("runtime", "worker-runtime-cuda"):
         assert re.findall(r"^USER (.*)$", named[stage], re.M)[-1] == "10001:10001"
+
+
+def test_a_cache_that_is_mounted_where_vllm_has_it_can_be_reached() -> None:
+    """A folder of root is closed to others on Debian: what is below it would not even be seen to be a mount."""
+    runtime = (ROOT / "Dockerfile").read_text().partition(" AS runtime\n")[2].partition("\nFROM ")[0]
+    assert launch._CACHES == (Path("/data"), Path("/root/.cache/huggingface"))
+    assert "install -d -o 10001 -g 10001 /data && chmod 711 /root\n" in runtime
 
 
 def test_an_image_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -34,3 +34,16 @@ def test_weights_that_do_not_fit_as_they_are_loaded_are_refused(
     monkeypatch.setattr(resources, "available_memory", lambda: int(needed) - 1)
     with pytest.raises(StartupError, match=r"the weights take [\d.]+ GiB"):
         Space(model, config, asked)
+
+
+def test_a_pool_that_does_not_fit_is_refused_by_the_flag_that_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = resolve_model(str(make_model(tmp_path, "llama")))
+    asked = EngineOptions(device="cpu", kv_cache_memory_bytes=3 << 30)
+    space = Space(model, read_model_config(model, asked), asked)
+    monkeypatch.setattr(resources, "available_memory", lambda: 3 << 30)
+    assert space.num_blocks() > 0
+    monkeypatch.setattr(resources, "available_memory", lambda: 2 << 30)
+    with pytest.raises(StartupError, match=r"--kv-cache-memory-bytes is 3.0 GiB and 2.0 GiB of memory are free"):
+        space.num_blocks()

@@ -151,8 +151,11 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{count} x {what}")
     if args.save_result:
         path = (args.result_dir or Path()) / (args.result_filename or _file_name(result))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise StartupError(f"cannot save the result: {error}") from None
     if not result["completed"]:
         raise StartupError("no request completed")
 

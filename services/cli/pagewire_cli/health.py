@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     parser.add_argument("service", choices=("worker", "router", "bridge"))
     parser.add_argument("address", metavar="HOST:PORT", help="of the service; https://HOST:PORT for a bridge with TLS")
     parser.add_argument("--live", action="store_true", help="it need only answer: what drains is alive")
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="how long the answer may take")
+    parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="for the answer (default: 5)")
     for name in _TLS:
         default = environ.get(f"PAGEWIRE_TLS_{name.upper()}")
         parser.add_argument(f"--tls-{name}", default=default, help=f"default: PAGEWIRE_TLS_{name.upper()}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -50,11 +52,25 @@ def main(argv: Sequence[str] | None = None, serve_defaults: Mapping[str, object]
     args = parser.parse_args(argv)
     try:
         args.run(args)
+        _flush()
+    except BrokenPipeError:  # who reads has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left need not be told at the exit, either
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except StartupError as error:
         sys.stderr.write(f"pagewire: {error}\n")
         raise SystemExit(1) from None
     except KeyboardInterrupt:  # before anything was started: there is nothing to stop
         raise SystemExit(130) from None
+
+
+def _flush() -> None:
+    """Raises BrokenPipeError here and not at the exit. A full disk is told there."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        return
 
 
 if __name__ == "__main__":

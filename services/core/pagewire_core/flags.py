@@ -53,10 +53,10 @@ def number(name: str, kind: Callable[[str], N], accepts: Callable[[N], bool], re
     return read
 
 
-positive = number("positive", int, lambda n: n > 0, "must be positive")
-several = number("several", int, lambda n: n > 1, "must be 2 or more")
+positive = number("whole number", int, lambda n: n > 0, "must be positive")
+several = number("whole number", int, lambda n: n > 1, "must be 2 or more")
 count = number("count", int, lambda n: 0 <= n < 2**32, "must be 0 or more, and below 4294967296")
-not_negative = number("not_negative", float, lambda x: 0 <= x < math.inf, "must be finite and not negative")
+not_negative = number("number", float, lambda x: 0 <= x < math.inf, "must be finite and not negative")
 port = number("port", int, lambda n: 0 <= n <= 65535, "must be between 0 and 65535")
 fraction = number("fraction", float, lambda x: 0 < x <= 1, "must be in (0, 1]")
 seconds = number("seconds", float, lambda x: 0 < x < math.inf, "must be positive and finite")

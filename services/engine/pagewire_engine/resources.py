@@ -102,8 +102,7 @@ class Space:
         cpu, ranks = self.config.device.type == "cpu", self.part.ranks * self.part.stages
         loaded = self.model.loaded_bytes(self.config.dtype.itemsize, self.options.quantization)
         needed = loaded // (1 if cpu else ranks)
-        free = available_memory() if cpu else torch.cuda.mem_get_info(self.config.device)[0]
-        if needed > free:
+        if needed > (free := self._free_bytes()):
             raise StartupError(
                 f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
                 "use --quantization int4, a smaller model, or a machine or a container's limit with more memory"
@@ -121,6 +120,11 @@ class Space:
         options, per_token = self.options, self._bytes_per_token()
         reserved, share = _draft_part(self.config, self.draft, options) if self.draft else (0, 1.0)
         memory = options.kv_cache_memory_bytes or int(max(self._default_bytes() - reserved, 0) * share)
+        if options.kv_cache_memory_bytes and memory > (free := self._free_bytes()):
+            raise StartupError(
+                f"--kv-cache-memory-bytes is {memory / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
+                "lower it"
+            )
         num_blocks = memory // (per_token * options.block_size)
         if num_blocks * options.block_size < self.max_model_len:
             raise StartupError(
@@ -129,6 +133,10 @@ class Space:
                 "lower --max-model-len or raise --kv-cache-memory-bytes"
             )
         return num_blocks
+
+    def _free_bytes(self) -> int:
+        device = self.config.device
+        return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
     def _bytes_per_token(self) -> int:
         """Of this rank on a GPU of its own; of all ranks in the memory that they share on a CPU."""

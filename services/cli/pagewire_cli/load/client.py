@@ -61,7 +61,7 @@ class Target:
         """As the server counts them. Raises ServerUnfit, OSError."""
         response = await self.server.send(self.server.request("POST", self.endpoint, self._body(prompt, 1)))
         if not response.ok:
-            raise ServerUnfit(f"the server answers {response.status}: {response.body[:300].decode(errors='replace')}")
+            raise ServerUnfit(response.refusal)
         try:
             return int(response.json()["usage"]["prompt_tokens"])
         except (KeyError, TypeError, ValueError):

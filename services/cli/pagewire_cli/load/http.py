@@ -43,6 +43,11 @@ class Response:
     def body(self) -> bytes:
         return b"".join(piece.body for piece in self.pieces)
 
+    @property
+    def refusal(self) -> str:
+        """What it says, where it is not ok."""
+        return f"the server answers {self.status}: {self.body[:300].decode(errors='replace')}"
+
     def json(self) -> Any:
         """The body, or None if it is no JSON."""
         try:

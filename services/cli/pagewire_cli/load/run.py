@@ -67,9 +67,11 @@ async def _target(args: argparse.Namespace) -> Target:
 
 
 async def _first_model(server: Server) -> str:
-    answer = (await server.get("/v1/models")).json()
+    answer = await server.get("/v1/models")
+    if answer.status and not answer.ok:  # as without a key
+        raise ServerUnfit(answer.refusal)
     try:
-        return str(answer["data"][0]["id"])
+        return str(answer.json()["data"][0]["id"])
     except (LookupError, TypeError):
         raise ServerUnfit(f"{server.base_url} lists no models; is it up? Else name one with --model") from None
 
