@@ -306,6 +306,21 @@ async def test_a_request_waits_until_a_decode_worker_has_room(byte_tokenizer: To
         assert s.workers["d1"].seen.count("reserve") == 4
 
 
+async def test_more_choices_than_any_worker_runs_hold_up_nobody(byte_tokenizer: Tokenizer) -> None:
+    """They waited until nothing ran at all, and everybody behind them, to be refused by a worker then."""
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        going_on = asyncio.Event()
+        s.workers["d1"].script.hooks["decode_started"] = lambda worker: going_on.wait()
+        running = asyncio.create_task(s.ask())
+        await until(lambda: "decode_started" in s.workers["d1"].seen)
+        for sampling in ({}, {"max_tokens": 1}):
+            with pytest.raises(grpc.RpcError, match=r"n must be at most 8 \(--max-num-seqs\), not 64") as caught:
+                await asyncio.wait_for(s.ask(n=64, sampling=sampling), 5)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        going_on.set()
+        assert (await running).text == {0: "hello world"}
+
+
 async def test_a_retry_that_finds_no_room_waits_for_it(byte_tokenizer: Tokenizer) -> None:
     """The client had its first token, the pair broke, and the decode worker was full for a moment: that is no end."""
     async with scene(byte_tokenizer, "p1 p2 d1") as s:
@@ -423,7 +438,8 @@ async def test_an_answer_that_its_only_worker_cannot_go_on_with_now_is_resumed_t
         answer = await s.ask()
         assert answer.text == {0: "hello world"}
         assert answer.summary is not None and answer.summary.attempts == 2
-        assert [list(output.token_ids) for output in s.workers["d1"].requests[1].prior] == [s.ids("hel")]
+        prior = [list(output.token_ids) for output in s.workers["d1"].requests[1].prior]
+        assert prior in ([], [s.ids("he")], [s.ids("hel")]), "the error may be ahead of what comes over the feed"
         assert not list(s.router.services.placement.breakers)
 
 

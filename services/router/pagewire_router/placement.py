@@ -180,7 +180,7 @@ class Placement(Generic[W]):
             self._prefill_ms, goes_on=bool(request.prior), one_token=request.is_one_token,
         )  # fmt: skip
         able = {name: load for name, load in loads.items() if load.is_made_for(ask)}
-        if any(load.can_decode for load in able.values()):  # else a worker says why not
+        if any(load.can_decode or load.ends(ask) for load in able.values()):  # else a worker says why not
             loads = able
         held = {name: tokens for name, tokens in held.items() if name in loads}
         return View(ask, loads, Fetches(ask, loads, held, self.links, self.breakers.allows), roots, hashes)

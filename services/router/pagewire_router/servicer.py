@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 from pagewire.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from pagewire_core import tracing
-from pagewire_core.errors import DeadlineExceeded, PagewireError, from_rpc
+from pagewire_core.errors import DeadlineExceeded, InvalidRequest, PagewireError, from_rpc
 from pagewire_core.feed import Feeds
 from pagewire_core.prefix_index import IndexFollower, PrefixIndex
 from pagewire_core.slow_reader import ended_if_unread
@@ -100,7 +100,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _validated(self, request: inference_pb2.GenerateRequest) -> ValidRequest:
         rendered = await self._rendered(request)
-        return validate(request, self._router.model, self._router.max_model_len, rendered)
+        valid = validate(request, self._router.model, self._router.max_model_len, rendered)
+        most = self._router.services.workers.max_choices(valid.is_one_token)
+        if most is not None and valid.n > most:  # else it would wait, and all behind it, until nothing runs
+            raise InvalidRequest(f"n must be at most {most} (--max-num-seqs), not {valid.n}", param="n")
+        return valid
 
     async def _rendered(self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> str | None:
         """The text of a chat that brings a template; what it does not say to any template is filled in."""

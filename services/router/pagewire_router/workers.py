@@ -129,6 +129,11 @@ class WorkerTable:
         """Context that every live worker allows, in tokens."""
         return min((w.info.max_model_len for w in self._live.values() if w.info.max_model_len), default=None)
 
+    def max_choices(self, one_token: bool) -> int | None:
+        """Sequences of one request that some live worker can run; one_token: of who computes prompts, too."""
+        able = [w for w in self._live.values() if w.can_decode or (one_token and w.info.one_token)]
+        return max((int(w.stats.max_num_seqs) for w in able), default=0) or None
+
     async def wait_changed(self, timeout_s: float) -> None:
         """Returns when a worker joins, leaves or reports, or after the timeout."""
         with contextlib.suppress(TimeoutError):
