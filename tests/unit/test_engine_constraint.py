@@ -275,6 +275,22 @@ def test_an_output_whose_grammar_takes_long_to_compile_again_is_resumed(
     assert isinstance(again.error, InvalidRequest), "it has used up its own grammar"
 
 
+def test_a_request_whose_masks_take_too_long_ends_and_those_beside_it_go_on(
+    llama: Path, constraints: Constraints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its masks takes 0.2 s of 0.5 s that a request has, and 2 ms for a token: it fails with its third."""
+    clock = itertools.count(step=0.2)
+    monkeypatch.setattr("pagewire_engine.constraint.time.thread_time", lambda: next(clock))
+    engine = make_engine(llama)
+    slow, beside = constrained(constraints, PROMPTS[3], ABC, temperature=1.0, seed=7), Run(PROMPTS[0])
+    run_all(engine, slow, beside)
+    tokens = [event for event in slow.events if isinstance(event, Token)]
+    failed = slow.events[-1]
+    assert len(tokens) == 2 and isinstance(failed, Failed)
+    assert isinstance(failed.error, InvalidRequest) and "make it simpler" in failed.error.message
+    assert len(beside.tokens()) == 12
+
+
 def test_masks_of_guesses_are_not_on_the_account_of_the_request(
     llama: Path, constraints: Constraints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
