@@ -17,7 +17,8 @@ from kv_endpoints import until
 from pagewire.v1 import common_pb2, decode_pb2, prefill_pb2
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, PagewireError, Unavailable
 from pagewire_engine.model_runner import Launched
-from peers import Peer, peer
+from pagewire_prefill.source import PromptSource
+from peers import Peer, hand_over, peer
 from tiny_models import make_model
 
 
@@ -99,6 +100,28 @@ async def test_a_prompt_that_could_not_be_handed_over_is_not_computed(
     asked = {"transfer_id": os.urandom(16), "decode_address": "127.0.0.1:1", "prompt_ids": [5, 6]} | fields
     with pytest.raises(InvalidRequest):
         await anext(pair[0].prefill.Prefill(prefill_pb2.PrefillRequest(**asked), None))  # type: ignore[arg-type, call-overload]
+
+
+async def test_blocks_of_a_prompt_whose_call_has_ended_stay_while_its_last_chunk_is_read(
+    pair: tuple[Peer, Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = pair
+    reached, over, gather = threading.Event(), threading.Event(), PromptSource.gather
+
+    def halting(self: PromptSource, *args: Any) -> None:
+        reached.set()
+        over.wait(20)
+        gather(self, *args)
+
+    monkeypatch.setattr(PromptSource, "gather", halting)
+    asking = asyncio.create_task(hand_over(range(5, 55), source, target))
+    assert await asyncio.to_thread(reached.wait, 20)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await until(lambda: not source.sender.open_transfers)
+    assert source.engine.blocks.num_held and source.prefill.num_calls == 1
+    over.set()
 
 
 async def embedded(worker: Peer) -> list[float]:
