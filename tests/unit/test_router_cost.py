@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -160,7 +161,19 @@ def test_a_first_token_is_predicted_for_when_its_prompt_can_be_computed() -> Non
     assert predict(ask, None, idle, LINKS).ttft_ms == 300
     assert predict(ask, None, busy, LINKS).ttft_ms == 300 + 6 * 10
     assert predict(ask, fetching, busy, LINKS).ttft_ms == 100 + 5 + 50
-    assert predict(ask, None, idle, LINKS).transfer_ms == 0 < predict(ask, fetching, idle, LINKS).transfer_ms
+    moving = LINKS("p", "d").transfer_ms(200 << 20)
+    assert predict(ask, fetching, idle, LINKS).transfer_ms == pytest.approx(moving - 0.7 * 50), "the rest is hidden"
+    assert predict(ask, None, idle, LINKS).transfer_ms == 0
+
+
+def test_a_session_goes_on_where_it_was_unless_that_is_far_busier() -> None:
+    """Where nothing costs anything, too: a tie goes there."""
+    ask, free = Ask(100, previous="e"), StepModel(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    p, d, e = load("p", PREFILL), load("d", DECODE), load("e", DECODE)
+    assert found_by(ask, [p, d, e])[0].decode == "e"
+    assert found_by(ask, [p, d, load("e", DECODE, num_sequences=200)])[0].decode == "d"
+    idle = [replace(worker, model=free) for worker in (p, d, e)]
+    assert found_by(ask, idle)[0].decode == "e" and found_by(Ask(100, previous="d"), idle)[0].decode == "d"
 
 
 def test_the_same_tokens_cost_more_after_a_long_prefix() -> None:
