@@ -173,7 +173,8 @@ def test_a_session_goes_on_where_it_was_unless_that_is_far_busier() -> None:
     assert found_by(ask, [p, d, e])[0].decode == "e"
     assert found_by(ask, [p, d, load("e", DECODE, num_sequences=200)])[0].decode == "d"
     idle = [replace(worker, model=free) for worker in (p, d, e)]
-    assert found_by(ask, idle)[0].decode == "e" and found_by(Ask(100, previous="d"), idle)[0].decode == "d"
+    costs = {plan.decode: plan.cost for plan in reversed(found_by(ask, idle))}
+    assert costs["d"] - costs["e"] >= 2.0, "within that anyone may be chosen"
 
 
 def test_the_same_tokens_cost_more_after_a_long_prefix() -> None:
