@@ -685,6 +685,7 @@ async def test_a_client_that_leaves_the_queue_is_forgotten(byte_tokenizer: Token
             call.cancel()
         await s.settle()
         assert s.router.admission.num_queued == 0
+        await until(lambda: total("pagewire_requests_total", s, outcome="cancelled") == 3)
 
 
 async def test_a_full_router_answers_overloaded_with_a_time(byte_tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from fakes import FakeWorker
 from pagewire.v1 import inference_pb2, worker_pb2
 from pagewire_core.errors import Unavailable, from_rpc
 from pagewire_core.tokenizer import Tokenizer
-from router_scene import scene
+from router_scene import give_prefix, scene
 
 
 async def test_a_cache_is_reset_on_every_worker_or_the_client_is_told(
@@ -49,6 +49,22 @@ async def test_metrics_do_not_wait_for_a_worker_that_stands_still(
         text = (await s.stub.Metrics(inference_pb2.MetricsRequest())).text
         assert 'pagewire_fake{instance="p1"}' in text and 'instance="d1"' not in text
         assert "pagewire_running_requests" in text, "its own are there all the same"
+
+
+async def test_metrics_say_what_the_router_knows_when_it_is_asked(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        await give_prefix(s, "d1")
+        breakers = s.router.services.placement.breakers
+        breakers.failed("transfer", "unavailable", "p1", "d1")
+        breakers.failed("decode", "unavailable", "d1")  # too seldom to open it
+        told = (await s.stub.Metrics(inference_pb2.MetricsRequest())).text
+        values = dict(line.rsplit(" ", 1) for line in told.splitlines() if line[0] != "#")
+        open_circuits = {name: float(value) for name, value in values.items() if "circuits_open{" in name}
+        assert {name.split('leg="')[1].split('"')[0]: value for name, value in open_circuits.items()} == {
+            "prefill": 0, "transfer": 1, "decode": 0,
+        }  # fmt: skip
+        [blocks] = [float(value) for name, value in values.items() if name.startswith("pagewire_index_blocks")]
+        assert blocks == s.router.index.num_blocks > 0
 
 
 async def test_flags_are_told_of_the_router_and_by_worker(byte_tokenizer: Tokenizer) -> None:
