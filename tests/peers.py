@@ -158,7 +158,9 @@ async def hand_over(
     decoding = _decode(target, decode_pb2.DecodeRequest(**ids, request_id="test", sampling=sampling))
     decoded, _ = await all_of([decoding, prefill()])
     assert decoded
-    return Answer(decoded.tokens, events[0].started, events[-1].kv_sent)
+    sent = events[-1].kv_sent
+    assert 0 < sent.timings.prefill_us < 60e6 and 0 < sent.timings.kv_tail_us < 60e6 and sent.wire_us < 60e6
+    return Answer(decoded.tokens, events[0].started, sent)
 
 
 async def _decode(target: Peer, request: decode_pb2.DecodeRequest) -> Alone:

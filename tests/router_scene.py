@@ -11,6 +11,8 @@ from typing import Any
 
 from fakes import DIGEST, TEMPLATE, FakeWorker, Script
 from pagewire.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from pagewire_core.block_events import STORED
+from pagewire_core.block_hash import block_hashes, chain_root
 from pagewire_core.chat_template import ChatTemplate
 from pagewire_core.flags import FLAGS, ROUTER_FLAGS
 from pagewire_core.rpc import open_channel
@@ -20,6 +22,7 @@ from pagewire_router.model import ServedModel
 from pagewire_router.servicer import Router
 
 EOS = 257
+PROMPT = "the quick brown fox " * 10  # 200 tokens: three whole blocks
 ROLES = {
     "p": common_pb2.WORKER_ROLE_PREFILL,
     "d": common_pb2.WORKER_ROLE_DECODE,
@@ -126,3 +129,11 @@ async def scene(
         channel = await started.enter_async_context(open_channel(f"127.0.0.1:{port}"))
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         yield Scene(workers, router, stub, tokenizer, f"127.0.0.1:{port}")
+
+
+async def give_prefix(s: Scene, *names: str) -> None:
+    """The index learns that these workers have the prompt's whole blocks."""
+    hashes = block_hashes(chain_root(b"f" * 32), s.ids(PROMPT))
+    await until(lambda: set(names) <= set(s.router.index.worker_ids))
+    for name in names:
+        s.router.index.apply(name, 1, [(STORED, hashes)])

@@ -275,6 +275,43 @@ def test_an_output_whose_grammar_takes_long_to_compile_again_is_resumed(
     assert isinstance(again.error, InvalidRequest), "it has used up its own grammar"
 
 
+class Counting(Vocabulary):
+    compiled = 0
+
+    def compile(self, grammar: str) -> LLMatcher:
+        self.compiled += 1
+        return super().compile(grammar)
+
+
+def test_a_guess_that_may_not_come_wears_no_grammar(llama: Path) -> None:
+    """It would be compiled again for every such guess, while all wait."""
+    vocabulary = Counting(llama, VOCAB, [EOS])
+    matching = Constraints(vocabulary).make_now(pb.Constraint(answer=ABC)).of(0)
+    first, guessed = np.empty((2, vocabulary.num_words), np.uint32)
+    matching.fill(first)
+    bits = np.unpackbits(first.view(np.uint8), bitorder="little")
+    may_not = int(np.flatnonzero(bits[:VOCAB] == 0)[0])
+    matching.fill(guessed, [may_not])
+    assert (guessed == 0xFFFFFFFF).all() and not matching.error
+    assert vocabulary.compiled == 1
+
+
+def test_a_request_whose_masks_take_too_long_ends_and_those_beside_it_go_on(
+    llama: Path, constraints: Constraints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its masks takes 0.2 s of 0.5 s that a request has, and 2 ms for a token: it fails with its third."""
+    clock = itertools.count(step=0.2)
+    monkeypatch.setattr("pagewire_engine.constraint.time.thread_time", lambda: next(clock))
+    engine = make_engine(llama)
+    slow, beside = constrained(constraints, PROMPTS[3], ABC, temperature=1.0, seed=7), Run(PROMPTS[0])
+    run_all(engine, slow, beside)
+    tokens = [event for event in slow.events if isinstance(event, Token)]
+    failed = slow.events[-1]
+    assert len(tokens) == 2 and isinstance(failed, Failed)
+    assert isinstance(failed.error, InvalidRequest) and "make it simpler" in failed.error.message
+    assert len(beside.tokens()) == 12
+
+
 def test_masks_of_guesses_are_not_on_the_account_of_the_request(
     llama: Path, constraints: Constraints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,14 +334,6 @@ def test_a_matcher_refuses_what_its_vocabulary_does_not_have(constraints: Constr
 
 def test_what_is_compiled_for_one_tenant_is_compiled_again_for_another(llama: Path) -> None:
     """They have other cache roots. The time that a known grammar saves would tell who uses which."""
-
-    class Counting(Vocabulary):
-        compiled = 0
-
-        def compile(self, grammar: str) -> LLMatcher:
-            self.compiled += 1
-            return super().compile(grammar)
-
     vocabulary = Counting(llama, VOCAB, [EOS])
     constraints = Constraints(vocabulary)
     for root, expected in ((b"a", 1), (b"a", 1), (b"b", 2), (b"a", 2)):

@@ -19,7 +19,7 @@ from otlp_sink import children, listening
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1 import prefill_pb2
 from pagewire_core import tracing
-from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded
+from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
 from peers import Peer, compute, hand_over, peer
@@ -218,6 +218,17 @@ async def test_what_the_holder_has_evicted_is_computed(llama: Path, expected: li
         await check_computed(s, expected)
 
 
+async def test_a_holder_lends_all_that_it_is_asked_for_or_nothing(llama: Path) -> None:
+    async with scene(llama) as s:
+        blocks = s.holder.engine.blocks
+        taken = blocks.allocate(blocks.num_free - 6)
+        request = kv.FetchRequest(transfer_id=os.urandom(16), prompt_ids=PROMPT[:HELD], cache_root=ROOT)
+        with pytest.raises(Unavailable, match="96 tokens of the prefix are here, not 128"):
+            await s.holder.lender.lend(s.holder.sender, request)
+        blocks.release(taken)
+        await s.assert_empty()
+
+
 async def test_a_holder_that_is_gone_is_done_without(llama: Path, expected: list[int]) -> None:
     async with scene(llama) as s:
         await s.holder.server.stop(0)
@@ -289,9 +300,11 @@ async def test_a_client_that_leaves_meanwhile_leaves_nothing_behind(llama: Path,
         asking = asyncio.create_task(compute(PROMPT, s.worker, s.holder.holds(HELD, 20)))
         assert await asyncio.to_thread(halted.wait, 30)
         asking.cancel()
-        halted.over.set()  # type: ignore[attr-defined]
         with pytest.raises(asyncio.CancelledError):
             await asking
+        await until(lambda: not s.holder.sender.open_transfers)
+        assert s.holder.engine.blocks.num_held, "they are still being read"
+        halted.over.set()  # type: ignore[attr-defined]
         await s.assert_empty()
 
 

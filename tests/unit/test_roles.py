@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from kv_endpoints import until
 from pagewire.v1 import common_pb2
-from pagewire_core.errors import Cancelled
+from pagewire_core.errors import Cancelled, InvalidRequest
 from pagewire_worker.roles import Roles
 
 
@@ -40,10 +40,17 @@ class Scene:
     decode: Service = field(default_factory=Service)
     sender: Connections = field(default_factory=Connections)
     receiver: Connections = field(default_factory=Connections)
+    role: str = "both"
+    told: list[str] = field(default_factory=list)  # roles that others are told of
 
     def __post_init__(self) -> None:
         parts: list[Any] = [self.prefill, self.decode, self.sender, self.receiver]
-        self.roles = Roles("both", *parts, changed=lambda role: None)
+        self.roles = Roles(self.role, *parts, changed=self.told.append)
+
+    @property
+    def takes(self) -> tuple[bool, bool, bool]:
+        """Prompts of others; requests to decode; those of one token."""
+        return not self.prefill.refusing, not self.decode.refusing, self.decode.taking_one_token
 
 
 @pytest.mark.parametrize("what", ["drain", "switch"])
@@ -90,3 +97,38 @@ async def test_of_changes_of_role_that_come_at_once_the_last_one_holds_and_no_ot
             await earlier
     assert s.prefill.num_calls == s.decode.num_calls == 1
     assert not s.prefill.refusing and not s.decode.refusing
+
+
+@pytest.mark.parametrize(
+    ("role", "takes"),
+    [("prefill", (True, False, True)), ("decode", (False, True, False)), ("both", (True, True, False))],
+)
+async def test_a_role_says_what_is_taken_from_the_start_and_a_drain_that_nothing_is(
+    role: str, takes: tuple[bool, bool, bool]
+) -> None:
+    s = Scene(role=role)
+    assert s.takes == takes
+    assert [number async for number in s.roles.drain(0)][-1] == 0
+    await until(lambda: s.receiver.released, 5)
+    assert s.takes == (False, False, False)
+    with pytest.raises(InvalidRequest, match="draining"):
+        await anext(s.roles.switch(common_pb2.WORKER_ROLE_BOTH, 0))
+
+
+async def test_requests_of_one_token_are_taken_again_once_what_was_given_up_is_over() -> None:
+    """Connections of what it goes on with stay."""
+    s = Scene()
+    numbers = s.roles.switch(common_pb2.WORKER_ROLE_PREFILL, 600)
+    assert [await anext(numbers) for _ in range(3)] == [1, 1, 1], "how far it is is told again and again"
+    assert s.takes == (True, False, False) and s.told == ["prefill"]
+    s.decode.num_calls = 0
+    assert [number async for number in numbers] == [0]
+    assert s.takes == (True, False, True)
+    assert s.receiver.released and not s.sender.released
+
+
+async def test_what_is_no_role_changes_nothing() -> None:
+    s = Scene()
+    with pytest.raises(InvalidRequest, match="must be prefill, decode or both"):
+        await anext(s.roles.switch(common_pb2.WORKER_ROLE_UNSPECIFIED, 0))
+    assert s.takes == (True, True, False) and not s.told

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.v1 import common_pb2
-from pagewire_router.cost import MILLISECONDS, plans
+from pagewire_router.cost import MILLISECONDS, plans, predict
 from pagewire_router.links import Links
-from pagewire_router.load import Ask, Load, Pool, StepModel
+from pagewire_router.load import Ask, Fetch, Load, Pool, StepModel
 from pagewire_router.plan import Plan
 
 PREFILL, DECODE, BOTH = (
@@ -154,6 +155,33 @@ def test_tokens_do_not_come_between_the_chunks_of_somebody_elses_prompt_if_other
     assert 9 * 50 < chunks <= 10 * 50, "ten tokens are held up ten times"
     done_by_then = load("p", PREFILL, waiting_tokens=40_000)
     assert terms(Ask(100), ("p", "d"), done_by_then, computing)["held"] == 0
+
+
+def test_a_first_token_is_predicted_for_when_its_prompt_can_be_computed() -> None:
+    """After the queue and what is fetched; where others decode their steps come between its chunks of 50 ms."""
+    model = StepModel(0.0, 1.0, 0.0, 10.0, 0.0, 0.0)
+    idle, busy = (load("d", DECODE, model=model, waiting_tokens=100, num_sequences=n) for n in (0, 2))
+    moved = {"fetch": Fetch("q", 150, 5.0, 150.0), "kv_bytes_per_token": 1 << 20}
+    fetching = load("p", PREFILL, model=model, waiting_tokens=100, **moved)
+    assert idle.queue_ms == busy.queue_ms == 100
+    ask = Ask(200)
+    assert predict(ask, None, idle, LINKS).ttft_ms == 300
+    assert predict(ask, None, busy, LINKS).ttft_ms == 300 + 6 * 10
+    assert predict(ask, fetching, busy, LINKS).ttft_ms == 100 + 5 + 50
+    moving = LINKS("p", "d").transfer_ms(200 << 20)
+    assert predict(ask, fetching, idle, LINKS).transfer_ms == pytest.approx(moving - 0.7 * 50), "the rest is hidden"
+    assert predict(ask, None, idle, LINKS).transfer_ms == 0
+
+
+def test_a_session_goes_on_where_it_was_unless_that_is_far_busier() -> None:
+    """Where nothing costs anything, too: a tie goes there."""
+    ask, free = Ask(100, previous="e"), StepModel(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    p, d, e = load("p", PREFILL), load("d", DECODE), load("e", DECODE)
+    assert found_by(ask, [p, d, e])[0].decode == "e"
+    assert found_by(ask, [p, d, load("e", DECODE, num_sequences=200)])[0].decode == "d"
+    idle = [replace(worker, model=free) for worker in (p, d, e)]
+    costs = {plan.decode: plan.cost for plan in reversed(found_by(ask, idle))}
+    assert costs["d"] - costs["e"] >= 2.0, "within that anyone may be chosen"
 
 
 def test_the_same_tokens_cost_more_after_a_long_prefix() -> None:

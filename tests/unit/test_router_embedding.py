@@ -64,6 +64,7 @@ async def test_a_request_of_many_inputs_does_not_fill_the_queue_that_it_waits_in
         answer = await s.stub.Embed(asked(*texts))
         expected = [s.tokenizer.encode(text, True) for text in texts]
         assert [list(one.vector) for one in answer.embeddings] == expected
+        assert (answer.model, answer.prompt_tokens) == ("demo", sum(map(len, expected)))
         await s.settle()
 
 

@@ -12,22 +12,10 @@ from fakes import FakeWorker
 from pagewire.v1 import inference_pb2
 from pagewire_cli.explain import add_subcommand, explain
 from pagewire_cli.main import main
-from pagewire_core.block_events import STORED
-from pagewire_core.block_hash import block_hashes, chain_root
 from pagewire_core.command_line import Parser
 from pagewire_core.errors import StartupError, TransferLost, Unavailable
 from pagewire_core.tokenizer import Tokenizer
-from router_scene import Scene, request, scene, until
-
-PROMPT = "the quick brown fox " * 10  # 200 tokens: three whole blocks
-
-
-async def give_prefix(s: Scene, *names: str) -> None:
-    """The index learns that these workers have the prompt's whole blocks."""
-    hashes = block_hashes(chain_root(b"f" * 32), s.ids(PROMPT))
-    await until(lambda: set(names) <= set(s.router.index.worker_ids))
-    for name in names:
-        s.router.index.apply(name, 1, [(STORED, hashes)])
+from router_scene import PROMPT, give_prefix, request, scene, until
 
 
 async def test_every_term_is_told_and_nothing_is_run(byte_tokenizer: Tokenizer) -> None:

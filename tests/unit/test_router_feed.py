@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -107,6 +108,56 @@ async def test_many_requests_over_one_feed_get_each_their_own_text(pair: Scene, 
         assert answer.summary is not None
     assert len({place.number for _, place in answers}) == len(answers)
     await pair.settle()
+
+
+async def test_a_stop_string_ends_a_choice_whose_tokens_pass_from_feed_to_feed(pair: Scene, deltas: FeedReader) -> None:
+    """Nobody waits for a token then: the decode worker is told all the same, and the answer ends before its work."""
+    worker = pair.workers["d1"]
+    worker.script.step_s = 0.002
+    worker.script.hooks["finished"] = lambda _: asyncio.sleep(60)
+    worker.script.tokens = pair.ids("hello world and more")
+    async with asyncio.timeout(10):
+        answer, _ = await ask_over(deltas, pair, "question", sampling={"stop": ["o w"]})
+    assert (answer.text, answer.finish[0].stop_string) == ({0: "hell"}, "o w")
+    await pair.settle()
+    assert worker.stopped == [()]
+
+
+async def test_what_a_request_cannot_take_from_a_feed_loses_its_attempt_and_not_the_feed(
+    pair: Scene, deltas: FeedReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, asked = FakeWorker._steps, itertools.count()
+
+    async def of_another(self: FakeWorker, request: Any) -> AsyncIterator[Any]:
+        wrong = next(asked) == 0
+        async for step in steps(self, request):
+            if wrong:
+                await asyncio.sleep(0.02)  # the request waits for it
+                step.choices[0].choice = 7
+            yield step
+
+    monkeypatch.setattr(FakeWorker, "_steps", of_another)
+    known = pair.router.services.workers.get("d1")
+    assert known is not None
+    reading = known.feed._reading
+    answer, _ = await ask_over(deltas, pair, "question")
+    assert answer.text == {0: "hello world"}
+    assert answer.summary is not None and answer.summary.attempts == 2
+    assert reading is not None and known.feed._reading is reading, "others share it"
+
+
+async def test_entries_that_never_come_lose_the_attempt(pair: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagewire_core.feed._LAST_ENTRIES_S", 0.05)
+    take, lost = FeedCall.take, itertools.count()
+
+    def forget_the_first(self: FeedCall, entry: Any) -> None:
+        if next(lost):
+            take(self, entry)
+
+    monkeypatch.setattr(FeedCall, "take", forget_the_first)
+    answer = await pair.ask("question")
+    assert answer.text == {0: "hello world"}
+    assert answer.summary is not None and answer.summary.attempts == 2
 
 
 async def test_an_error_comes_after_the_deltas_that_were_made_before_it(pair: Scene, deltas: FeedReader) -> None:

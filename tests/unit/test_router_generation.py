@@ -15,6 +15,7 @@ from pagewire_core import tracing
 from pagewire_core.errors import (
     DeadlineExceeded,
     Internal,
+    InvalidRequest,
     Overloaded,
     PagewireError,
     TransferLost,
@@ -700,6 +701,7 @@ async def test_a_client_that_leaves_the_queue_is_forgotten(byte_tokenizer: Token
             call.cancel()
         await s.settle()
         assert s.router.admission.num_queued == 0
+        await until(lambda: total("pagewire_requests_total", s, outcome="cancelled") == 3)
 
 
 async def test_a_full_router_answers_overloaded_with_a_time(byte_tokenizer: Tokenizer) -> None:
@@ -748,6 +750,43 @@ async def test_a_transfer_that_stands_still_is_tried_elsewhere(byte_tokenizer: T
         assert answer.summary is not None
         assert answer.summary.attempts == 2
         await s.settle()
+
+
+async def test_an_answer_does_not_wait_for_a_prefill_worker_that_says_nothing_more_of_it(
+    byte_tokenizer: Tokenizer,
+) -> None:
+    async def stand_still(worker: FakeWorker) -> None:
+        s.workers["d1"].kv_arrived(s.workers["d1"].requests[0].transfer_id).set()
+        await asyncio.sleep(60)
+
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        s.workers["p1"].script.hooks["first_token"] = stand_still
+        async with asyncio.timeout(5):
+            answer = await s.ask()
+        assert answer.text == {0: "hello world"}
+        assert answer.summary is not None and answer.summary.attempts == 1
+        await s.settle()
+        assert "prefill" in s.workers["p1"].cancelled and s.workers["d1"].stopped == []
+
+
+@pytest.mark.parametrize("stage", ["reserve", "prefill", "decode_started"])
+async def test_what_a_worker_finds_wrong_with_a_request_is_told_and_not_tried_elsewhere(
+    byte_tokenizer: Tokenizer, stage: str
+) -> None:
+    def find(worker: FakeWorker) -> None:
+        raise InvalidRequest("the grammar cannot be followed", "structured_outputs")
+
+    async with scene(byte_tokenizer, "p1 p2 d1 d2") as s:
+        for worker in s.workers.values():
+            worker.script.hooks[stage] = find
+        try:
+            error = (await s.ask()).error
+        except grpc.RpcError as failure:
+            error = from_rpc(failure).to_proto()
+        assert error is not None and error.param == "structured_outputs"
+        assert (error.code, error.message) == (InvalidRequest.code, "the grammar cannot be followed")
+        assert sum(worker.seen.count(stage) for worker in s.workers.values()) == 1
+        assert not list(s.router.services.placement.breakers)
 
 
 async def test_an_answer_may_take_longer_than_its_transfer_was_allowed_to(byte_tokenizer: Tokenizer) -> None:

@@ -9,7 +9,8 @@ from fakes import FakeWorker
 from pagewire.v1 import common_pb2, worker_pb2
 from pagewire_core.errors import Unavailable
 from pagewire_core.tokenizer import Tokenizer
-from router_scene import Scene, scene, until
+from pagewire_router.request import validate
+from router_scene import PROMPT, Scene, give_prefix, request, scene, until
 
 _SLOW, _QUICK = 50.0, 0.01  # milliseconds of a token
 
@@ -38,6 +39,14 @@ async def test_a_prefill_worker_that_looks_slow_by_mistake_is_tried_now_and_then
         assert "p1" not in told[:15] and "p1" in told[15:17]
         await _say(s, p1=_QUICK)
         assert set(await _told(s, 5)) == {"p1"}
+
+
+async def test_no_prompt_is_computed_anew_only_to_try_a_worker(byte_tokenizer: Tokenizer) -> None:
+    async with scene(byte_tokenizer, "p1 d1") as s:
+        await _say(s, p1=_SLOW, d1=_QUICK)
+        await give_prefix(s, "d1")
+        told = [(await s.ask(PROMPT)).summary for _ in range(20)]
+        assert {summary.prefill_worker for summary in told if summary} == {""}
 
 
 async def test_one_that_has_work_is_no_mistake(byte_tokenizer: Tokenizer) -> None:
@@ -142,3 +151,16 @@ async def test_what_a_leg_does_well_is_learnt_while_the_answer_goes_on(byte_toke
         for answer in answers:
             answer.cancel()
         await s.settle()
+
+
+async def test_of_many_sessions_the_last_ones_are_known(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagewire_router.placement._MAX_SESSIONS", 2)
+    async with scene(byte_tokenizer, "d1") as s:
+        for name in ("a", "b", "a", "c"):
+            await s.ask(session_id=name)
+        views = {
+            n: s.router.services.placement.view(validate(request(session_id=n), s.router.model, 256)) for n in "abc"
+        }
+        assert {name: view.ask.previous for name, view in views.items()} == {"a": "d1", "b": None, "c": "d1"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from kv_endpoints import FIRST, LAYOUT, ends, identity, lane_threads, new_id, random_kv, until
 from pagewire.v1 import kv_channel_pb2 as kv
@@ -70,6 +72,16 @@ async def test_nccl_on_one_gpu_is_refused_at_once_and_in_one_sentence() -> None:
     async with ends("nccl", gpu="GPU-1", timeout_s=30) as both:
         with pytest.raises(Incompatible, match=r"has the lanes nccl:GPU-1, but .* nccl for workers on different GPUs"):
             await both.open(random_kv(LAYOUT, 4))
+
+
+async def test_a_peer_that_accepts_and_says_nothing_is_waited_for_no_longer_than_it_may_take() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with ends("grpc", timeout_s=0.3) as both:
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            with pytest.raises(DeadlineExceeded, match=r"did not answer within 0\.3 s"):
+                await both.sender.open(new_id(), address, both.instance, (0, 4))
+            await both.assert_empty()
+            assert both.metric("pairs") == 0
 
 
 async def test_a_lane_that_never_comes_up_fails_the_pair(monkeypatch: pytest.MonkeyPatch) -> None:
