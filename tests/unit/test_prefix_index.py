@@ -208,6 +208,31 @@ async def test_what_was_forgotten_is_asked_for_again(
     await redis.aclose()
 
 
+async def test_what_another_answer_has_told_meanwhile_is_not_forgotten(redis_server: RedisServer) -> None:
+    """A worker may be asked twice, as it joins and for a gap; the second answer did not come, and undid the first."""
+    index, mended, asked, answered = PrefixIndex(), list[str](), asyncio.Event(), asyncio.Event()
+
+    async def resync(worker_id: str) -> Snapshot | None:
+        if not asked.is_set():
+            asked.set()
+            await answered.wait()
+            return Snapshot(10, BLOCKS)
+        answered.set()
+        await until(lambda: index.sequence_of("w") == 10)
+        return None
+
+    redis = open_redis(redis_server.url)
+    follower = IndexFollower(redis_server.url, index, resync, mended.append)
+    async with running(follower.run()):
+        follower.joined("w", "i1", MODEL)
+        await asked.wait()
+        fields: dict[Any, Any] = {"w": "w", "i": "i1", "s": 10, "e": pack_event(STORED, [block(0)])}
+        await redis.xadd(stream_key(MODEL), fields)
+        await until(lambda: mended == ["worker"])
+        assert index.match(BLOCKS) == {"w": 10}
+    await redis.aclose()
+
+
 async def test_events_of_an_earlier_incarnation_are_ignored(redis_server: RedisServer) -> None:
     old, new, index = Cache(redis_server.url, "old"), Cache(redis_server.url, "new"), PrefixIndex()
     follower = IndexFollower(redis_server.url, index, nobody)

@@ -338,7 +338,7 @@ class IndexFollower:
             how, snapshot = "worker", await self._resync(worker_id)
         if snapshot is not None and snapshot.sequence >= first - 1:
             self._index.load(worker_id, instance, snapshot)
-        elif self._index.knows(worker_id, instance):
+        elif self._index.knows(worker_id, instance) and self._index.sequence_of(worker_id) < first - 1:
             how = "forgotten"
             self._index.forget(worker_id, first - 1)
             self._lacking.add(worker_id)
