@@ -160,6 +160,13 @@ def test_prometheus_reaches_the_edge_beside_the_clients_that_are_named() -> None
     assert allowed == [who["clients"], who["prometheus"]]
 
 
+def test_the_edge_is_scraped_by_its_address_whatever_names_its_certificate_has() -> None:
+    values = {"edge": {"tlsSecret": "public"}, "monitoring": {"podMonitor": True}}
+    [monitor] = of_kind(render(values), "ServiceMonitor")
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert (endpoint["scheme"], endpoint["tlsConfig"]) == ("https", {"insecureSkipVerify": True})
+
+
 def test_what_two_edges_tell_of_the_same_workers_is_one_series() -> None:
     """Else every sum would be twice what it is. Prometheus' operator names the pod and the container of each."""
     [monitor] = of_kind(render({"edge": {"replicas": 2}, "monitoring": {"podMonitor": True}}), "ServiceMonitor")
