@@ -151,6 +151,22 @@ def test_one_value_has_every_service_send_its_spans() -> None:
         assert variables["PAGEWIRE_OTLP_TRACES_ENDPOINT"] == "http://collector:4317"
 
 
+def test_prometheus_reaches_the_edge_beside_the_clients_that_are_named() -> None:
+    """It asks one of the edges for /metrics."""
+    who = {name: [{"namespaceSelector": {"matchLabels": {"who": name}}}] for name in ("clients", "prometheus")}
+    documents = render({"monitoring": {"podMonitor": True}, "networkPolicy": who})
+    [edge] = [d for d in of_kind(documents, "NetworkPolicy") if d["metadata"]["name"].endswith("-edge")]
+    allowed = [rule["from"] for rule in edge["spec"]["ingress"] if {"port": 8000, "protocol": "TCP"} in rule["ports"]]
+    assert allowed == [who["clients"], who["prometheus"]]
+
+
+def test_the_edge_is_scraped_by_its_address_whatever_names_its_certificate_has() -> None:
+    values = {"edge": {"tlsSecret": "public"}, "monitoring": {"podMonitor": True}}
+    [monitor] = of_kind(render(values), "ServiceMonitor")
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert (endpoint["scheme"], endpoint["tlsConfig"]) == ("https", {"insecureSkipVerify": True})
+
+
 def test_what_two_edges_tell_of_the_same_workers_is_one_series() -> None:
     """Else every sum would be twice what it is. Prometheus' operator names the pod and the container of each."""
     [monitor] = of_kind(render({"edge": {"replicas": 2}, "monitoring": {"podMonitor": True}}), "ServiceMonitor")

@@ -247,6 +247,8 @@ def test_a_result_that_cannot_be_saved_is_shown_and_told(
         (["--dataset-name=sharegpt"], 2, "--dataset-name sharegpt needs --dataset-path"),
         (["--dataset-name=custom", "--dataset-path=/nowhere"], 1, "[Errno 2] No such file or directory"),
         (["--goodput", "itl:5"], 2, "argument --goodput: write NAME:MILLISECONDS, with one of ttft, tpot, e2el"),
+        (["--goodput", "ttft"], 2, "argument --goodput: write NAME:MILLISECONDS, with one of ttft, tpot, e2el"),
+        (["--metric-percentiles", "p99"], 2, "argument --metric-percentiles: must be numbers between 0 and 100"),
         (["--random-range-ratio=1"], 2, "argument --random-range-ratio: must be in [0, 1)"),
         (["--concurrency=3"], 2, "unknown flag --concurrency; did you mean --max-concurrency?"),
     ],

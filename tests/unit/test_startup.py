@@ -36,8 +36,11 @@ def test_a_worker_refused_after_its_threads_have_begun_leaves_no_end_to_the_inte
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--lanes=tcp", "tcp needs --tls-cert"), ("--lanes=udp", "is not a lane"), ("--host=0.0.0.0", "can dial")],
-)
+    [
+        ("--lanes=tcp", "tcp needs --tls-cert"), ("--lanes=udp", "is not a lane"), ("--host=0.0.0.0", "can dial"),
+        ("--model=", "no model: give --model"),
+    ],
+)  # fmt: skip
 def test_what_cannot_work_is_told_before_the_model_is_loaded(flag: str, words: str, tmp_path: Path) -> None:
     code = "from pagewire_worker.main import main; main()"
     command = [sys.executable, "-P", "-c", code, f"--model={tmp_path}", "--port=0", flag]

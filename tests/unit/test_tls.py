@@ -271,6 +271,8 @@ def test_the_command_makes_certificates_that_only_their_owner_can_read(tmp_path:
     subprocess.run(command, capture_output=True, check=True)
     assert (directory / "ca.key").read_bytes() == authority
     assert (directory / "worker.crt").read_bytes() != worker
+    endless = subprocess.run([*command, "--days=100000000"], capture_output=True, text=True)
+    assert endless.returncode == 1 and endless.stderr.count("\n") == 1
     (directory / "ca.key").write_bytes(b"")
     spoiled = subprocess.run(command, capture_output=True, text=True)
     assert spoiled.returncode == 1 and spoiled.stderr.startswith("pagewire: cannot make certificates in")

@@ -119,17 +119,23 @@ def _metrics(text: str) -> list[str]:
 
 
 def _percentiles(text: str) -> list[float]:
-    values = [float(part) for part in text.split(",")]
-    if not all(0 <= value <= 100 for value in values):
-        raise argparse.ArgumentTypeError("must be between 0 and 100")
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 <= value <= 100 for value in values):
+        raise argparse.ArgumentTypeError("must be numbers between 0 and 100, comma-separated")
     return values
 
 
 def _target(text: str) -> tuple[str, float]:
     name, _, value = text.partition(":")
-    if name not in _GOODPUT:
-        raise argparse.ArgumentTypeError(f"write NAME:MILLISECONDS, with one of {', '.join(_GOODPUT)}")
-    return name, float(value)
+    try:
+        if name in _GOODPUT:
+            return name, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"write NAME:MILLISECONDS, with one of {', '.join(_GOODPUT)}")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace) -> None:
     hosts = [host.strip() for host in args.hosts.split(",") if host.strip()]
     try:
         authority.write_certificates(authority.Authority.kept_in(directory), directory, hosts, args.days)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:  # the last of a date beyond all calendars
         raise StartupError(f"cannot make certificates in {directory}: {error}") from None
     print(f"{directory}: ca.crt, and NAME.crt and NAME.key for {', '.join((*ROLES, *authority.SERVERS))}")
     print(

@@ -43,6 +43,8 @@ def _run(args: argparse.Namespace, began: float | None) -> None:
     if not args.enable_chunked_prefill:
         raise StartupError("--no-enable-chunked-prefill: prompts are always computed in chunks; leave the flag out")
     configure_logging(f"worker-{args.role}", args.log_format, args.log_level)
+    if not args.model:
+        raise StartupError("no model: give --model a directory or a Hub id")
     tls = tls_files(args.tls_cert, args.tls_key, args.tls_ca)
     args.redis_url = with_certificates(args.redis_url, tls)
     # What cannot work is told before the model is loaded, which may take minutes.
