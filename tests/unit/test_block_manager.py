@@ -115,3 +115,19 @@ def test_releasing_twice_is_caught() -> None:
     blocks.release(table)
     with pytest.raises(AssertionError, match="released twice"):
         blocks.release(table)
+
+
+def test_blocks_that_become_free_are_told_of_before_they_are_given_again() -> None:
+    """One whose content is kept is not free before it makes room."""
+    told: list[tuple[str, list[int]]] = []
+    blocks = BlockManager(
+        3,
+        freed=lambda some: told.append(("freed", list(some))),
+        allocated=lambda some: told.append(("taken", list(some))),
+    )
+    kept, gone = blocks.allocate(2)
+    blocks.register(kept, b"key")
+    blocks.release([kept, gone])
+    assert told[1:] == [("freed", [gone])]
+    again = blocks.allocate(3)
+    assert told[2:] == [("freed", [kept]), ("taken", again)]

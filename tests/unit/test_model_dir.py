@@ -33,6 +33,14 @@ def test_eos_ids_are_those_of_generation_config_or_config_and_the_tokenizers(tmp
     assert resolve_model(str(path)).eos_token_ids == ()
 
 
+def test_an_end_of_sequence_may_be_known_to_the_tokenizer_alone(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m")
+    (path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    added = [{"id": 3, "content": "<pad>"}, {"id": 5, "content": "</s>"}]
+    (path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert resolve_model(str(path)).eos_token_ids == (5,)
+
+
 def test_an_end_of_sequence_that_the_model_cannot_say_is_none(tmp_path: Path) -> None:
     """A row of the logits that is not there: the first request with min_tokens failed its step, and all in it."""
     path = make_model(tmp_path / "m", vocab_size=8, eos_token_id=[7, 8, -1])

@@ -90,6 +90,12 @@ def test_at_the_ends_of_the_distribution_is_a_token_that_is_possible(
     assert sample(logits, [row(top_k=2)])[0].token == token
 
 
+def test_a_number_just_below_a_tokens_end_draws_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its 53 bits count: other ways to compute a step would draw another token."""
+    monkeypatch.setattr(sampler, "uniform", lambda *_: 0.5 - 2**-40)
+    assert [s.token for s in sample(torch.zeros(1, 2), [row()])] == [0]
+
+
 def test_typical_p_keeps_what_surprises_as_much_as_is_expected() -> None:
     """By hand: the entropy is 1.75 bits, and the tokens' surprise 1, 2, 3 and 3 bits: 1 first, then 0, then 2 and 3."""
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()

@@ -126,6 +126,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             raise InvalidRequest("prior must have an entry for each choice, and one that has not ended")
         longest = max(len(output.token_ids) for output in request.prior if not output.ended)
         self._engine.check_fits(len(request.prompt_ids) + longest, len(request.prior))
+        for output in request.prior:
+            self._engine.check_ids(output.token_ids)
 
     async def _start(self, call: Call) -> None:
         """Puts the request into the engine, once its prompt's KV is here."""
