@@ -145,6 +145,7 @@ class Script:
     cached_tokens: int = 0
     hooks: dict[str, Callable[[FakeWorker], Any]] = field(default_factory=dict)
     step_s: float = 0.0
+    wire_us: int = 0  # that a transfer is said to take
 
     def first_tokens(self, n: int) -> list[common_pb2.SampledToken]:
         return [token(i) for i in self.first or [self.tokens[0]] * n]
@@ -287,7 +288,7 @@ class FakeWorker(
             sent = len(request.prompt_ids) - request.decode_local_tokens
             yield prefill_pb2.PrefillResponse(
                 kv_sent=prefill_pb2.KvSent(
-                    transferred_tokens=sent, transferred_bytes=sent * 1000, lane="grpc", wire_us=sent * 100
+                    transferred_tokens=sent, transferred_bytes=sent * 1000, lane="grpc", wire_us=self.script.wire_us
                 )
             )
 

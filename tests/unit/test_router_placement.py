@@ -143,6 +143,7 @@ async def test_what_a_leg_does_well_is_learnt_while_the_answer_goes_on(byte_toke
         placement.breakers.failed("transfer", "unavailable", "p1", "d1")
         for breaker, _, _ in placement.breakers:
             breaker.until = 0.0  # its back-off is over
+        s.workers["p1"].script.wire_us = 10_000
         s.workers["d1"].script.hooks["decode"] = lambda worker: asyncio.sleep(60)
         answers = [asyncio.create_task(s.ask("x" * 100))]
         await until(lambda: not list(placement.breakers), 5)
