@@ -17,6 +17,7 @@ from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS
 from pagewire_core.model_dir import ModelDir
+from redis.asyncio.connection import parse_url
 
 _FLAGS_OF = {"router": ROUTER_FLAGS, "bridge": BRIDGE_FLAGS}
 
@@ -321,6 +322,16 @@ def test_with_tls_each_service_has_its_own_certificate_and_redis_no_port(tmp_pat
     assert redis.command[redis.command.index("--port") + 1] == "0"
     with pytest.raises(StartupError, match="too long a path for a socket"):
         _plan(tmp_path / ("x" * 100), "m", "--tls")
+
+
+def test_the_socket_of_redis_is_found_wherever_the_state_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside the working directory, and in a folder whose name would mean something in a URL."""
+    monkeypatch.setattr(plan, "_LONGEST_SOCKET_PATH", 1000)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("state", "s %41?#ü"):
+        made = _plan(Path(folder), "m", "--tls")
+        assert made.services[0].address == str(tmp_path / folder / "pagewire" / "8000" / "tls" / "redis.sock")
+        assert parse_url(made.redis_url)["path"] == made.services[0].address
 
 
 def test_https_is_the_bridges_alone(tmp_path: Path) -> None:

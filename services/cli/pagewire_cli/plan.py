@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pagewire_core.command_line import to_command_line
 from pagewire_core.errors import StartupError
@@ -133,7 +134,7 @@ def _redis(tls_directory: Path | None, port: int) -> tuple[str, str]:
     path = tls_directory / "redis.sock"
     if len(bytes(path)) > _LONGEST_SOCKET_PATH:
         raise StartupError(f"{path} is too long a path for a socket; set XDG_STATE_HOME to a shorter one")
-    return str(path), f"unix://{path}?db=0"
+    return str(path), f"unix://{quote(str(path))}?db=0"
 
 
 def _tls_files(directory: Path | None, role: str) -> TlsFiles | None:
@@ -232,6 +233,7 @@ def _dialled(host: str, port: object) -> str:
 
 def _state_directory(environ: Mapping[str, str]) -> Path:
     try:
-        return Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "pagewire"
+        found = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "pagewire"
+        return found.absolute()  # a socket's URL has no other paths
     except RuntimeError:
         raise StartupError("there is no home directory to keep logs in; set XDG_STATE_HOME") from None

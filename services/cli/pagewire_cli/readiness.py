@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,7 +19,7 @@ _TIMEOUT_S = 2.0
 async def redis_answers(address: str) -> bool:
     """`address`: host:port, or the path of a socket."""
     try:
-        await ping(f"unix://{address}" if address.startswith("/") else f"redis://{address}")
+        await ping(f"unix://{quote(address)}" if address.startswith("/") else f"redis://{address}")
     except REDIS_ERRORS:
         return False
     return True
