@@ -227,15 +227,25 @@ async def test_a_reservation_whose_call_compiles_its_grammar_does_not_end_with_i
     assert_empty(engine)
 
 
-async def test_a_request_that_cannot_be_resumed_keeps_no_pages_of_the_kv_that_came_for_it(engine: Engine) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prior": [decode_pb2.PriorOutput(token_ids=[7, 1 << 20])]},
+        {"sampling": common_pb2.SamplingParams(logit_bias={1 << 20: 1.0})},
+        {"sampling": common_pb2.SamplingParams(logprobs=0, logprob_token_ids=[1 << 20])},
+    ],
+    ids=["prior", "logit_bias", "logprob_token_ids"],
+)
+async def test_a_request_that_cannot_be_begun_keeps_no_pages_of_the_kv_that_came_for_it(
+    engine: Engine, wrong: dict[str, Any]
+) -> None:
     """Tokens of no vocabulary were noticed when its pages were nobody's any more."""
     transfers, name = Transfers(engine), os.urandom(16)
     servicer = DecodeServicer(engine, transfers, StageMetrics(CollectorRegistry()), "life", "address")  # type: ignore[arg-type]
     transfers.reserve(name, PROMPT, ROOT, 1)
     await transfers.bind(name, 0, 50)
     await transfers.sealed(name, ReceiveStats(1, 1, 50, "grpc"), FIRST)
-    prior = [decode_pb2.PriorOutput(token_ids=[7, 1 << 20])]
-    request = decode_pb2.DecodeRequest(transfer_id=name, prompt_ids=PROMPT, cache_root=ROOT, prior=prior)
+    request = decode_pb2.DecodeRequest(transfer_id=name, prompt_ids=PROMPT, cache_root=ROOT, **wrong)
     with pytest.raises(InvalidRequest):
         await anext(servicer.Decode(request, None))  # type: ignore[arg-type, call-overload]
     transfers.end(name, Cancelled("test"))

@@ -97,6 +97,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             self._check_prior(request)
         feed = self._feeds.get(request.feed_id)
         call = Call(request, feed)
+        self._engine.check_params(call.work.params)  # while the KV that came for it is still the transfer's
         with contextlib.ExitStack() as held:
             span = held.enter_context(tracing.begin(_SPAN, {"gen_ai.request.id": request.request_id}))
             if feed:

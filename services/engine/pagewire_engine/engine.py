@@ -104,11 +104,7 @@ class Engine:
         """The request's prompt and some output of it; its keys are computed here, not under the lock."""
         tokens, keys = [*request.prompt, *output], PageKeys(request.cache_root, self.config.block_size)
         self.check_ids(tokens)
-        self.check_ids(request.params.logit_bias)
-        self.check_ids(request.params.allowed_token_ids)
-        self.check_ids(request.params.logprob_token_ids)
-        for sequence in request.params.bad_tokens:
-            self.check_ids(sequence)
+        self.check_params(request.params)
         if self.config.enable_prefix_caching:
             keys.extend(tokens, len(tokens))
         return Sequence(request, choice, tokens, len(request.prompt), keys, num_computed)
@@ -117,6 +113,11 @@ class Engine:
         """Raises InvalidRequest for ids that are no tokens: a row of the embeddings that is not there."""
         if ids and max(ids) >= self.config.vocab_size:
             raise InvalidRequest(f"token ids must be below the vocabulary size, {self.config.vocab_size}")
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises InvalidRequest for parameters that name what is no token."""
+        for ids in (params.logit_bias, params.allowed_token_ids, params.logprob_token_ids, *params.bad_tokens):
+            self.check_ids(ids)
 
     def check_fits(self, num_prompt: int, n: int, prefill_only: bool = False) -> None:
         """Raises ContextLength for what this engine can never hold. A prompt that decodes needs room for a token."""
