@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from pagewire_core.errors import (
     Unavailable,
 )
 from pagewire_decode import transfers as module
+from pagewire_decode.line import PATIENCE_S, Line
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine
-from pagewire_engine.line import PATIENCE_S, Line
 from pagewire_engine.metrics import StageMetrics
 from pagewire_transfer.receiver import ReceiveStats
 from prometheus_client import CollectorRegistry
@@ -378,40 +377,12 @@ def test_a_place_in_the_line_is_kept_by_asking_again() -> None:
     now = 0.0
     line = Line(lambda: now)
     for who, blocks in (("first", 4), ("second", 8), ("first", 3), ("second", 9)):
-        now += 0.1
         line.refused(who, blocks)
     line.refused("found room elsewhere", 5)
-    assert [line.claimed(line.since(who)) for who in ("first", "second", "another")] == [0, 3, 12]
-    now += PATIENCE_S
+    assert [line.ahead_of(who) for who in ("first", "second", "another")] == [0, 3, 12]
+    now = PATIENCE_S
     line.refused("second", 9)
-    assert line.claimed(now) == 9, "the first has not asked for long"
+    now += 0.1
+    assert line.ahead_of("another") == 9, "the first has not asked for long"
     line.leave("second")
-    assert line.claimed(now) == 0
-
-
-async def test_who_asks_again_has_the_room_before_what_is_computed_here_and_came_later(engine: Engine) -> None:
-    """A prompt that was to be handed over waited for as long as a stream of others was computed where it decodes."""
-    transfers, runs = Transfers(engine), list[Run]()
-
-    def keep_busy() -> None:
-        """Another prompt wherever one finds room."""
-        if engine.load()["free_blocks"] >= 2 and engine.load()["num_waiting"] < 2:
-            runs.append(Run([len(runs) + 5] * 17, max_tokens=10 + 7 * (len(runs) % 5), ignore_eos=True))
-            engine.submit(runs[-1].request)
-        engine.step()
-
-    for _ in range(20):
-        keep_busy()
-    for _ in range(200):
-        with contextlib.suppress(Overloaded):
-            transfers.reserve(os.urandom(16), [7] * 160, ROOT, 1)
-            break
-        keep_busy()
-    assert len(transfers) == 1
-    for _ in range(5):
-        keep_busy()
-    transfers.end_all(Cancelled("test"))
-    while engine.step():
-        engine.check()
-    assert all(len(run.tokens()) >= 10 for run in runs)
-    assert_empty(engine)
+    assert line.ahead_of("another") == 0

@@ -26,6 +26,8 @@ from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Pagewire
 from pagewire_engine.engine import Engine
 from pagewire_transfer.receiver import ReceiveStats
 
+from pagewire_decode.line import Line
+
 log = structlog.get_logger(__name__)
 
 LEASE_S = 10.0
@@ -58,6 +60,7 @@ class Transfers:
         self._transfers: dict[bytes, Transfer] = {}
         self._tombstones: dict[bytes, tuple[float, common_pb2.Error]] = {}  # until when, and why it ended
         self._look: asyncio.TimerHandle | None = None
+        self._line = Line()
         self.abort_peer: Callable[[bytes, PagewireError], None] = lambda transfer_id, error: None
 
     def __len__(self) -> int:
@@ -77,12 +80,15 @@ class Transfers:
         # Every choice may soon need a block of its own: for its next token, or a copy of the shared last one.
         pinned = local_tokens // config.block_size
         credits = min(config.blocks_for(len(prompt)) + n, config.num_blocks) - pinned
-        asking = hash((cache_root, n, tuple(prompt))) if n else None
+        asking = hash((cache_root, n, tuple(prompt)))
         try:
-            self._engine.external.reserve(credits, asking)
+            self._engine.external.reserve(credits, self._line.ahead_of(asking))
         except PagewireError:
             self._engine.external.free(transfer_id)
+            if n:
+                self._line.refused(asking, credits)
             raise
+        self._line.leave(asking)
         loop = asyncio.get_running_loop()
         transfer = Transfer(transfer_id, prompt, local_tokens, credits, n, loop.create_future())
         transfer.lease = loop.call_later(LEASE_S, self.end, transfer_id, Cancelled("the reservation's lease ended"))

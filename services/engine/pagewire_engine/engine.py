@@ -87,7 +87,7 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._stopping = False
-        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, self._wanted_blocks)
+        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, lambda: self._books.wanted_blocks)
 
     # ---------------------------------------------------------------- requests
 
@@ -286,15 +286,8 @@ class Engine:
         books = self._books
         running = Running(books.rows, books.rows.ready(books.landed), drafted, books.running, books.prompts)
         recheck = not books.running or self.counters.steps % _RECHECK == 0
-        first = next(iter(waiting), None)
-        reserved = self.external.reserved + (self.external.claimed(first.request.arrived) if first else 0)
-        pool = Pool(self.blocks.num_free, reserved, books.lookup, self.blocks.ref_count, recheck)
+        pool = Pool(self.blocks.num_free, self.external.reserved, books.lookup, self.blocks.ref_count, recheck)
         return decide(running, waiting, pool, self.config, self._prefill_limit())
-
-    def _wanted_blocks(self, before: float) -> int:
-        """That the first that waits will take, if it came before that time."""
-        first = next(iter(self._books.waiting), None)
-        return first.wanted_blocks if first and first.request.arrived < before else 0
 
     def _prefill_limit(self) -> int | None:
         """Prompt tokens in a step with decoding sequences: whole blocks, at least one, so that prompts get on."""

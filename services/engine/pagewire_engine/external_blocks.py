@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from pagewire_core.block_hash import PageKeys
@@ -11,14 +11,13 @@ from pagewire_core.errors import InvalidRequest, Overloaded
 
 from pagewire_engine.block_manager import BlockManager, OutOfBlocks
 from pagewire_engine.config import EngineConfig
-from pagewire_engine.line import Line
 
 
 class ExternalBlocks:
     """Part of the engine's books, under the engine's lock; any thread may call.
 
     reserved: blocks that are promised and not yet bound. wake: notified when something is given back. wanted: how
-    many free blocks the engine's own first in the queue waits for, if it came before a time of the monotonic clock.
+    many free blocks the engine's own first in the queue waits for.
     """
 
     def __init__(
@@ -27,11 +26,10 @@ class ExternalBlocks:
         config: EngineConfig,
         lock: threading.RLock,
         wake: threading.Condition,
-        wanted: Callable[[float], int],
+        wanted: Callable[[], int],
     ) -> None:
         self._blocks, self._config, self._lock, self._wake, self._wanted = blocks, config, lock, wake, wanted
         self._held: dict[object, list[int]] = {}  # by owner
-        self._line = Line()
         self.reserved = 0
 
     @property
@@ -59,26 +57,17 @@ class ExternalBlocks:
             self._held[owner] = blocks
             return len(blocks) * self._config.block_size
 
-    def reserve(self, num_blocks: int, who: Hashable = None) -> None:
+    def reserve(self, num_blocks: int, for_others: int = 0) -> None:
         """Promises blocks without binding them. Raises Overloaded if there are not as many.
 
-        Those that a queue's first waits for are not there for who comes later, nor those that others asked for before:
-        a large prompt might wait for ever. who: by what name it asks again when it was refused; None: it does not.
+        Those that a queue's first waits for are not there for who comes later, nor those `for_others` who asked
+        before: a large prompt might wait for ever.
         """
         with self._lock:
-            since = self._line.since(who)
-            others = self._wanted(since) + self._line.claimed(since)
-            free = max(self._blocks.num_free - self.reserved - others, 0)
+            free = max(self._blocks.num_free - self.reserved - self._wanted() - for_others, 0)
             if num_blocks > free:
-                if who is not None:
-                    self._line.refused(who, num_blocks)
                 raise Overloaded(f"{num_blocks} KV blocks wanted, {free} free", retry_after_s=1.0)
-            self._line.leave(who)
             self.reserved += num_blocks
-
-    def claimed(self, before: float) -> int:
-        """Blocks that are wanted by those who asked for a promise before that time, and wait."""
-        return self._line.claimed(before)
 
     def unreserve(self, num_blocks: int) -> None:
         with self._lock:

@@ -47,7 +47,7 @@ class Running:
 class Pool:
     """What a decision must know of the blocks.
 
-    free: blocks that can be allocated; reserved: of these, promised to transfers, or to be promised next, not for new
+    free: blocks that can be allocated; reserved: of these, promised to transfers, not for new
     sequences. lookup: blocks of a sequence's cached prefix. ref_count: holders of a block. recheck: a sequence
     that was refused a place is looked up again although no more blocks are free than it wanted then.
     """
