@@ -33,6 +33,7 @@ from processes import free_port
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 DIGEST = bytes(32)
+MAX_NUM_SEQS = 8  # of a FakeWorker
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -174,7 +175,7 @@ class FakeWorker(
         self.protocol, self.sampling_revision = PROTOCOL, SAMPLING_REVISION
         self.step_cost = worker_pb2.StepCost()
         self.waiting_prefill_tokens = 0  # as it says
-        self.max_num_seqs, self.max_model_len = 8, 256
+        self.max_num_seqs, self.max_model_len = MAX_NUM_SEQS, 256
         self.hashes: list[bytes] = []
         self.arrived: dict[bytes, asyncio.Event] = {}
         self.seen: list[str] = []  # what was asked of it, in order

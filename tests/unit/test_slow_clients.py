@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 
+import fakes
 import grpc
 import orjson
 import pytest
@@ -20,6 +21,11 @@ from router_scene import Scene, request, scene, until
 from scripted_router import Bridge, Events, GenerateRequest, accepted, delta, eventually, running_bridge
 
 TIMEOUT_S = 0.4
+
+
+@pytest.fixture(autouse=True)
+def _workers_of_many_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fakes, "MAX_NUM_SEQS", 128)
 
 
 async def endless(_request: GenerateRequest) -> Events:
