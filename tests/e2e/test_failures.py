@@ -85,7 +85,8 @@ async def test_streams_outlive_their_decode_worker_byte_for_byte(llama: Path, tm
         for victim in ("decode-0", "decode-1"):
             (cluster.faults / f"step:{victim}:kill").write_text("after=60")  # of 150 steps that each stream takes
             streams = *(stream(cluster, i) for i in range(15)), marked_stream(cluster)
-            assert await asyncio.gather(*streams) == expected
+            with cluster.slow_steps(0.003):  # on a busy machine nothing was told yet of 60 steps, and nothing resumed
+                assert await asyncio.gather(*streams) == expected
             assert not cluster.processes[victim].alive
         metrics = await cluster.metrics()
         assert metrics["pagewire_resumed_requests_total"] > 0

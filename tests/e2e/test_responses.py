@@ -194,7 +194,7 @@ async def test_a_background_response_is_found_and_streamed_at_another_bridge(
 async def test_a_background_response_is_cancelled_from_another_bridge(
     cluster: Cluster, client: AsyncOpenAI, other: AsyncOpenAI
 ) -> None:
-    with cluster.slow_steps():
+    with cluster.slow_steps(0.05):
         begun = await client.responses.create(**LONG, max_output_tokens=480)
 
         async def runs() -> bool:  # the answer does not wait for it on a busy machine
@@ -209,7 +209,7 @@ async def test_a_background_response_is_cancelled_from_another_bridge(
 async def test_a_bridge_that_is_stopped_fails_what_it_runs(
     cluster: Cluster, client: AsyncOpenAI, other: AsyncOpenAI
 ) -> None:
-    with cluster.slow_steps():
+    with cluster.slow_steps(0.05):
         begun = await other.responses.create(**LONG, max_output_tokens=480)
         assert cluster.processes["bridge-other"].stop() == 0
     failed = await client.responses.retrieve(begun.id)
