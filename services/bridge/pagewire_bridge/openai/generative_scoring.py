@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import InvalidRequest
@@ -111,12 +111,11 @@ def _to_request(body: ScoringBody, request_id: str, prompt: Sequence[int]) -> in
 
 async def _scores(body: ScoringBody, generation: Generation) -> list[float]:
     """Of the first label after every item. Raises PagewireError."""
-    scores: list[Any] = [None] * len(body.items)
+    scores: dict[int, float] = {}
     async for index, delta in generation.deltas():
         for token in delta.tokens:
-            logprobs = {label.token_id: label.logprob for label in token.top}
-            scores[index] = _score(logprobs, body)
-    return scores
+            scores[index] = _score({label.token_id: label.logprob for label in token.top}, body)
+    return [scores[i] for i in range(len(body.items))]
 
 
 def _score(logprobs: dict[int, float], body: ScoringBody) -> float:
