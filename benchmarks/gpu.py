@@ -9,7 +9,7 @@ fails, the JSON rewritten after each:
 
     kernels       every kernel against its reference, and its time against its floor
     agreement     log probabilities against transformers' in float32 on the same weights, if it can be imported
-    exactness     the same tokens with and without CUDA graphs, with and without overlap
+    exactness     the same tokens with and without CUDA graphs, overlapping steps, overlapping kernels
     load          requests that come at once; the decode step against reading weights and KV once
     prefill       one long prompt against the rate of a large matrix product
     profile       which kernels a decode step and a prompt spend the device's time in
@@ -42,6 +42,7 @@ from pagewire_bench.gpu_profile import decode_profile, prefill_profile
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.engine import Engine
 from pagewire_engine.gpu.model import GpuModel
+from pagewire_kernels import dependent_launch
 
 Result = dict[str, Any]
 
@@ -56,7 +57,7 @@ class Bench:
         self.prompt, self.output = (16, 6) if tiny else (512, 256)
         self.concurrency = (1, 2, 4) if tiny else (1, 8, 32, 128, 256)
         self.usual = 4 if tiny else 128  # sequences, where only one number of them is tried
-        self.prefills = (32, 64) if tiny else (512, 2048, 8000)
+        self.prefills = (32, 64) if tiny else (64, 512, 2048, 8000)
         self.bandwidth, self.flops = (1.0, 1.0) if device.type == "cpu" else _limits()
 
     def limits(self, num_seqs: int) -> EngineConfig:
@@ -122,10 +123,12 @@ def exactness(bench: Bench) -> Result:
     said: dict[str, list[list[int]]] = {}
     variations: dict[str, dict[str, Any]] = {
         "plain": {"graphs": False, "overlap": False},
+        "dependent": {"graphs": False, "overlap": False},
         "graphs": {"overlap": False},
-        "both": {},
+        "all": {},
     }
     for name, options in variations.items():
+        dependent_launch.ENABLED = name != "plain"
         engine, _ = make_engine(bench.config, bench.limits(len(prompts)), **options)
         clients = [Client(prompt, bench.output) for prompt in prompts]
         complete(engine, clients)
@@ -133,8 +136,9 @@ def exactness(bench: Bench) -> Result:
         del engine
         _free(bench)
     different = len({token for tokens in said["plain"] for token in tokens})
-    print(f"    {said['plain'] == said['graphs'] == said['both']} ({different} different tokens)")
-    return {"graphs": said["plain"] == said["graphs"], "overlap": said["graphs"] == said["both"], "ids": different}
+    same = {name: tokens == said["plain"] for name, tokens in said.items()}
+    print(f"    {same} ({different} different tokens)")
+    return same | {"ids": different}
 
 
 def load(bench: Bench) -> Result:
@@ -143,7 +147,7 @@ def load(bench: Bench) -> Result:
 
 
 def prefill(bench: Bench) -> Result:
-    engine, model = make_engine(bench.config, limits_for(1, max(bench.prefills), 8192), graphs=False)
+    engine, model = make_engine(bench.config, limits_for(1, max(bench.prefills), 8192))
     c, rows = bench.config, []
     matrices = sum(weight.numel() for name, weight in _matrices(model))
     for num_tokens in bench.prefills:

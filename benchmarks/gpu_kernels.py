@@ -4,8 +4,10 @@
 
 The limits are measured in the same run: a device-to-device copy for bytes, a large matrix product for arithmetic. The
 floor of a kernel is the time the larger of its two needs would take at these rates; the ratio is floor / measured, so 1
-is perfect. peer: what torch takes for the same problem, where it has an operation for it. Every timed call finds the L2
-cache flushed and is part of a CUDA graph. Exits with 1 if any kernel disagrees with the reference.
+is perfect. copy: what torch's copy of as many bytes takes, timed as the kernel is: a small problem has the start of a
+kernel and the latency of memory in it, whoever computes. peer: what torch takes for the same problem, where it has an
+operation for it. Every timed call finds other, clean lines in the L2 cache and is part of a CUDA graph. Exits with 1 if
+any kernel disagrees with the reference.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of |difference| / (1 + |value|)
 MAX_OTHER_TOKENS = 0.02  # part of the rows: sums in another order choose another token at a boundary
 FLUSH_BYTES = 512 << 20
+WARM_COPIES = 2000
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Row:
     ms: float
     floor_ms: float
     ratio: float
+    copy_ms: float | None  # where bytes are the floor
     peer_ms: float | None
 
 
@@ -66,13 +70,13 @@ def check(case: Case, dtype: torch.dtype) -> tuple[float, bool]:
 
 def measure_ms(run: Callable[[], object], repeats: int) -> float:
     """Median device time between two events of a graph, as in a decode step: the host has no part in it."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
     for _ in range(3):
         run()
     start, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        flush.zero_()
+        flush.sum()  # reads: what a write leaves in L2 must go to memory while the kernel runs
         start.record()
         run()
         end.record()
@@ -84,19 +88,26 @@ def measure_ms(run: Callable[[], object], repeats: int) -> float:
     return median(times)
 
 
+def copy_ms(num_bytes: int, repeats: int) -> float:
+    """Read and written together; by a kernel, since in a graph torch leaves a plain copy to the copy engine."""
+    source = torch.ones(max(num_bytes // 4, 1), dtype=torch.int16, device="cuda")
+    target = torch.empty_like(source)
+    return measure_ms(lambda: torch.neg(source, out=target), repeats)
+
+
 def copy_bytes_per_s(repeats: int) -> float:
-    """By a kernel: in a graph torch leaves it to the copy engine, which is slower."""
+    """Of a device at work: after a second of it, as decode steps follow each other."""
     source = torch.ones(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + WARM_COPIES):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         target.copy_(source)
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    return 2 * nbytes(source) / (median(times) / 1e3)
+    return 2 * nbytes(source) / (median(times[WARM_COPIES:]) / 1e3)
 
 
 def matmul_flops_per_s(dtype: torch.dtype, repeats: int) -> float:
@@ -109,8 +120,10 @@ def report(name: str, case: Case, dtype: torch.dtype, bandwidth: float, peak: fl
     error, ok = check(case, dtype)
     ms = measure_ms(case.run, repeats)
     floor_ms = 1e3 * max(case.num_bytes / bandwidth, case.num_flops / peak)
+    bound_by_bytes = case.num_bytes / bandwidth > case.num_flops / peak
+    like = copy_ms(case.num_bytes, repeats) if bound_by_bytes else None
     peer_ms = measure_ms(case.peer, repeats) if case.peer else None
-    return Row(name, error, ok, ms, floor_ms, floor_ms / ms, peer_ms)
+    return Row(name, error, ok, ms, floor_ms, floor_ms / ms, like, peer_ms)
 
 
 def main() -> None:
@@ -129,16 +142,18 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, {options.dtype}")
     print(f"copy {bandwidth / 1e9:.0f} GB/s (read + write), matmul {peak / 1e12:.0f} TFLOP/s\n")
-    print(f"{'kernel':36} {'max error':>10} {'':>5} {'ms':>8} {'floor ms':>9} {'ratio':>6} {'peer ms':>8}")
+    print(
+        f"{'kernel':36} {'max error':>10} {'':>5} {'ms':>8} {'floor ms':>9} {'ratio':>6} {'copy ms':>8} {'peer ms':>8}"
+    )
     rows = []
     for case in cases(dtype, "cuda", 8 if options.quick else 1):
         row = report(case.name, case, dtype, bandwidth, peak, repeats)
         rows.append(row)
         verdict = "ok" if row.ok else "WRONG"
-        peer = "" if row.peer_ms is None else f"{row.peer_ms:8.3f}"
+        like, peer = ("" if ms is None else f"{ms:8.3f}" for ms in (row.copy_ms, row.peer_ms))
         print(
             f"{row.name:36} {row.max_error:10.2g} {verdict:>5} {row.ms:8.3f} {row.floor_ms:9.3f} "
-            f"{row.ratio:6.2f} {peer:>8}"
+            f"{row.ratio:6.2f} {like:>8} {peer:>8}"
         )
     if options.out:
         result = {

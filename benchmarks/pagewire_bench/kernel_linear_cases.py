@@ -18,6 +18,8 @@ def linear_cases(dtype: torch.dtype, device: str, scale: int) -> list[Case]:
     table = []
     for name, (outputs, inputs) in MATRICES.items():
         shape = max(outputs // scale, 32), max(inputs // scale // 128, 1) * 128
+        if name == "gate_up":
+            table += [_gated(f"{name} {rows} rows", rows, shape, dtype, device) for rows in (8, 64, 128)]
         for rows in ROWS[name]:
             if rows == 1:
                 table.append(_gemv(f"{name} 1 row", shape, dtype, device))
@@ -41,6 +43,25 @@ def _gemv(label: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -
         return expected
 
     return Case(f"gemv {label}", run, expect, nbytes(weight, x, out), peer=lambda: x @ weight.t())
+
+
+def _gated(label: str, rows: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    x = torch.randn(rows, shape[1], device=device).to(dtype)
+    weight = (torch.randn(shape, device=device) * shape[1] ** -0.5).to(dtype)
+    out, expected = _outputs(x, shape[0] // 2)
+
+    def run() -> Tensor:
+        ops.gemm_gated(x, weight, out)
+        return out
+
+    def expect() -> Tensor:
+        reference_linear.gemm_gated(x, weight, expected)
+        return expected
+
+    def peer() -> None:
+        ops.silu_and_mul(x @ weight.t(), out)
+
+    return Case(f"gemm_gated {label}", run, expect, nbytes(weight, x, out), _flops(x, shape[0]), peer=peer)
 
 
 def _w8(label: str, x: Tensor, outputs: int) -> Case:

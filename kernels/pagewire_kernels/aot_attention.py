@@ -47,7 +47,7 @@ def _attention(shape: Shape, dtype: str, cache: str) -> list[Entry]:
         ("k_cache_ptr", "v_cache_ptr"), f"*{cache}"
     )
     partials = dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32")
-    indices = dict.fromkeys(("block_tables_ptr", "seq_lens_ptr", "cu_seqlens_q_ptr"), "*i32")
+    indices = dict.fromkeys(("block_tables_ptr", "seq_lens_ptr", "cu_seqlens_q_ptr", "arrived_ptr"), "*i32")
     integers = ("stride_qb", "stride_qt", "stride_kb", "stride_vb", "stride_tb", "num_seqs", "num_runs")
     kinds = pointers | partials | indices | dict.fromkeys(integers, "i32") | {"scale_log2": "fp32", "v_scale": "fp32"}
     group = shape.num_heads // shape.num_kv_heads
@@ -62,12 +62,11 @@ def _attention(shape: Shape, dtype: str, cache: str) -> list[Entry]:
     paged = {"BLOCK_SIZE": BLOCK_SIZE, "UPCAST": False}
     decode = paged_decode.launch(shape.head_dim, ITEMSIZE[dtype], ITEMSIZE[cache], group)
     prefill = paged_prefill.launch(shape.head_dim, ITEMSIZE[dtype], group)
-    tiles = {"BLOCK_N": decode["BLOCK_N"], "MIN_TILES": decode["MIN_TILES"], "BLOCK_B": 128}
+    tiles = {"BLOCK_N": decode["BLOCK_N"], "MIN_TILES": decode["MIN_TILES"], "BLOCK_B": 128, "PDL": True}
+    merging = {"BLOCK_B": 128, "MERGE": True, "PDL": True} | paged_decode.parts(group, shape.head_dim)
     label = f"{shape.name} {dtype}" if cache == dtype else f"{shape.name} {dtype} over e4m3"
     return [
-        make_entry(
-            f"paged_decode {label}", paged_decode.decode_kernel, kinds, heads | paged | decode | {"BLOCK_B": 128}
-        ),
+        make_entry(f"paged_decode {label}", paged_decode.decode_kernel, kinds, heads | paged | decode | merging),
         make_entry(
             f"paged_decode reduce {label}",
             paged_decode.decode_reduce_kernel,

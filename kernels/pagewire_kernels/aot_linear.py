@@ -1,6 +1,6 @@
 """Products with quantized weights, as launched for each number of rows (aot.py)."""
 
-from pagewire_kernels import dequantize, gemm_quantized, gemv
+from pagewire_kernels import dequantize, gemm_gated, gemm_quantized, gemv
 from pagewire_kernels.compile_ahead import Entry, make_entry
 from pagewire_kernels.weight_tiles import DENSE, FP8_ROWS, INT4_GROUPS, INT8_GROUPS, INT8_ROWS
 
@@ -20,7 +20,7 @@ def linear_entries() -> list[Entry]:
     """One row, the tile of each number of rows, and split sums."""
     table = [_gemm(kind, num_rows, 1) for kind in KINDS for num_rows in (16, 32, 64, 128)]
     table += [_gemm(kind, 16, 4) for kind in ("int8 rows", "int4 groups of 32")]
-    table += [_reduce(kind) for kind in ("int8 rows", "fp8 rows")]
+    table += [_reduce(kind) for kind in ("int8 rows", "fp8 rows")] + [_gated(num_rows) for num_rows in (64, 128)]
     return [_gemv(kind) for kind in (*KINDS, "bf16")] + table + [_dequantize(kind) for kind in list(KINDS)[:-1]]
 
 
@@ -33,7 +33,7 @@ def _kinds(kind: str) -> dict[str, str]:
 
 def _gemv(kind: str) -> Entry:
     stored, _, _, _, group = (KINDS | ONE_ROW)[kind]
-    config: dict[str, int | bool] = {"KIND": stored, "GROUP": group, "HAS_BIAS": True}
+    config: dict[str, int | bool] = {"KIND": stored, "GROUP": group, "HAS_BIAS": True, "PDL": True}
     words = {"weight_ptr": "*i32"} if stored == INT4_GROUPS.value else {}
     return make_entry(f"gemv {kind}", gemv.gemv_kernel, _kinds(kind) | words, config | gemv.launch(stored, NUM_OUTPUTS))
 
@@ -45,6 +45,14 @@ def _gemm(kind: str, num_rows: int, splits: int) -> Entry:
     config |= gemm_quantized.launch(stored, num_rows, 1 if x == "fp8e4nv" else 2)
     label = f"gemm {kind} {num_rows} rows" + (" split" if splits > 1 else "")
     return make_entry(label, gemm_quantized.gemm_kernel, _kinds(kind), config)
+
+
+def _gated(num_rows: int) -> Entry:
+    config: dict[str, int | bool] = {"UPCAST": False, "PDL": True} | gemm_gated.launch(num_rows)
+    kinds = {"out_ptr": "*bf16"} | dict.fromkeys(("M", "N", "K"), "i32")
+    for name, rows in (("x_desc", config["BLOCK_M"]), ("weight_desc", config["BLOCK_N"])):
+        kinds[name] = f"tensordesc<bf16[{rows}, {config['BLOCK_K']}]>"
+    return make_entry(f"gemm gated {num_rows} rows", gemm_gated.gemm_gated_kernel, kinds, config)
 
 
 def _dequantize(kind: str) -> Entry:

@@ -24,13 +24,13 @@ def _norm(dtype: str, out: str) -> Entry:
     kinds |= {"out_ptr": f"*{out}", "scales_ptr": "*fp32", "eps": "fp32"}
     block = triton.next_power_of_2(HIDDEN)
     config: dict[str, int | bool] = {"E": HIDDEN, "ADD": True, "QUANTIZE": out == "fp8e4nv", "BLOCK_E": block}
-    config |= {"INTERPRETED": False, "num_warps": num_warps(block)}
+    config |= {"INTERPRETED": False, "PDL": True, "num_warps": num_warps(block)}
     return make_entry(f"rms_norm_residual {dtype} to {out}", norm.rms_norm_residual_kernel, kinds, config)
 
 
 def _silu(dtype: str) -> Entry:
     kinds = dict.fromkeys(("out_ptr", "gate_up_ptr"), f"*{dtype}")
-    config: dict[str, int | bool] = {"WIDTH": INTERMEDIATE, "BLOCK": 1024, "num_warps": 4}
+    config: dict[str, int | bool] = {"WIDTH": INTERMEDIATE, "BLOCK": 1024, "PDL": True, "num_warps": 4}
     return make_entry(f"silu_and_mul {dtype}", activation.silu_and_mul_kernel, kinds, config)
 
 
@@ -38,7 +38,7 @@ def _quantize(*, silu: bool) -> Entry:
     width = INTERMEDIATE if silu else HIDDEN
     block = triton.next_power_of_2(width)
     kinds = {"out_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "x_ptr": "*bf16"}
-    config: dict[str, int | bool] = {"K": width, "SILU": silu, "BLOCK": block, "INTERPRETED": False}
+    config: dict[str, int | bool] = {"K": width, "SILU": silu, "BLOCK": block, "INTERPRETED": False, "PDL": True}
     name = "silu_and_mul_fp8 bf16" if silu else "quantize_fp8_rows bf16"
     return make_entry(name, activation.quantize_rows_kernel, kinds, config | {"num_warps": num_warps(block)})
 
@@ -52,6 +52,7 @@ def _rope(family: str, heads: tuple[int, int, int], cache: str, with_norm: bool)
     kinds |= dict.fromkeys(("stride_qkv", "stride_kb", "stride_vb"), "i32")
     config: dict[str, int | bool] = {"H": num_heads, "KVH": num_kv_heads, "D": head_dim, "BLOCK_SIZE": 16}
     config |= {"Q_NORM": with_norm, "K_NORM": with_norm, "FP8": cache == "fp8e4nv", "INTERPRETED": False}
+    config |= {"PDL": True}
     config |= rope_kv.launch(num_kv_heads, head_dim)
     return make_entry(f"rope_write_kv {family} to {cache}", rope_kv.rope_write_kv_kernel, kinds, config)
 

@@ -49,8 +49,9 @@ class Entry:
 
     @property
     def sms(self) -> tuple[int, ...]:
-        """Targets it can run on: sm_80 has no e4m3."""
-        return SMS[1:] if "*fp8e4nv" in self.signature.values() else SMS
+        """Targets it can run on: sm_80 has neither e4m3 nor loads by descriptor."""
+        young = any(kind == "*fp8e4nv" or kind.startswith("tensordesc") for kind in self.signature.values())
+        return SMS[1:] if young else SMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,12 @@ def compile_to(entry: Entry, sm: int) -> Any:
     attrs = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in entry.signature.items()
-        if kind != "constexpr" and name not in _PLAIN
+        if kind != "constexpr" and not kind.startswith("tensordesc") and name not in _PLAIN
     }
-    source = ASTSource(entry.kernel, entry.signature, constexprs=entry.constexprs, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=entry.options)
+    pdl = bool(entry.constexprs.get("PDL")) and sm >= 90  # see dependent_launch.py
+    constexprs = entry.constexprs | ({"PDL": pdl} if "PDL" in entry.constexprs else {})
+    source = ASTSource(entry.kernel, entry.signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=entry.options | {"launch_pdl": pdl})
 
 
 def _res_usage(cubin: bytes) -> tuple[int, int]:

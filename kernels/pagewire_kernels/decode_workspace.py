@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Programs that a processor holds at once, at most: 256 registers of 128 threads and 72 KiB of shared memory each.
-PROGRAMS_PER_PROCESSOR = 2
+# Programs that a processor holds at once, at most: 256 registers of 64 threads and 39 KiB of shared memory each.
+PROGRAMS_PER_PROCESSOR = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class DecodeWorkspace:
 
     partial: Tensor  # float32 [P, 2, H // KVH, D]
     lse: Tensor  # float32 [P, 2, H // KVH], base 2
+    arrived: Tensor  # int32 [P], zeros: how many parts a sequence has so far
 
 
 def decode_workspace(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> DecodeWorkspace:
@@ -27,6 +28,7 @@ def decode_workspace(num_heads: int, num_kv_heads: int, head_dim: int, device: t
     return DecodeWorkspace(
         torch.empty(programs, 2, group, head_dim, dtype=torch.float32, device=device),
         torch.empty(programs, 2, group, dtype=torch.float32, device=device),
+        torch.zeros(programs, dtype=torch.int32, device=device),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pagewire_kernels import gemv
 from pagewire_kernels.checks import check
+from pagewire_kernels.dependent_launch import dependent
 from pagewire_kernels.dequantize import dequantize
 from pagewire_kernels.weight_tiles import FP8_ROWS, INT4_GROUPS, INT8_GROUPS, INT8_ROWS, group_scales, int4_to, settled
 
@@ -226,6 +227,7 @@ def _multiply(
             KIND=kind,
             GROUP=group,
             HAS_BIAS=bias is not None,
+            **dependent(x),
             **config,
         )
         return

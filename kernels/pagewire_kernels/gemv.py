@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagewire_kernels.checks import check
+from pagewire_kernels.dependent_launch import dependent, wait_for_the_kernel_before
 from pagewire_kernels.weight_tiles import DENSE, FP8_ROWS, INT4_GROUPS, INT8_GROUPS, INT8_ROWS, group_scales
 
 
@@ -50,7 +51,10 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,  # columns of one iteration
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait_for_the_kernel_before()
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = rows < N
     rows = tl.where(inside_n, rows, 0)
@@ -109,5 +113,6 @@ def gemv(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> 
         KIND=DENSE.value,
         GROUP=0,
         HAS_BIAS=bias is not None,
+        **dependent(x),
         **config,
     )

@@ -21,6 +21,16 @@ def gemv(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> 
     implementation(x.device.type).gemv(x, weight, out, bias)
 
 
+def gemm_gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [M, N] = silu(x gate^T) * (x up^T), weight [2 * N, K] in x's dtype being gate and then up.
+
+    Each product is rounded to that dtype before the rest, as silu_and_mul would read it.
+    """
+    check_gemm(x, weight, weight.shape[-1], out.new_empty(len(out), 2 * out.shape[-1]), None)
+    check(x.dtype == weight.dtype, f"x must be {weight.dtype}, got {x.dtype}")
+    implementation(x.device.type).gemm_gated(x, weight, out)
+
+
 def gemm_w8(x: Tensor, weight: Tensor, scales: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """weight int8 [N, K]; scales [N], one for each row, applied to the sum, or [N, K / group] (group 32, 64 or 128)."""
     num_inputs = weight.shape[-1]

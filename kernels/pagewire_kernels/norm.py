@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagewire_kernels.checks import check
+from pagewire_kernels.dependent_launch import dependent, wait_for_the_kernel_before
 from pagewire_kernels.e4m3 import num_warps, store_e4m3_row
 
 
@@ -22,7 +23,10 @@ def rms_norm_residual_kernel(
     QUANTIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait_for_the_kernel_before()
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     mask = e < E
@@ -74,4 +78,5 @@ def _launch(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, out:
         BLOCK_E=block,
         INTERPRETED=not residual.is_cuda,
         num_warps=num_warps(block),
+        **dependent(residual),
     )

@@ -16,7 +16,7 @@ from pagewire_kernels.checks import (
 from pagewire_kernels.decode_workspace import DecodeWorkspace, decode_workspace
 from pagewire_kernels.dispatch import implementation
 from pagewire_kernels.int4 import pack_int4, unpack_int4
-from pagewire_kernels.linear_ops import gemm_fp8, gemm_w4, gemm_w8, gemv
+from pagewire_kernels.linear_ops import gemm_fp8, gemm_gated, gemm_w4, gemm_w8, gemv
 from pagewire_kernels.sampling_ops import count_tokens, sample
 from pagewire_kernels.sampling_tensors import IN_PROMPT, SamplingTensors
 from pagewire_kernels.step_ops import (
@@ -36,6 +36,7 @@ __all__ = [
     "count_tokens",
     "decode_workspace",
     "gemm_fp8",
+    "gemm_gated",
     "gemm_w4",
     "gemm_w8",
     "gemv",

@@ -5,9 +5,11 @@ runs (stream-K: Osama et al., 2023), with a program for every kv head of a run. 
 well as 128 uneven ones do, and the grid knows neither batch nor lengths: a captured graph holds for all. The programs
 of a run start together and read the heads of the same tokens, which lie side by side in memory. A program that meets a
 sequence from its first tile to its last writes the output; one that meets a part leaves a normalised partial output
-with its log-sum-exp for the second kernel to weigh (flash-decoding, Dao et al., 2023). The
-softmax is online (Milakov and Gimelshein, 2018) and in base 2. All query heads that share a kv head ride in one tile,
-padded to the 16 rows that tl.dot needs.
+with its log-sum-exp, to be weighed (flash-decoding, Dao et al., 2023). Where there are many sequences, most of them in
+one part or two, whichever program leaves a sequence's last part adds them all; where there are few, in many parts, that
+would be a long tail of few programs, and a second kernel does it. In either case in order of the keys. The softmax is
+online (Milakov and Gimelshein, 2018) and in base 2. All query heads that share a kv head ride in one tile, padded to
+the 16 rows that tl.dot needs.
 """
 
 import torch
@@ -17,9 +19,25 @@ from torch import Tensor
 
 from pagewire_kernels.checks import check, check_kernel_layout
 from pagewire_kernels.decode_workspace import PROGRAMS_PER_PROCESSOR, DecodeWorkspace, decode_workspace
+from pagewire_kernels.dependent_launch import dependent, wait_for_the_kernel_before
 
 REDUCE = {"BLOCK_P": 8, "num_warps": 1}  # of decode_reduce_kernel
+_PART_ELEMENTS = 4096  # of the partial outputs that a program of decode_kernel adds at a time
 _LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _widened(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """In `dtype`, and e4m3 so before it is laid out for a product.
+
+    The second operand of a small product is read from shared memory across its rows. There is an instruction for that
+    if elements have 16 bits; e4m3 Triton (3.6, 3.7) reads byte by byte, since it moves conversions behind layouts. Not
+    across an instruction that it must leave where it is. (Products of 64 rows and more read shared memory themselves.)
+    """
+    wide = values.to(dtype)
+    if (values.dtype == tl.float8e4nv) & (wide.dtype != tl.float32) & (not INTERPRETED):
+        wide = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [wide], dtype=wide.dtype, is_pure=False, pack=2)
+    return wide
 
 
 @triton.jit
@@ -39,6 +57,7 @@ def decode_kernel(
     out_ptr,  # [B, H, D]
     partial_ptr,  # fp32 [P, 2, H // KVH, D]
     lse_ptr,  # fp32 [P, 2, H // KVH], base 2
+    arrived_ptr,  # int32 [P], zeros: how many parts there are of the sequence that begins in a run and goes on
     q_ptr,  # [B, H, D]
     k_cache_ptr,  # [num_blocks, BLOCK_SIZE, KVH, D]
     v_cache_ptr,  # [num_blocks, BLOCK_SIZE, KVH, D]
@@ -61,8 +80,14 @@ def decode_kernel(
     BLOCK_G: tl.constexpr,  # H // KVH, padded
     BLOCK_D: tl.constexpr,  # D, padded
     BLOCK_N: tl.constexpr,  # keys of one tile
+    MERGE: tl.constexpr,  # parts are added here, and rows without keys written
+    PART_G: tl.constexpr,  # H // KVH, padded for a sum of parts
+    BLOCK_P: tl.constexpr,  # parts of one iteration of that sum
     UPCAST: tl.constexpr,  # the interpreter multiplies the raw bits of bf16: give it fp32
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait_for_the_kernel_before()
     program = tl.program_id(0)
     kv_head = program % KVH
     group: tl.constexpr = H // KVH
@@ -72,10 +97,12 @@ def decode_kernel(
     n = tl.arange(0, BLOCK_N)
     tile_mask = (g < group)[:, None] & (d < D)[None, :]
 
-    tiles = _num_tiles(tl.load(seq_lens_ptr + b, mask=b < num_seqs, other=0).to(tl.int32), WINDOW, BLOCK_N)
+    seq_lens = tl.load(seq_lens_ptr + b, mask=b < num_seqs, other=0).to(tl.int32)
+    tiles = _num_tiles(seq_lens, WINDOW, BLOCK_N)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
-    run = tl.maximum(tl.cdiv(total, tl.num_programs(0) // KVH), MIN_TILES)
+    num_runs = tl.num_programs(0) // KVH
+    run = tl.maximum(tl.cdiv(total, num_runs), MIN_TILES)
     begin = program // KVH * run
     stop = tl.minimum(begin + run, total)
     at = begin
@@ -120,7 +147,8 @@ def decode_kernel(
             p = tl.exp2(scores - new_max[:, None])
             correction = tl.exp2(row_max - new_max)
             row_sum = row_sum * correction + tl.sum(p, 1)
-            acc = acc * correction[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+            v = v.to(q.dtype) if BLOCK_G >= 64 else _widened(v, q.dtype, UPCAST)
+            acc = acc * correction[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
             row_max = new_max
 
         acc = acc * (v_scale / row_sum)[:, None]
@@ -132,7 +160,74 @@ def decode_kernel(
             slots = (program.to(tl.int64) * 2 + (at != begin).to(tl.int32)) * group + g
             tl.store(partial_ptr + slots[:, None] * D + d[None, :], acc, mask=tile_mask)
             tl.store(lse_ptr + slots, row_max + tl.log2(row_sum), mask=g < group)
+            if MERGE:
+                first_run = seq_begin // run
+                last_run = (seq_begin + seq_tiles - 1) // run
+                # One sequence at most begins in a run and goes on beyond it.
+                counter_ptr = arrived_ptr + first_run * KVH + kv_head
+                tl.debug_barrier()  # all threads have stored
+                if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == last_run - first_run:
+                    y = _sum_of_parts(
+                        partial_ptr, lse_ptr, first_run, last_run, run, seq_begin, kv_head, tl.arange(0, PART_G),
+                        group, KVH, D, BLOCK_D, BLOCK_P,
+                    )  # fmt: skip
+                    part_g = tl.arange(0, PART_G)[:, None]
+                    out_rows = out_ptr + (row * H + kv_head * group + part_g) * D + d[None, :]
+                    tl.store(out_rows, y.to(out_ptr.dtype.element_ty), mask=(part_g < group) & (d < D)[None, :])
+                    tl.store(counter_ptr, 0)
         at += num_tiles
+
+    if MERGE:
+        # Padding rows of length 0, which no program met.
+        if tl.sum(((seq_lens == 0) & (b < num_seqs)).to(tl.int32), 0) > 0:
+            for seq in range(program // KVH, num_seqs, num_runs):
+                if tl.load(seq_lens_ptr + seq) == 0:
+                    out_rows = out_ptr + (seq * H + kv_head * group + g)[:, None] * D + d[None, :]
+                    tl.store(out_rows, tl.zeros([BLOCK_G, BLOCK_D], out_ptr.dtype.element_ty), mask=tile_mask)
+
+
+@triton.jit
+def _sum_of_parts(
+    partial_ptr,
+    lse_ptr,
+    first_run,
+    last_run,
+    run,  # tiles of each
+    seq_begin,  # the sequence's first tile
+    kv_head,
+    g,  # [G], heads of the group
+    GROUP: tl.constexpr,
+    KVH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """fp32 [G, BLOCK_D]: the parts of one sequence, weighed by their log-sum-exps.
+
+    Read past L1, which knows nothing of what other processors have just written.
+    """
+    d = tl.arange(0, BLOCK_D)
+    inside = (g < GROUP)[:, None] & (d < D)[None, :]
+    top = tl.full(g.shape, float("-inf"), tl.float32)
+    weight_sum = tl.zeros(g.shape, tl.float32)
+    acc = tl.zeros([g.shape[0], BLOCK_D], tl.float32)
+    for start in range(first_run, last_run + 1, BLOCK_P):
+        runs = start + tl.arange(0, BLOCK_P)
+        is_part = (runs <= last_run)[:, None]
+        runs = tl.minimum(runs, last_run)
+        programs = runs.to(tl.int64) * KVH + kv_head
+        slots = (programs * 2 + (runs * run < seq_begin).to(tl.int32))[:, None] * GROUP
+        slots += tl.minimum(g, GROUP - 1)[None, :]
+        lse = tl.load(lse_ptr + slots, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+        pointers = partial_ptr + slots[:, :, None] * D + d[None, None, :]
+        part = tl.load(pointers, mask=is_part[:, :, None] & inside[None, :, :], other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_top[None, :])
+        correction = tl.exp2(top - new_top)
+        weight_sum = weight_sum * correction + tl.sum(weights, 0)
+        acc = acc * correction[:, None] + tl.sum(part * weights[:, :, None], 0)
+        top = new_top
+    return acc / weight_sum[:, None]
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_runs"], do_not_specialize_on_alignment=["seq_lens_ptr"])
@@ -151,8 +246,11 @@ def decode_reduce_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # partial outputs of one iteration
+    BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait_for_the_kernel_before()
     seq = tl.program_id(0)
     head = tl.program_id(1)
     group: tl.constexpr = H // KVH
@@ -172,41 +270,26 @@ def decode_reduce_kernel(
     last = (begin + seq_tiles - 1) // run
     if first == last:
         return
-
-    top = float("-inf")
-    weight_sum = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first, last + 1, BLOCK_P):
-        runs = start + tl.arange(0, BLOCK_P)
-        parts = runs <= last
-        programs = runs.to(tl.int64) * KVH + head // group
-        slots = (programs * 2 + (runs * run < begin).to(tl.int32)) * group + head % group
-        lse = tl.load(lse_ptr + slots, mask=parts, other=float("-inf"))
-        partial = tl.load(
-            partial_ptr + slots[:, None] * D + d[None, :], mask=parts[:, None] & (d < D)[None, :], other=0.0
-        )
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_top)
-        correction = tl.exp2(top - new_top)
-        weight_sum = weight_sum * correction + tl.sum(weights, 0)
-        acc = acc * correction + tl.sum(partial * weights[:, None], 0)
-        top = new_top
-    tl.store(row_ptr, (acc / weight_sum).to(out_ptr.dtype.element_ty), mask=d < D)
+    y = _sum_of_parts(
+        partial_ptr, lse_ptr, first, last, run, begin, head // group, head % group + tl.arange(0, 1),
+        group, KVH, D, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
+    tl.store(row_ptr, tl.reshape(y, [BLOCK_D]).to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def launch(head_dim: int, itemsize: int, cache_itemsize: int, group: int) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages for queries and a cache of so many bytes an element.
 
-    Of 17 tried on an H100 with heads of 128 the fastest: with 128 sequences of 640 keys 138 us, beside 145 for 64 keys
-    and five stages; over e4m3, where a tile is half as large, five stages were 6 % faster than that. fp32 runs without
-    tensor cores and keeps whole rows in registers: with the 16-bit tiles it spilled 300 bytes.
+    Of 47 tried on an H200 with heads of 128 the fastest: many narrow programs hide each other's gaps between sequences.
+    128 sequences of 640 keys take 97 us beside 106 for the best of 128 keys and four warps, over e4m3 76 beside 97.
+    fp32 runs without tensor cores and keeps whole rows in registers: with the 16-bit tiles it spilled 300 bytes.
     """
     block_g = max(16, triton.next_power_of_2(group))
     num_warps = 4 if block_g <= 32 else 8
     if itemsize == 4:
         return {"BLOCK_G": block_g, "BLOCK_N": 16, "MIN_TILES": 8, "num_warps": num_warps, "num_stages": 1}
-    if head_dim <= 128 and num_warps == 4:
-        block_n, num_stages = 128, 3 if cache_itemsize == 2 else 5
+    if _is_narrow(head_dim, itemsize, group):
+        block_n, num_warps, num_stages = 64, 2, 2 if cache_itemsize == 2 else 5
     else:
         block_n, num_stages = 64 if head_dim <= 128 else 32, 5
     return {
@@ -218,9 +301,25 @@ def launch(head_dim: int, itemsize: int, cache_itemsize: int, group: int) -> dic
     }
 
 
-def choose_num_runs(num_kv_heads: int, group: int, workspace: DecodeWorkspace) -> int:
-    """So many that all programs are resident at once, by the registers of aot.py's table: a second wave would idle."""
-    resident = 1 if triton.next_power_of_2(group) > 32 else PROGRAMS_PER_PROCESSOR
+def _is_narrow(head_dim: int, itemsize: int, group: int) -> bool:
+    return itemsize == 2 and head_dim <= 128 and group <= 16
+
+
+def parts(group: int, head_dim: int) -> dict[str, int]:
+    """How many parts are added at a time where a program adds them."""
+    part_g, block_d = triton.next_power_of_2(group), max(16, triton.next_power_of_2(head_dim))
+    return {"PART_G": part_g, "BLOCK_P": min(16, max(1, _PART_ELEMENTS // (part_g * block_d)))}
+
+
+def resident_programs(head_dim: int, itemsize: int, group: int) -> int:
+    """What a processor holds at once, by the registers and shared memory of aot.py's table."""
+    if _is_narrow(head_dim, itemsize, group):
+        return PROGRAMS_PER_PROCESSOR
+    return 1 if group > 32 else 2
+
+
+def choose_num_runs(resident: int, num_kv_heads: int, workspace: DecodeWorkspace) -> int:
+    """So many that all programs are resident at once: a second wave would idle."""
     return max(1, workspace.partial.shape[0] * resident // PROGRAMS_PER_PROCESSOR // num_kv_heads)
 
 
@@ -249,7 +348,9 @@ def paged_decode(
         return out
     workspace = workspace or decode_workspace(num_heads, num_kv_heads, head_dim, q.device)
     group = num_heads // num_kv_heads
-    num_runs = choose_num_runs(num_kv_heads, group, workspace)
+    resident = resident_programs(head_dim, q.element_size(), group)
+    num_runs = choose_num_runs(resident, num_kv_heads, workspace)
+    merge = batch >= num_runs
     config = launch(head_dim, q.element_size(), k_cache.element_size(), group)
     shapes = {
         "H": num_heads,
@@ -263,6 +364,7 @@ def paged_decode(
         out,
         workspace.partial,
         workspace.lse,
+        workspace.arrived,
         q,
         k_cache,
         v_cache,
@@ -276,20 +378,25 @@ def paged_decode(
         v_cache.stride(0),
         block_tables.stride(0),
         BLOCK_SIZE=k_cache.shape[1],
+        MERGE=merge,
         UPCAST=not q.is_cuda,
         **shapes,
+        **parts(group, head_dim),
         **config,
+        **dependent(q),
     )
-    decode_reduce_kernel[(batch, num_heads)](
-        out,
-        workspace.partial,
-        workspace.lse,
-        seq_lens,
-        batch,
-        num_runs,
-        BLOCK_N=config["BLOCK_N"],
-        MIN_TILES=config["MIN_TILES"],
-        **REDUCE,
-        **shapes,
-    )
+    if not merge:
+        decode_reduce_kernel[(batch, num_heads)](
+            out,
+            workspace.partial,
+            workspace.lse,
+            seq_lens,
+            batch,
+            num_runs,
+            BLOCK_N=config["BLOCK_N"],
+            MIN_TILES=config["MIN_TILES"],
+            **REDUCE,
+            **shapes,
+            **dependent(q),
+        )
     return out

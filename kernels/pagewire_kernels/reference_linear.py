@@ -4,11 +4,17 @@ import torch
 from torch import Tensor
 
 from pagewire_kernels.int4 import unpack_int4
+from pagewire_kernels.reference_step import silu_and_mul
 
 
 def gemv(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """As ops.gemv."""
     _finish(x.float() @ weight.float().t(), bias, out)
+
+
+def gemm_gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """As ops.gemm_gated."""
+    silu_and_mul((x.float() @ weight.float().t()).to(x.dtype), out)
 
 
 def gemm_w8(x: Tensor, weight: Tensor, scales: Tensor, out: Tensor, bias: Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagewire_kernels.checks import check, check_kernel_layout
+from pagewire_kernels.dependent_launch import dependent, wait_for_the_kernel_before
 from pagewire_kernels.e4m3 import to_e4m3
 
 _TILE_ELEMENTS = 1024  # pairs of one program
@@ -69,7 +70,10 @@ def rope_write_kv_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,  # D // 2, padded
     INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait_for_the_kernel_before()
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -169,5 +173,6 @@ def rope_write_kv(
         K_NORM=k_norm is not None,
         FP8=k_cache.dtype != qkv.dtype,
         INTERPRETED=not qkv.is_cuda,
+        **dependent(qkv),
         **config,
     )

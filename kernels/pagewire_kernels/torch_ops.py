@@ -1,7 +1,7 @@
 """Every op in plain torch, under the names of ops.py."""
 
 from pagewire_kernels.reference import pack_kv, unpack_kv, write_kv
-from pagewire_kernels.reference_linear import gemm_fp8, gemm_w4, gemm_w8, gemv
+from pagewire_kernels.reference_linear import gemm_fp8, gemm_gated, gemm_w4, gemm_w8, gemv
 from pagewire_kernels.reference_paged import paged_decode, paged_prefill
 from pagewire_kernels.reference_sampling import count_tokens, sample
 from pagewire_kernels.reference_step import (
@@ -17,6 +17,7 @@ from pagewire_kernels.reference_step import (
 __all__ = [
     "count_tokens",
     "gemm_fp8",
+    "gemm_gated",
     "gemm_w4",
     "gemm_w8",
     "gemv",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from paged_case import TOLERANCE, PagedCase
 from pagewire_kernels import kv_copy, paged_decode, paged_prefill, reference, reference_paged
-from pagewire_kernels.decode_workspace import DecodeWorkspace
+from pagewire_kernels.decode_workspace import PROGRAMS_PER_PROCESSOR, DecodeWorkspace
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -49,11 +49,18 @@ def test_decode_of_one_long_sequence_by_many_programs() -> None:
     check_decode([2600], (2, 1), 16, 16, torch.float32, 20, 0)
 
 
+def test_decode_of_many_sequences_one_of_them_long_has_no_second_kernel() -> None:
+    """More partial outputs of one head than a program adds at once, beside sequences whole and in two parts."""
+    lengths = [3] * 12 + [2600] + [40] * 9
+    for heads in ((6, 2), (1, 1)):
+        check_decode(lengths, heads, 16, 16, torch.float32, 22, 0)
+
+
 def test_decode_with_a_workspace_of_its_own() -> None:
     check_decode([600, 3], (4, 2), 16, 16, torch.float32, 0, 0)
 
 
-@pytest.mark.parametrize("num_runs", [1, 2])
+@pytest.mark.parametrize("num_runs", [1, 2, 6])
 def test_decode_of_a_padding_row_is_zero(num_runs: int) -> None:
     """Padding at both ends and in the middle: rows that no program meets."""
     case = on_device(PagedCase.random([5, 20, 3, 30, 7], [1] * 5, heads=(4, 2), block_size=8))
@@ -182,6 +189,9 @@ def check_decode(
     workspace = poisoned_workspace(case, num_runs) if num_runs else None
     out = paged_decode.paged_decode(*args, workspace=workspace)
     assert out.dtype == dtype
+    if workspace:  # is as it was, for the layers that follow
+        assert workspace.arrived.eq(0).all()
+        torch.testing.assert_close(paged_decode.paged_decode(*args, workspace=workspace), out, rtol=0, atol=0)
     torch.testing.assert_close(out, reference.paged_decode(*args), **TOLERANCE[dtype])
 
 
@@ -215,9 +225,12 @@ def poisoned_workspace(case: PagedCase, num_runs: int) -> DecodeWorkspace:
     """NaN wherever no program writes."""
     num_heads, head_dim = case.q.shape[1:]
     num_kv_heads = case.k_cache.shape[2]
-    shape = (num_runs * num_kv_heads, 2, num_heads // num_kv_heads, head_dim)
-    partial = torch.full(shape, torch.nan, device=DEVICE)
-    return DecodeWorkspace(partial, partial[..., 0].contiguous())
+    group = num_heads // num_kv_heads
+    resident = paged_decode.resident_programs(head_dim, case.q.element_size(), group)
+    programs = num_runs * num_kv_heads * PROGRAMS_PER_PROCESSOR // resident
+    partial = torch.full((programs, 2, group, head_dim), torch.nan, device=DEVICE)
+    arrived = torch.zeros(programs, dtype=torch.int32, device=DEVICE)
+    return DecodeWorkspace(partial, partial[..., 0].contiguous(), arrived)
 
 
 def reference_prefill(case: PagedCase, window: int) -> torch.Tensor:

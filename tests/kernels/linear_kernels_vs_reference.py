@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from pagewire_kernels import gemm_quantized, gemv, reference_linear
+from pagewire_kernels import gemm_gated, gemm_quantized, gemv, reference_linear
 from pagewire_kernels.dequantize import dequantize
 from pagewire_kernels.int4 import pack_int4
 from pagewire_kernels.weight_tiles import FP8_ROWS, INT4_GROUPS, INT8_GROUPS, INT8_ROWS
@@ -85,6 +85,30 @@ def test_one_row_times_a_dense_weight(dtype: torch.dtype) -> None:
     reference_linear.gemv(x, weight, expected, bias)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 2, 64, 65, 128, 129])
+def test_a_product_with_its_gate(num_rows: int, dtype: torch.dtype) -> None:
+    """A single row, each tile full and nearly empty, and more rows than the kernel is for."""
+    x = torch.randn(num_rows, 192, generator=GENERATOR).to(dtype).to(DEVICE)
+    weight = (torch.randn(2 * 256, 192, generator=GENERATOR) / 8).to(dtype).to(DEVICE)
+    out, expected = (torch.full((num_rows, 256), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
+    if DEVICE == "cpu" and 1 < num_rows <= gemm_gated.MAX_ROWS:
+        gemm_gated.multiply(x, weight, out, gemm_gated.launch(num_rows))
+    else:
+        assert gemm_gated.fits(x, weight) == (DEVICE == "cuda" and 1 < num_rows <= gemm_gated.MAX_ROWS)
+        gemm_gated.gemm_gated(x, weight, out)
+    reference_linear.gemm_gated(x, weight, expected)
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(out.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_gated_product_of_odd_shapes_or_wide_types_is_left_to_torch() -> None:
+    x = torch.zeros(8, 192, dtype=torch.bfloat16, device=DEVICE)
+    assert not gemm_gated.fits(x, torch.zeros(2 * 192, 192, dtype=torch.bfloat16, device=DEVICE))
+    assert not gemm_gated.fits(x[:, :160].contiguous(), torch.zeros(512, 160, dtype=torch.bfloat16, device=DEVICE))
+    assert not gemm_gated.fits(x.float(), torch.zeros(512, 192, device=DEVICE))
 
 
 def test_splits_fill_the_processors_and_no_more() -> None:

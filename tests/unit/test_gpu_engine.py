@@ -32,9 +32,12 @@ def limits(**changes: Any) -> EngineConfig:
     return EngineConfig(**(LIMITS.__dict__ | changes))
 
 
-def gpu_engine(path: Path, **changes: Any) -> Engine:
+def gpu_engine(path: Path, *, kv_dtype: torch.dtype | None = None, **changes: Any) -> Engine:
+    """Steps in the parts that graphs are made of, padded as they are; test_gpu_runner.py has those without."""
     config = limits(**changes)
-    return Engine(make_gpu_runner(path, config), config)
+    runner = make_gpu_runner(path, config, **({"kv_dtype": kv_dtype} if kv_dtype else {}))
+    runner.capture_graphs()
+    return Engine(runner, config)
 
 
 def torch_engine(path: Path, **changes: Any) -> Engine:
@@ -102,8 +105,7 @@ def test_any_mix_of_requests_gives_what_the_torch_runner_gives(
 
 def test_an_fp8_pool_serves_the_whole_life_of_a_request(llama: Path) -> None:
     """Copy-on-write, prefix cache and preemption move pages of bytes; none may read a free, poisoned one."""
-    config = limits(num_blocks=16)
-    engine = Engine(make_gpu_runner(llama, config, kv_dtype=torch.float8_e4m3fn), config)
+    engine = gpu_engine(llama, kv_dtype=torch.float8_e4m3fn, num_blocks=16)
     runs = [Run(prompt, n=2, max_tokens=40, temperature=0.9, seed=i) for i, prompt in enumerate(PROMPTS)]
     run_all(engine, *runs)
     assert engine.counters.preemptions > 0

@@ -18,7 +18,9 @@ from gpu_runners import make_gpu_runner
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.gpu import decode_step
 from pagewire_engine.gpu.decode_step import DecodeStep
+from pagewire_engine.gpu.graphs import Recorder
 from pagewire_engine.gpu.kv_cache import GpuKVCache
+from pagewire_engine.gpu.layer_graphs import LayerGraphs
 from pagewire_engine.gpu.model import GpuModel
 from pagewire_engine.gpu.tables import DeviceTables
 from pagewire_engine.gpu.transfers import send, views
@@ -64,10 +66,10 @@ def _config(architecture: str) -> ModelConfig:
 
 @pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nothing_in_the_decode_step_depends_on_values_or_visits_the_host(
+def test_nothing_in_what_graphs_are_made_of_depends_on_values_or_visits_the_host(
     architecture: str, scheme: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole step on tensors that have shapes but no values: asking for one is an error.
+    """A whole decode step, and any step but its attention, on tensors without values: asking for one is an error.
 
     Attention is stood in for by its shapes: its plain torch form, which is not what a graph holds, reads lengths.
     """
@@ -76,11 +78,16 @@ def test_nothing_in_the_decode_step_depends_on_values_or_visits_the_host(
         config = _config(architecture)
         model = GpuModel(config, Shapes(), 256, SCHEMES[scheme] if scheme else None)
         kv_dtype = torch.float8_e4m3fn if scheme == "fp8" else torch.bfloat16
-        step = DecodeStep(model, GpuKVCache(config, 8, 16, kv_dtype), 4, 16)
+        cache = GpuKVCache(config, 8, 16, kv_dtype)
+        step = DecodeStep(model, cache, 4, 16)
         arrays = {name: np.zeros(4, dtype) for name, dtype in decode_step._DTYPES.items()}
         inputs = views(step._packed, arrays)
+        layers = LayerGraphs(model, cache)
+        layers.capture(Recorder(config.device))
         with NoVisitToTheHost():
             step._compute(inputs, 4)
+            for part in layers._graphs[16]:
+                part()
 
 
 def test_a_launch_visits_the_host_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

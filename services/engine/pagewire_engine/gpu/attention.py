@@ -21,9 +21,9 @@ class Attention:
     chunk_start: Tensor | None  # int32 [B - num_decode + 1], first row of each chunk, the first one's is 0
     workspace: ops.DecodeWorkspace
 
-    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int) -> Tensor:
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int, out: Tensor | None = None) -> Tensor:
         """q [T, H, D] -> [T, H, D], over the cache with this step's keys and values in it."""
-        out, n, scale = torch.empty_like(q), self.num_decode, q.shape[-1] ** -0.5
+        out, n, scale = torch.empty_like(q) if out is None else out, self.num_decode, q.shape[-1] ** -0.5
         if n:
             ops.paged_decode(
                 q[:n], k_cache, v_cache, self.block_tables[:n], self.seq_lens[:n], scale, window,

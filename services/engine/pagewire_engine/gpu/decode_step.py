@@ -12,6 +12,8 @@ A batch is padded to the next size; a padding row has no keys, writes no slot an
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import structlog
@@ -20,6 +22,7 @@ from pagewire_kernels import ops
 from torch import Tensor
 
 from pagewire_engine.gpu.attention import Attention
+from pagewire_engine.gpu.graphs import Recorder
 from pagewire_engine.gpu.inputs import pad_rows
 from pagewire_engine.gpu.model import GpuModel
 from pagewire_engine.gpu.sampling_rows import PLAIN, neutral_sampling, plain_sampling
@@ -48,7 +51,7 @@ class DecodeStep:
     def __init__(self, model: GpuModel, cache: KVCache, max_num_seqs: int, max_blocks: int) -> None:
         self._model, self._cache = model, cache
         self.sizes = graph_sizes(max_num_seqs)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, Callable[[], None]] = {}
         self._inputs: dict[int, dict[str, Tensor]] = {}  # by size: parts of `packed`
         config, device = model.config, model.config.device
         one = {name: np.zeros(max_num_seqs, dtype) for name, dtype in _DTYPES.items()}
@@ -69,22 +72,17 @@ class DecodeStep:
         if graph is None:
             self._compute(inputs, size)
         else:
-            graph.replay()
+            graph()
         return self._logits[:rows], self._tokens[:rows]
 
-    def capture(self) -> None:
-        """Makes the graphs, the largest first: the others then fit in the memory it took."""
-        pool, tables = None, DeviceTables(self._packed.device)
+    def capture(self, recorder: Recorder) -> None:
+        """Makes the graphs."""
+        tables = DeviceTables(self._packed.device)
         tables.tables = torch.zeros(1, self._block_tables.shape[1], dtype=torch.int32, device=self._packed.device)
         nothing = {name: np.zeros(0, dtype) for name, dtype in _DTYPES.items()}
         for size in reversed(self.sizes):
             inputs = self._prepare(nothing, size, tables, None)
-            self._compute(inputs, size)  # compiles the kernels, which capturing forbids
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._compute(inputs, size)
-            pool = graph.pool()
-            self._graphs[size] = graph
+            self._graphs[size] = recorder.record(partial(self._compute, inputs, size))
 
     def _prepare(self, arrays: Arrays, size: int, tables: DeviceTables, previous: Tensor | None) -> dict[str, Tensor]:
         padded = pad_rows(arrays, size)

@@ -121,6 +121,16 @@ class Linear:
         self.weight.multiply(x, self.bias, out)
         return out
 
+    def gated(self, x: Activation) -> Tensor:
+        """[T, K] -> [T, N / 2]: silu(first half) * second half of what it gives."""
+        if isinstance(self.weight, DenseWeight) and self.bias is None:
+            assert isinstance(x, Tensor)
+            out = x.new_empty(len(x), self.num_outputs // 2)
+            ops.gemm_gated(x, self.weight.transposed.t(), out)
+            return out
+        both = self(x)
+        return ops.silu_and_mul(both, both.new_empty(len(both), self.num_outputs // 2))
+
 
 def make_linear(weight: Tensor, bias: Tensor | None, scheme: Scheme | None) -> Linear:
     """Stores `weight` [N, K] as `scheme` says (None: as it is). Raises StartupError if it cannot."""

@@ -1,4 +1,4 @@
-"""A step of any shape: decoding rows, rows of draft tokens, chunks of prompts. Launched operation by operation."""
+"""A step of any shape: decoding rows, rows of draft tokens, chunks of prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pagewire_engine.batch import Scored
 from pagewire_engine.gpu.attention import Attention
+from pagewire_engine.gpu.graphs import Recorder
+from pagewire_engine.gpu.layer_graphs import LayerGraphs
 from pagewire_engine.gpu.model import GpuModel
 from pagewire_engine.gpu.sampling_rows import neutral_sampling, plain_sampling
 from pagewire_engine.gpu.tables import DeviceTables
@@ -27,7 +29,12 @@ class MixedStep:
         config = model.local
         self._device = config.device
         self._neutral = neutral_sampling(config.vocab_size, config.device)
+        self._graphs = LayerGraphs(model, cache)
         self._workspace = ops.decode_workspace(config.num_heads, config.num_kv_heads, config.head_dim, config.device)
+
+    def capture(self, recorder: Recorder) -> None:
+        """Makes graphs for steps of few rows. Without them, and for more, operations are launched one by one."""
+        self._graphs.capture(recorder)
 
     def __call__(
         self,
@@ -64,6 +71,8 @@ class MixedStep:
         attention = Attention(
             num_decode, tables.rows(inputs["seats"]), inputs["seq_lens"], chunk_start, self._workspace
         )
+        if before is None and self._graphs.takes(len(inputs["input_ids"])):
+            return self._graphs(inputs, attention, layer_done)
         return self._model.forward(
             inputs["input_ids"], inputs["positions"], inputs["slots"], attention, self._cache, layer_done, before
         )  # fmt: skip

@@ -71,21 +71,52 @@ class GpuModel:
         Slot -1: a padding row, written nowhere. before: what the stage before gave (overwritten), None on the first.
         What a stage gives that is not the last are the hidden states before the last norm.
         """
-        if before is None:
-            assert self._embedding is not None
-            before = self._embedding[input_ids]
-        residual = before
-        hidden = self._norm_of(None, residual, self._layers[0].input_norm)
-        following = [layer.input_norm for layer in self._layers[1:]]
-        for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(hidden)
-            attended = self._attend(qkv, layer, index, positions, slot_mapping, attention, cache)
+        residual = self.embed(input_ids) if before is None else before
+        hidden = self.first_norm(residual)
+        for index in range(self.num_layers):
+            q = self.queries(index, hidden, positions, slot_mapping, cache)
+            attended = attention(q, *cache.layer(index), self.window(index))
             layer_done(index + 1)
-            hidden = self._norm_of(self._gather(layer.o(attended)), residual, layer.post_attention_norm)
-            down = self._gather(layer.down(self._activate(layer.gate_up(hidden))))
-            if index < len(following):
-                hidden = self._norm_of(down, residual, following[index])
-        return self._final(down, residual)
+            hidden = self.after_attention(index, attended, residual)
+        assert isinstance(hidden, Tensor)  # the last norm is never quantized
+        return hidden
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def window(self, index: int) -> int:
+        return self._layers[index].window
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[T] -> [T, E]"""
+        assert self._embedding is not None
+        return self._embedding[input_ids]
+
+    def first_norm(self, residual: Tensor) -> Activation:
+        return self._norm_of(None, residual, self._layers[0].input_norm)
+
+    def queries(
+        self, index: int, hidden: Activation, positions: Tensor, slot_mapping: Tensor, cache: KVCache,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[T, H, D] of a layer, in `out` if there is one; its keys and values are in the cache then."""
+        c, layer = self.local, self._layers[index]
+        qkv = layer.qkv(hidden)
+        q = qkv.new_empty(len(qkv), c.num_heads, c.head_dim) if out is None else out
+        k_cache, v_cache = cache.layer(index)
+        ops.rope_write_kv(qkv, positions, self._cos_sin, layer.q_norm, layer.k_norm, c.rms_norm_eps, q,
+                          k_cache, v_cache, slot_mapping, KV_SCALE, KV_SCALE)  # fmt: skip
+        return q
+
+    def after_attention(self, index: int, attended: Tensor, residual: Tensor) -> Activation:
+        """The rest of a layer, and the norm of the next; after the last what forward gives. residual: in place."""
+        layer = self._layers[index]
+        hidden = self._norm_of(self._project(attended, layer), residual, layer.post_attention_norm)
+        down = self._gather(layer.down(self._gated(layer.gate_up, hidden)))
+        if index + 1 == self.num_layers:
+            return self._final(down, residual)
+        return self._norm_of(down, residual, self._layers[index + 1].input_norm)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[R, E] -> [R, V] in the model's dtype, in `out` if there is one (only where a rank is alone)."""
@@ -118,26 +149,19 @@ class GpuModel:
         ops.rms_norm_residual(x, residual, weight, eps, out)
         return out
 
-    def _activate(self, gate_up: Tensor) -> Activation:
-        tokens, width, part = len(gate_up), gate_up.shape[1] // 2, self._peers.part
+    def _gated(self, gate_up: Linear, hidden: Activation) -> Activation:
+        """What the linear that follows takes."""
+        part = self._peers.part
         if self._fp8 and part.ranks == 1:
-            rows = Fp8Rows.empty(tokens, width, gate_up.device)
-            ops.silu_and_mul_fp8(gate_up, rows.values, rows.scales)
+            both = gate_up(hidden)
+            rows = Fp8Rows.empty(len(both), both.shape[1] // 2, both.device)
+            ops.silu_and_mul_fp8(both, rows.values, rows.scales)
             return rows
-        out = gate_up.new_empty(tokens, width)
-        ops.silu_and_mul(gate_up, out)
-        out = self._peers.gather(out, part.widths(self.config.intermediate_size))
+        out = self._peers.gather(gate_up.gated(hidden), part.widths(self.config.intermediate_size))
         return quantize_rows(out) if self._fp8 else out
 
-    def _attend(
-        self, qkv: Tensor, layer: Layer[Linear], index: int, positions: Tensor, slot_mapping: Tensor,
-        attention: Attention, cache: KVCache,
-    ) -> Activation:  # fmt: skip
-        c = self.local
-        q = qkv.new_empty(len(qkv), c.num_heads, c.head_dim)
-        k_cache, v_cache = cache.layer(index)
-        ops.rope_write_kv(qkv, positions, self._cos_sin, layer.q_norm, layer.k_norm, c.rms_norm_eps, q,
-                          k_cache, v_cache, slot_mapping, KV_SCALE, KV_SCALE)  # fmt: skip
-        out = attention(q, k_cache, v_cache, layer.window).view(len(qkv), -1)
+    def _project(self, attended: Tensor, layer: Layer[Linear]) -> Tensor:
+        """What the heads saw, [T, H, D] -> [T, E]."""
+        out = attended.view(len(attended), -1)
         out = self._peers.gather(out, [out.shape[1]] * self._peers.part.ranks)
-        return quantize_rows(out) if self._fp8 else out
+        return self._gather(layer.o(quantize_rows(out) if self._fp8 else out))

@@ -17,8 +17,10 @@ from pagewire_engine.batch import Batch
 from pagewire_engine.gpu.changed_rows import sample_changed
 from pagewire_engine.gpu.chosen import Chosen, logprobs_of
 from pagewire_engine.gpu.decode_step import DecodeStep
+from pagewire_engine.gpu.graphs import Recorder
 from pagewire_engine.gpu.inputs import chunk_arrays, row_arrays, samples_each_row
 from pagewire_engine.gpu.layer_events import LayerEvents
+from pagewire_engine.gpu.layer_graphs import SIZES
 from pagewire_engine.gpu.mixed_step import MixedStep
 from pagewire_engine.gpu.model import GpuModel
 from pagewire_engine.gpu.sampling_rows import SamplingRows
@@ -52,10 +54,12 @@ class GpuRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Makes the CUDA graphs of the decode steps. Without them the same steps run, launched one by one."""
-        started = time.perf_counter()
-        self._decode.capture()
-        log.info("cuda graphs captured", sizes=self._decode.sizes, seconds=round(time.perf_counter() - started, 2))
+        """Makes the CUDA graphs of steps. Without them the same steps run, launched one by one."""
+        started, recorder = time.perf_counter(), Recorder(self.config.device)
+        self._decode.capture(recorder)
+        self._mixed.capture(recorder)
+        seconds = round(time.perf_counter() - started, 2)
+        log.info("cuda graphs captured", decode=self._decode.sizes, mixed=SIZES, seconds=seconds)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Chosen:
