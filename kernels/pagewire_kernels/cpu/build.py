@@ -7,6 +7,7 @@ its architecture in `built/`, and no compiler.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -37,6 +38,11 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 
 # Best first: compiler flags, and what /proc/cpuinfo must list for the code to run.
 VARIANTS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "amx": (
+        (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma"})
+        | frozenset({"amx_tile", "amx_bf16", "amx_int8"}),
+    ),
     "avx512-bf16-vnni": (
         (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
         frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma"}),
@@ -54,6 +60,10 @@ VARIANTS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
 }
 
 
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) on x86-64.
+_SYS_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18
+
+
 class BuildError(Exception):
     """The CPU step cannot be compiled or run here; the message says why."""
 
@@ -65,6 +75,8 @@ class CompileError(BuildError):
 def runnable() -> list[str]:
     """Variants that this CPU can run, best first."""
     features = _cpu_features()
+    if "amx_tile" in features and not _matrix_unit_is_granted():
+        features -= {"amx_tile"}
     return [name for name, (_, needed) in VARIANTS.items() if needed <= features]
 
 
@@ -101,6 +113,12 @@ def library_path(variant: str) -> Path:
         logger.info("compiling the CPU step for %s, once", variant)
         _compile(variant, path)
     return path
+
+
+def _matrix_unit_is_granted() -> bool:
+    """Whether the kernel lets this process use AMX; Linux has it ask first, and a sandbox may refuse."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.syscall(_SYS_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA) == 0)
 
 
 def _cpu_features() -> frozenset[str]:

@@ -172,7 +172,7 @@ double pw_read_bandwidth(void* runner, const uint8_t* data, int64_t bytes, int r
 // Multiplications and additions per second of the tile of `kind` on operands in the first-level cache.
 double pw_peak(void* runner, int kind, int rounds) {
     using namespace pw;
-    const int k = 256, rows = rows_per_tile(kind), repeats = 2000;
+    const int k = 256, rows = rows_per_tile({kind, STRIP, k, 64, nullptr, nullptr, nullptr, nullptr}), repeats = 2000;
     Threads& threads = ((Runner*)runner)->threads();
     double best = 0;
     for (int round = 0; round < rounds; round++) {
@@ -185,6 +185,7 @@ double pw_peak(void* runner, int kind, int rounds) {
             threads.share(thread, repeats * threads.count(), repeats / 100, [&](int begin, int end) {
                 for (int i = begin; i < end; i++) tile(w, 0, r, 0, rows, {nullptr, nullptr, 0}, c.data());
             });
+            rest_matrix();
         });
         double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
         best = std::max(best, 2.0 * STRIP * k * rows * repeats * threads.count() / seconds);
@@ -193,7 +194,9 @@ double pw_peak(void* runner, int kind, int rounds) {
 }
 
 const char* pw_variant() {
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AMX_TILE__)
+    return "amx";
+#elif defined(__AVX512BF16__) && defined(__AVX512VNNI__)
     return "avx512-bf16-vnni";
 #elif defined(__AVX512VNNI__)
     return "avx512-vnni";

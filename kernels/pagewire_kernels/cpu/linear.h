@@ -12,6 +12,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "vec.h"
 
 namespace pw {
@@ -214,11 +216,23 @@ PW_INLINE void tile_grouped(const Linear& w, int strip, const Rows& x, int64_t r
 
 #endif
 
-inline int rows_per_tile(int kind) { return kind <= BF16 ? ROWS : kind == INT8 ? ROWS_INT8 : ROWS_GROUPED; }
-
 inline int64_t strip_bytes(const Linear& w) {
     static const int bits[] = {32, 16, 8, 8, 4};
     return int64_t(w.k) * STRIP * bits[w.kind] / 8;
+}
+
+#if defined(__AMX_TILE__)
+#include "tiles_amx.h"
+#else
+constexpr int MATRIX_ROWS = 0;
+PW_INLINE bool by_matrix(const Linear&) { return false; }
+inline void rest_matrix() {}
+inline void tile_by_matrix(const Linear&, int, const Rows&, int64_t, int, const Ahead&, float*) {}
+#endif
+
+inline int rows_per_tile(const Linear& w) {
+    if (by_matrix(w)) return MATRIX_ROWS;
+    return w.kind <= BF16 ? ROWS : w.kind == INT8 ? ROWS_INT8 : ROWS_GROUPED;
 }
 
 template <int M>
@@ -240,8 +254,9 @@ __attribute__((noinline)) void tile_of(const Linear& w, int strip, const Rows& x
     __builtin_unreachable();
 }
 
-// c[rows][32]: one strip for rows [row, row + rows), rows <= rows_per_tile(kind).
+// c[rows][32]: one strip for rows [row, row + rows), rows <= rows_per_tile(w).
 inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int rows, const Ahead& ahead, float* c) {
+    if (by_matrix(w)) return tile_by_matrix(w, strip, x, row, rows, ahead, c);
     using Tile = void (*)(const Linear&, int, const Rows&, int64_t, const Ahead&, float*);
 #if defined(__AVX512F__)
     static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>, tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
@@ -260,12 +275,13 @@ inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int row
 // fetching of the next strip, whose turn comes when the last is done.
 template <class Done>
 PW_INLINE void strip_times_rows(const Linear& w, int strip, const Rows& x, int64_t first, int count, Done done) {
-    alignas(64) float c[ROWS * STRIP];
-    const int most = rows_per_tile(w.kind), tiles = (count + most - 1) / most;
+    alignas(64) float c[std::max(ROWS, MATRIX_ROWS) * STRIP];
+    const int most = rows_per_tile(w), tiles = (count + most - 1) / most;
     const int64_t bytes = strip_bytes(w), bytes_per_step = 128;
     const char* at = (const char*)w.weight + strip * bytes;
     for (int i = 0, row = 0; i < tiles; i++) {
         int rows = (count - row) / (tiles - i) + ((count - row) % (tiles - i) != 0);
+        if (by_matrix(w)) rows = std::min(count - row, most);  // whole tiles, and one that is not
         const char* from = tiles == 1 ? at + ALONE_AHEAD : at + bytes + i * bytes / tiles;
         const Ahead ahead = {from, from + 64, tiles == 1 ? bytes_per_step : bytes_per_step / tiles + 1};
         tile(w, strip, x, first + row, rows, ahead, c);

@@ -13,6 +13,10 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#if defined(__AMX_TILE__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif

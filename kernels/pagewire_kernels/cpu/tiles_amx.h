@@ -1,0 +1,125 @@
+// Tiles of the matrix unit (AMX): up to 32 rows times the 32 outputs of a strip, in four tiles of 16 x 16 sums.
+//
+// The packed weights are its second operand as they lie: a row of one holds what 16 outputs take of two k (bf16) or of
+// four (int8), and the next lies 128 bytes on. One instruction takes 32 k of bf16, or 64 of int8, of 16 rows. It adds
+// the products of those 32 to each other before it adds them to the sum, so that a row alone goes the same way as many.
+
+constexpr int MATRIX_ROWS = 32;
+
+// Linux gives a process the unit's registers when it asks; all its threads, and those it forks, have them then.
+__attribute__((constructor)) static void ask_for_matrix() { syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
+
+PW_INLINE bool by_matrix(const Linear& w) { return (w.kind == BF16 && w.k % 32 == 0) || (w.kind == INT8 && w.k % 64 == 0); }
+
+// Rows that the tiles have in this thread: first and second sixteen. A change of them clears all tiles.
+inline thread_local int matrix_rows = 0;
+
+inline void shape_matrix(int rows) {
+    if (rows == matrix_rows) return;
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } shape;
+    const int first = rows < 16 ? rows : 16, second = rows - first;
+    for (int t = 0; t < 8; t++) {
+        const int of[] = {first, first, second, second, first, second, 16, 16};
+        shape.rows[t] = uint8_t(of[t]), shape.bytes[t] = of[t] ? 64 : 0;
+    }
+    _tile_loadconfig(&shape);
+    matrix_rows = rows;
+}
+
+// Registers of 8 KiB that the next thread on this core need not have saved for it.
+inline void rest_matrix() {
+    if (matrix_rows) _tile_release();
+    matrix_rows = 0;
+}
+
+// c[rows][32] (+)= rows x (steps of 2048 bytes of b).
+template <bool WHOLE, bool BYTES>
+PW_INLINE void matrix_product(bool more, int rows, const char* a, int64_t lda, const char* b, int steps, Ahead ahead, float* c) {
+    const char* a1 = a + 16 * lda;
+    float *c1 = c + 16, *c2 = c + 16 * STRIP, *c3 = c2 + 16;
+    const int64_t ldc = STRIP * sizeof(float);
+    shape_matrix(rows);
+    if (more) {
+        _tile_loadd(0, c, ldc);
+        _tile_loadd(1, c1, ldc);
+        if (WHOLE) {
+            _tile_loadd(2, c2, ldc);
+            _tile_loadd(3, c3, ldc);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (WHOLE) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+    for (int s = 0; s < steps; s++, a += 64, a1 += 64, b += 2048) {
+        for (int i = 0; ahead.stride && i < 16; i++) ahead();
+        _tile_loadd(4, a, lda);
+        _tile_loadd(6, b, 128);
+        if constexpr (BYTES) {
+            _tile_dpbusd(0, 4, 6);
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+        }
+        _tile_loadd(7, b + 64, 128);
+        if constexpr (BYTES) {
+            _tile_dpbusd(1, 4, 7);
+        } else {
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (WHOLE) {
+            _tile_loadd(5, a1, lda);
+            if constexpr (BYTES) {
+                _tile_dpbusd(2, 5, 6);
+                _tile_dpbusd(3, 5, 7);
+            } else {
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, c, ldc);
+    _tile_stored(1, c1, ldc);
+    if (WHOLE) {
+        _tile_stored(2, c2, ldc);
+        _tile_stored(3, c3, ldc);
+    }
+}
+
+template <bool BYTES>
+inline void matrix_rows_times(bool more, int rows, const char* a, int64_t lda, const char* b, int steps, Ahead ahead, float* c) {
+    if (rows > 16) {
+        matrix_product<true, BYTES>(more, rows, a, lda, b, steps, ahead, c);
+    } else {
+        matrix_product<false, BYTES>(more, rows, a, lda, b, steps, ahead, c);
+    }
+}
+
+// Integers of a strip -> what they stand for: the same as tile_int8's.
+inline void scale_sums(const Linear& w, int strip, const Rows& x, int64_t row, int rows, float* c) {
+    const I16 first = first_sums(w.sums + strip * STRIP), second = first_sums(w.sums + strip * STRIP + 16);
+    const F16 scale0 = load(w.scales + strip * STRIP), scale1 = load(w.scales + strip * STRIP + 16);
+    for (int m = 0; m < rows; m++) {
+        const I16 s0 = {_mm512_add_epi32(_mm512_loadu_si512(c + m * STRIP), first.v)};
+        const I16 s1 = {_mm512_add_epi32(_mm512_loadu_si512(c + m * STRIP + 16), second.v)};
+        const F16 scale = splat(x.scales[row + m]);
+        store(c + m * STRIP, to_float(s0) * scale0 * scale);
+        store(c + m * STRIP + 16, to_float(s1) * scale1 * scale);
+    }
+}
+
+inline void tile_by_matrix(const Linear& w, int strip, const Rows& x, int64_t row, int rows, const Ahead& ahead, float* c) {
+    const char* b = (const char*)w.weight + strip * strip_bytes(w);
+    if (w.kind == BF16) {
+        matrix_rows_times<false>(false, rows, (const char*)(x.bf16 + row * x.stride), 2 * x.stride, b, w.k / 32, ahead, c);
+    } else {
+        matrix_rows_times<true>(false, rows, (const char*)(x.int8 + row * x.stride), x.stride, b, w.k / 64, ahead, c);
+        scale_sums(w, strip, x, row, rows, c);
+    }
+}
