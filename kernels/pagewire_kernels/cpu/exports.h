@@ -172,7 +172,7 @@ double pw_read_bandwidth(void* runner, const uint8_t* data, int64_t bytes, int r
 // Multiplications and additions per second of the tile of `kind` on operands in the first-level cache.
 double pw_peak(void* runner, int kind, int rounds) {
     using namespace pw;
-    const int k = 256, rows = rows_per_tile({kind, STRIP, k, 64, nullptr, nullptr, nullptr, nullptr}), repeats = 2000;
+    const int k = 256, rows = rows_per_tile({kind, STRIP, k, 64, nullptr, nullptr, nullptr, nullptr}, 64), repeats = 2000;
     Threads& threads = ((Runner*)runner)->threads();
     double best = 0;
     for (int round = 0; round < rounds; round++) {
@@ -183,7 +183,7 @@ double pw_peak(void* runner, int kind, int rounds) {
             Linear w = {kind, STRIP, k, 64, (uint8_t*)weight.data(), scales.data(), sums.data(), nullptr};
             Rows r = {x.data(), (Bf16Row*)x.data(), (int8_t*)x.data(), scales.data(), sums.data(), k, k / 64};
             threads.share(thread, repeats * threads.count(), repeats / 100, [&](int begin, int end) {
-                for (int i = begin; i < end; i++) tile(w, 0, r, 0, rows, {nullptr, nullptr, 0}, c.data());
+                for (int i = begin; i < end; i++) tile(w, 0, r, 0, rows, 64, {nullptr, nullptr, 0}, c.data());
             });
             rest_matrix();
         });

@@ -225,13 +225,14 @@ inline int64_t strip_bytes(const Linear& w) {
 #include "tiles_amx.h"
 #else
 constexpr int MATRIX_ROWS = 0;
-PW_INLINE bool by_matrix(const Linear&) { return false; }
+PW_INLINE bool by_matrix(const Linear&, int64_t) { return false; }
 inline void rest_matrix() {}
 inline void tile_by_matrix(const Linear&, int, const Rows&, int64_t, int, const Ahead&, float*) {}
 #endif
 
-inline int rows_per_tile(const Linear& w) {
-    if (by_matrix(w)) return MATRIX_ROWS;
+// At most, of `count`.
+inline int rows_per_tile(const Linear& w, int64_t count) {
+    if (by_matrix(w, count)) return MATRIX_ROWS;
     return w.kind <= BF16 ? ROWS : w.kind == INT8 ? ROWS_INT8 : ROWS_GROUPED;
 }
 
@@ -254,9 +255,9 @@ __attribute__((noinline)) void tile_of(const Linear& w, int strip, const Rows& x
     __builtin_unreachable();
 }
 
-// c[rows][32]: one strip for rows [row, row + rows), rows <= rows_per_tile(w).
-inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int rows, const Ahead& ahead, float* c) {
-    if (by_matrix(w)) return tile_by_matrix(w, strip, x, row, rows, ahead, c);
+// c[rows][32]: one strip for rows [row, row + rows) of `count`, rows <= rows_per_tile(w, count).
+inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int rows, int count, const Ahead& ahead, float* c) {
+    if (by_matrix(w, count)) return tile_by_matrix(w, strip, x, row, rows, ahead, c);
     using Tile = void (*)(const Linear&, int, const Rows&, int64_t, const Ahead&, float*);
 #if defined(__AVX512F__)
     static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>, tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
@@ -276,15 +277,15 @@ inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int row
 template <class Done>
 PW_INLINE void strip_times_rows(const Linear& w, int strip, const Rows& x, int64_t first, int count, Done done) {
     alignas(64) float c[std::max(ROWS, MATRIX_ROWS) * STRIP];
-    const int most = rows_per_tile(w), tiles = (count + most - 1) / most;
+    const int most = rows_per_tile(w, count), tiles = (count + most - 1) / most;
     const int64_t bytes = strip_bytes(w), bytes_per_step = 128;
     const char* at = (const char*)w.weight + strip * bytes;
     for (int i = 0, row = 0; i < tiles; i++) {
         int rows = (count - row) / (tiles - i) + ((count - row) % (tiles - i) != 0);
-        if (by_matrix(w)) rows = std::min(count - row, most);  // whole tiles, and one that is not
+        if (by_matrix(w, count)) rows = std::min(count - row, most);  // whole tiles, and one that is not
         const char* from = tiles == 1 ? at + ALONE_AHEAD : at + bytes + i * bytes / tiles;
         const Ahead ahead = {from, from + 64, tiles == 1 ? bytes_per_step : bytes_per_step / tiles + 1};
-        tile(w, strip, x, first + row, rows, ahead, c);
+        tile(w, strip, x, first + row, rows, count, ahead, c);
         done(first + row, rows, c);
         row += rows;
     }

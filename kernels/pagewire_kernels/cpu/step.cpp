@@ -426,7 +426,7 @@ class Runner {
     // While the others are waited for: the start of this thread's share of what comes next.
     void begin_fetching(const Linear& w, int thread) {
         const uint8_t* p = w.weight + threads_.first_item(thread, w.n / STRIP) * strip_bytes(w);
-        if (b_->num_rows <= rows_per_tile(w)) return;  // all the time goes into fetching already
+        if (b_->num_rows <= rows_per_tile(w, b_->num_rows)) return;  // all the time goes into fetching already
         for (int64_t i = 0; i < std::min(strip_bytes(w), FETCH_EARLY); i += 64) prefetch(p + i);
     }
 

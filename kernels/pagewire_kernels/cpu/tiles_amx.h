@@ -9,7 +9,8 @@ constexpr int MATRIX_ROWS = 32;
 // Linux gives a process the unit's registers when it asks; all its threads, and those it forks, have them then.
 __attribute__((constructor)) static void ask_for_matrix() { syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
 
-PW_INLINE bool by_matrix(const Linear& w) { return (w.kind == BF16 && w.k % 32 == 0) || (w.kind == INT8 && w.k % 64 == 0); }
+// Sums of int8 are exact, so that few rows may go the other way. Those of bf16 go this one, whatever their number.
+PW_INLINE bool by_matrix(const Linear& w, int64_t rows) { return (w.kind == BF16 && w.k % 32 == 0) || (w.kind == INT8 && w.k % 64 == 0 && rows >= 16); }
 
 // Rows that the tiles have in this thread: first and second sixteen. A change of them clears all tiles.
 inline thread_local int matrix_rows = 0;
@@ -101,6 +102,43 @@ inline void matrix_rows_times(bool more, int rows, const char* a, int64_t lda, c
     }
 }
 
+// As the unit does it, for so few rows that memory is what they wait for, which vectors keep busier: the products of even
+// and of odd k are summed each, in 16 steps from zero, and both added to the sum.
+constexpr int ROWS_BY_HAND = 2;
+
+template <int M>
+PW_INLINE void few_rows_times(const uint16_t* a, int64_t lda, const char* b, int steps, Ahead ahead, float* c) {
+    F16 acc[M][2];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = splat(0.0f);
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+    for (int s = 0; s < steps; s++, a += 32) {
+        F16 even[M][2], odd[M][2];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) even[m][0] = even[m][1] = odd[m][0] = odd[m][1] = splat(0.0f);
+#pragma GCC unroll 16
+        for (int pair = 0; pair < 16; pair++, b += 128) {
+            const __m512i w[2] = {_mm512_loadu_si512(b), _mm512_loadu_si512(b + 64)};
+            if (ahead.stride) ahead();
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) {
+                const __m512i x = _mm512_set1_epi32(int(load32(a + m * lda + 2 * pair)));
+                const F16 x_even = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))}, x_odd = {_mm512_castsi512_ps(_mm512_and_si512(x, high))};
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; v++) {
+                    even[m][v] = fma({_mm512_castsi512_ps(_mm512_slli_epi32(w[v], 16))}, x_even, even[m][v]);
+                    odd[m][v] = fma({_mm512_castsi512_ps(_mm512_and_si512(w[v], high))}, x_odd, odd[m][v]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < 2; v++) acc[m][v] = acc[m][v] + (even[m][v] + odd[m][v]);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) store(c + m * STRIP, acc[m][0]), store(c + m * STRIP + 16, acc[m][1]);
+}
+
 // Integers of a strip -> what they stand for: the same as tile_int8's.
 inline void scale_sums(const Linear& w, int strip, const Rows& x, int64_t row, int rows, float* c) {
     const I16 first = first_sums(w.sums + strip * STRIP), second = first_sums(w.sums + strip * STRIP + 16);
@@ -116,7 +154,11 @@ inline void scale_sums(const Linear& w, int strip, const Rows& x, int64_t row, i
 
 inline void tile_by_matrix(const Linear& w, int strip, const Rows& x, int64_t row, int rows, const Ahead& ahead, float* c) {
     const char* b = (const char*)w.weight + strip * strip_bytes(w);
-    if (w.kind == BF16) {
+    if (w.kind == BF16 && rows <= ROWS_BY_HAND) {
+        const uint16_t* a = x.bf16 + row * x.stride;
+        if (rows == 1) few_rows_times<1>(a, x.stride, b, w.k / 32, ahead, c);
+        if (rows == 2) few_rows_times<2>(a, x.stride, b, w.k / 32, ahead, c);
+    } else if (w.kind == BF16) {
         matrix_rows_times<false>(false, rows, (const char*)(x.bf16 + row * x.stride), 2 * x.stride, b, w.k / 32, ahead, c);
     } else {
         matrix_rows_times<true>(false, rows, (const char*)(x.int8 + row * x.stride), x.stride, b, w.k / 64, ahead, c);
