@@ -20,6 +20,9 @@ struct AttentionScratch {
     alignas(64) float part[QUERY_ROWS * MAX_HEAD_DIM];
     alignas(64) float sum[QUERY_ROWS * MAX_HEAD_DIM];
     alignas(64) T masked[2 * MAX_HEAD_DIM];
+#if defined(__AMX_TILE__)
+    alignas(64) uint16_t cut[PAGE * MAX_HEAD_DIM];
+#endif
     alignas(64) float most[QUERY_ROWS];
     alignas(64) float total[QUERY_ROWS * LANES];  // a row's is the sum of its lanes
     int64_t from[QUERY_ROWS], to[QUERY_ROWS];  // the keys that a row sees
@@ -97,13 +100,25 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
         else if (then) std::copy(then, then + PAGES, next_keys);
         const T *v[PAGES], *next_v[PAGES];
         for (int i = 0; i < PAGES; i++) v[i] = keys[i] + values, next_v[i] = next_keys[i] + values;
+        alignas(64) float shrink[QUERY_ROWS];
+#if defined(__AMX_TILE__)
+        if constexpr (sizeof(T) == 2) {
+            if (dim % 32 == 0) {
+                const int pages = int(width / PAGE);
+                matrix_scores(s.query, count, dim, keys, next_keys, pages, s.score);
+                soften(s, count, span, width, a.scale, shrink);
+                if (tokens % PAGE) cut_page(v[pages - 1], dim, tokens % PAGE, s.cut), v[pages - 1] = s.cut;
+                matrix_values(s.weight, count, dim, v, next_v, pages, shrink, s.part, s.sum);
+                continue;
+            }
+        }
+#endif
         const int64_t pairs = tokens % PAGE / PAIR<T>;
         const bool odd = tokens % PAIR<T>;  // half of the last pair was never written: it may hold anything
         if (odd) {
             const T* last = v[tokens / PAGE] + pairs * dim * PAIR<T>;
             for (int64_t d = 0; d < dim; d++) s.masked[2 * d] = last[2 * d], s.masked[2 * d + 1] = 0;
         }
-        alignas(64) float shrink[QUERY_ROWS];
 #if defined(__AVX512F__)
         if (count <= FEW_QUERIES && dim % 64 == 0) {
             FEW_SCORES<T>[count - 1](s.query, dim, keys, next_keys, s.score);

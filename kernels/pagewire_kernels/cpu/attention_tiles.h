@@ -32,6 +32,10 @@ inline void attention_product(bool more, int rows, const RowOf<T>* a, int64_t ld
     }
 }
 
+#if defined(__AMX_TILE__)
+#include "attention_amx.h"
+#endif
+
 #if defined(__AVX512F__)
 
 // So few rows do not keep the multipliers busy with two vectors of sums each: with four they do, and read a span at once.

@@ -388,6 +388,7 @@ class Runner {
                 else go(attended_.bf16, attended_.stride);
             }
         });
+        rest_matrix();
         if (divided()) gather_rows(attended_shares_, attended_, thread);
         else if (!direct) put_rows(attended_, m.heads * int64_t(m.head_dim), thread);
     }

@@ -12,29 +12,37 @@ __attribute__((constructor)) static void ask_for_matrix() { syscall(SYS_arch_prc
 // Sums of int8 are exact, so that few rows may go the other way. Those of bf16 go this one, whatever their number.
 PW_INLINE bool by_matrix(const Linear& w, int64_t rows) { return (w.kind == BF16 && w.k % 32 == 0) || (w.kind == INT8 && w.k % 64 == 0 && rows >= 16); }
 
-// Rows that the tiles have in this thread: first and second sixteen. A change of them clears all tiles.
-inline thread_local int matrix_rows = 0;
+// What the eight tiles of this thread are; see its uses. A change clears them.
+inline thread_local int matrix_shape = 0;
 
-inline void shape_matrix(int rows) {
-    if (rows == matrix_rows) return;
+inline void shape_matrix(int shape, const int (&rows)[8], const int (&bytes)[8]) {
     struct alignas(64) {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
-    } shape;
+    } tiles;
+    for (int t = 0; t < 8; t++) tiles.rows[t] = uint8_t(rows[t]), tiles.bytes[t] = uint16_t(rows[t] ? bytes[t] : 0);
+    _tile_loadconfig(&tiles);
+    matrix_shape = shape;
+}
+
+// For `rows` times a strip: sums of two times sixteen rows and outputs, rows, weights.
+inline void shape_for_strip(int rows) {
+    if (matrix_shape == rows) return;
     const int first = rows < 16 ? rows : 16, second = rows - first;
-    for (int t = 0; t < 8; t++) {
-        const int of[] = {first, first, second, second, first, second, 16, 16};
-        shape.rows[t] = uint8_t(of[t]), shape.bytes[t] = of[t] ? 64 : 0;
-    }
-    _tile_loadconfig(&shape);
-    matrix_rows = rows;
+    shape_matrix(rows, {first, first, second, second, first, second, 16, 16}, {64, 64, 64, 64, 64, 64, 64, 64});
+}
+
+// For attention of up to 16 rows: sums of four pages or of 64 dimensions; queries, keys, weights, values.
+inline void shape_for_attention(int rows) {
+    if (matrix_shape == -rows) return;
+    shape_matrix(-rows, {rows, rows, rows, rows, rows, 16, rows, 8}, {64, 64, 64, 64, 64, 64, 32, 64});
 }
 
 // Registers of 8 KiB that the next thread on this core need not have saved for it.
 inline void rest_matrix() {
-    if (matrix_rows) _tile_release();
-    matrix_rows = 0;
+    if (matrix_shape) _tile_release();
+    matrix_shape = 0;
 }
 
 // c[rows][32] (+)= rows x (steps of 2048 bytes of b).
@@ -43,7 +51,7 @@ PW_INLINE void matrix_product(bool more, int rows, const char* a, int64_t lda, c
     const char* a1 = a + 16 * lda;
     float *c1 = c + 16, *c2 = c + 16 * STRIP, *c3 = c2 + 16;
     const int64_t ldc = STRIP * sizeof(float);
-    shape_matrix(rows);
+    shape_for_strip(rows);
     if (more) {
         _tile_loadd(0, c, ldc);
         _tile_loadd(1, c1, ldc);
