@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pagewire_kernels.cpu import build as cpu_build
 from pagewire_kernels.cpu.build import VARIANTS, runnable
 
 
@@ -28,6 +29,16 @@ def build(tmp_path: Path, *unknown: str, **environment: str) -> tuple[str, str]:
 def test_the_best_variant_that_the_cpu_runs_is_built(tmp_path: Path) -> None:
     said, warned = build(tmp_path)
     assert said.startswith(f"CPU step, {runnable()[0]}: ") and not warned
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_the_matrix_unit_is_used_where_the_kernel_grants_it(granted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox may show its flags and still refuse it: the first instruction would end the process."""
+    every = frozenset().union(*(needed for _, needed in VARIANTS.values()))
+    monkeypatch.setattr(cpu_build, "_cpu_features", lambda: every)
+    monkeypatch.setattr(cpu_build, "_matrix_unit_is_granted", lambda: granted)
+    assert ("amx" in runnable()) == granted
+    assert runnable()[0] == ("amx" if granted else "avx512-bf16-vnni")
 
 
 @pytest.mark.skipif(len(runnable()) < 2, reason="needs a CPU that runs more than the portable variant")

@@ -146,10 +146,23 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_chunks_before_it(
     model: Path, dtype: str, data: st.DataObject
 ) -> None:
     """Otherwise a stream that moves to another worker, or is preempted, could go on with other tokens."""
+    check_rows_do_not_depend_on_their_batch(model, data, dtype=dtype)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@given(data=st.data())
+@settings(max_examples=5)
+def test_nor_does_it_with_wide_heads_and_quantized_weights(
+    wide_heads: Path, quantization: str | None, data: st.DataObject
+) -> None:
+    check_rows_do_not_depend_on_their_batch(wide_heads, data, dtype="bfloat16", quantization=quantization)
+
+
+def check_rows_do_not_depend_on_their_batch(model: Path, data: st.DataObject, **options: Any) -> None:
     texts = texts_of(3)
-    whole = make_runner(model, dtype=dtype)
+    whole = make_runner(model, **options)
     expected = {end: distributions(whole, texts, [(0, 0, end)])[0] for end in (1, 33, 64, 79, 100)}
-    runner = make_runner(model, dtype=dtype, threads=data.draw(st.sampled_from([1, 2, 3])))
+    runner = make_runner(model, threads=data.draw(st.sampled_from([1, 2, 3])), **options)
     done = [0, 0, 0]
     while done[0] < 100:
         chunks = []
@@ -238,6 +251,21 @@ def test_every_variant_that_runs_here_computes_the_same(
     for chunks in MIXED_STEPS:
         difference = distributions(best, texts_of(3), chunks) - distributions(other, texts_of(3), chunks)
         assert np.abs(difference).max() < (2e-4 if dtype == "float32" else 0.15)
+
+
+@pytest.mark.parametrize("variant", runnable()[1:])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_so_it_does_with_wide_heads(
+    variant: str, dtype: str, wide_heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_every_variant_that_runs_here_computes_the_same(variant, dtype, wide_heads, monkeypatch)
+
+
+@pytest.fixture(scope="module", params=[32, 96, 128])
+def wide_heads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a number of dimensions that takes one or several tiles, and part of one."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": request.param, "num_hidden_layers": 2}
+    return tiny_models.make_model(tmp_path_factory.mktemp("heads"), "llama", **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ PW_INLINE void matrix_product(bool more, int rows, const char* a, int64_t lda, c
     const char* a1 = a + 16 * lda;
     float *c1 = c + 16, *c2 = c + 16 * STRIP, *c3 = c2 + 16;
     const int64_t ldc = STRIP * sizeof(float);
+    int64_t fetched = 0;
     shape_for_strip(rows);
     if (more) {
         _tile_loadd(0, c, ldc);
@@ -68,7 +69,7 @@ PW_INLINE void matrix_product(bool more, int rows, const char* a, int64_t lda, c
         }
     }
     for (int s = 0; s < steps; s++, a += 64, a1 += 64, b += 2048) {
-        for (int i = 0; ahead.stride && i < 16; i++) ahead();
+        for (int64_t end = fetched + ahead.stride * 16; fetched < end; fetched += 64) prefetch(ahead.p + fetched);
         _tile_loadd(4, a, lda);
         _tile_loadd(6, b, 128);
         if constexpr (BYTES) {
