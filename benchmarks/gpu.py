@@ -128,15 +128,18 @@ def exactness(bench: Bench) -> Result:
         "all": {},
     }
     for name, options in variations.items():
-        dependent_launch.ENABLED = name != "plain"
-        engine, _ = make_engine(bench.config, bench.limits(len(prompts)), **options)
         clients = [Client(prompt, bench.output) for prompt in prompts]
-        complete(engine, clients)
+        dependent_launch.ENABLED = name != "plain"
+        try:
+            engine, _ = make_engine(bench.config, bench.limits(len(prompts)), **options)
+            complete(engine, clients)
+        finally:
+            dependent_launch.ENABLED = True  # for the parts that follow, also if this one fails
         said[name] = [[event.sampled.token for event in client.tokens] for client in clients]
         del engine
         _free(bench)
     different = len({token for tokens in said["plain"] for token in tokens})
-    same = {name: tokens == said["plain"] for name, tokens in said.items()}
+    same = {name: tokens == said["plain"] for name, tokens in said.items() if name != "plain"}
     print(f"    {same} ({different} different tokens)")
     return same | {"ids": different}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from pagewire_kernels import ops, reference_linear
 from torch import Tensor
@@ -32,70 +35,33 @@ def linear_cases(dtype: torch.dtype, device: str, scale: int) -> list[Case]:
 def _gemv(label: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     x = torch.randn(1, shape[1], device=device).to(dtype)
     weight = (torch.randn(shape, device=device) * shape[1] ** -0.5).to(dtype)
-    out, expected = _outputs(x, shape[0])
-
-    def run() -> Tensor:
-        ops.gemv(x, weight, out)
-        return out
-
-    def expect() -> Tensor:
-        reference_linear.gemv(x, weight, expected)
-        return expected
-
-    return Case(f"gemv {label}", run, expect, nbytes(weight, x, out), peer=lambda: x @ weight.t())
+    return _case("gemv", label, (x, weight), shape[0], nbytes(weight, x), 0, lambda: x @ weight.t())
 
 
 def _gated(label: str, rows: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     x = torch.randn(rows, shape[1], device=device).to(dtype)
     weight = (torch.randn(shape, device=device) * shape[1] ** -0.5).to(dtype)
-    out, expected = _outputs(x, shape[0] // 2)
-
-    def run() -> Tensor:
-        ops.gemm_gated(x, weight, out)
-        return out
-
-    def expect() -> Tensor:
-        reference_linear.gemm_gated(x, weight, expected)
-        return expected
-
-    def peer() -> None:
-        ops.silu_and_mul(x @ weight.t(), out)
-
-    return Case(f"gemm_gated {label}", run, expect, nbytes(weight, x, out), _flops(x, shape[0]), peer=peer)
+    activated = x.new_empty(rows, shape[0] // 2)
+    return _case(
+        "gemm_gated", label, (x, weight), shape[0] // 2, nbytes(weight, x), _flops(x, shape[0]),
+        lambda: ops.silu_and_mul(x @ weight.t(), activated),
+    )  # fmt: skip
 
 
 def _w8(label: str, x: Tensor, outputs: int) -> Case:
     weight = torch.randint(-127, 128, (outputs, x.shape[1]), dtype=torch.int8, device=x.device)
     scales = torch.full((outputs,), 1 / (74 * x.shape[1] ** 0.5), device=x.device)
-    out, expected = _outputs(x, outputs)
-
-    def run() -> Tensor:
-        ops.gemm_w8(x, weight, scales, out)
-        return out
-
-    def expect() -> Tensor:
-        reference_linear.gemm_w8(x, weight, scales, expected)
-        return expected
-
     dense = weight.to(x.dtype)
-    return Case(f"gemm_w8 {label}", run, expect, nbytes(weight, x, out), _flops(x, outputs), peer=lambda: x @ dense.t())
+    arguments = x, weight, scales
+    return _case("gemm_w8", label, arguments, outputs, nbytes(weight, x), _flops(x, outputs), lambda: x @ dense.t())
 
 
 def _w4(label: str, x: Tensor, outputs: int) -> Case:
     q = torch.randint(-8, 8, (outputs, x.shape[1]), dtype=torch.int8, device=x.device)
     packed = ops.pack_int4(q)
     scales = torch.full((outputs, x.shape[1] // 32), 1 / (4.6 * x.shape[1] ** 0.5), device=x.device).half()
-    out, expected = _outputs(x, outputs)
-
-    def run() -> Tensor:
-        ops.gemm_w4(x, packed, scales, 32, out)
-        return out
-
-    def expect() -> Tensor:
-        reference_linear.gemm_w4(x, packed, scales, 32, expected)
-        return expected
-
-    return Case(f"gemm_w4 {label}", run, expect, nbytes(packed, scales, x, out), _flops(x, outputs))
+    arguments = x, packed, scales, 32
+    return _case("gemm_w4", label, arguments, outputs, nbytes(packed, scales, x), _flops(x, outputs))
 
 
 def _fp8(label: str, x: Tensor, outputs: int) -> Case:
@@ -104,26 +70,39 @@ def _fp8(label: str, x: Tensor, outputs: int) -> Case:
     ops.quantize_fp8_rows(x, values, x_scales)
     weight = torch.randn(outputs, x.shape[1], device=x.device).to(FP8)
     w_scales = torch.full((outputs,), x.shape[1] ** -0.5, device=x.device)
-    out, expected = _outputs(x, outputs)
-
-    def run() -> Tensor:
-        ops.gemm_fp8(values, x_scales, weight, w_scales, out)
-        return out
-
-    def expect() -> Tensor:
-        reference_linear.gemm_fp8(values, x_scales, weight, w_scales, expected)
-        return expected
 
     def peer() -> Tensor:
         return torch._scaled_mm(
             values, weight.t(), x_scales[:, None], w_scales[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
-    return Case(f"gemm_fp8 {label}", run, expect, nbytes(weight, values, out), _flops(x, outputs) // 2, peer=peer)
+    arguments = values, x_scales, weight, w_scales
+    return _case("gemm_fp8", label, arguments, outputs, nbytes(weight, values), _flops(x, outputs) // 2, peer, x.dtype)
 
 
-def _outputs(x: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), outputs), x.new_empty(len(x), outputs)
+def _case(
+    op: str,
+    label: str,
+    arguments: tuple[Any, ...],
+    outputs: int,
+    bytes_read: int,
+    num_flops: int,
+    peer: Callable[[], object] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Case:
+    """`op` of ops.py and of reference_linear.py on the same arguments, x first; dtype: of the output, if not x's."""
+    x = arguments[0]
+    out, expected = (x.new_empty(len(x), outputs, dtype=dtype or x.dtype) for _ in range(2))
+
+    def run() -> Tensor:
+        getattr(ops, op)(*arguments, out)
+        return out
+
+    def expect() -> Tensor:
+        getattr(reference_linear, op)(*arguments, expected)
+        return expected
+
+    return Case(f"{op} {label}", run, expect, bytes_read + nbytes(out), num_flops, peer=peer)
 
 
 def _flops(x: Tensor, outputs: int) -> int:

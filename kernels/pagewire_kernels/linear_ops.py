@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pagewire_kernels.checks import check
 from pagewire_kernels.dispatch import implementation
-from pagewire_kernels.step_checks import FP8, check_gemm, check_groups, check_shape
+from pagewire_kernels.step_checks import FP8, check_factors, check_gemm, check_groups, check_shape
 
 
 def gemv(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -26,7 +26,9 @@ def gemm_gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
     Each product is rounded to that dtype before the rest, as silu_and_mul would read it.
     """
-    check_gemm(x, weight, weight.shape[-1], out.new_empty(len(out), 2 * out.shape[-1]), None)
+    check_factors(x, weight, weight.shape[-1])
+    check(weight.shape[0] % 2 == 0, f"the weight must have as many rows for up as for gate, got {weight.shape[0]}")
+    check_shape("out", out, (x.shape[0], weight.shape[0] // 2))
     check(x.dtype == weight.dtype, f"x must be {weight.dtype}, got {x.dtype}")
     implementation(x.device.type).gemm_gated(x, weight, out)
 

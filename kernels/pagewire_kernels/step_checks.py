@@ -75,10 +75,15 @@ def check_rope(
             check_shape(name, norm, (head_dim,))
 
 
-def check_gemm(x: Tensor, weight: Tensor, num_inputs: int, out: Tensor, bias: Tensor | None) -> None:
-    """x [M, K], weight [N, ...] for K = num_inputs, out [M, N], bias [N]."""
+def check_factors(x: Tensor, weight: Tensor, num_inputs: int) -> None:
+    """x [M, K], weight [N, ...] for K = num_inputs."""
     check(x.dim() == 2 and weight.dim() == 2, f"x and the weight must be matrices, got {tuple(x.shape)}")
     check(x.shape[1] == num_inputs, f"x has {x.shape[1]} columns, the weight {num_inputs}")
+
+
+def check_gemm(x: Tensor, weight: Tensor, num_inputs: int, out: Tensor, bias: Tensor | None) -> None:
+    """x [M, K], weight [N, ...] for K = num_inputs, out [M, N], bias [N]."""
+    check_factors(x, weight, num_inputs)
     check_shape("out", out, (x.shape[0], weight.shape[0]))
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))

@@ -245,12 +245,7 @@ def test_logits_that_are_no_numbers_name_no_token(llama: Path) -> None:
 def test_every_variant_that_runs_here_computes_the_same(
     variant: str, dtype: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    best = make_runner(model, dtype=dtype)
-    monkeypatch.setenv("PAGEWIRE_CPU_VARIANT", variant)
-    other = make_runner(model, dtype=dtype)
-    for chunks in MIXED_STEPS:
-        difference = distributions(best, texts_of(3), chunks) - distributions(other, texts_of(3), chunks)
-        assert np.abs(difference).max() < (2e-4 if dtype == "float32" else 0.15)
+    check_variant(variant, dtype, model, monkeypatch)
 
 
 @pytest.mark.parametrize("variant", runnable()[1:])
@@ -258,7 +253,16 @@ def test_every_variant_that_runs_here_computes_the_same(
 def test_so_it_does_with_wide_heads(
     variant: str, dtype: str, wide_heads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    test_every_variant_that_runs_here_computes_the_same(variant, dtype, wide_heads, monkeypatch)
+    check_variant(variant, dtype, wide_heads, monkeypatch)
+
+
+def check_variant(variant: str, dtype: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = make_runner(model, dtype=dtype)
+    monkeypatch.setenv("PAGEWIRE_CPU_VARIANT", variant)
+    other = make_runner(model, dtype=dtype)
+    for chunks in MIXED_STEPS:
+        difference = distributions(best, texts_of(3), chunks) - distributions(other, texts_of(3), chunks)
+        assert np.abs(difference).max() < (2e-4 if dtype == "float32" else 0.15)
 
 
 @pytest.fixture(scope="module", params=[32, 96, 128])

@@ -34,19 +34,19 @@ _FLAGS = (
     "-pthread",
 )
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+_BF16_VNNI = (
+    (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+    frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma"}),
+)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 
 # Best first: compiler flags, and what /proc/cpuinfo must list for the code to run.
 VARIANTS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "amx": (
-        (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma"})
-        | frozenset({"amx_tile", "amx_bf16", "amx_int8"}),
+        (*_BF16_VNNI[0], "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        _BF16_VNNI[1] | {"amx_tile", "amx_bf16", "amx_int8"},
     ),
-    "avx512-bf16-vnni": (
-        (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma"}),
-    ),
+    "avx512-bf16-vnni": _BF16_VNNI,
     "avx512-vnni": (
         (*_AVX512, "-mavx512vnni"),
         frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}),
@@ -76,6 +76,7 @@ def runnable() -> list[str]:
     """Variants that this CPU can run, best first."""
     features = _cpu_features()
     if "amx_tile" in features and not _matrix_unit_is_granted():
+        logger.info("the kernel refuses this process the CPU's matrix unit (AMX): prompts take several times as long")
         features -= {"amx_tile"}
     return [name for name, (_, needed) in VARIANTS.items() if needed <= features]
 

@@ -45,28 +45,19 @@ inline void rest_matrix() {
     matrix_shape = 0;
 }
 
-// c[rows][32] (+)= rows x (steps of 2048 bytes of b).
+// c[rows][32] = rows x (steps of 2048 bytes of b).
 template <bool WHOLE, bool BYTES>
-PW_INLINE void matrix_product(bool more, int rows, const char* a, int64_t lda, const char* b, int steps, Ahead ahead, float* c) {
+PW_INLINE void matrix_product(int rows, const char* a, int64_t lda, const char* b, int steps, Ahead ahead, float* c) {
     const char* a1 = a + 16 * lda;
     float *c1 = c + 16, *c2 = c + 16 * STRIP, *c3 = c2 + 16;
     const int64_t ldc = STRIP * sizeof(float);
     int64_t fetched = 0;
     shape_for_strip(rows);
-    if (more) {
-        _tile_loadd(0, c, ldc);
-        _tile_loadd(1, c1, ldc);
-        if (WHOLE) {
-            _tile_loadd(2, c2, ldc);
-            _tile_loadd(3, c3, ldc);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (WHOLE) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
+    _tile_zero(0);
+    _tile_zero(1);
+    if (WHOLE) {
+        _tile_zero(2);
+        _tile_zero(3);
     }
     for (int s = 0; s < steps; s++, a += 64, a1 += 64, b += 2048) {
         for (int64_t end = fetched + ahead.stride * 16; fetched < end; fetched += 64) prefetch(ahead.p + fetched);
@@ -103,11 +94,11 @@ PW_INLINE void matrix_product(bool more, int rows, const char* a, int64_t lda, c
 }
 
 template <bool BYTES>
-inline void matrix_rows_times(bool more, int rows, const char* a, int64_t lda, const char* b, int steps, Ahead ahead, float* c) {
+inline void matrix_rows_times(int rows, const char* a, int64_t lda, const char* b, int steps, Ahead ahead, float* c) {
     if (rows > 16) {
-        matrix_product<true, BYTES>(more, rows, a, lda, b, steps, ahead, c);
+        matrix_product<true, BYTES>(rows, a, lda, b, steps, ahead, c);
     } else {
-        matrix_product<false, BYTES>(more, rows, a, lda, b, steps, ahead, c);
+        matrix_product<false, BYTES>(rows, a, lda, b, steps, ahead, c);
     }
 }
 
@@ -168,9 +159,9 @@ inline void tile_by_matrix(const Linear& w, int strip, const Rows& x, int64_t ro
         if (rows == 1) few_rows_times<1>(a, x.stride, b, w.k / 32, ahead, c);
         if (rows == 2) few_rows_times<2>(a, x.stride, b, w.k / 32, ahead, c);
     } else if (w.kind == BF16) {
-        matrix_rows_times<false>(false, rows, (const char*)(x.bf16 + row * x.stride), 2 * x.stride, b, w.k / 32, ahead, c);
+        matrix_rows_times<false>(rows, (const char*)(x.bf16 + row * x.stride), 2 * x.stride, b, w.k / 32, ahead, c);
     } else {
-        matrix_rows_times<true>(false, rows, (const char*)(x.int8 + row * x.stride), x.stride, b, w.k / 64, ahead, c);
+        matrix_rows_times<true>(rows, (const char*)(x.int8 + row * x.stride), x.stride, b, w.k / 64, ahead, c);
         scale_sums(w, strip, x, row, rows, c);
     }
 }
