@@ -79,7 +79,7 @@ def test_our_own_flags_go_along_with_those_of_tgi() -> None:
 def test_what_has_no_effect_is_told_and_what_is_not_supported_refused() -> None:
     command = launch.command_of("--model-id m --max-waiting-tokens 20 --disable-custom-kernels".split(), {})
     assert command.ignored == ["--disable-custom-kernels", "--max-waiting-tokens"]
-    for flags in (["--quantize", "awq"], ["--trust-remote-code"], ["--lora-adapters", "a"]):
+    for flags in (["--quantize", "awq"], ["--rope-factor", "2"], ["--lora-adapters", "a"]):
         with pytest.raises(StartupError, match="is not supported"):
             launch.command_of(["--model-id", "m", *flags], {})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pagewire_cli import console, gpus, main, plan, serve
 from pagewire_cli import copies as copies_
-from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, SO_ANYWAY
+from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, SO_ANYWAY, WITHOUT_EFFECT, without_effect
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS
@@ -52,7 +52,9 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
         (["-dp", "2"], "-dp is not implemented yet"),
         (["--max-num-batched-tokens", "1"], "argument --max-num-batched-tokens: must be 2 or more"),
         (["-tp", "0"], "argument --tensor-parallel-size/-tp/--num-shard: must be positive"),
-        (["--max_model_len=3"], "unknown flag --max_model_len; did you mean --max-model-len?"),
+        (["--max_model_len=8.5"], "argument --max-model-len: invalid whole number value: '8.5'"),
+        (["--max_model_len=1.5K"], "argument --max-model-len: '1.5K' has decimals of a power of 1024; write 1.5k"),
+        (["--max_modellen=3"], "unknown flag --max-modellen; did you mean --max-model-len?"),
         (["--frobnicate"], "unknown flag --frobnicate"),
         (["a", "b"], "unexpected argument 'b'"),
         (["a", "--model", "b"], "MODEL is a but --model is b; give one of them"),
@@ -74,7 +76,8 @@ def test_what_cannot_be_served_is_refused_with_exit_code_2(
 
 
 def test_no_flag_is_both_implemented_and_not() -> None:
-    assert not NOT_IMPLEMENTED & {*FLAGS, *SO_ANYWAY} and not SO_ANYWAY.keys() & set(FLAGS)
+    others = {*SO_ANYWAY, *WITHOUT_EFFECT}
+    assert not NOT_IMPLEMENTED & {*FLAGS, *others} and not others & set(FLAGS)
 
 
 def test_flags_of_vllm_may_say_what_is_so_anyway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +92,26 @@ def test_flags_of_vllm_may_say_what_is_so_anyway(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         _args("--config", str(off))
     assert "--enable-prompt-tokens-details cannot be turned off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"), [("8192", 8192), ("8K", 8192), ("32k", 32000), ("1.5k", 1500), ("25.6k", 25600), ("1M", 1 << 20)]
+)
+def test_numbers_of_tokens_may_be_short_as_vllms(typed: str, read: int) -> None:
+    assert _args("--max_model_len", typed, f"--max_num_batched_tokens={typed}").max_model_len == read
+    assert _args(f"--max-num-batched-tokens={typed}").max_num_batched_tokens == read
+
+
+def test_flags_may_have_underscores_and_their_values_keep_them() -> None:
+    args = _args("--served_model_name=my_model", "--chat_template", "a_b.jinja")
+    assert (args.served_model_name, args.chat_template) == ("my_model", "a_b.jinja")
+
+
+def test_a_flag_that_changes_nothing_is_taken_and_told() -> None:
+    assert without_effect(_args("--trust-remote-code")) == [
+        "--trust-remote-code changes nothing: code that comes with a model is never run"
+    ]
+    assert without_effect(_args("--no-trust-remote-code")) == without_effect(_args()) == []
 
 
 def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pagewire_cli import main, serve
-from pagewire_cli.vllm_flags import SO_ANYWAY
+from pagewire_cli.vllm_flags import SO_ANYWAY, WITHOUT_EFFECT
 from pagewire_core.command_line import Parser, add_flags
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS
 
@@ -202,7 +202,7 @@ def test_help_shows_every_flag_in_one_group_and_no_line_is_too_long(
     lines = capsys.readouterr().out.splitlines()
     shown = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
     own = {"config", "prefill", "decode", "both", "api-server-count", "tls", "verbose", "state-file"}
-    flags = {*serve.SERVE_FLAGS, *SO_ANYWAY, *own}
+    flags = {*serve.SERVE_FLAGS, *SO_ANYWAY, *WITHOUT_EFFECT, *own}
     assert sorted(name.removeprefix("--").replace("[no-]", "") for name in shown) == sorted(flags)
     assert max(map(len, lines)) <= 110
     assert "  --max-num-seqs N          sequences that a worker runs at a time (default: 128)" in lines

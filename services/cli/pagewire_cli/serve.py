@@ -15,7 +15,7 @@ from pagewire_core.command_line import PRECEDENCE, add_flags
 from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, number, positive
 
-from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, add_so_anyway, refuse_otherwise
+from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, add_others, refuse_otherwise, without_effect
 from pagewire_cli.zygote import Zygote, helps
 
 # What the supervisor decides for each process itself.
@@ -65,7 +65,7 @@ def add_subcommand(
     ):  # fmt: skip
         parser.settable(action)
     add_flags(parser, SERVE_FLAGS)
-    for action in add_so_anyway(parser.add_argument_group("of vLLM, for what is so anyway")):
+    for action in add_others(parser.add_argument_group("of vLLM, for what is so anyway")):
         parser.settable(action)
     parser.set_defaults(parser=parser, run=_run, **defaults)
 
@@ -125,6 +125,8 @@ def _give_way_to_steps() -> None:
 def _run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     args = settle(args)
+    for sentence in without_effect(args):
+        print(sentence, flush=True)
     zygote = None
     if helps(args):
         _give_way_to_steps()

@@ -45,11 +45,10 @@ _WITHOUT_EFFECT = frozenset({
     "sharded", "validation-workers", "max-best-of", "max-stop-sequences", "max-top-n-tokens", "waiting-served-ratio",
     "max-batch-total-tokens", "max-waiting-tokens", "cuda-graphs", "shard-uds-path", "master-addr", "master-port",
     "weights-cache-override", "disable-custom-kernels", "prometheus-port", "max-client-batch-size", "usage-stats",
-    "payload-limit", "disable-grammar-support", "enable-prefill-logprobs",
+    "payload-limit", "disable-grammar-support", "enable-prefill-logprobs", "trust-remote-code",
 })  # fmt: skip
 _UNSUPPORTED = frozenset({
-    "trust-remote-code", "lora-adapters", "rope-scaling", "rope-factor", "tokenizer-config-path", "watermark-gamma",
-    "watermark-delta",
+    "lora-adapters", "rope-scaling", "rope-factor", "tokenizer-config-path", "watermark-gamma", "watermark-delta",
 })  # fmt: skip
 _KNOWN = frozenset({*_RENAMED, *_SWITCHES, *_WITHOUT_EFFECT, *_UNSUPPORTED, "quantize", "cors-allow-origin"})
 _NOT_FROM_ENVIRONMENT = frozenset({"hostname", "env"})  # containers have a HOSTNAME of their own

@@ -1,4 +1,6 @@
-"""Flags of `vllm serve`: those that pagewire does not have yet, and those that may only say what is so anyway."""
+"""Flags of `vllm serve`: those that pagewire does not have yet, those that may only say what is so anyway, and those
+that allow what is not done: that is told.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,15 @@ SO_ANYWAY: dict[str, tuple[str, ...]] = {
     "disable-log-requests": (),
 }
 
+# Switch -> why it changes nothing.
+WITHOUT_EFFECT: dict[str, str] = {"trust-remote-code": "code that comes with a model is never run"}
+
 NOT_IMPLEMENTED: frozenset[str] = frozenset({
     # Parallelism.
     "data-parallel-size", "dp",
     "enable-expert-parallel", "nnodes", "node-rank",
     # Weights, memory and execution.
-    "tokenizer-revision", "hf-overrides",
-    "trust-remote-code", "swap-space", "cpu-offload-gb",
+    "tokenizer-revision", "hf-overrides", "swap-space", "cpu-offload-gb",
     "compilation-config", "attention-backend",
     "async-scheduling", "num-gpu-blocks-override", "limit-mm-per-prompt",
     "prefix-caching-hash-algo",
@@ -43,9 +47,10 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
 })  # fmt: skip
 
 
-def add_so_anyway(group: argparse._ArgumentGroup) -> list[argparse.Action]:
-    """Takes the flags of SO_ANYWAY with their values alone."""
-    return [
+def add_others(group: argparse._ArgumentGroup) -> list[argparse.Action]:
+    """Takes the flags of SO_ANYWAY, with their values alone, and those WITHOUT_EFFECT."""
+    without = argparse.BooleanOptionalAction
+    return [group.add_argument(f"--{name}", action=without, default=None) for name in WITHOUT_EFFECT] + [
         group.add_argument(f"--{name}", choices=values)
         if values
         else group.add_argument(f"--{name}", action="store_true", default=None)
@@ -58,3 +63,9 @@ def refuse_otherwise(args: argparse.Namespace, parser: argparse.ArgumentParser) 
     for name in SO_ANYWAY:
         if getattr(args, name.replace("-", "_")) is False:
             parser.error(f"--{name} cannot be turned off")
+
+
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """Sentences about the flags that were given and change nothing."""
+    given = (name for name in WITHOUT_EFFECT if getattr(args, name.replace("-", "_")))
+    return [f"--{name} changes nothing: {WITHOUT_EFFECT[name]}" for name in given]

@@ -26,6 +26,7 @@ from pagewire_core.flags import (
     positive,
     seconds,
     several,
+    tokens,
 )
 from pagewire_core.help_text import HelpFormatter
 from pagewire_core.settings import Setting
@@ -40,6 +41,7 @@ _PASSWORD = re.compile(r"://[^/]*@")
 _LONG_CHOICES = 40  # characters; beyond it they go into the text
 _METAVARS: dict[Callable[[str], Any], str] = {
     positive: "N",
+    tokens: "N",
     several: "N",
     count: "N",
     not_negative: "N",
@@ -83,11 +85,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", metavar="FILE", help="a YAML file of flags (max-num-seqs: 64)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        given = sys.argv[1:] if args is None else list(args)
+        given = _with_dashes(sys.argv[1:] if args is None else args)
         if self._settable and not _HELP & set(given):  # --help tells of the defaults, and of nobody's keys
             self._take(self._from_file(given))
             self._take(settings.from_environment(self.names, self._environ))
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(given, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -158,6 +160,17 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, known, n=1)
         dashes = "--" if flag.startswith("-") else ""
         return f"unknown flag {flag}" + (f"; did you mean {dashes}{near[0]}?" if near else "")
+
+
+def _with_dashes(arguments: Sequence[str]) -> list[str]:
+    """As vLLM's parser takes them: --max_model_len is --max-model-len. What follows -- is no flag."""
+    words = list(arguments)
+    end = words.index("--") if "--" in words else len(words)
+    for i, word in enumerate(words[:end]):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            words[i] = flag.replace("_", "-") + equals + value
+    return words
 
 
 def add_flags(parser: Parser, names: Sequence[str]) -> None:

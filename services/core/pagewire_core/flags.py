@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from pagewire_core.telemetry import LOG_FORMATS, LOG_LEVELS
@@ -53,8 +54,21 @@ def number(name: str, kind: Callable[[str], N], accepts: Callable[[N], bool], re
     return read
 
 
+def _short(text: str) -> int:
+    """As vLLM reads numbers of tokens: '8192', '8K' (powers of 1024), '8k' and '1.5k' (powers of 1000)."""
+    written = re.fullmatch(r"(\d+)(\.\d+)?([kmgtKMGT])", text)
+    if written is None:
+        return int(text)
+    whole, decimals, unit = written.groups()
+    if decimals and unit.isupper():
+        raise argparse.ArgumentTypeError(f"{text!r} has decimals of a power of 1024; write {text.lower()}")
+    power = "kmgt".index(unit.lower()) + 1
+    return int(Decimal(whole + (decimals or "")) * (1000 if unit.islower() else 1024) ** power)
+
+
 positive = number("whole number", int, lambda n: n > 0, "must be positive")
-several = number("whole number", int, lambda n: n > 1, "must be 2 or more")
+several = number("whole number", _short, lambda n: n > 1, "must be 2 or more")
+tokens = number("whole number", _short, lambda n: n > 0, "must be positive")
 count = number("count", int, lambda n: 0 <= n < 2**32, "must be 0 or more, and below 4294967296")
 not_negative = number("number", float, lambda x: 0 <= x < math.inf, "must be finite and not negative")
 port = number("port", int, lambda n: 0 <= n <= 65535, "must be between 0 and 65535")
@@ -129,8 +143,8 @@ FLAGS: dict[str, Flag] = {
                                                '{"enable_thinking": false}'),
     "trust-request-chat-template": Flag(False, "requests may bring a chat template of their own; it is rendered in a "
                                                "process with bounds", None),
-    "max-model-len": Flag(None, "longest prompt + output in tokens; default: the model's", positive),
-    "max-input-tokens": Flag(None, "longest prompt in tokens; default: what the context allows", positive,
+    "max-model-len": Flag(None, "longest prompt + output in tokens; default: the model's", tokens),
+    "max-input-tokens": Flag(None, "longest prompt in tokens; default: what the context allows", tokens,
                              aliases=("--max-input-length",)),
     "generation-config": Flag("auto", "sampling defaults of OpenAI's and Anthropic's routes: auto, the model's "
                                       "generation_config.json; vllm, OpenAI's; or a folder with such a file"),
@@ -207,7 +221,7 @@ FLAGS: dict[str, Flag] = {
                            choices=("pagewire", "round_robin", "least_loaded", "prefix", "dynamo", "llm_d")),
     "max-queued-requests": Flag(1024, "requests that may wait; more are answered 429", positive),
     "max-queued-tokens": Flag(1 << 20, "prompt tokens that may wait for each worker that computes prompts; more are "
-                                       "answered 429", positive),
+                                       "answered 429", tokens),
     "request-timeout": Flag(600.0, "seconds a request may take in all", seconds),
     "send-timeout": Flag(30.0, "seconds in which a client may take nothing of its answer; then it is cancelled",
                          seconds),
