@@ -9,9 +9,19 @@ import argparse
 # Flag -> values; none: it is a switch.
 SO_ANYWAY: dict[str, tuple[str, ...]] = {
     "load-format": ("auto", "safetensors"),
+    "config-format": ("hf", "auto"),
+    "safetensors-load-strategy": ("lazy",),
+    "model-impl": ("auto",),
+    "task": ("generate", "auto"),
+    "runner": ("generate", "auto"),
+    "convert": ("none", "auto"),
     "tokenizer-mode": ("auto",),
     "distributed-executor-backend": ("mp",),
+    "disable-custom-all-reduce": (),
+    "disable-cascade-attn": (),
     "scheduling-policy": ("priority",),
+    "logprobs-mode": ("raw_logprobs",),
+    "stream-interval": ("1",),
     "response-role": ("assistant",),
     "allowed-methods": ('["*"]',),
     "allowed-headers": ('["*"]',),
@@ -22,6 +32,7 @@ SO_ANYWAY: dict[str, tuple[str, ...]] = {
     "enable-request-id-headers": (),
     "enable-server-load-tracking": (),
     "disable-log-requests": (),
+    "disable-log-stats": (),
 }
 
 # Switch -> why it changes nothing.
@@ -30,18 +41,20 @@ WITHOUT_EFFECT: dict[str, str] = {"trust-remote-code": "code that comes with a m
 NOT_IMPLEMENTED: frozenset[str] = frozenset({
     # Parallelism.
     "data-parallel-size", "dp",
-    "enable-expert-parallel", "nnodes", "node-rank",
+    "enable-expert-parallel", "nnodes", "node-rank", "headless",
     # Weights, memory and execution.
-    "tokenizer-revision", "hf-overrides", "swap-space", "cpu-offload-gb",
+    "tokenizer-revision", "hf-overrides", "hf-token", "swap-space", "cpu-offload-gb", "enable-sleep-mode",
     "compilation-config", "attention-backend",
-    "async-scheduling", "num-gpu-blocks-override", "limit-mm-per-prompt",
+    "async-scheduling", "num-gpu-blocks-override", "limit-mm-per-prompt", "long-prefill-token-threshold",
+    "optimization-level", "cudagraph-capture-sizes",
     "prefix-caching-hash-algo",
     # Adapters, structure.
     "enable-lora", "lora-modules", "max-loras", "max-lora-rank",
     "structured-outputs-config", "tool-parser-plugin", "watermark-config",
     # The HTTP server.
     "uds", "allow-credentials", "middleware",
-    "chat-template-content-format", "uvicorn-log-level",
+    "chat-template-content-format", "uvicorn-log-level", "disable-uvicorn-access-log", "log-config-file",
+    "enable-log-outputs", "enable-prompt-embeds", "ssl-ciphers", "shutdown-timeout",
     # Transfer, events, tracing.
     "kv-transfer-config", "kv-events-config", "collect-detailed-traces",
 })  # fmt: skip
