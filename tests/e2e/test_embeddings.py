@@ -78,6 +78,25 @@ async def test_inputs_are_cut_as_vllm_cuts_them(cluster: Cluster) -> None:
         assert refused.status_code == 400, wrong
 
 
+async def test_a_chat_is_embedded_as_its_template_writes_it(cluster: Cluster) -> None:
+    """vLLM's form: without a generation prompt unless the client wants one."""
+    chat = {"messages": [{"role": "user", "content": "Where is Tokyo?"}]}
+    for asked in ({}, {"add_generation_prompt": True}):
+        written = {"add_generation_prompt": False, **chat, **asked}
+        tokens = (await cluster.http.post("/tokenize", json=written)).json()["tokens"]
+        found = await post(cluster, "/v1/embeddings", {**chat, **asked, "encoding_format": "float"})
+        assert found["usage"]["prompt_tokens"] == len(tokens)
+        expected = await post(cluster, "/v1/embeddings", {"input": tokens})
+        assert found["data"][0]["embedding"] == pytest.approx(expected["data"][0]["embedding"], abs=1e-6)
+    for wrong, param in (
+        ({"messages": []}, "messages"),
+        ({**chat, "chat_template": "{{ 1 }}"}, "chat_template"),
+        ({**chat, "dimensions": 0}, "dimensions"),
+    ):
+        refused = await cluster.http.post("/v1/embeddings", json=wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
 async def test_embedding_beside_generation_disturbs_neither(cluster: Cluster) -> None:
     quiet = await cluster.complete(PROMPTS[2], max_tokens=40)
     vectors = await post(cluster, "/v1/embeddings", {"input": PROMPTS[2]})

@@ -58,7 +58,7 @@ async def tokenize(request: Request) -> Response:
         return json_response(tokens, headers=ignored_fields_header(unknown_fields(body)))
     if "messages" in fields:
         chat = parse_body(ChatBody, data)
-        asked, ignored = _of_chat(chat), ignored_fields(chat)
+        asked, ignored = of_chat(chat), ignored_fields(chat)
     elif "prompt" in fields:
         prompt = validated(PromptBody, fields)
         ignored = unknown_fields(prompt)
@@ -82,7 +82,7 @@ async def tokenize(request: Request) -> Response:
 async def chat_tokenize(request: Request) -> Response:
     """TGI's: the tokens of a chat, and the text that the template made of it."""
     chat = parse_body(ChatBody, await read_body(request))
-    asked = _of_chat(chat)
+    asked = of_chat(chat)
     asked.with_offsets = True
     response = await client_of(request).tokenize(asked)
     answer = {"tokenize_response": _simple_tokens(response), "templated_text": response.text}
@@ -102,8 +102,8 @@ async def tokenizer_info(request: Request) -> Response:
     return Response(answer.config_json, media_type="application/json")
 
 
-def _of_chat(body: ChatBody) -> pb.TokenizeRequest:
-    """Raises InvalidRequest."""
+def of_chat(body: ChatBody) -> pb.TokenizeRequest:
+    """For the tokens of a chat. Raises InvalidRequest."""
     if body.truncate_prompt_tokens is not None:
         raise InvalidRequest("`truncate_prompt_tokens` is not for tokenizing.", "truncate_prompt_tokens")
     name, special = to_served_name(body.model), body.add_special_tokens

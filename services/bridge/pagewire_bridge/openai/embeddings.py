@@ -20,13 +20,19 @@ from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.model_names import to_served_name
-from pagewire_bridge.openai.schema import Prompts, Truncation, num_kept, prompts
+from pagewire_bridge.openai.body import read_body_fields
+from pagewire_bridge.openai.schema import ChatBody, Message, Prompts, Truncation, num_kept, prompts
 from pagewire_bridge.openai.unsupported import ignored_fields_header, unknown_fields
 from pagewire_bridge.responses import json_response
+from pagewire_bridge.tokenize import of_chat as tokenize_request
 
 Vector = Sequence[float]
 MAX_INPUTS = 2048
 MAX_DOCUMENTS = 1024
+_OF_CHAT = (
+    "model", "messages", "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template",
+    "chat_template_kwargs",
+)  # fmt: skip
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_DOCUMENTS)]
 
 
@@ -47,13 +53,27 @@ class _Body(BaseModel):
         }
 
 
-class EmbeddingsBody(_Body):
+class _EmbeddingsBody(_Body):
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+
+
+class EmbeddingsBody(_EmbeddingsBody):
     input: Annotated[
         list[str | list[int]],
         PlainValidator(lambda value: prompts(value, "input", MAX_INPUTS), json_schema_input_type=Prompts),
     ]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+
+
+class ChatEmbeddingsBody(_EmbeddingsBody):
+    """vLLM's, with `messages`: one input, as the chat template writes it."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class ScoreBody(_Body):
@@ -93,13 +113,29 @@ async def embed(
 
 
 async def embeddings(request: Request) -> Response:
-    body = validated(EmbeddingsBody, to_object(await read_body(request)))
-    await check_dimensions(request, body.dimensions)
-    response = await embed(request, body.model, body.input, **body.truncation)
+    fields = to_object(await read_body(request))
+    body: EmbeddingsBody | ChatEmbeddingsBody
+    if "messages" in fields:
+        body = validated(ChatEmbeddingsBody, fields)
+        await check_dimensions(request, body.dimensions)
+        inputs: Sequence[str | list[int]] = [await _tokens_of_chat(request, fields)]
+    else:
+        body = validated(EmbeddingsBody, fields)
+        await check_dimensions(request, body.dimensions)
+        inputs = body.input
+    response = await embed(request, body.model, inputs, **body.truncation)
     vectors = [shortened(one.vector, body.dimensions) for one in response.embeddings]
     encode = _base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
     return answer_of(body, {**head_of(request, "embd", response.model), "data": data, "usage": _usage(response)})
+
+
+async def _tokens_of_chat(request: Request, fields: Mapping[str, Any]) -> list[int]:
+    """Without a generation prompt unless the client wants one. Raises PagewireError."""
+    given = {name: fields[name] for name in _OF_CHAT if name in fields}
+    chat = read_body_fields(ChatBody, {"add_generation_prompt": False, **given})
+    response = await client_of(request).tokenize(tokenize_request(chat))
+    return [token.id for token in response.tokens]
 
 
 def answer_of(body: BaseModel, content: Mapping[str, object]) -> Response:

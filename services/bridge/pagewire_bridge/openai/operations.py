@@ -7,7 +7,15 @@ from typing import Any
 from pagewire_core.errors import ModelNotFound
 
 from pagewire_bridge.openai import answer_types as answers
-from pagewire_bridge.openai.embeddings import EmbeddingsBody, RerankBody, ScoreBody, embeddings, rerank, score
+from pagewire_bridge.openai.embeddings import (
+    ChatEmbeddingsBody,
+    EmbeddingsBody,
+    RerankBody,
+    ScoreBody,
+    embeddings,
+    rerank,
+    score,
+)
 from pagewire_bridge.openai.generative_scoring import ScoringBody, generative_scoring
 from pagewire_bridge.openai.routes import chat_completions, completions, list_models, retrieve_model
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody
@@ -77,8 +85,8 @@ API = Api(
             examples=COMPLETION_EXAMPLES,
         ),
         embeddings: Operation(
-            "One vector of length 1 for each input",
-            EmbeddingsBody,
+            "One vector of length 1 for each input, or with vLLM's `messages` for a chat",
+            EmbeddingsBody | ChatEmbeddingsBody,
             answers.EmbeddingList,
             raises=ASKING_OF_MODEL,
             headers=(IGNORED_FIELDS,),
@@ -86,6 +94,7 @@ API = Api(
                 "floats": {"input": _TEXTS},
                 "base64": {"input": "Tokyo", "encoding_format": "base64"},
                 "token ids": {"input": [[5, 6], [7]]},
+                "a chat": {"messages": [{"role": "user", "content": "hi"}]},
             },
         ),
         score: Operation(
