@@ -232,22 +232,46 @@ async def test_a_reservation_whose_call_compiles_its_grammar_does_not_end_with_i
         {"prior": [decode_pb2.PriorOutput(token_ids=[7, 1 << 20])]},
         {"sampling": common_pb2.SamplingParams(logit_bias={1 << 20: 1.0})},
         {"sampling": common_pb2.SamplingParams(logprobs=0, logprob_token_ids=[1 << 20])},
+        {"prior": [decode_pb2.PriorOutput(token_ids=[7] * 256)]},
+        {"prompt_ids": list(range(5, 95))},
+        {"prompt_ids": [*PROMPT[:-1], 4]},
+        {"n": 2},
+        {"cache_root": b"another tenant's root".ljust(32)},
     ],
-    ids=["prior", "logit_bias", "logprob_token_ids"],
+    ids=["prior", "logit_bias", "logprob_token_ids", "too long", "longer", "another", "more choices", "tenant"],
 )
 async def test_a_request_that_cannot_be_begun_keeps_no_pages_of_the_kv_that_came_for_it(
     engine: Engine, wrong: dict[str, Any]
 ) -> None:
-    """Tokens of no vocabulary were noticed when its pages were nobody's any more."""
+    """Tokens of no vocabulary were noticed when its pages were nobody's any more; a call for another prompt than its
+    reservation's had answers from KV that was not its own, which the prefix cache then gave to others.
+    """
     transfers, name = Transfers(engine), os.urandom(16)
     servicer = DecodeServicer(engine, transfers, StageMetrics(CollectorRegistry()), "life", "address")  # type: ignore[arg-type]
     transfers.reserve(name, PROMPT, ROOT, 1)
     await transfers.bind(name, 0, 50)
     await transfers.sealed(name, ReceiveStats(1, 1, 50, "grpc"), FIRST)
-    request = decode_pb2.DecodeRequest(transfer_id=name, prompt_ids=PROMPT, cache_root=ROOT, **wrong)
+    fields: dict[str, Any] = {"transfer_id": name, "prompt_ids": PROMPT, "cache_root": ROOT} | wrong
+    with pytest.raises((InvalidRequest, ContextLength)):
+        await anext(servicer.Decode(decode_pb2.DecodeRequest(**fields), None))  # type: ignore[arg-type, call-overload]
+    assert not len(transfers) and not engine.blocks.num_cached
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("how", ["start_transferred", "resume", "adopt"])
+def test_what_the_engine_refuses_gives_back_the_pages_that_come_with_it(engine: Engine, how: str) -> None:
+    wrong = [5, engine.config.vocab_size]
+    engine.external.pin_prefix(how, [], ROOT)
+    engine.external.bind(how, 2)
+    table = engine.external.unbind(how)
     with pytest.raises(InvalidRequest):
-        await anext(servicer.Decode(request, None))  # type: ignore[arg-type, call-overload]
-    transfers.end(name, Cancelled("test"))
+        match how:
+            case "start_transferred":
+                engine.start_transferred(Run(wrong).request, table, [])
+            case "resume":
+                engine.resume(Run([5, 6]).request, [[engine.config.vocab_size]], table)
+            case "adopt":
+                engine.adopt(wrong, ROOT, table)
     assert_empty(engine)
 
 

@@ -24,6 +24,7 @@ from pagewire.v1 import common_pb2
 from pagewire_core import faults
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, PagewireError, Unavailable, from_proto
 from pagewire_engine.engine import Engine
+from pagewire_engine.sequence import Request
 from pagewire_transfer.receiver import ReceiveStats
 
 from pagewire_decode.line import Line
@@ -42,6 +43,7 @@ class Transfer:
 
     transfer_id: bytes
     prompt: list[int]
+    cache_root: bytes
     local_tokens: int
     credits: int
     n: int
@@ -50,6 +52,10 @@ class Transfer:
     block_table: list[int] = field(default_factory=list)
     valid: bool = False  # pages are bound and may be written
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_for(self, request: Request) -> bool:
+        """Whether the KV in its pages is that of the request's prompt, and may be known to its tenant."""
+        return (self.prompt, self.cache_root, self.n) == (request.prompt, request.cache_root, request.n)
 
 
 class Transfers:
@@ -90,7 +96,7 @@ class Transfers:
             raise
         self._line.leave(asking)
         loop = asyncio.get_running_loop()
-        transfer = Transfer(transfer_id, prompt, local_tokens, credits, n, loop.create_future())
+        transfer = Transfer(transfer_id, prompt, cache_root, local_tokens, credits, n, loop.create_future())
         transfer.lease = loop.call_later(LEASE_S, self.end, transfer_id, Cancelled("the reservation's lease ended"))
         self._transfers[transfer_id] = transfer
         if self._look is None:
