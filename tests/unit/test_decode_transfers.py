@@ -23,10 +23,10 @@ from pagewire_core.errors import (
     Unavailable,
 )
 from pagewire_decode import transfers as module
-from pagewire_decode.line import PATIENCE_S, Line
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine
+from pagewire_engine.line import PATIENCE_S, Line
 from pagewire_engine.metrics import StageMetrics
 from pagewire_transfer.receiver import ReceiveStats
 from prometheus_client import CollectorRegistry
@@ -118,6 +118,66 @@ async def test_who_asks_again_has_the_room_before_those_who_came_later(engine: E
     ask(large)
     ask([8] * 50)
     transfers.end_all(Cancelled("test"))
+    assert_empty(engine)
+
+
+async def test_a_large_prompt_for_a_transfer_does_not_starve_beside_prompts_that_are_computed_here(
+    engine: Engine,
+) -> None:
+    """Its claim was refused for as long as one of them took each block that became free."""
+    transfers, name = Transfers(engine), os.urandom(16)
+    engine.submit(Run(PROMPT, max_tokens=8).request)
+    engine.step()
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            transfers.reserve(name, [7] * 200, ROOT, 1)
+    later = Run([8] * 50, max_tokens=8)
+    engine.submit(later.request)
+    for _ in range(20):
+        engine.step()
+    assert not later.events, "there is room for it only where the larger one waits"
+    transfers.reserve(name, [7] * 200, ROOT, 1)
+    transfers.end(name, Cancelled("test"))
+    run_all(engine)
+    assert later.tokens()
+
+
+async def test_a_claim_keeps_nothing_from_prompts_that_came_before_it(engine: Engine) -> None:
+    """Each would have waited for what the other wanted."""
+    transfers, name = Transfers(engine), os.urandom(16)
+    running, waiting = Run(PROMPT, max_tokens=8), Run([8] * 190, max_tokens=8)
+    for run in (running, waiting):
+        engine.submit(run.request)
+        engine.step()
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            transfers.reserve(name, [7] * 100, ROOT, 1)
+    while not waiting.events:
+        assert engine.step()
+    run_all(engine)
+    transfers.reserve(name, [7] * 100, ROOT, 1)
+    transfers.end(name, Cancelled("test"))
+
+
+async def test_a_prompt_does_not_wait_for_its_own_claim_when_it_is_computed_here_after_all(engine: Engine) -> None:
+    transfers, prompt = Transfers(engine), [7] * 200
+    servicer = DecodeServicer(engine, transfers, StageMetrics(CollectorRegistry()), "life", "address")  # type: ignore[arg-type]
+    engine.external.reserve(8)
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            transfers.reserve(os.urandom(16), prompt, ROOT, 1)
+    engine.external.unreserve(8)
+    sampling = common_pb2.SamplingParams(max_tokens=1)
+    request = decode_pb2.DecodeRequest(
+        transfer_id=os.urandom(16), prompt_ids=prompt, cache_root=ROOT, sampling=sampling, local_prefill=True
+    )
+    responses: Any = servicer.Decode(request, None)  # type: ignore[arg-type]
+    call = asyncio.ensure_future(anext(responses))
+    await asyncio.sleep(0)
+    while engine.step():
+        pass
+    assert (await asyncio.wait_for(call, 5)).started.first_tokens
+    await responses.aclose()
     assert_empty(engine)
 
 
@@ -323,6 +383,27 @@ async def test_no_more_promises_end_than_a_prompt_lacks_and_none_before_the_seco
     assert_empty(engine)
 
 
+async def test_promises_end_for_a_claim_that_a_prompt_here_waits_for(engine: Engine) -> None:
+    """The prompt alone would have room: it waits for the claim, and the claim for promises to other workers' queues."""
+    transfers, promised = Transfers(engine), os.urandom(16)
+    transfers.reserve(promised, PROMPT, ROOT, 1)
+    assert not engine.blocks_promised_away()
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            transfers.reserve(os.urandom(16), [7] * 200, ROOT, 1)  # 14 of 16 blocks, and 5 are promised
+    waiting = Run([8] * 50, max_tokens=1)
+    engine.submit(waiting.request)
+    engine.step()
+    assert not waiting.events
+    assert engine.blocks_promised_away() == 3
+    transfers.end(promised, Cancelled("test"))
+    assert not engine.blocks_promised_away()
+    transfers.reserve(promised := os.urandom(16), [7] * 200, ROOT, 1)
+    transfers.end(promised, Cancelled("test"))
+    run_all(engine)
+    assert waiting.events
+
+
 async def test_tokens_that_were_not_agreed_on_are_refused(engine: Engine) -> None:
     transfers, name = Transfers(engine), os.urandom(16)
     transfers.reserve(name, PROMPT, ROOT, 1)
@@ -401,12 +482,15 @@ def test_a_place_in_the_line_is_kept_by_asking_again() -> None:
     now = 0.0
     line = Line(lambda: now)
     for who, blocks in (("first", 4), ("second", 8), ("first", 3), ("second", 9)):
+        now += 0.1
         line.refused(who, blocks)
-    line.refused("found room elsewhere", 5)
-    assert [line.ahead_of(who) for who in ("first", "second", "another")] == [0, 3, 12]
-    now = PATIENCE_S
-    line.refused("second", 9)
     now += 0.1
-    assert line.ahead_of("another") == 9, "the first has not asked for long"
+    line.refused("found room elsewhere", 5)
+    now += 0.1
+    assert [line.before(line.came_at(who)) for who in ("first", "second", "another")] == [[], [3], [3, 9]]
+    assert [line.came_at(who) for who in ("first", "another")] == [pytest.approx(0.1), now]
+    now = 0.4 + PATIENCE_S
+    line.refused("second", 9)
+    assert line.before(now) == [9], "the first has not asked for long"
     line.leave("second")
-    assert line.ahead_of("another") == 0
+    assert line.before(now) == []

@@ -134,6 +134,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             await self._prepare(call)
             if not (self.taking_one_token and request.sampling.max_tokens == 1):
                 self._check_not_refusing()
+            self._transfers.renounce(call.work)
             if request.prior:
                 self._engine.resume(call.work, call.prior)
             else:

@@ -259,6 +259,15 @@ class Books:
         return next(iter(self.waiting)).wanted_blocks if self.waiting else 0
 
     @property
+    def first_arrived(self) -> float:
+        """When the first that waits arrived; there must be one."""
+        return next(iter(self.waiting)).request.arrived
+
+    def blocks_wanted_before(self, when: float) -> int:
+        """Those `wanted_blocks` that are not for one who arrived since."""
+        return self.wanted_blocks if self.waiting and self.first_arrived < when else 0
+
+    @property
     def prefill_work(self) -> tuple[int, float]:
         """Tokens of prompts still to be computed, and what they attend to; of waiting ones, as they came."""
         work = [_work(len(seq.tokens), seq.num_scheduled) for seq in self.prompts]

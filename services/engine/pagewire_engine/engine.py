@@ -88,7 +88,8 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._stopping = False
-        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, lambda: self._books.wanted_blocks)
+        wanted = self._books.blocks_wanted_before
+        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, wanted)
 
     # ---------------------------------------------------------------- requests
 
@@ -303,8 +304,12 @@ class Engine:
         books = self._books
         running = Running(books.rows, books.rows.ready(books.landed), drafted, books.running, books.prompts)
         recheck = not books.running or self.counters.steps % _RECHECK == 0
-        pool = Pool(self.blocks.num_free, self.external.reserved, books.lookup, self.blocks.ref_count, recheck)
+        free, reserved = self.blocks.num_free, self.external.reserved
+        pool = Pool(free, reserved, books.lookup, self.blocks.ref_count, recheck, self._claimed_before)
         return decide(running, waiting, pool, self.config, self._prefill_limit())
+
+    def _claimed_before(self, seq: Sequence) -> int:
+        return sum(self.external.line.before(seq.request.arrived))
 
     def _prefill_limit(self) -> int | None:
         """Prompt tokens in a step with decoding sequences: whole blocks, at least one, so that prompts get on."""
@@ -380,13 +385,18 @@ class Engine:
         """Blocks that the first that waits lacks because they are promised to transfers.
 
         Where there would be too few without promises, too, those that it will lack when all has ended that runs here.
+        The first is who came first: a claim that the queue waits for, whose turn comes before the queue's.
         """
         with self._lock:
             wanted, reserved = self._books.wanted_blocks, self.external.reserved
+            if not wanted or not reserved:
+                return 0
+            claims = self.external.line.before(self._books.first_arrived)
+            wanted = claims[0] if claims else wanted
             free = self.blocks.num_free - len(self._books.running)  # as the scheduler has them
             if wanted > free:
                 free = self.blocks.num_blocks - self.external.num_held
-            return max(wanted - max(free - reserved, 0), 0) if reserved else 0
+            return max(wanted - max(free - reserved, 0), 0)
 
     def load(self) -> dict[str, float]:
         """The numbers of WorkerService.Stats that the engine knows."""
