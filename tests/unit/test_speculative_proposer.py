@@ -12,6 +12,7 @@ from pagewire_engine.batch import Batch
 from pagewire_engine.config import EngineConfig
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request, Sequence
+from pagewire_engine.speculative import ngram_proposer
 from pagewire_engine.speculative.config import SpeculativeConfig
 from pagewire_engine.speculative.draft_model import DraftModel
 from pagewire_engine.speculative.draft_proposer import DraftProposer
@@ -109,3 +110,10 @@ def test_no_more_is_proposed_than_can_be_said(max_tokens: int, drafts: int) -> N
 def test_no_more_is_proposed_than_fits_the_model() -> None:
     proposer = make_proposer("ngram")
     assert [len(draft) for draft in proposer.propose([make_target([1, 2] * 47)])] == [1]
+
+
+def test_a_long_prompt_is_indexed_over_several_steps_and_those_behind_it_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngram_proposer, "_INDEXED_PER_STEP", 8)
+    proposer, seqs = make_proposer("ngram"), [make_target([1, 2] * 10), make_target([3, 4] * 5)]
+    drafts = [[len(draft) for draft in proposer.propose(seqs)] for _ in range(4)]
+    assert drafts == [[0, 0], [0, 0], [4, 0], [4, 4]]
