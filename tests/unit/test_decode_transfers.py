@@ -383,25 +383,33 @@ async def test_no_more_promises_end_than_a_prompt_lacks_and_none_before_the_seco
     assert_empty(engine)
 
 
-async def test_promises_end_for_a_claim_that_a_prompt_here_waits_for(engine: Engine) -> None:
-    """The prompt alone would have room: it waits for the claim, and the claim for promises to other workers' queues."""
-    transfers, promised = Transfers(engine), os.urandom(16)
-    transfers.reserve(promised, PROMPT, ROOT, 1)
-    assert not engine.blocks_promised_away()
+async def test_a_claim_keeps_nothing_from_a_queue_with_a_prompt_that_another_worker_has_room_for(
+    engine: Engine,
+) -> None:
+    """Two workers that compute prompts for each other waited, each with what the other's prompts waited for."""
+    transfers, prompt = Transfers(engine), [7] * 200
+    engine.external.reserve(8)
     for _ in range(2):
         with pytest.raises(Overloaded):
-            transfers.reserve(os.urandom(16), [7] * 200, ROOT, 1)  # 14 of 16 blocks, and 5 are promised
-    waiting = Run([8] * 50, max_tokens=1)
-    engine.submit(waiting.request)
+            transfers.reserve(os.urandom(16), prompt, ROOT, 1)
+    here, sent = Run([8] * 50, max_tokens=1), Run([9] * 30, prefill_only=True)
+    for run in (here, sent):
+        engine.submit(run.request)
+    for _ in range(5):
+        engine.step()
+    assert here.events and sent.events
+    large = Run([10] * 250, prefill_only=True)
+    engine.submit(large.request)
     engine.step()
-    assert not waiting.events
-    assert engine.blocks_promised_away() == 3
-    transfers.end(promised, Cancelled("test"))
-    assert not engine.blocks_promised_away()
-    transfers.reserve(promised := os.urandom(16), [7] * 200, ROOT, 1)
-    transfers.end(promised, Cancelled("test"))
+    engine.cancel(sent.request)
+    engine.external.unreserve(8)
+    with pytest.raises(Overloaded, match="14 KV blocks wanted, 0 free"):
+        transfers.reserve(os.urandom(16), prompt, ROOT, 1)
+    engine.cancel(large.request)
     run_all(engine)
-    assert waiting.events
+    transfers.reserve(name := os.urandom(16), prompt, ROOT, 1)
+    transfers.end(name, Cancelled("test"))
+    assert_empty(engine)
 
 
 async def test_tokens_that_were_not_agreed_on_are_refused(engine: Engine) -> None:

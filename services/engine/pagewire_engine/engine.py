@@ -88,8 +88,7 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._stopping = False
-        wanted = self._books.blocks_wanted_before
-        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, wanted)
+        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, self._wanted_before)
 
     # ---------------------------------------------------------------- requests
 
@@ -309,7 +308,13 @@ class Engine:
         return decide(running, waiting, pool, self.config, self._prefill_limit())
 
     def _claimed_before(self, seq: Sequence) -> int:
-        return sum(self.external.line.before(seq.request.arrived))
+        """Blocks for those in the line who came before it."""
+        return 0 if self._books.num_promised else sum(self.external.line.before(seq.request.arrived))
+
+    def _wanted_before(self, when: float) -> int:
+        """Blocks for the first in the queue, if it came before."""
+        books = self._books
+        return books.wanted_blocks if books.num_promised or books.first_arrived < when else 0
 
     def _prefill_limit(self) -> int | None:
         """Prompt tokens in a step with decoding sequences: whole blocks, at least one, so that prompts get on."""
@@ -385,18 +390,13 @@ class Engine:
         """Blocks that the first that waits lacks because they are promised to transfers.
 
         Where there would be too few without promises, too, those that it will lack when all has ended that runs here.
-        The first is who came first: a claim that the queue waits for, whose turn comes before the queue's.
         """
         with self._lock:
             wanted, reserved = self._books.wanted_blocks, self.external.reserved
-            if not wanted or not reserved:
-                return 0
-            claims = self.external.line.before(self._books.first_arrived)
-            wanted = claims[0] if claims else wanted
             free = self.blocks.num_free - len(self._books.running)  # as the scheduler has them
             if wanted > free:
                 free = self.blocks.num_blocks - self.external.num_held
-            return max(wanted - max(free - reserved, 0), 0)
+            return max(wanted - max(free - reserved, 0), 0) if reserved else 0
 
     def load(self) -> dict[str, float]:
         """The numbers of WorkerService.Stats that the engine knows."""

@@ -3,6 +3,9 @@
 A prompt that is refused holds nothing, so one that needs much would never find it free beside a stream of small ones:
 within a router they go in order, but other routers know nothing of it, nor does the engine's own queue. So what those
 before it wait for is not there for who came later.
+
+In the engine's queue that holds for prompts that decode here. One for another worker has room there, which others wait
+for, perhaps for what this worker promises now: while there is one, the queue comes before the line.
 """
 
 from __future__ import annotations
