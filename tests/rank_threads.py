@@ -19,6 +19,7 @@ from pagewire_engine.models.part import Part
 from pagewire_engine.options import EngineOptions
 from pagewire_engine.parallel import messages
 from pagewire_engine.parallel.loading import load_rank
+from pagewire_engine.parallel.peers import key_store
 from pagewire_engine.parallel.pools import JoinedKVCache, Pool, RankPool
 from pagewire_engine.parallel.remote_pool import RemotePool, serve_pool
 from pagewire_engine.parallel.runner import ParallelRunner, work
@@ -90,7 +91,7 @@ def engine_of(
     make: Callable[[Part, RelayStore], RankRunner], tp: int, pp: int, chosen: EngineOptions, remote: bool = False
 ) -> Iterator[Engine]:
     """On the runners that `make` gives."""
-    parts, store = [Part.of(rank, tp, pp) for rank in range(tp * pp)], RelayStore(lambda key, value: None, 20.0)
+    parts, store = [Part.of(rank, tp, pp) for rank in range(tp * pp)], key_store(lambda key, value: None, tp * pp)
     with ThreadPoolExecutor(len(parts)) as pool:
         runners = list(pool.map(lambda part: make(part, store), parts))
     config = runners[0].config

@@ -23,10 +23,10 @@ from pagewire_core.errors import (
     Unavailable,
 )
 from pagewire_decode import transfers as module
-from pagewire_decode.line import PATIENCE_S, Line
 from pagewire_decode.servicer import DecodeServicer
 from pagewire_decode.transfers import Transfers
 from pagewire_engine.engine import Engine
+from pagewire_engine.line import PATIENCE_S, Line
 from pagewire_engine.metrics import StageMetrics
 from pagewire_transfer.receiver import ReceiveStats
 from prometheus_client import CollectorRegistry
@@ -118,6 +118,66 @@ async def test_who_asks_again_has_the_room_before_those_who_came_later(engine: E
     ask(large)
     ask([8] * 50)
     transfers.end_all(Cancelled("test"))
+    assert_empty(engine)
+
+
+async def test_a_large_prompt_for_a_transfer_does_not_starve_beside_prompts_that_are_computed_here(
+    engine: Engine,
+) -> None:
+    """Its claim was refused for as long as one of them took each block that became free."""
+    transfers, name = Transfers(engine), os.urandom(16)
+    engine.submit(Run(PROMPT, max_tokens=8).request)
+    engine.step()
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            transfers.reserve(name, [7] * 200, ROOT, 1)
+    later = Run([8] * 50, max_tokens=8)
+    engine.submit(later.request)
+    for _ in range(20):
+        engine.step()
+    assert not later.events, "there is room for it only where the larger one waits"
+    transfers.reserve(name, [7] * 200, ROOT, 1)
+    transfers.end(name, Cancelled("test"))
+    run_all(engine)
+    assert later.tokens()
+
+
+async def test_a_claim_keeps_nothing_from_prompts_that_came_before_it(engine: Engine) -> None:
+    """Each would have waited for what the other wanted."""
+    transfers, name = Transfers(engine), os.urandom(16)
+    running, waiting = Run(PROMPT, max_tokens=8), Run([8] * 190, max_tokens=8)
+    for run in (running, waiting):
+        engine.submit(run.request)
+        engine.step()
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            transfers.reserve(name, [7] * 100, ROOT, 1)
+    while not waiting.events:
+        assert engine.step()
+    run_all(engine)
+    transfers.reserve(name, [7] * 100, ROOT, 1)
+    transfers.end(name, Cancelled("test"))
+
+
+async def test_a_prompt_does_not_wait_for_its_own_claim_when_it_is_computed_here_after_all(engine: Engine) -> None:
+    transfers, prompt = Transfers(engine), [7] * 200
+    servicer = DecodeServicer(engine, transfers, StageMetrics(CollectorRegistry()), "life", "address")  # type: ignore[arg-type]
+    engine.external.reserve(8)
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            transfers.reserve(os.urandom(16), prompt, ROOT, 1)
+    engine.external.unreserve(8)
+    sampling = common_pb2.SamplingParams(max_tokens=1)
+    request = decode_pb2.DecodeRequest(
+        transfer_id=os.urandom(16), prompt_ids=prompt, cache_root=ROOT, sampling=sampling, local_prefill=True
+    )
+    responses: Any = servicer.Decode(request, None)  # type: ignore[arg-type]
+    call = asyncio.ensure_future(anext(responses))
+    await asyncio.sleep(0)
+    while engine.step():
+        pass
+    assert (await asyncio.wait_for(call, 5)).started.first_tokens
+    await responses.aclose()
     assert_empty(engine)
 
 
@@ -232,22 +292,46 @@ async def test_a_reservation_whose_call_compiles_its_grammar_does_not_end_with_i
         {"prior": [decode_pb2.PriorOutput(token_ids=[7, 1 << 20])]},
         {"sampling": common_pb2.SamplingParams(logit_bias={1 << 20: 1.0})},
         {"sampling": common_pb2.SamplingParams(logprobs=0, logprob_token_ids=[1 << 20])},
+        {"prior": [decode_pb2.PriorOutput(token_ids=[7] * 256)]},
+        {"prompt_ids": list(range(5, 95))},
+        {"prompt_ids": [*PROMPT[:-1], 4]},
+        {"n": 2},
+        {"cache_root": b"another tenant's root".ljust(32)},
     ],
-    ids=["prior", "logit_bias", "logprob_token_ids"],
+    ids=["prior", "logit_bias", "logprob_token_ids", "too long", "longer", "another", "more choices", "tenant"],
 )
 async def test_a_request_that_cannot_be_begun_keeps_no_pages_of_the_kv_that_came_for_it(
     engine: Engine, wrong: dict[str, Any]
 ) -> None:
-    """Tokens of no vocabulary were noticed when its pages were nobody's any more."""
+    """Tokens of no vocabulary were noticed when its pages were nobody's any more; a call for another prompt than its
+    reservation's had answers from KV that was not its own, which the prefix cache then gave to others.
+    """
     transfers, name = Transfers(engine), os.urandom(16)
     servicer = DecodeServicer(engine, transfers, StageMetrics(CollectorRegistry()), "life", "address")  # type: ignore[arg-type]
     transfers.reserve(name, PROMPT, ROOT, 1)
     await transfers.bind(name, 0, 50)
     await transfers.sealed(name, ReceiveStats(1, 1, 50, "grpc"), FIRST)
-    request = decode_pb2.DecodeRequest(transfer_id=name, prompt_ids=PROMPT, cache_root=ROOT, **wrong)
+    fields: dict[str, Any] = {"transfer_id": name, "prompt_ids": PROMPT, "cache_root": ROOT} | wrong
+    with pytest.raises((InvalidRequest, ContextLength)):
+        await anext(servicer.Decode(decode_pb2.DecodeRequest(**fields), None))  # type: ignore[arg-type, call-overload]
+    assert not len(transfers) and not engine.blocks.num_cached
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("how", ["start_transferred", "resume", "adopt"])
+def test_what_the_engine_refuses_gives_back_the_pages_that_come_with_it(engine: Engine, how: str) -> None:
+    wrong = [5, engine.config.vocab_size]
+    engine.external.pin_prefix(how, [], ROOT)
+    engine.external.bind(how, 2)
+    table = engine.external.unbind(how)
     with pytest.raises(InvalidRequest):
-        await anext(servicer.Decode(request, None))  # type: ignore[arg-type, call-overload]
-    transfers.end(name, Cancelled("test"))
+        match how:
+            case "start_transferred":
+                engine.start_transferred(Run(wrong).request, table, [])
+            case "resume":
+                engine.resume(Run([5, 6]).request, [[engine.config.vocab_size]], table)
+            case "adopt":
+                engine.adopt(wrong, ROOT, table)
     assert_empty(engine)
 
 
@@ -296,6 +380,35 @@ async def test_no_more_promises_end_than_a_prompt_lacks_and_none_before_the_seco
         await claimed[2].ready
     assert next(looks, None) is None and len(transfers) == 2
     transfers.end_all(Cancelled("test"))
+    assert_empty(engine)
+
+
+async def test_a_claim_keeps_nothing_from_a_queue_with_a_prompt_that_another_worker_has_room_for(
+    engine: Engine,
+) -> None:
+    """Two workers that compute prompts for each other waited, each with what the other's prompts waited for."""
+    transfers, prompt = Transfers(engine), [7] * 200
+    engine.external.reserve(8)
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            transfers.reserve(os.urandom(16), prompt, ROOT, 1)
+    here, sent = Run([8] * 50, max_tokens=1), Run([9] * 30, prefill_only=True)
+    for run in (here, sent):
+        engine.submit(run.request)
+    for _ in range(5):
+        engine.step()
+    assert here.events and sent.events
+    large = Run([10] * 250, prefill_only=True)
+    engine.submit(large.request)
+    engine.step()
+    engine.cancel(sent.request)
+    engine.external.unreserve(8)
+    with pytest.raises(Overloaded, match="14 KV blocks wanted, 0 free"):
+        transfers.reserve(os.urandom(16), prompt, ROOT, 1)
+    engine.cancel(large.request)
+    run_all(engine)
+    transfers.reserve(name := os.urandom(16), prompt, ROOT, 1)
+    transfers.end(name, Cancelled("test"))
     assert_empty(engine)
 
 
@@ -377,12 +490,15 @@ def test_a_place_in_the_line_is_kept_by_asking_again() -> None:
     now = 0.0
     line = Line(lambda: now)
     for who, blocks in (("first", 4), ("second", 8), ("first", 3), ("second", 9)):
+        now += 0.1
         line.refused(who, blocks)
-    line.refused("found room elsewhere", 5)
-    assert [line.ahead_of(who) for who in ("first", "second", "another")] == [0, 3, 12]
-    now = PATIENCE_S
-    line.refused("second", 9)
     now += 0.1
-    assert line.ahead_of("another") == 9, "the first has not asked for long"
+    line.refused("found room elsewhere", 5)
+    now += 0.1
+    assert [line.before(line.came_at(who)) for who in ("first", "second", "another")] == [[], [3], [3, 9]]
+    assert [line.came_at(who) for who in ("first", "another")] == [pytest.approx(0.1), now]
+    now = 0.4 + PATIENCE_S
+    line.refused("second", 9)
+    assert line.before(now) == [9], "the first has not asked for long"
     line.leave("second")
-    assert line.ahead_of("another") == 0
+    assert line.before(now) == []

@@ -122,6 +122,8 @@ def test_administrators_are_shown_flags_without_secrets() -> None:
         "false",
         "0,2,3",
     )
+    typed = ["--redis-url=rediss://h:1?password=p@ss&db=3"]
+    assert shown_flags(_parser().parse_args(typed), ("redis-url",)) == {"redis-url": "rediss://h:1?password=***&db=3"}
     assert shown["enable-chunked-prefill"] == "true" and shown["block-size"] == "16", "defaults, too"
     assert "api-key" not in shown and "tokenizer" not in shown
 

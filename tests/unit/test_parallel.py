@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+import torch
 from engines import Run, make_engine, run_all
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from pagewire_core.grammar import Vocabulary
 from pagewire_engine.constraint import Constraints
 from pagewire_engine.engine import Engine
 from pagewire_engine.models.part import Part
+from pagewire_engine.parallel.peers import GroupPeers, key_store
 from pagewire_engine.speculative.config import SpeculativeConfig
 from pagewire_engine.speculative.ngram_proposer import NgramProposer
 from pagewire_engine.speculative.policy import Policy, Rates
@@ -107,6 +110,26 @@ def test_drafts_and_grammars_are_every_ranks(tmp_path: Path) -> None:
         run_all(speculating, *together)
         assert speculating.counters.accepted_tokens > 0
     assert [(run.tokens(), run.logprobs()) for run in together] == [(run.tokens(), run.logprobs()) for run in alone]
+
+
+def test_groups_of_many_ranks_come_up() -> None:
+    """The keys of nine ranks were more than two peers of a transfer may set, and the worker did not start."""
+    store = key_store(lambda key, value: None, 9)
+
+    def gathered(part: Part) -> list[float]:
+        mine = torch.full((1, 1), float(part.index))
+        peers = GroupPeers(part, store, mine.device)
+        passed = torch.full((1, 1), -1.0)
+        if not part.is_first:
+            peers.receive(passed)
+        if not part.is_last:
+            peers.send(mine)
+        return [*peers.gather(mine, [1] * part.ranks)[0].tolist(), passed.item()]
+
+    with ThreadPoolExecutor(9) as pool:
+        told = list(pool.map(gathered, [Part.of(index, 3, 3) for index in range(9)]))
+    assert told[:3] == [[0.0, 1.0, 2.0, -1.0]] * 3
+    assert told[7] == [6.0, 7.0, 8.0, 4.0]
 
 
 @given(total=st.integers(1, 4000), ranks=st.integers(1, 8), unit=st.sampled_from([16, 32]))

@@ -173,6 +173,87 @@ def test_equal_prompts_are_computed_once(llama: Path) -> None:
     assert_empty(model, first, second)
 
 
+def hashed(num_blocks: int = 100, **limits: Any) -> tuple[DraftModel, HashRunner]:
+    """A draft model whose steps can be looked at."""
+    options = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 400} | limits
+    runner = HashRunner(num_blocks, 16)
+    return DraftModel(runner, EngineConfig(block_size=16, num_blocks=num_blocks, **options)), runner
+
+
+def computed(runner: HashRunner) -> list[int]:
+    """Tokens that each sequence computed in the first step since it was last asked."""
+    counts = [count for _, count in runner.batches[0].scheduled]
+    runner.batches.clear()
+    return counts
+
+
+def test_what_came_true_is_not_computed_again() -> None:
+    """Of four drafts the last one's KV is missing, as nothing came after it."""
+    model, runner = hashed()
+    seq = make_target(20)
+    [draft] = model.draft([(seq, 4)])
+    assert computed(runner) == [20]
+    seq.tokens += [*draft, 7]
+    [draft] = model.draft([(seq, 4)])
+    assert computed(runner) == [2]
+    seq.tokens += [*draft[:2], draft[2] + 1]
+    model.draft([(seq, 1)])
+    assert computed(runner) == [1]
+    assert_empty(model, seq)
+
+
+@pytest.mark.parametrize(("length", "cached"), [(64, 48), (65, 64)])
+def test_a_cached_prompt_still_gives_drafts(length: int, cached: int) -> None:
+    """At least its last token is computed."""
+    model, runner = hashed()
+    first, second = make_target(length), make_target(length)
+    [draft] = model.draft([(first, 3)])
+    model.cache.settle(first)  # what it has computed becomes findable
+    runner.batches.clear()
+    assert model.draft([(second, 3)]) == [draft]
+    assert computed(runner) == [length - cached]
+    assert_empty(model, first, second)
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    model, runner = hashed(enable_prefix_caching=False)
+    seqs = [make_target(64) for _ in range(2)]
+    for seq in seqs:
+        model.draft([(seq, 1)])
+        model.cache.settle(seq)
+        assert computed(runner) == [64]
+    assert_empty(model, *seqs)
+
+
+def test_a_step_takes_no_more_tokens_and_sequences_than_the_model_may_compute() -> None:
+    model, runner = hashed(max_num_batched_tokens=50)
+    seqs = [make_target(10, i) for i in range(10)]
+    assert [len(draft) for draft in model.draft([(seq, 2) for seq in seqs])] == [2] * 5 + [0] * 5
+    assert computed(runner) == [10] * 5
+    for _ in range(2):
+        drafts = model.draft([(seq, 2) for seq in seqs])
+    assert [len(draft) for draft in drafts] == [2] * 8 + [0] * 2, "the first eight, in whatever steps"
+    assert_empty(model, *seqs)
+
+
+def test_all_prompts_together_are_caught_up_with_no_faster_than_one() -> None:
+    model, runner = hashed()
+    long, longer, short = make_target(300, 1), make_target(310, 2), make_target(16, 3)
+    drafts = model.draft([(long, 2), (longer, 2), (short, 2)])
+    assert sorted(computed(runner)) == [16, 256] and [len(draft) for draft in drafts] == [0, 0, 2]
+    drafts = model.draft([(long, 2), (longer, 2)])
+    assert sorted(computed(runner)) == [44, 212] and [len(draft) for draft in drafts] == [2, 0]
+    assert_empty(model, long, longer, short)
+
+
+def test_nothing_is_computed_of_a_sequence_that_is_too_long_for_the_model() -> None:
+    model, runner = hashed(max_model_len=32)
+    seq = make_target(40)
+    assert model.draft([(seq, 3)]) == [[]]
+    assert not runner.batches
+    assert_empty(model, seq)
+
+
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_what_are_no_numbers_give_no_token_and_disturb_nobody(overlaps: bool, tmp_path: Path) -> None:
     """What such logits give is no token, and none of the embeddings lies before the first."""

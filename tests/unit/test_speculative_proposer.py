@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence as Seq
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +13,10 @@ from hash_model import HashRunner
 from pagewire_core.block_hash import PageKeys
 from pagewire_engine.batch import Batch
 from pagewire_engine.config import EngineConfig
+from pagewire_engine.sampler import NO_TOKEN
 from pagewire_engine.sampling_params import SamplingParams
 from pagewire_engine.sequence import Request, Sequence
+from pagewire_engine.speculative import ngram_proposer
 from pagewire_engine.speculative.config import SpeculativeConfig
 from pagewire_engine.speculative.draft_model import DraftModel
 from pagewire_engine.speculative.draft_proposer import DraftProposer
@@ -109,3 +114,72 @@ def test_no_more_is_proposed_than_can_be_said(max_tokens: int, drafts: int) -> N
 def test_no_more_is_proposed_than_fits_the_model() -> None:
     proposer = make_proposer("ngram")
     assert [len(draft) for draft in proposer.propose([make_target([1, 2] * 47)])] == [1]
+
+
+def test_a_long_prompt_is_indexed_over_several_steps_and_those_behind_it_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngram_proposer, "_INDEXED_PER_STEP", 8)
+    proposer, seqs = make_proposer("ngram"), [make_target([1, 2] * 10), make_target([3, 4] * 5)]
+    drafts = [[len(draft) for draft in proposer.propose(seqs)] for _ in range(4)]
+    assert drafts == [[0, 0], [0, 0], [4, 0], [4, 4]]
+
+
+class Scripted:
+    """A draft model that says what it is told to, to as many as ask."""
+
+    def __init__(self, *said: list[list[int]] | Exception) -> None:
+        self.said, self.asked = list(said), list[list[Sequence]]()
+        self.dropped: list[Sequence] = []
+        self.cache: Any = SimpleNamespace(drop=self.dropped.append)
+
+    def draft(self, wanted: Seq[tuple[Sequence, int]]) -> list[list[int]]:
+        self.asked.append([seq for seq, _ in wanted])
+        said = self.said.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        time.sleep(0.01)
+        return said
+
+
+def scripted(*said: list[list[int]] | Exception) -> tuple[DraftProposer, Scripted]:
+    model: Any = Scripted(*said)
+    proposer = DraftProposer(SpeculativeConfig("draft_model", 4), LIMITS.max_model_len, model)
+    proposer.policy = Always()
+    return proposer, model
+
+
+@pytest.mark.parametrize("failure", [[[5, NO_TOKEN], [8, 9]], RuntimeError("a bug")])
+def test_a_sequence_for_which_drafting_failed_is_not_drafted_for_again(failure: Any) -> None:
+    """The next draft would fail of the same; its pages are of no use."""
+    proposer, model = scripted(failure, [[7]])
+    seqs = [make_target([1, 2]), make_target([3, 4])]
+    failed = seqs[:1] if isinstance(failure, list) else seqs
+    assert proposer.propose(seqs) == ([[], [8, 9]] if isinstance(failure, list) else [[], []])
+    assert model.dropped == failed
+    proposer.propose(seqs)
+    assert model.asked[1:] == ([seqs[1:]] if isinstance(failure, list) else [])
+    for seq in seqs:
+        proposer.ended(seq)
+    assert not proposer._failed, "a set of what has long ended"
+
+
+def test_the_time_that_drafting_takes_counts_by_its_longest_draft() -> None:
+    proposer, _ = scripted([[7], [8, 9, 10]], [[], []])
+    took: list[tuple[int, int, float]] = []
+    proposer.policy.times.add_drafting = lambda *args: took.append(args)  # type: ignore[method-assign, assignment]
+    seqs = [make_target([1, 2]), make_target([3, 4])]
+    proposer.propose(seqs)
+    [(num_sequences, longest, milliseconds)] = took
+    assert (num_sequences, longest) == (2, 3) and 10 <= milliseconds < 5000
+    proposer.propose(seqs)
+    assert len(took) == 1, "nothing was drafted"
+
+
+def test_drafts_that_come_true_are_expected_to_again() -> None:
+    proposer, _ = scripted([[7, 8, 9], [7, 8, 9]], [[5], [5]])
+    right, wrong = make_target([1, 2]), make_target([3, 4])
+    proposer.propose([right, wrong])
+    rate = proposer._predictions[right].rate
+    right.tokens += [7, 8, 9, 10]
+    wrong.tokens += [1]
+    proposer.propose([right, wrong])
+    assert proposer._predictions[right].rate > rate > proposer._predictions[wrong].rate

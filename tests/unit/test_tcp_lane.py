@@ -234,6 +234,19 @@ def test_a_stranger_in_the_receivers_place_gets_no_chunk(monkeypatch: pytest.Mon
             assert len(_exactly(caller, 1000)) == PROOF
 
 
+def test_a_receiver_whose_key_is_none_is_not_called() -> None:
+    store = RelayStore(lambda key, value: None, TIMEOUT_S)
+    store.receive("epoch-1/key", b"short")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        store.receive("epoch-1/address", f"127.0.0.1 {listener.getsockname()[1]}".encode())
+        store.receive("epoch-1/accepted", b"yes")
+        with pytest.raises(Unavailable, match="the peer's key has 5 bytes, not 32"):
+            open_lane("tcp", store, 0, "127.0.0.1", 1, TIMEOUT_S)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
 def test_shared_memory_is_closed_to_other_users() -> None:
     """A peer on the same host opens it through /proc, which the kernel allows to processes of the same user alone."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 import torch
 from kv_endpoints import FIRST, LAYOUT, Ends, ends, lane_threads, random_kv, until
 from pagewire_core.errors import Cancelled, DeadlineExceeded, Unavailable
 from pagewire_transfer import lane_thread
+from pagewire_transfer.group_lanes import PREFILL_RANK
 from pagewire_transfer.lanes import Lane, open_lane
+from pagewire_transfer.relay_store import RelayStore
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
@@ -148,3 +151,19 @@ async def test_a_peer_that_is_lost_before_anything_arrived_says_nothing_of_the_l
 async def test_workers_that_share_a_gpu_share_memory() -> None:
     async with ends("nccl,shm,gloo,grpc", gpu="GPU-1") as both:
         assert await moved(both) == "shm"
+
+
+async def test_what_nobody_foresaw_while_a_lane_opens_is_as_if_it_did_not_come_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pair stayed as it was: every later prompt for that peer had the same error, and a thread was lost."""
+
+    def stumble(name: str, store: RelayStore, rank: int, *rest: Any) -> Lane:
+        if name == "shm" and rank == PREFILL_RANK:
+            raise OverflowError("a port that is none")
+        return open_lane(name, store, rank, *rest)
+
+    monkeypatch.setattr(lane_thread, "open_lane", stumble)
+    async with ends("shm,grpc") as both:
+        assert await moved(both) == "grpc"
+        await until(lambda: both.metric("pairs") == 2)

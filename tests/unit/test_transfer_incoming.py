@@ -81,6 +81,58 @@ def test_a_plan_covers_every_cell_once_within_the_limit(
     assert seen == cells(ChunkRange((0, layers), (begin, end)))
 
 
+def taken(plan: ChunkPlan) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(layers, tokens) of the chunks that can be taken now."""
+    parts = []
+    while plan.has_next:
+        part = plan.take()
+        parts.append((part.layers, part.tokens))
+    return parts
+
+
+TOKEN = token_bytes(LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("limit", "chunks"),
+    [
+        (1000 * TOKEN, [((0, 3), (100, 110))]),
+        (29 * TOKEN, [((0, 2), (100, 110)), ((2, 3), (100, 110))]),
+        (10 * TOKEN, [((layer, layer + 1), (100, 110)) for layer in range(3)]),
+        (9 * TOKEN, [((layer, layer + 1), part) for layer in range(3) for part in ((100, 105), (105, 110))]),
+        (4 * TOKEN, [((n, n + 1), part) for n in range(3) for part in ((100, 104), (104, 108), (108, 110))]),
+    ],
+)
+def test_chunks_are_as_many_whole_layers_as_fit_or_equal_parts_of_one(
+    limit: int, chunks: list[tuple[tuple[int, int], tuple[int, int]]]
+) -> None:
+    """Wherever in the prompt they lie: it is what they span that counts."""
+    plan = ChunkPlan(LAYOUT, (100, 110), limit)
+    plan.extend(110)
+    assert taken(plan) == chunks and plan.done
+
+
+def test_layers_go_ahead_of_their_step_once_they_are_worth_a_chunk() -> None:
+    """Each chunk costs its time; what is final goes in any case."""
+    plan = ChunkPlan(LAYOUT, (100, 110), 1000 * TOKEN, least_bytes=16 * TOKEN)
+    plan.extend(100, (108, 1))
+    assert not plan.has_next
+    plan.extend(100, (108, 2))  # sixteen tokens' worth of a layer
+    assert taken(plan) == [((0, 2), (100, 108))]
+    plan.extend(100, (108, 1))  # going back is ignored
+    assert not plan.has_next
+    plan.extend(108)
+    assert taken(plan) == [((2, 3), (100, 108))]
+    plan.extend(110)
+    assert taken(plan) == [((0, 3), (108, 110))]
+
+
+def test_layers_that_fill_a_chunk_do_not_wait_for_more() -> None:
+    plan = ChunkPlan(LAYOUT, (0, 8), 8 * TOKEN, least_bytes=100 * TOKEN)
+    plan.extend(0, (8, 1))
+    assert taken(plan) == [((0, 1), (0, 8))]
+
+
 Part = st.builds(
     lambda l0, l1, t0, t1: ChunkRange((l0, l1), (t0, t1)),
     st.integers(0, 4), st.integers(0, 4), st.integers(0, 7), st.integers(0, 7),
@@ -123,6 +175,20 @@ def test_no_order_of_events_seals_what_is_not_there_exactly_once(events: list[tu
                 return
     except PagewireError:
         return  # failed closed
+
+
+def test_a_chunk_that_is_sent_again_has_the_size_it_had() -> None:
+    """More bytes than there is room for would come over the lane, or fewer, and the next chunk's be taken for its."""
+    chunk = chunk_of(ChunkRange((0, 3), (1, 6)), 0)
+    for change in (-1, 1):
+        incoming = Incoming(LAYOUT, (1, 6), window=3)
+        incoming.announce(chunk)
+        incoming.damaged(0)
+        again = kv.Chunk()
+        again.CopyFrom(chunk)
+        again.num_bytes += change
+        with pytest.raises(Incompatible, match="another range or size"):
+            incoming.announce(again)
 
 
 def partition(data: st.DataObject, offer: ChunkRange) -> list[ChunkRange]:

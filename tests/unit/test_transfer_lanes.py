@@ -15,10 +15,11 @@ import pytest
 import torch
 from kv_endpoints import identity
 from pagewire_core.errors import Incompatible, StartupError, Unavailable
-from pagewire_transfer.lanes import GrpcLane, Lane, available_lanes, gpu_id, open_lane
+from pagewire_transfer.lanes import GrpcLane, Lane, available_lanes, gpu_id, named_lanes, offered, open_lane
 from pagewire_transfer.relay_store import RelayStore
 from pagewire_transfer.shm_lane import _SIZE, ShmLane
 from pagewire_transfer.wire import MAX_CHUNK_BYTES
+from structlog.testing import capture_logs
 
 
 def test_auto_is_what_works_here_best_first() -> None:
@@ -43,8 +44,38 @@ def test_a_lane_that_cannot_work_here_is_refused_not_ignored() -> None:
 def test_with_tls_auto_is_what_no_stranger_can_read_or_write() -> None:
     assert available_lanes("auto", "cpu", encrypted=True) == ["shm", "tcp", "grpc"]
     assert available_lanes("gloo", "cpu", encrypted=True) == ["gloo"]  # who names it knows the network
+    assert available_lanes("tcp", "cpu", encrypted=True) == ["tcp"]
     with pytest.raises(StartupError, match="tcp needs --tls-cert"):
         available_lanes("tcp", "cpu")
+
+
+@pytest.mark.parametrize(("encrypted", "warned"), [(True, ["gloo"]), (False, [])])
+def test_with_tls_a_lane_that_strangers_can_read_or_write_is_warned_of(encrypted: bool, warned: list[str]) -> None:
+    with capture_logs() as logs:
+        assert available_lanes("gloo,grpc", "cpu", encrypted) == ["gloo", "grpc"]
+    assert [line["lane"] for line in logs if line["log_level"] == "warning"] == warned
+
+
+def test_the_flag_is_read_before_the_device_is_known() -> None:
+    """What works nowhere is told before the model is loaded."""
+    assert named_lanes("auto", False) == [] and named_lanes("nccl, tcp", True) == ["nccl", "tcp"]
+    with pytest.raises(StartupError, match="tcp needs --tls-cert"):
+        named_lanes("nccl,tcp", False)
+
+
+def test_nccl_is_for_a_gpu_that_torch_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["torch.cuda.is_available", "torch.distributed.is_nccl_available"]
+    for missing in (None, *parts):
+        for part in parts:
+            monkeypatch.setattr(part, lambda is_there=part != missing: is_there)
+        assert ("nccl" in available_lanes("auto", "cuda:0")) is (missing is None)
+        assert "nccl" not in available_lanes("auto", "cpu")
+
+
+def test_a_lane_that_works_between_any_two_workers_says_nothing_of_where_it_is() -> None:
+    """Workers of other versions compare what is said."""
+    assert [offered(lane, "GPU-1") for lane in ("nccl", "gloo", "tcp", "grpc")] == ["nccl:GPU-1", "gloo", "tcp", "grpc"]
+    assert offered("nccl", "") == "nccl" and offered("shm", "").startswith("shm:")
 
 
 def relayed(timeout_s: float = 20.0) -> tuple[RelayStore, RelayStore]:

@@ -37,7 +37,7 @@ like max-num-seqs: 64). The command line wins, then the environment, then the fi
 
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _SECRET = frozenset({"api-key"})
-_PASSWORD = re.compile(r"://[^/]*@")
+_PASSWORD = re.compile(r"(://)[^/?]*(?=@)|([?&]password=)[^&]*")  # redis-py takes either
 _LONG_CHOICES = 40  # characters; beyond it they go into the text
 _METAVARS: dict[Callable[[str], Any], str] = {
     positive: "N",
@@ -218,7 +218,7 @@ def shown_flags(values: argparse.Namespace, names: Sequence[str]) -> dict[str, s
     for word in to_command_line(values, [name for name in names if name not in _SECRET]):
         name, has_value, value = word.removeprefix("--").partition("=")
         if has_value:
-            shown[name] = _PASSWORD.sub("://***@", value)
+            shown[name] = _PASSWORD.sub(r"\1\2***", value)
         else:
             shown[name.removeprefix("no-")] = str(not name.startswith("no-")).lower()
     return shown

@@ -11,7 +11,7 @@ from pagewire.v1 import decode_pb2, decode_pb2_grpc
 from pagewire_core import faults, tracing
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_core.feed import Feeds
-from pagewire_engine.constraint import Constraints, Matchings, matchings_of
+from pagewire_engine.constraint import Constraints, matchings_of
 from pagewire_engine.engine import Engine
 from pagewire_engine.events import Failed
 from pagewire_engine.metrics import StageMetrics
@@ -93,11 +93,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         if len(request.transfer_id) != 16:
             raise InvalidRequest("transfer_id must be 16 bytes")
-        if request.prior:
-            self._check_prior(request)
         feed = self._feeds.get(request.feed_id)
         call = Call(request, feed)
-        self._engine.check_params(call.work.params)  # while the KV that came for it is still the transfer's
         with contextlib.ExitStack() as held:
             span = held.enter_context(tracing.begin(_SPAN, {"gen_ai.request.id": request.request_id}))
             if feed:
@@ -134,9 +131,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Puts the request into the engine, once its prompt's KV is here."""
         request = call.request
         if request.local_prefill:
-            call.work.matchings = await self._matchings(call)
+            await self._prepare(call)
             if not (self.taking_one_token and request.sampling.max_tokens == 1):
                 self._check_not_refusing()
+            self._transfers.renounce(call.work)
             if request.prior:
                 self._engine.resume(call.work, call.prior)
             else:
@@ -144,7 +142,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             return
         transfer = self._transfers.claim(request.transfer_id)
         try:
-            call.work.matchings = await self._matchings(call)  # may take longer than a lease
+            if not transfer.is_for(call.work):
+                raise InvalidRequest("this is not what the reservation was made for")
+            await self._prepare(call)  # may take longer than a lease
             with transferring():
                 received, first = await transfer.ready
         except BaseException:
@@ -161,6 +161,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             return
         self._engine.start_transferred(call.work, block_table, [from_proto(t, with_logprob) for t in first])
 
-    async def _matchings(self, call: Call) -> Matchings | None:
+    async def _prepare(self, call: Call) -> None:
+        """Refuses what could not be resumed, and makes the grammar that the output follows."""
         request = call.request
-        return await matchings_of(self._constraints, request.sampling, request.cache_root, call.prior)
+        if request.prior:
+            self._check_prior(request)
+        call.work.matchings = await matchings_of(self._constraints, request.sampling, request.cache_root, call.prior)

@@ -15,7 +15,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -24,9 +24,8 @@ from pagewire.v1 import common_pb2
 from pagewire_core import faults
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, PagewireError, Unavailable, from_proto
 from pagewire_engine.engine import Engine
+from pagewire_engine.sequence import Request
 from pagewire_transfer.receiver import ReceiveStats
-
-from pagewire_decode.line import Line
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +41,7 @@ class Transfer:
 
     transfer_id: bytes
     prompt: list[int]
+    cache_root: bytes
     local_tokens: int
     credits: int
     n: int
@@ -50,6 +50,10 @@ class Transfer:
     block_table: list[int] = field(default_factory=list)
     valid: bool = False  # pages are bound and may be written
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_for(self, request: Request) -> bool:
+        """Whether the KV in its pages is that of the request's prompt, and may be known to its tenant."""
+        return (self.prompt, self.cache_root, self.n) == (request.prompt, request.cache_root, request.n)
 
 
 class Transfers:
@@ -60,7 +64,6 @@ class Transfers:
         self._transfers: dict[bytes, Transfer] = {}
         self._tombstones: dict[bytes, tuple[float, common_pb2.Error]] = {}  # until when, and why it ended
         self._look: asyncio.TimerHandle | None = None
-        self._line = Line()
         self.abort_peer: Callable[[bytes, PagewireError], None] = lambda transfer_id, error: None
 
     def __len__(self) -> int:
@@ -80,22 +83,22 @@ class Transfers:
         # Every choice may soon need a block of its own: for its next token, or a copy of the shared last one.
         pinned = local_tokens // config.block_size
         credits = min(config.blocks_for(len(prompt)) + n, config.num_blocks) - pinned
-        asking = hash((cache_root, n, tuple(prompt)))
         try:
-            self._engine.external.reserve(credits, self._line.ahead_of(asking))
+            self._engine.external.reserve(credits, _claimant(prompt, cache_root, n) if n else None)
         except PagewireError:
             self._engine.external.free(transfer_id)
-            if n:
-                self._line.refused(asking, credits)
             raise
-        self._line.leave(asking)
         loop = asyncio.get_running_loop()
-        transfer = Transfer(transfer_id, prompt, local_tokens, credits, n, loop.create_future())
+        transfer = Transfer(transfer_id, prompt, cache_root, local_tokens, credits, n, loop.create_future())
         transfer.lease = loop.call_later(LEASE_S, self.end, transfer_id, Cancelled("the reservation's lease ended"))
         self._transfers[transfer_id] = transfer
         if self._look is None:
             self._look_later(found=False)
         return transfer
+
+    def renounce(self, request: Request) -> None:
+        """Its prompt is computed here: it must not wait for what it has claimed for a transfer."""
+        self._engine.external.renounce(_claimant(request.prompt, request.cache_root, request.n))
 
     def claim(self, transfer_id: bytes) -> Transfer:
         """The reserved transfer, which now lives as long as the caller wants it."""
@@ -213,3 +216,7 @@ class Transfers:
     def failed(self, transfer_id: bytes, error: PagewireError) -> None:
         log.warning("transfer failed", transfer_id=transfer_id.hex(), error=error.message)
         self.end(transfer_id, error)
+
+
+def _claimant(prompt: Sequence[int], cache_root: bytes, n: int) -> Hashable:
+    return hash((cache_root, n, tuple(prompt)))

@@ -10,6 +10,7 @@ reads or writes are not given back before it has landed.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -46,6 +47,7 @@ class Books:
         self.seats = Seats(config.max_num_seqs, config.blocks_for(config.max_model_len))
         self.launched = self.landed = 0
         self._late: deque[tuple[int, int]] = deque()  # (step, block): references to give back when it has landed
+        self.num_promised = 0  # of the waiting prompts, those that another worker keeps room for
         self._waiting_work = (0, 0.0)  # of the waiting sequences
 
     # ---------------------------------------------------------------- coming
@@ -238,6 +240,7 @@ class Books:
         self._count_waiting(seq, -1)
 
     def _count_waiting(self, seq: Sequence, sign: int) -> None:
+        self.num_promised += sign * seq.request.prefill_only
         tokens, attended = _work(len(seq.tokens), seq.expected_hit)
         self._waiting_work = (self._waiting_work[0] + sign * tokens, self._waiting_work[1] + sign * attended)
 
@@ -257,6 +260,11 @@ class Books:
     def wanted_blocks(self) -> int:
         """Free blocks that the first that waits will take, if it found too few; else 0."""
         return next(iter(self.waiting)).wanted_blocks if self.waiting else 0
+
+    @property
+    def first_arrived(self) -> float:
+        """When the first that waits arrived."""
+        return next(iter(self.waiting)).request.arrived if self.waiting else math.inf
 
     @property
     def prefill_work(self) -> tuple[int, float]:

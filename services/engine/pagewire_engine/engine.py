@@ -11,10 +11,11 @@ the assumption that no sequence ends with them; a sequence that did end has comp
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -87,7 +88,7 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._stopping = False
-        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, lambda: self._books.wanted_blocks)
+        self.external = ExternalBlocks(self.blocks, config, self._lock, self._wake, self._wanted_before)
 
     # ---------------------------------------------------------------- requests
 
@@ -108,6 +109,16 @@ class Engine:
         if self.config.enable_prefix_caching:
             keys.extend(tokens, len(tokens))
         return Sequence(request, choice, tokens, len(request.prompt), keys, num_computed)
+
+    @contextlib.contextmanager
+    def _released_if_refused(self, block_table: Seq[int]) -> Iterator[None]:
+        try:
+            yield
+        except PagewireError:
+            with self._lock:
+                self.blocks.release(block_table)
+                self._wake.notify()
+            raise
 
     def check_ids(self, ids: Collection[int]) -> None:
         """Raises InvalidRequest for ids that are no tokens: a row of the embeddings that is not there."""
@@ -132,9 +143,13 @@ class Engine:
             raise ContextLength(f"n={n} is more than --max-num-seqs {self.config.max_num_seqs}", "n")
 
     def start_transferred(self, request: Request, block_table: Seq[int], first: Seq[Sampled]) -> None:
-        """Starts decoding a prompt whose KV is already in `block_table`; the references pass to the engine."""
+        """Starts decoding a prompt whose KV is already in `block_table`.
+
+        The references pass to the engine, which gives them back if it refuses the request.
+        """
         outbox: Outbox = []
-        prompt = self._sequence(request, num_computed=len(request.prompt))
+        with self._released_if_refused(block_table):
+            prompt = self._sequence(request, num_computed=len(request.prompt))
         with self._lock:
             prompt.block_table = list(block_table)
             request.sequences = [prompt]
@@ -149,11 +164,12 @@ class Engine:
     def resume(self, request: Request, prior: Seq[Seq[int] | None], block_table: Seq[int] = ()) -> None:
         """Goes on after the output that each choice already has; None: it has ended.
 
-        block_table: the prompt's KV, if it is here; the references pass to the engine, whose prefix cache
-        has it for the choices. What else they need is computed, as after a preemption.
+        block_table: the prompt's KV, if it is here; the references pass to the engine, refused or not, whose prefix
+        cache has it for the choices. What else they need is computed, as after a preemption.
         """
-        choices = [self._sequence(request, i, output) for i, output in enumerate(prior) if output is not None]
-        prompt = self._sequence(request, num_computed=len(request.prompt))
+        with self._released_if_refused(block_table):
+            choices = [self._sequence(request, i, output) for i, output in enumerate(prior) if output is not None]
+            prompt = self._sequence(request, num_computed=len(request.prompt))
         with self._lock:
             request.sequences, request.forked = choices, True
             if block_table:
@@ -166,9 +182,10 @@ class Engine:
             self._wake.notify()
 
     def adopt(self, prompt: Seq[int], cache_root: bytes, block_table: Seq[int]) -> None:
-        """The prefix cache gets a prompt whose KV is in `block_table`, whose references pass to the engine."""
+        """The prefix cache gets a prompt whose KV is in `block_table`; the references pass as in `resume`."""
         request = Request("", list(prompt), cache_root, SamplingParams(), 1, lambda event: None)
-        seq = self._sequence(request, num_computed=len(prompt))
+        with self._released_if_refused(block_table):
+            seq = self._sequence(request, num_computed=len(prompt))
         with self._lock:
             seq.block_table = list(block_table)
             self._books.register(seq)
@@ -286,8 +303,18 @@ class Engine:
         books = self._books
         running = Running(books.rows, books.rows.ready(books.landed), drafted, books.running, books.prompts)
         recheck = not books.running or self.counters.steps % _RECHECK == 0
-        pool = Pool(self.blocks.num_free, self.external.reserved, books.lookup, self.blocks.ref_count, recheck)
+        free, reserved = self.blocks.num_free, self.external.reserved
+        pool = Pool(free, reserved, books.lookup, self.blocks.ref_count, recheck, self._claimed_before)
         return decide(running, waiting, pool, self.config, self._prefill_limit())
+
+    def _claimed_before(self, seq: Sequence) -> int:
+        """Blocks for those in the line who came before it."""
+        return 0 if self._books.num_promised else sum(self.external.line.before(seq.request.arrived))
+
+    def _wanted_before(self, when: float) -> int:
+        """Blocks for the first in the queue, if it came before."""
+        books = self._books
+        return books.wanted_blocks if books.num_promised or books.first_arrived < when else 0
 
     def _prefill_limit(self) -> int | None:
         """Prompt tokens in a step with decoding sequences: whole blocks, at least one, so that prompts get on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 
 from pagewire_core.block_hash import PageKeys
@@ -11,13 +11,15 @@ from pagewire_core.errors import InvalidRequest, Overloaded
 
 from pagewire_engine.block_manager import BlockManager, OutOfBlocks
 from pagewire_engine.config import EngineConfig
+from pagewire_engine.line import Line
 
 
 class ExternalBlocks:
     """Part of the engine's books, under the engine's lock; any thread may call.
 
-    reserved: blocks that are promised and not yet bound. wake: notified when something is given back. wanted: how
-    many free blocks the engine's own first in the queue waits for.
+    reserved: blocks that are promised and not yet bound. line: those who are to be promised some as soon as can be.
+    wake: notified when something is given back. wanted: how many free blocks the engine's own first in the queue waits
+    for, if it came before a point in time.
     """
 
     def __init__(
@@ -26,11 +28,12 @@ class ExternalBlocks:
         config: EngineConfig,
         lock: threading.RLock,
         wake: threading.Condition,
-        wanted: Callable[[], int],
+        wanted: Callable[[float], int],
     ) -> None:
         self._blocks, self._config, self._lock, self._wake, self._wanted = blocks, config, lock, wake, wanted
         self._held: dict[object, list[int]] = {}  # by owner
         self.reserved = 0
+        self.line = Line()
 
     @property
     def tables(self) -> list[list[int]]:
@@ -57,17 +60,28 @@ class ExternalBlocks:
             self._held[owner] = blocks
             return len(blocks) * self._config.block_size
 
-    def reserve(self, num_blocks: int, for_others: int = 0) -> None:
+    def reserve(self, num_blocks: int, claimant: Hashable = None) -> None:
         """Promises blocks without binding them. Raises Overloaded if there are not as many.
 
-        Those that a queue's first waits for are not there for who comes later, nor those `for_others` who asked
-        before: a large prompt might wait for ever.
+        Those that others wait for who came first are not there for it, here in the queue or in the line: a large prompt
+        might wait for ever. claimant: who has a place in the line from the first refusal on; None asks but once.
         """
         with self._lock:
-            free = max(self._blocks.num_free - self.reserved - self._wanted() - for_others, 0)
+            came_at = self.line.came_at(claimant)
+            ahead = self._wanted(came_at) + sum(self.line.before(came_at))
+            free = max(self._blocks.num_free - self.reserved - ahead, 0)
             if num_blocks > free:
+                if claimant is not None:
+                    self.line.refused(claimant, num_blocks)
                 raise Overloaded(f"{num_blocks} KV blocks wanted, {free} free", retry_after_s=1.0)
+            self.line.leave(claimant)
             self.reserved += num_blocks
+
+    def renounce(self, claimant: Hashable) -> None:
+        """It waits for blocks in the line no more. Idempotent."""
+        with self._lock:
+            self.line.leave(claimant)
+            self._wake.notify()
 
     def unreserve(self, num_blocks: int) -> None:
         with self._lock:

@@ -49,7 +49,8 @@ class Pool:
 
     free: blocks that can be allocated; reserved: of these, promised to transfers, not for new
     sequences. lookup: blocks of a sequence's cached prefix. ref_count: holders of a block. recheck: a sequence
-    that was refused a place is looked up again although no more blocks are free than it wanted then.
+    that was refused a place is looked up again although no more blocks are free than it wanted then. claimed: blocks
+    for transfers that have waited for them longer than the sequence has for its place.
     """
 
     free: int
@@ -57,6 +58,7 @@ class Pool:
     lookup: Callable[[Sequence], list[int]]
     ref_count: Callable[[int], int]
     recheck: bool = True
+    claimed: Callable[[Sequence], int] = lambda seq: 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _admit(
     admitted: list[Admission] = []
     for seq in waiting:
         # Whoever decodes beside it may want a block at the next step.
-        available = free - pool.reserved - len(running.order) - len(admitted)
+        available = free - pool.reserved - pool.claimed(seq) - len(running.order) - len(admitted)
         if limit <= least or _seats(seq) > seats or (seq.wanted_blocks > available and not pool.recheck):
             break
         cached = pool.lookup(seq)

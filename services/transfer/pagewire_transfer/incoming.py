@@ -64,7 +64,7 @@ class Incoming:
         known = self._pending[chunk.seq]
         same = part == known.part and chunk.num_bytes == chunk_bytes(self._layout, part)
         if not known.resend or not same:
-            raise Incompatible(f"chunk {chunk.seq} came again unasked or with another range")
+            raise Incompatible(f"chunk {chunk.seq} came again unasked, or with another range or size")
         known.resend, known.resent = False, True
         known.checksum = self._checksums[chunk.seq] = chunk.checksum
 

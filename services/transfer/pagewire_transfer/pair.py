@@ -107,6 +107,8 @@ class Pair:
         except asyncio.CancelledError:
             self.fail(Cancelled("the pair was closed"))
             raise
+        except Exception as error:
+            self._fail_with_bug(error)
         if self.error is not None:
             return
         self._tasks.append(self._start(self._pump))

@@ -15,16 +15,16 @@ from datetime import timedelta
 from pagewire_core.errors import Incompatible
 from torch.distributed import Store
 
-_MAX_PAIRS = 16
+_MAX_PAIRS = 16  # of two peers
 _MAX_PAIR_BYTES = 4096
 
 
 class RelayStore(Store):
     """`put` delivers a pair to the peer, whose `receive` takes it. Blocking calls run on a lane thread."""
 
-    def __init__(self, put: Callable[[str, bytes], None], timeout_s: float) -> None:
+    def __init__(self, put: Callable[[str, bytes], None], timeout_s: float, most_pairs: int = _MAX_PAIRS) -> None:
         super().__init__()
-        self._put = put
+        self._put, self._most_pairs = put, most_pairs
         self._timeout_s = timeout_s
         self._values: dict[str, bytes] = {}
         self._changed = threading.Condition()
@@ -33,7 +33,7 @@ class RelayStore(Store):
     def receive(self, key: str, value: bytes) -> None:
         """A pair that the peer has set. Raises Incompatible for more than any lane needs."""
         with self._changed:
-            if len(self._values) >= _MAX_PAIRS or len(key) + len(value) > _MAX_PAIR_BYTES:
+            if len(self._values) >= self._most_pairs or len(key) + len(value) > _MAX_PAIR_BYTES:
                 raise Incompatible("the peer puts more into the store than a lane needs")
             self._values[key] = value
             self._changed.notify_all()

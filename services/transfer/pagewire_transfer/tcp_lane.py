@@ -157,6 +157,8 @@ def _accepted(store: dist.Store, host: str, limit_s: float) -> tuple[bytes, sock
 def _connected(store: dist.Store, limit_s: float) -> tuple[bytes, socket.socket]:
     """The prefill side."""
     key = bytes(store.get("key"))
+    if len(key) != _KEY_BYTES:
+        raise ValueError(f"the peer's key has {len(key)} bytes, not {_KEY_BYTES}")
     host, _, port = bytes(store.get("address")).decode().rpartition(" ")
     connection = socket.create_connection((host, int(port)), timeout=limit_s)
     try:

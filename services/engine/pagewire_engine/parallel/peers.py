@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from pagewire_transfer.relay_store import RelayStore
 from torch import Tensor
 
 from pagewire_engine.models.part import WHOLE, Part
@@ -15,6 +16,13 @@ from pagewire_engine.models.part import WHOLE, Part
 # A stage waits for all that the stages before it compute in a step. A rank that dies ends the worker at once.
 _TIMEOUT = timedelta(minutes=5)
 _HIDDEN_TAG = 0
+_KEYS_PER_RANK = 16  # far more than its two groups set
+START_S = 120.0  # that ranks may take to join
+
+
+def key_store(put: Callable[[str, bytes], None], num_ranks: int) -> RelayStore:
+    """Of the groups of a worker's ranks; `put` delivers what one rank sets to all others."""
+    return RelayStore(put, START_S, _KEYS_PER_RANK * num_ranks)
 
 
 class Peers(Protocol):

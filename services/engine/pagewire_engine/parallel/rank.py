@@ -28,10 +28,11 @@ from pagewire_engine.models.part import Part
 from pagewire_engine.options import EngineOptions
 from pagewire_engine.parallel import messages
 from pagewire_engine.parallel.loading import load_rank
+from pagewire_engine.parallel.peers import key_store
 from pagewire_engine.parallel.pools import SharedMemory
 from pagewire_engine.parallel.remote_pool import serve_pool
 from pagewire_engine.parallel.runner import work
-from pagewire_engine.parallel.team import BEAT_S, EXIT_CODE, START_S
+from pagewire_engine.parallel.team import BEAT_S, EXIT_CODE
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def _run(rank: int, steps: socket.socket, keys: socket.socket, pages: socket.soc
         with telling:
             messages.send(keys, arrays)
 
-    store = RelayStore(lambda key, value: tell({key: np.frombuffer(value, np.uint8)}), START_S)
+    store = key_store(lambda key, value: tell({key: np.frombuffer(value, np.uint8)}), options.num_ranks)
     threading.Thread(target=_listen, args=(keys, store), name="keys", daemon=True).start()
     threading.Thread(target=_beat, args=(tell,), name="beat", daemon=True).start()
 

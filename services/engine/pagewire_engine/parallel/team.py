@@ -22,15 +22,14 @@ from pathlib import Path
 import numpy as np
 import structlog
 from pagewire_core.tether import tethered
-from pagewire_transfer.relay_store import RelayStore
 
 from pagewire_engine.options import EngineOptions
 from pagewire_engine.parallel import messages
+from pagewire_engine.parallel.peers import START_S, key_store
 
 log = structlog.get_logger(__name__)
 
 EXIT_CODE = 70  # of a worker that has lost a rank: what the others hold is of no use
-START_S = 120.0  # that ranks may take to join
 BEAT_S, SILENT_S = 2.0, 20.0
 
 
@@ -55,7 +54,7 @@ class Team:
         """Starts the processes, from the thread whose end ends them: the process's first."""
         self._closing = False
         self._telling = threading.Lock()  # several watchers may tell one rank
-        self.store = RelayStore(lambda key, value: self._tell(key, value, self._members.values()), START_S)
+        self.store = key_store(lambda key, value: self._tell(key, value, self._members.values()), options.num_ranks)
         self._members = {rank: _start(rank) for rank in range(1, options.num_ranks)}
         for member in self._members.values():
             hello = json.dumps({"model": str(model), "options": asdict(options)})

@@ -41,7 +41,7 @@ class NgramIndex:
         A match that ends less than `count` tokens ago is a repetition: it goes on as it began.
         """
         now = len(tokens)
-        if len(self._before) < now or now <= self._smallest:
+        if len(self._before) < now:
             return []
         end = self._best_end(tokens)
         if end < 0:
