@@ -284,17 +284,45 @@ def test_quantized_weights_are_computed_with_as_they_are(
     scheme: Scheme, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float32 on the dequantized weights: what is left is the rounding of activations to 8 bits."""
+    many_rows: list[Chunk] = [(0, 0, 61), (1, 0, 50)]  # as many as go by a matrix unit
     monkeypatch.setitem(SCHEMES, scheme.name, scheme)
     runners = []
     for variant in runnable():
         monkeypatch.setenv("PAGEWIRE_CPU_VARIANT", variant)
         runners.append(make_runner(wide, dtype="float32", quantization=scheme.name))
     plain = make_runner(dequantized(wide, scheme, tmp_path / "dequantized"), monkeypatch, dtype="float32")
-    for chunks in MIXED_STEPS:
+    for chunks in [many_rows, *MIXED_STEPS]:
         expected = distributions(plain, texts_of(3), chunks)
         for runner in runners:
             difference = distributions(runner, texts_of(3), chunks) - expected
             assert np.square(difference).mean() / np.square(expected - expected.mean()).mean() < 0.01
+
+
+@pytest.fixture(scope="module")
+def many_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three and five groups of 128 inputs: more than are multiplied in one go."""
+    sizes = {"hidden_size": 384, "intermediate_size": 640, "head_dim": 32, "num_hidden_layers": 2}
+    return tiny_models.make_model(tmp_path_factory.mktemp("inputs"), "llama", **sizes)
+
+
+@pytest.mark.parametrize(
+    "scheme", [None, Scheme("int8"), Scheme("int8", 64), *(Scheme("int4", g) for g in (32, 64, 128))]
+)
+@pytest.mark.parametrize("size", [1, 7, 15, 32, 47])
+def test_many_rows_at_once_and_few_at_a_time_are_the_same_to_the_last_bit(
+    scheme: Scheme | None, size: int, many_inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix unit takes many rows of whatever weights, vectors take few: no row may tell which it was."""
+    if scheme:
+        monkeypatch.setitem(SCHEMES, scheme.name, scheme)
+    runners = [
+        make_runner(many_inputs, dtype="bfloat16", quantization=scheme and scheme.name, threads=threads)
+        for threads in (1, 2)
+    ]
+    [expected] = distributions(runners[0], texts_of(1), [(0, 0, 99)])
+    for begin in range(0, 99, size):
+        [found] = distributions(runners[1], texts_of(1), [(0, begin, min(begin + size, 99))])
+    assert np.array_equal(found, expected)
 
 
 def dequantized(path: Path, scheme: Scheme, out: Path) -> Path:

@@ -43,14 +43,15 @@ PW_INLINE float greatest_score(float* score, int64_t span, int64_t width, int64_
     return largest(best);
 }
 
-// Scores of a span -> probabilities relative to the greatest score so far, for `count` rows. shrink [QUERY_ROWS]: what the
-// older sums of each row are to be multiplied by.
+// Scores of a span -> probabilities relative to the greatest score so far, for `count` rows from `first` on, a multiple of
+// 16. shrink [QUERY_ROWS]: what the older sums of each row are to be multiplied by.
 template <class T>
-PW_INLINE void soften(AttentionScratch<T>& s, int count, int64_t span, int64_t width, float scale, float* shrink) {
+PW_INLINE void soften(AttentionScratch<T>& s, int first, int count, int64_t span, int64_t width, float scale, float* shrink) {
     alignas(64) float now[QUERY_ROWS];
-    for (int i = 0; i < count; i++) now[i] = std::max(s.most[i], scale * greatest_score(s.score + i * SPAN, span, width, s.from[i], s.to[i]));
-    for (int i = 0; i < count; i += 16) store(shrink + i, exponential(load(s.most + i) - load(now + i)));
-    for (int i = 0; i < count; i++) {
+    const int end = first + count;
+    for (int i = first; i < end; i++) now[i] = std::max(s.most[i], scale * greatest_score(s.score + i * SPAN, span, width, s.from[i], s.to[i]));
+    for (int i = first; i < end; i += 16) store(shrink + i, exponential(load(s.most + i) - load(now + i)));
+    for (int i = first; i < end; i++) {
         const float* score = s.score + i * SPAN;
         const bool none = now[i] == -INFINITY;
         s.most[i] = now[i];
@@ -104,11 +105,17 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
 #if defined(__AMX_TILE__)
         if constexpr (sizeof(T) == 2) {
             if (dim % 32 == 0) {
+                // The unit has the scores of the next 16 rows to make while vectors soften those of these.
                 const int pages = int(width / PAGE);
-                matrix_scores(s.query, count, dim, keys, next_keys, pages, s.score);
-                soften(s, count, span, width, a.scale, shrink);
                 if (tokens % PAGE) cut_page(v[pages - 1], dim, tokens % PAGE, s.cut), v[pages - 1] = s.cut;
-                matrix_values(s.weight, count, dim, v, next_v, pages, shrink, s.part, s.sum);
+                shape_for_attention(std::min(count, 16));
+                matrix_scores(s.query, dim, keys, next_keys, pages, s.score);
+                for (int i = 0; i < count; i += 16) {
+                    if (i + 16 < count) matrix_scores(s.query + (i + 16) * dim, dim, keys, nullptr, pages, s.score + (i + 16) * SPAN);
+                    const int rows = std::min(count - i, 16);
+                    soften(s, i, rows, span, width, a.scale, shrink);
+                    matrix_values(s.weight + i * SPAN, rows, dim, v, i ? nullptr : next_v, pages, shrink + i, s.sum + i * dim);
+                }
                 continue;
             }
         }
@@ -122,7 +129,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
 #if defined(__AVX512F__)
         if (count <= FEW_QUERIES && dim % 64 == 0) {
             FEW_SCORES<T>[count - 1](s.query, dim, keys, next_keys, s.score);
-            soften(s, count, span, width, a.scale, shrink);
+            soften(s, 0, count, span, width, a.scale, shrink);
             for (int64_t d = 0; d < dim; d += 64) FEW_VALUES<T>[count - 1](s.weight, dim, d, v, next_v, tokens, s.masked, shrink, s.sum);
             continue;
         }
@@ -136,7 +143,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
                 attention_product<1>(false, count, s.query, dim, keys[i], keys[i], PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
             }
         }
-        soften(s, count, span, width, a.scale, shrink);
+        soften(s, 0, count, span, width, a.scale, shrink);
 #if defined(__AVX512F__)
         if (dim % 32 == 0) {
             for (int i = 0; i < count; i += ROWS)

@@ -182,8 +182,9 @@ double pw_peak(void* runner, int kind, int rounds) {
             std::vector<int32_t> sums(STRIP * k, 0);
             Linear w = {kind, STRIP, k, 64, (uint8_t*)weight.data(), scales.data(), sums.data(), nullptr};
             Rows r = {x.data(), (Bf16Row*)x.data(), (int8_t*)x.data(), scales.data(), sums.data(), k, k / 64};
+            begin_strip(w, 0, 64);
             threads.share(thread, repeats * threads.count(), repeats / 100, [&](int begin, int end) {
-                for (int i = begin; i < end; i++) tile(w, 0, r, 0, rows, 64, {nullptr, nullptr, 0}, c.data());
+                for (int i = begin; i < end; i++) tile(w, 0, r, 0, rows, 64, 0, 1, {nullptr, nullptr, 0}, c.data());
             });
             rest_matrix();
         });

@@ -13,6 +13,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 
 #include "vec.h"
 
@@ -225,9 +227,11 @@ inline int64_t strip_bytes(const Linear& w) {
 #include "tiles_amx.h"
 #else
 constexpr int MATRIX_ROWS = 0;
+PW_INLINE int parts_of_k(const Linear&, int64_t) { return 1; }
+inline void begin_strip(const Linear&, int, int64_t) {}
 PW_INLINE bool by_matrix(const Linear&, int64_t) { return false; }
 inline void rest_matrix() {}
-inline void tile_by_matrix(const Linear&, int, const Rows&, int64_t, int, const Ahead&, float*) {}
+inline void tile_by_matrix(const Linear&, int, const Rows&, int64_t, int, int, int, const Ahead&, float*) {}
 #endif
 
 // At most, of `count`.
@@ -255,9 +259,10 @@ __attribute__((noinline)) void tile_of(const Linear& w, int strip, const Rows& x
     __builtin_unreachable();
 }
 
-// c[rows][32]: one strip for rows [row, row + rows) of `count`, rows <= rows_per_tile(w, count).
-inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int rows, int count, const Ahead& ahead, float* c) {
-    if (by_matrix(w, count)) return tile_by_matrix(w, strip, x, row, rows, ahead, c);
+// c[rows][32]: one strip for rows [row, row + rows) of `count`, rows <= rows_per_tile(w, count); of k the given part, on top
+// of what c holds of the parts before it.
+inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int rows, int count, int part, int parts, const Ahead& ahead, float* c) {
+    if (by_matrix(w, count)) return tile_by_matrix(w, strip, x, row, rows, part, parts, ahead, c);
     using Tile = void (*)(const Linear&, int, const Rows&, int64_t, const Ahead&, float*);
 #if defined(__AVX512F__)
     static constexpr Tile tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>, tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
@@ -271,24 +276,30 @@ inline void tile(const Linear& w, int strip, const Rows& x, int64_t row, int row
     tiles[rows - 1](w, strip, x, row, ahead, c);
 }
 
+// Rows that strip_times_rows is called with at most.
+constexpr int BLOCK = 128;
+
 // Calls done(row, rows, c) with c[rows][32] for every tile of a strip over `count` rows.
 // The first tile takes the strip from memory; a single one fetches a little ahead of itself, and several share the
 // fetching of the next strip, whose turn comes when the last is done.
 template <class Done>
 PW_INLINE void strip_times_rows(const Linear& w, int strip, const Rows& x, int64_t first, int count, Done done) {
-    alignas(64) float c[std::max(ROWS, MATRIX_ROWS) * STRIP];
-    const int most = rows_per_tile(w, count), tiles = (count + most - 1) / most;
+    alignas(64) float sums[(MATRIX_ROWS ? BLOCK : ROWS) * STRIP];
+    const int most = rows_per_tile(w, count), tiles = (count + most - 1) / most, parts = parts_of_k(w, count);
     const int64_t bytes = strip_bytes(w), bytes_per_step = 128;
     const char* at = (const char*)w.weight + strip * bytes;
-    for (int i = 0, row = 0; i < tiles; i++) {
-        int rows = (count - row) / (tiles - i) + ((count - row) % (tiles - i) != 0);
-        if (by_matrix(w, count)) rows = std::min(count - row, most);  // whole tiles, and one that is not
-        const char* from = tiles == 1 ? at + ALONE_AHEAD : at + bytes + i * bytes / tiles;
-        const Ahead ahead = {from, from + 64, tiles == 1 ? bytes_per_step : bytes_per_step / tiles + 1};
-        tile(w, strip, x, first + row, rows, count, ahead, c);
-        done(first + row, rows, c);
-        row += rows;
-    }
+    begin_strip(w, strip, count);
+    for (int part = 0; part < parts; part++)
+        for (int i = 0, row = 0; i < tiles; i++) {
+            int rows = (count - row) / (tiles - i) + ((count - row) % (tiles - i) != 0);
+            if (by_matrix(w, count)) rows = std::min(count - row, most);  // whole tiles, and one that is not
+            const char* from = tiles == 1 ? at + ALONE_AHEAD : at + bytes + (part * tiles + i) * bytes / (parts * tiles);
+            const Ahead ahead = {from, from + 64, tiles == 1 ? bytes_per_step : bytes_per_step / tiles + 1};
+            float* c = sums + (parts > 1 ? row * STRIP : 0);
+            tile(w, strip, x, first + row, rows, count, part, parts, ahead, c);
+            if (part == parts - 1) done(first + row, rows, c);
+            row += rows;
+        }
 }
 
 }  // namespace pw

@@ -81,12 +81,16 @@ class Runner {
         b.group = reader.group;
         b.groups = reader.kind >= INT8_GROUPED ? reader.k / reader.group : 1;
         if (b.kind >= INT8_GROUPED) b.stride = reader.k;
+        // An even number of lines puts the rows of a tile into few sets of the cache.
+        const int64_t line = 64 / (b.kind == BF16 ? sizeof(Bf16Row) : 1);
+        if (MATRIX_ROWS && b.kind != F32) b.stride = ((b.stride + line - 1) / line | 1) * line;
         if (b.kind == F32) b.f32 = take<float>(rows * b.stride);
         if (b.kind == BF16) b.bf16 = take<Bf16Row>(rows * b.stride);
         if (b.kind >= INT8) {
             b.int8 = take<int8_t>(rows * b.stride);
-            b.scales = take<float>(rows * b.groups);
-            b.sums = take<int32_t>(rows * b.groups);
+            const int64_t whole = rounded(rows, 16);  // which a tile reads
+            b.scales = take<float>(whole * b.groups);
+            b.sums = take<int32_t>(whole * b.groups);
         }
         return b;
     }
@@ -432,7 +436,7 @@ class Runner {
     }
 
     // As many rows as stay in the second-level cache beside the strip that walks over them.
-    static int rows_per_block(const Linear& w) { return w.kind == F32 ? 64 : 128; }
+    static int rows_per_block(const Linear& w) { return w.kind == F32 ? 64 : BLOCK; }
 
     int piece(int items, int pieces) const { return std::clamp(items / (threads_.count() * pieces), 1, LARGEST_PIECE); }
 
