@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pagewire_core.command_line import Parser, add_flags, shown_flags, to_command_line
+from pagewire_core.command_line import Parser, add_flags, run_main, shown_flags, to_command_line
+from pagewire_core.errors import StartupError
 from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, WORKER_FLAGS, size
 
 # One value per flag that is not its default: as typed, as parsed.
@@ -151,7 +154,10 @@ def test_the_environment_gives_a_default_and_the_command_line_wins(name: str) ->
     assert getattr(_parser(environ=environ).parse_args([f"--{name}={other}"]), _attribute(name)) == expected
 
 
-@pytest.mark.parametrize(("text", "value"), [("0", False), ("off", False), ("1", True), ("Yes", True)])
+YES, NO = ("1", "true", "Yes", "on"), ("0", "false", "No", "off")
+
+
+@pytest.mark.parametrize(("text", "value"), [*((word, True) for word in YES), *((word, False) for word in NO)])
 def test_a_switch_reads_the_words_for_yes_and_no_from_the_environment(text: str, value: bool) -> None:
     parser = _parser(environ={"PAGEWIRE_ENABLE_PREFIX_CACHING": text})
     assert parser.parse_args([]).enable_prefix_caching is value
@@ -193,6 +199,44 @@ def test_a_wrong_command_line_ends_with_one_line_and_exit_code_2(
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("prog: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--api-kye=secret", "unknown flag --api-kye; did you mean --api-key?"),
+        ("--max_num_seq=3", "unknown flag --max_num_seq; did you mean --max-num-seqs?"),
+        ("--xyz", "unknown flag --xyz"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_what_is_no_flag_is_named_without_its_value_and_with_what_may_have_been_meant(
+    argument: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args([argument])
+    assert capsys.readouterr().err == f"prog: {sentence} (see prog --help)\n"
+
+
+def test_a_service_runs_with_what_its_command_line_and_its_file_say_and_ends_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flags.yaml").write_text("max-num-seqs: 7")
+    monkeypatch.setattr("sys.argv", ["prog", f"--config={tmp_path}/flags.yaml", "--block-size=32"])
+    for variable in ("GRPC_VERBOSITY", "GRPC_ENABLE_FORK_SUPPORT"):
+        monkeypatch.setenv(variable, "")  # so that what the command sets is taken back
+        monkeypatch.delenv(variable)
+    seen: list[argparse.Namespace] = []
+
+    def main(args: argparse.Namespace) -> None:
+        seen.append(args)
+        raise StartupError("no room")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main("prog", main, WORKER_FLAGS, "Does nothing.")
+    assert exit_.value.code == 1 and capsys.readouterr().err == "prog: no room\n"
+    assert [(args.max_num_seqs, args.block_size) for args in seen] == [(7, 32)]
+    assert (os.environ["GRPC_VERBOSITY"], os.environ["GRPC_ENABLE_FORK_SUPPORT"]) == ("NONE", "false")
 
 
 @given(st.integers(1, 1 << 50))

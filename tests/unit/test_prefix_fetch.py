@@ -10,18 +10,20 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engines import ROOT, Run, make_engine, run_all
 from kv_endpoints import until
 from otlp_sink import children, listening
+from pagewire.v1 import common_pb2, prefill_pb2
 from pagewire.v1 import kv_channel_pb2 as kv
-from pagewire.v1 import prefill_pb2
 from pagewire_core import tracing
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, Unavailable
 from pagewire_transfer import lane_thread
 from pagewire_transfer.lanes import Lane, open_lane
+from pagewire_worker.prefixes import PrefixLender
 from peers import Peer, compute, hand_over, peer
 from tiny_models import VOCAB, make_model
 
@@ -85,6 +87,48 @@ async def test_what_a_peer_holds_is_fetched_and_not_computed(lane: str, llama: P
         assert again.tokens == expected and not again.started.fetched.tokens
         assert s.worker.metric("fetches_total", outcome="not needed") == 1
         await s.assert_empty()
+
+
+async def test_a_request_without_a_holder_fetches_nothing_and_counts_as_nothing(llama: Path) -> None:
+    """Outcomes are there from the start, so that the first fetch is an increase."""
+    async with peer(llama, "worker") as worker:
+        alone = await compute(PROMPT, worker)
+        assert alone.started.fetched == common_pb2.Fetched()
+        for outcome in ("ok", "not needed", "given up", "failed"):
+            assert worker.registry.get_sample_value("pagewire_kv_fetches_total", {"outcome": outcome}) == 0
+        await worker.assert_empty()
+
+
+async def test_a_fetch_may_take_longer_than_a_lease_and_says_how_long(
+    llama: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagewire_decode.transfers.LEASE_S", 0.05)
+    async with scene(llama) as s:
+        lend = s.holder.receiver.lend
+
+        async def slowly(request: kv.FetchRequest) -> kv.FetchResponse:
+            await asyncio.sleep(0.2)
+            return await lend(request)
+
+        s.holder.receiver.lend = slowly
+        alone = await compute(PROMPT, s.worker, s.holder.holds(HELD))
+        assert alone.tokens == expected and alone.started.fetched.tokens == HELD
+        assert 200_000 <= alone.started.fetched.fetch_us < 5_000_000
+        await s.assert_empty()
+
+
+@pytest.mark.parametrize("wrong", [{"transfer_id": b"short"}, {"token_begin": HELD + 1}])
+async def test_a_fetch_that_makes_no_sense_is_refused_and_holds_nothing(wrong: dict[str, Any], llama: Path) -> None:
+    fields: dict[str, Any] = {"transfer_id": os.urandom(16), "prompt_ids": PROMPT[:HELD], "cache_root": ROOT} | wrong
+    async with scene(llama) as s:
+        with pytest.raises(Unavailable, match="a transfer id of 16 bytes and a range of tokens"):
+            await s.holder.lender.lend(s.holder.sender, kv.FetchRequest(**fields))
+        await s.assert_empty()
+
+
+def test_what_is_no_longer_lent_is_not_read(llama: Path) -> None:
+    with pytest.raises(Cancelled, match="no longer lent"):
+        PrefixLender(make_engine(llama)).gather(os.urandom(16), (0, 1), (0, 16), torch.empty(0))
 
 
 async def test_a_worker_that_decodes_alone_fetches_too(llama: Path, expected: list[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -97,5 +98,29 @@ async def test_what_runs_is_not_waited_for_beside_promises(
             assert not any(task.done() for task in long)
         for task in long:
             await task
+        for worker in (a, b):
+            await worker.assert_empty()
+
+
+async def test_workers_that_compute_for_each_other_and_for_themselves_get_through_a_crowd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each promised its pages to claims, while its queue held what the other's claims waited for: they stood still."""
+    monkeypatch.setattr(transfers, "LOOK_S", 0.1)
+    path = make_model(tmp_path, "llama")
+    async with (
+        peer(path, "a", kv_cache_memory_bytes=ROOM, enable_prefix_caching=False) as a,
+        peer(path, "b", kv_cache_memory_bytes=ROOM, enable_prefix_caching=False) as b,
+    ):
+        crowd = random.Random(1)
+
+        async def served(number: int) -> None:
+            prompt, source, target = [5 + number] * crowd.choice([20, 170, 230]), *crowd.choice([(a, b), (b, a)])
+            if crowd.random() < 0.5:
+                await compute(prompt, target)
+            else:
+                await answered(prompt, source, target)
+
+        await asyncio.wait_for(all_of(served(number) for number in range(40)), 30)
         for worker in (a, b):
             await worker.assert_empty()

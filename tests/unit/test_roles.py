@@ -132,3 +132,35 @@ async def test_what_is_no_role_changes_nothing() -> None:
     with pytest.raises(InvalidRequest, match="must be prefill, decode or both"):
         await anext(s.roles.switch(common_pb2.WORKER_ROLE_UNSPECIFIED, 0))
     assert s.takes == (True, True, False) and not s.told
+
+
+async def test_a_later_drain_may_give_more_time_than_the_one_before() -> None:
+    s = Scene()
+    async with contextlib.aclosing(s.roles.drain(0.05)) as hurried, contextlib.aclosing(s.roles.drain(600)) as patient:
+        assert await anext(hurried) == await anext(patient) == 2
+        await asyncio.sleep(0.15)
+        assert s.prefill.num_calls == s.decode.num_calls == 1
+
+
+async def test_a_drain_takes_requests_of_one_token_no_more_from_its_beginning_on() -> None:
+    s = Scene(role="prefill")
+    async with contextlib.aclosing(s.roles.drain(600)) as numbers:
+        assert await anext(numbers) == 2
+        assert s.takes == (False, False, False)
+
+
+async def test_a_worker_that_goes_on_to_decode_keeps_the_connections_it_receives_over() -> None:
+    s = Scene()
+    assert [number async for number in s.roles.switch(common_pb2.WORKER_ROLE_DECODE, 0)][-1] == 0
+    assert s.sender.released and not s.receiver.released
+
+
+async def test_who_sets_a_role_hears_of_what_could_not_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stumble() -> None:
+        raise RuntimeError("a bug")
+
+    s = Scene()
+    monkeypatch.setattr(s.sender, "release", stumble)
+    with pytest.raises(RuntimeError, match="a bug"):
+        async for _ in s.roles.switch(common_pb2.WORKER_ROLE_DECODE, 0):
+            pass

@@ -111,6 +111,23 @@ def test_no_more_is_proposed_than_can_be_said(max_tokens: int, drafts: int) -> N
     assert [len(draft) for draft in proposer.propose([make_target([1, 2] * 20, max_tokens)])] == [drafts]
 
 
+def test_what_has_been_said_counts_in_what_can_be_said() -> None:
+    proposer, seq = make_proposer("ngram"), make_target([1, 2] * 20, max_tokens=5)
+    seq.tokens += [1, 2]
+    assert [len(draft) for draft in proposer.propose([seq])] == [2]
+
+
+def test_a_step_takes_as_long_as_it_is_since_its_drafts_were_asked_for() -> None:
+    """What the host does for a step is saved with it."""
+    proposer, told = make_proposer("ngram"), list[tuple[int, int, float]]()
+    proposer.policy.observe = lambda *args: told.append(args)  # type: ignore[method-assign, assignment]
+    proposer.propose([make_target([1, 2] * 20)])
+    time.sleep(0.02)
+    proposer.observe(proposed=4, accepted=2, num_sequences=1, milliseconds=1.0)
+    [(num_sequences, num_drafts, milliseconds)] = told
+    assert (num_sequences, num_drafts) == (1, 4) and 20 <= milliseconds < 5000
+
+
 def test_no_more_is_proposed_than_fits_the_model() -> None:
     proposer = make_proposer("ngram")
     assert [len(draft) for draft in proposer.propose([make_target([1, 2] * 47)])] == [1]

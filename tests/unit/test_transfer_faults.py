@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kv_endpoints import FIRST, LAYOUT, ends, random_kv, until
-from pagewire_core.errors import Cancelled, DeadlineExceeded, Incompatible, Overloaded, Unavailable
+from pagewire_core.errors import Cancelled, DeadlineExceeded, Incompatible, Internal, Overloaded, Unavailable
 from pagewire_transfer import lane_thread
 from pagewire_transfer.incoming import Incoming
 from pagewire_transfer.lanes import Lane, open_lane
+from pagewire_transfer.outgoing import Outgoing
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
@@ -213,3 +214,21 @@ async def test_cancelling_seal_aborts_the_transfer() -> None:
             await sealing
         await until(lambda: outgoing.transfer_id in both.sink.failures)
         await both.assert_empty()
+
+
+async def test_a_bug_in_a_task_of_a_pair_ends_the_pair_and_not_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for these tasks: what they had to do would be left undone for ever."""
+
+    def stumble(outgoing: Outgoing, window: int) -> None:
+        raise KeyError("a bug")
+
+    async with ends() as both:
+        with monkeypatch.context() as patched:
+            patched.setattr(Outgoing, "grant", stumble)
+            with pytest.raises(Internal, match="sending KV failed: KeyError"):
+                await both.open(random_kv(LAYOUT, 4))
+        await both.assert_empty()
+        prompt = random_kv(LAYOUT, 4)
+        again = await both.open(prompt)
+        await again.seal(FIRST)
+        assert torch.equal(both.sink.pages[again.transfer_id], prompt)
