@@ -205,7 +205,7 @@ def test_a_wrong_command_line_ends_with_one_line_and_exit_code_2(
     ("argument", "sentence"),
     [
         ("--api-kye=secret", "unknown flag --api-kye; did you mean --api-key?"),
-        ("--max_num_seq=3", "unknown flag --max_num_seq; did you mean --max-num-seqs?"),
+        ("--max_num_seq=3", "unknown flag --max-num-seq; did you mean --max-num-seqs?"),
         ("--xyz", "unknown flag --xyz"),
         ("stray", "unexpected argument 'stray'"),
     ],
