@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,18 @@ def slowed(step: Callable[[], bool], over: threading.Event) -> Callable[[], bool
     return lambda: over.wait(0.05) is None or step()
 
 
+@contextlib.asynccontextmanager
+async def two_workers(path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> AsyncIterator[tuple[Peer, Peer]]:
+    """Each has `room` bytes of KV, keeps no prefixes, and looks at its promises often."""
+    monkeypatch.setattr(transfers, "LOOK_S", 0.1)
+    model = make_model(path, "llama")
+    async with (
+        peer(model, "a", kv_cache_memory_bytes=room, enable_prefix_caching=False) as a,
+        peer(model, "b", kv_cache_memory_bytes=room, enable_prefix_caching=False) as b,
+    ):
+        yield a, b
+
+
 async def answered(prompt: list[int], source: Peer, target: Peer) -> list[int]:
     """A router asks again where there was no room."""
     while True:
@@ -50,12 +62,7 @@ async def crossed(a: Peer, b: Peer) -> asyncio.Task[list[list[int]]]:
 async def test_two_workers_full_of_promises_to_each_others_queues_do_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfers, "LOOK_S", 0.1)
-    path = make_model(tmp_path, "llama")
-    async with (
-        peer(path, "a", kv_cache_memory_bytes=ROOM, enable_prefix_caching=False) as a,
-        peer(path, "b", kv_cache_memory_bytes=ROOM, enable_prefix_caching=False) as b,
-    ):
+    async with two_workers(tmp_path, monkeypatch, ROOM) as (a, b):
         expected = [(await compute(prompt, a)).tokens for prompt in PROMPTS]
         go = threading.Event()
         for worker in (a, b):
@@ -75,13 +82,7 @@ async def test_what_runs_is_not_waited_for_beside_promises(
 
     24 blocks are promised, and a prompt takes 11: with what the answer gives back there are 10, or 12.
     """
-    monkeypatch.setattr(transfers, "LOOK_S", 0.1)
-    path = make_model(tmp_path, "llama")
-    room = 384 * 16 * num_blocks
-    async with (
-        peer(path, "a", kv_cache_memory_bytes=room, enable_prefix_caching=False) as a,
-        peer(path, "b", kv_cache_memory_bytes=room, enable_prefix_caching=False) as b,
-    ):
+    async with two_workers(tmp_path, monkeypatch, 384 * 16 * num_blocks) as (a, b):
         expected = [(await compute(prompt, a)).tokens for prompt in PROMPTS]
         go, over = threading.Event(), threading.Event()
         for worker in (a, b):
@@ -106,12 +107,7 @@ async def test_workers_that_compute_for_each_other_and_for_themselves_get_throug
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each promised its pages to claims, while its queue held what the other's claims waited for: they stood still."""
-    monkeypatch.setattr(transfers, "LOOK_S", 0.1)
-    path = make_model(tmp_path, "llama")
-    async with (
-        peer(path, "a", kv_cache_memory_bytes=ROOM, enable_prefix_caching=False) as a,
-        peer(path, "b", kv_cache_memory_bytes=ROOM, enable_prefix_caching=False) as b,
-    ):
+    async with two_workers(tmp_path, monkeypatch, ROOM) as (a, b):
         crowd = random.Random(1)
 
         async def served(number: int) -> None:

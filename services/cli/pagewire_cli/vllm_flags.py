@@ -62,13 +62,14 @@ NOT_IMPLEMENTED: frozenset[str] = frozenset({
 
 def add_others(group: argparse._ArgumentGroup) -> list[argparse.Action]:
     """Takes the flags of SO_ANYWAY, with their values alone, and those WITHOUT_EFFECT."""
-    without = argparse.BooleanOptionalAction
-    return [group.add_argument(f"--{name}", action=without, default=None) for name in WITHOUT_EFFECT] + [
+    so_anyway = [
         group.add_argument(f"--{name}", choices=values)
         if values
         else group.add_argument(f"--{name}", action="store_true", default=None)
         for name, values in SO_ANYWAY.items()
     ]
+    either = argparse.BooleanOptionalAction
+    return so_anyway + [group.add_argument(f"--{name}", action=either, default=None) for name in WITHOUT_EFFECT]
 
 
 def refuse_otherwise(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -29,10 +29,6 @@ from pagewire_bridge.tokenize import of_chat as tokenize_request
 Vector = Sequence[float]
 MAX_INPUTS = 2048
 MAX_DOCUMENTS = 1024
-_OF_CHAT = (
-    "model", "messages", "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template",
-    "chat_template_kwargs",
-)  # fmt: skip
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_DOCUMENTS)]
 
 
@@ -114,15 +110,10 @@ async def embed(
 
 async def embeddings(request: Request) -> Response:
     fields = to_object(await read_body(request))
-    body: EmbeddingsBody | ChatEmbeddingsBody
-    if "messages" in fields:
-        body = validated(ChatEmbeddingsBody, fields)
-        await check_dimensions(request, body.dimensions)
-        inputs: Sequence[str | list[int]] = [await _tokens_of_chat(request, fields)]
-    else:
-        body = validated(EmbeddingsBody, fields)
-        await check_dimensions(request, body.dimensions)
-        inputs = body.input
+    form: type[EmbeddingsBody | ChatEmbeddingsBody] = ChatEmbeddingsBody if "messages" in fields else EmbeddingsBody
+    body = validated(form, fields)
+    await check_dimensions(request, body.dimensions)
+    inputs = body.input if isinstance(body, EmbeddingsBody) else [await _tokens_of_chat(request, fields)]
     response = await embed(request, body.model, inputs, **body.truncation)
     vectors = [shortened(one.vector, body.dimensions) for one in response.embeddings]
     encode = _base64 if body.encoding_format == "base64" else list
@@ -132,7 +123,8 @@ async def embeddings(request: Request) -> Response:
 
 async def _tokens_of_chat(request: Request, fields: Mapping[str, Any]) -> list[int]:
     """Without a generation prompt unless the client wants one. Raises PagewireError."""
-    given = {name: fields[name] for name in _OF_CHAT if name in fields}
+    of_chat = {"model", *ChatEmbeddingsBody.model_fields.keys() - _EmbeddingsBody.model_fields.keys()}
+    given = {name: value for name, value in fields.items() if name in of_chat}
     chat = read_body_fields(ChatBody, {"add_generation_prompt": False, **given})
     response = await client_of(request).tokenize(tokenize_request(chat))
     return [token.id for token in response.tokens]
