@@ -4,8 +4,8 @@
     python benchmarks/wire.py random/smol135 --rounds 3 --out benchmarks/results/wire.json
 
 `lane` is what a lane itself moves in chunks of a size; `hand-off` is a whole transfer of a prompt from a KvSender to a
-KvChannelServicer: gather from pages, checksum, lane, verification, scatter into pages, seal; once more without
-checksums. In every round everything has its turn; the ratio to a TCP socket is taken in each round.
+KvChannelServicer: gather from pages, checksum, lane, verification, scatter into pages, seal; over shared memory
+every second one without checksums. In every round everything has its turn; the ratio to a TCP socket is taken in each.
 
 With a model: the times to the first and second token of one prompt at a time with one prefill and one decode worker,
 beside one worker of both roles, each with one thread; on this host, and with the workers in two network namespaces
@@ -49,13 +49,12 @@ def lanes_round(peer: wire_lanes.Peer, lanes: Sequence[str]) -> Rates:
                 row[lane] = wire_lanes.measure_lane(peer, lane, size)
     for lane in lanes:
         tcp = wire_lanes.measure_tcp(peer, max(wire_lanes.CHUNKS))
-        for num_tokens, rate in wire_lanes.measure_hand_offs(peer, lane).items():
-            row = rates[f"hand-off of {num_tokens} tokens"]
-            row[lane] = rate
-            row.setdefault("TCP socket", tcp)
-    if "shm" in lanes:
-        for num_tokens, rate in wire_lanes.measure_hand_offs(peer, "shm", checked=False).items():
-            rates[f"hand-off of {num_tokens} tokens"][UNCHECKED] = rate
+        columns = {wire_lanes.CHECKED: lane} | ({wire_lanes.UNCHECKED: UNCHECKED} if lane == "shm" else {})
+        for kind, by_tokens in wire_lanes.measure_hand_offs(peer, lane, list(columns)).items():
+            for num_tokens, rate in by_tokens.items():
+                row = rates[f"hand-off of {num_tokens} tokens"]
+                row[columns[kind]] = rate
+                row.setdefault("TCP socket", tcp)
     return rates
 
 

@@ -22,7 +22,7 @@ from pagewire_transfer.identity import WorkerIdentity
 from pagewire_transfer.metrics import TransferMetrics
 from pagewire_transfer.receiver import KvChannelServicer, ReceiveStats
 from pagewire_transfer.sender import KvSender, Outgoing
-from pagewire_transfer.wire import DTYPES
+from pagewire_transfer.wire import DTYPES, checksum
 from prometheus_client import CollectorRegistry
 
 SERVICE = kv.DESCRIPTOR.services_by_name["KvChannelService"]
@@ -56,7 +56,7 @@ class Source:
     gathering: set[bytes] = field(default_factory=set)
     gathers: int = 0
 
-    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
+    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> int:
         self.gathering.add(transfer_id)
         self.gathers += 1
         try:
@@ -65,6 +65,7 @@ class Source:
             if prompt is None:
                 raise Cancelled("the blocks were released")
             wire.copy_(prompt[slice(*layers), :, slice(*tokens)])
+            return checksum(wire)
         finally:
             self.gathering.discard(transfer_id)
 
@@ -94,13 +95,14 @@ class Sink:
         self.pages[transfer_id] = torch.full(shape, torch.nan, dtype=DTYPES[layout.dtype])
         self.begins[transfer_id] = token_begin
 
-    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
+    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> int:
         self.before(transfer_id)
         pages = self.pages.get(transfer_id)
         if pages is None:
             raise Cancelled("the transfer was stopped")
         begin = self.begins[transfer_id]
         pages[slice(*layers), :, tokens[0] - begin : tokens[1] - begin] = wire
+        return checksum(wire)
 
     async def sealed(self, transfer_id: bytes, received: ReceiveStats, first_tokens: Sequence[pb.SampledToken]) -> None:
         assert transfer_id not in self.done and transfer_id not in self.failures

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import multiprocessing
 import random
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,7 +21,6 @@ from pagewire_core.rpc import RpcServer
 from pagewire_engine.cpu.kv_cache import PackedKVCache
 from pagewire_engine.models.config import read_config
 from pagewire_kernels.cpu import library as cpu_library
-from pagewire_transfer import pair, receiving_pair
 from pagewire_transfer.group_lanes import DECODE_RANK, PREFILL_RANK
 from pagewire_transfer.identity import WorkerIdentity
 from pagewire_transfer.lanes import Lane, open_lane
@@ -29,7 +28,7 @@ from pagewire_transfer.metrics import TransferMetrics
 from pagewire_transfer.receiver import KvChannelServicer, ReceiveStats
 from pagewire_transfer.relay_store import RelayStore
 from pagewire_transfer.sender import KvSender
-from pagewire_transfer.wire import ChunkRange, checksum, chunk_bytes
+from pagewire_transfer.wire import ChunkRange, chunk_bytes
 from prometheus_client import CollectorRegistry
 
 TIMEOUT_S = 30.0
@@ -38,6 +37,7 @@ CHUNKS = (1 << 20, 4 << 20, 8 << 20)
 LAYOUT = kv.KvLayout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")  # 23 KB a token
 PROMPTS = (512, 2048, 8192)
 HAND_OFFS = 4  # of a prompt, one after the other, for one figure
+CHECKED, UNCHECKED = b"checked", b"unchecked"  # what a transfer's name begins with: whether anybody sums up its bytes
 _BLOCK = 16
 
 
@@ -64,14 +64,20 @@ class Pages:
         self._cache = PackedKVCache(cpu_library.best(), config, num_blocks, _BLOCK, poison=True)
         self._table = random.Random(0).sample(range(num_blocks), num_blocks)
 
-    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
+    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> int:
+        if transfer_id.startswith(CHECKED):
+            return self._cache.gather_checked(self._table, layers, tokens, wire)
         self._cache.gather(self._table, layers, tokens, wire)
+        return 0
 
     async def bind(self, transfer_id: bytes, token_begin: int, token_end: int) -> None:
         pass
 
-    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
+    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> int:
+        if transfer_id.startswith(CHECKED):
+            return self._cache.scatter_checked(wire, self._table, layers, tokens)
         self._cache.scatter(wire, self._table, layers, tokens)
+        return 0
 
     async def sealed(
         self, transfer_id: bytes, received: ReceiveStats, first_tokens: Sequence[common_pb2.SampledToken]
@@ -150,9 +156,8 @@ def _peer(control: Connection, relay: Connection) -> None:
                 lane.close()
             case ("tcp", size, count):
                 _receive_tcp(control, size, count)
-            case ("serve", name, checked):
-                with _checksums(checked):
-                    asyncio.run(_serve(control, name))
+            case ("serve", name):
+                asyncio.run(_serve(control, name))
 
 
 def _receive_tcp(control: Connection, size: int, count: int) -> None:
@@ -225,49 +230,33 @@ def measure_memcpy(size: int) -> float:
     return TOTAL_BYTES / (time.perf_counter() - begin)
 
 
-def measure_checksum(size: int) -> float:
-    wire = torch.ones(size, dtype=torch.uint8)
-    begin = time.perf_counter()
-    for _ in range(TOTAL_BYTES // size):
-        checksum(wire)
-    return TOTAL_BYTES / (time.perf_counter() - begin)
-
-
-@contextlib.contextmanager
-def _checksums(checked: bool) -> Iterator[None]:
-    """Without them: what a hand-off would take if nobody looked at the bytes."""
-    kept = pair.checksum, receiving_pair.checksum
-    if not checked:
-        pair.checksum = receiving_pair.checksum = lambda wire: 0  # type: ignore[attr-defined]
+def measure_hand_offs(peer: Peer, lane: str, kinds: Sequence[bytes] = (CHECKED,)) -> dict[bytes, dict[int, float]]:
+    """Bytes a second, by kind and tokens of the prompt; the kinds take turns."""
+    peer.ask("serve", lane)
     try:
-        yield
-    finally:
-        pair.checksum, receiving_pair.checksum = kept  # type: ignore[attr-defined]
-
-
-def measure_hand_offs(peer: Peer, lane: str, *, checked: bool = True) -> dict[int, float]:
-    """Bytes a second, by tokens of the prompt."""
-    peer.ask("serve", lane, checked)
-    try:
-        with _checksums(checked):
-            return asyncio.run(_hand_over(f"127.0.0.1:{peer.answer()}", lane))
+        return asyncio.run(_hand_over(f"127.0.0.1:{peer.answer()}", lane, kinds))
     finally:
         peer.ask("stop serving")
 
 
-async def _hand_over(address: str, lane: str) -> dict[int, float]:
+async def _hand_over(address: str, lane: str, kinds: Sequence[bytes]) -> dict[bytes, dict[int, float]]:
     sender = KvSender(_identity("prefill"), Pages(), **_settings(lane))
-    rates: dict[int, float] = {}
+    rates: dict[bytes, dict[int, float]] = {kind: {} for kind in kinds}
+    ids = itertools.count()
     try:
         for num_tokens in (min(PROMPTS), *PROMPTS):  # once more: the first makes the pair
-            begin = time.perf_counter()
-            for i in range(HAND_OFFS):
-                name = f"{num_tokens}-{i}-{begin}".encode().ljust(16)[-16:]
-                outgoing = await sender.open(name, address, "decode-1", (0, num_tokens))
-                outgoing.extend(num_tokens)
-                await outgoing.seal([])
+            seconds = dict.fromkeys(kinds, 0.0)
+            for _ in range(HAND_OFFS):
+                for kind in kinds:
+                    begin = time.perf_counter()
+                    name = kind + next(ids).to_bytes(16 - len(kind), "big")
+                    outgoing = await sender.open(name, address, "decode-1", (0, num_tokens))
+                    outgoing.extend(num_tokens)
+                    await outgoing.seal([])
+                    seconds[kind] += time.perf_counter() - begin
             moved = HAND_OFFS * chunk_bytes(LAYOUT, ChunkRange((0, LAYOUT.num_layers), (0, num_tokens)))
-            rates[num_tokens] = moved / (time.perf_counter() - begin)
+            for kind in kinds:
+                rates[kind][num_tokens] = moved / seconds[kind]
     finally:
         await sender.close()
     return rates

@@ -63,7 +63,7 @@ async def test_a_damaged_chunk_is_sent_once_more(lane: str, damage: set[int]) ->
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_a_chunk_damaged_twice_fails_the_transfer_and_never_reaches_the_sink(lane: str, damage: set[int]) -> None:
+async def test_a_chunk_damaged_twice_fails_the_transfer_which_is_never_sealed(lane: str, damage: set[int]) -> None:
     damage.update({0, 1})
     async with ends(lane) as both:
         outgoing = await both.open(random_kv(LAYOUT, 4))

@@ -51,7 +51,7 @@ static inline void pw_pack_scales(const float* scales, int64_t n, int64_t packed
 extern "C" {
 
 // Increased whenever a structure or a packed layout changes.
-int pw_abi() { return 7; }
+int pw_abi() { return 8; }
 
 // lines: null, or pw_core_lines_bytes() of memory that begins as zeros and that all workers of the host share.
 void* pw_cores(int own, const int32_t* numbers, int count, void* lines) { return new pw::Cores(own, numbers, count, (pw::CoreLine*)lines); }
@@ -138,9 +138,14 @@ void pw_pack_int4(const int8_t* w, const float* scales, int64_t n, int64_t k, in
     pw_pack_scales(scales, n, packed_n, half, (k + group - 1) / group, packed_k / group, out_scales);
 }
 
-// See kv_move.h. to_wire 1: cache -> wire, 0: wire -> cache.
-void pw_move_kv(const pw::Model* m, const int64_t* slots, int64_t tokens, int32_t first, int32_t last, uint8_t* wire, int32_t to_wire) {
-    to_wire ? pw::move_kv<true>(*m, slots, tokens, first, last, wire) : pw::move_kv<false>(*m, slots, tokens, first, last, wire);
+// See kv_move.h. to_wire 1: cache -> wire, 0: wire -> cache. checksum: of the wire's bytes, xxh3.h, or null; they must be
+// enough for it.
+void pw_move_kv(const pw::Model* m, const int64_t* slots, int64_t tokens, int32_t first, int32_t last, uint8_t* wire, int64_t bytes,
+                int32_t to_wire, uint64_t* checksum) {
+    pw::Xxh3 sum(wire, bytes);
+    pw::Xxh3* const wanted = checksum ? &sum : nullptr;
+    to_wire ? pw::move_kv<true>(*m, slots, tokens, first, last, wire, wanted) : pw::move_kv<false>(*m, slots, tokens, first, last, wire, wanted);
+    if (checksum) *checksum = sum.digest();
 }
 
 // ---------------------------------------------------------------- physical limits, for benchmarks

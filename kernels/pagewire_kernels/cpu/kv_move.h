@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "xxh3.h"
+
 namespace pw {
 
 struct Move {
@@ -102,8 +104,9 @@ PW_INLINE void ask_for(const uint8_t* page, int64_t bytes) {
 }
 
 // The tokens at `slots` (block * block_size + offset), layers [first, last), in wire layout [layers][2][tokens][kv heads][D].
+// sum: of the wire's bytes, or null.
 template <bool TO_WIRE>
-inline void move_kv(const Model& model, const int64_t* slots, int64_t tokens, int first, int last, uint8_t* wire) {
+inline void move_kv(const Model& model, const int64_t* slots, int64_t tokens, int first, int last, uint8_t* wire, Xxh3* sum) {
     const int64_t bytes = int64_t(model.head_dim) * (model.half ? 2 : 4), stride = model.kv_heads * bytes;
     for (int64_t plane = int64_t(first) * 2; plane < int64_t(last) * 2; plane++)
         for (int64_t t = 0, count; t < tokens; t += count) {
@@ -111,6 +114,8 @@ inline void move_kv(const Model& model, const int64_t* slots, int64_t tokens, in
             const int64_t most = std::min<int64_t>(PAGE - first_of_page, tokens - t);
             for (count = 1; count < most && slots[t + count] == slots[t] + count; count++) {}
             const int64_t next = slots[std::min(t + count, tokens - 1)];
+            const int64_t begin = ((plane - first * 2) * tokens + t) * stride, end = begin + count * stride;
+            if (sum && !TO_WIRE) sum->reach(end);
             for (int64_t h = 0; h < model.kv_heads; h++) {
                 const auto page_of = [&](int64_t slot) {
                     const int64_t unit = (plane * model.num_blocks + slot / model.block_size) * model.kv_heads + h;
@@ -118,12 +123,12 @@ inline void move_kv(const Model& model, const int64_t* slots, int64_t tokens, in
                     return (uint8_t*)model.cache + page * PAGE * bytes;
                 };
                 ask_for<TO_WIRE>(page_of(next), PAGE * bytes);
-                uint8_t* rows = wire + ((plane - first * 2) * tokens + t) * stride + h * bytes;
-                const Move m = {page_of(slots[t]), rows, stride, first_of_page, int(count), bytes};
+                const Move m = {page_of(slots[t]), wire + begin + h * bytes, stride, first_of_page, int(count), bytes};
                 if (plane % 2 == 0) move_keys<TO_WIRE>(m);
                 else if (model.half) move_pairs<TO_WIRE>(m);
                 else move_rows<TO_WIRE>(m);
             }
+            if (sum && TO_WIRE) sum->reach(end);
         }
 }
 

@@ -8,10 +8,11 @@ from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_
 
 from pagewire_kernels.cpu.build import BuildError, best_variant, library_path
 
-ABI = 7
+ABI = 8
 STRIP = 32  # outputs in a strip of packed weights
 PAGE = 16  # tokens in a page of the packed KV layout
 MAX_HEAD_DIM = 512
+LEAST_SUMMED_BYTES = 241  # whose checksum is taken while they move; see xxh3.h
 
 
 class Linear(ctypes.Structure):
@@ -81,7 +82,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "pw_pack_bf16": (None, (c_void_p, *[c_int64] * 5, c_void_p)),
     "pw_pack_int8": (None, (c_void_p, c_void_p, *[c_int64] * 6, c_void_p, c_void_p, c_void_p)),
     "pw_pack_int4": (None, (c_void_p, c_void_p, *[c_int64] * 6, c_void_p, c_void_p)),
-    "pw_move_kv": (None, (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_int32)),
+    "pw_move_kv": (None, (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_int64, c_int32, c_void_p)),
     "pw_read_bandwidth": (c_double, (c_void_p, c_void_p, c_int64, c_int)),
     "pw_peak": (c_double, (c_void_p, c_int, c_int)),
 }

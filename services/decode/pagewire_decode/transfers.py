@@ -193,14 +193,14 @@ class Transfers:
         transfer.credits = 0
         transfer.valid = True
 
-    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
+    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> int:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             raise Cancelled("the transfer has ended")
         with transfer.lock:
             if not transfer.valid:
                 raise Cancelled("the transfer has ended or has no pages yet")
-            self._engine.runner.cache.scatter(wire, transfer.block_table, layers, tokens)
+            return self._engine.runner.cache.scatter_checked(wire, transfer.block_table, layers, tokens)
 
     async def sealed(
         self, transfer_id: bytes, received: ReceiveStats, first_tokens: Sequence[common_pb2.SampledToken]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from pagewire.v1 import kv_channel_pb2 as pb
 from pagewire_kernels import ops
+from pagewire_transfer.wire import checksum
 
 from pagewire_engine.models.config import ModelConfig
 
@@ -96,6 +97,21 @@ class KVCache:
     ) -> None:
         """Writes wire-layout KV into the tokens' slots and returns when it is there."""
         self._unpack(wire, self.slots(block_table, *tokens), layers)
+
+    def gather_checked(
+        self, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor
+    ) -> int:
+        """As gather into `wire`; returns its checksum."""
+        self.gather(block_table, layers, tokens, wire)
+        return checksum(wire)
+
+    def scatter_checked(
+        self, wire: torch.Tensor, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]
+    ) -> int:
+        """As scatter; returns the checksum of `wire`, and writes whatever it is."""
+        found = checksum(wire)
+        self.scatter(wire, block_table, layers, tokens)
+        return found
 
     def _pack(self, slots: torch.Tensor, layers: tuple[int, int], wire: torch.Tensor) -> None:
         wire.copy_(ops.pack_kv(self.kv, slots, layers))

@@ -25,9 +25,9 @@ class PromptSource:
     def discard(self, transfer_id: bytes) -> None:
         self._requests.pop(transfer_id, None)
 
-    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
+    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> int:
         request = self._requests.get(transfer_id)
         block_table = self._engine.block_table(request) if request else []
         if not block_table:
             raise Cancelled("the prompt's blocks were given back")
-        self._engine.runner.cache.gather(block_table, layers, tokens, wire)
+        return self._engine.runner.cache.gather_checked(block_table, layers, tokens, wire)

@@ -34,7 +34,7 @@ from pagewire_transfer.lane_thread import LaneThread
 from pagewire_transfer.metrics import StagingSlots, TransferMetrics
 from pagewire_transfer.outgoing import Outgoing
 from pagewire_transfer.source import KvSource
-from pagewire_transfer.wire import ChunkRange, checksum, chunk_bytes, from_bytes
+from pagewire_transfer.wire import ChunkRange, chunk_bytes, from_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -236,7 +236,8 @@ class Pair:
             return
         layout, lane = self._settings.identity.layout, self._thread.lane
         wire = lane.staging(chunk_bytes(layout, part))
-        self._settings.source.gather(outgoing.transfer_id, part.layers, part.tokens, from_bytes(layout, part, wire))
+        shaped = from_bytes(layout, part, wire)
+        checksum = self._settings.source.gather(outgoing.transfer_id, part.layers, part.tokens, shaped)
         chunk = kv.Chunk(
             transfer_id=outgoing.transfer_id,
             seq=seq,
@@ -245,7 +246,7 @@ class Pair:
             token_begin=part.tokens[0],
             token_end=part.tokens[1],
             num_bytes=len(wire),
-            checksum=checksum(wire),
+            checksum=checksum,
         )
         fault = faults.point("chunk-sent")
         if fault == "drop":

@@ -28,7 +28,7 @@ from pagewire_transfer.incoming import Incoming
 from pagewire_transfer.landing import Landing, ReceiveSettings
 from pagewire_transfer.lane_thread import LaneThread
 from pagewire_transfer.sink import ReceiveStats
-from pagewire_transfer.wire import MAX_CHUNK_BYTES, checksum, from_bytes
+from pagewire_transfer.wire import MAX_CHUNK_BYTES, from_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -179,7 +179,7 @@ class ReceivingPair:
         )
 
     def _land(self) -> bool:
-        """On the lane thread. Whether the bytes are those that were announced; only then do they reach the sink."""
+        """On the lane thread. Whether the bytes, as the sink copied them, are those that were announced."""
         landing = self._coming.popleft()
         next_bytes = self._coming[0].chunk.num_bytes if self._coming else 0
         self._settings.staging.take()
@@ -187,22 +187,20 @@ class ReceivingPair:
             with self._thread.lane.recv(landing.chunk.num_bytes, landing.chunk.data, next_bytes) as wire:
                 if faults.point("chunk-received") == "flip":
                     wire[wire.numel() // 2] ^= 1
-                return self._verify_and_scatter(landing, wire)
+                return self._scatter_and_verify(landing, wire)
         finally:
             self._settings.staging.give_back()
 
-    def _verify_and_scatter(self, landing: Landing, wire: torch.Tensor) -> bool:
+    def _scatter_and_verify(self, landing: Landing, wire: torch.Tensor) -> bool:
         settings, chunk, part = self._settings, landing.chunk, landing.part
         if part is None or not self._wanted(landing):
             return True
-        if checksum(wire) != chunk.checksum:
-            return False
         try:
             shaped = from_bytes(settings.identity.layout, part, wire)
-            settings.sink.scatter(chunk.transfer_id, part.layers, part.tokens, shaped)
+            return settings.sink.scatter(chunk.transfer_id, part.layers, part.tokens, shaped) == chunk.checksum
         except Cancelled as error:
             landing.refused = error
-        return True
+            return True
 
     def _landed(self, landing: Landing, job: Future[bool]) -> None:
         self._room.release()

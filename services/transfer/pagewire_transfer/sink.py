@@ -31,10 +31,12 @@ class KvSink(Protocol):
     async def bind(self, transfer_id: bytes, token_begin: int, token_end: int) -> None:
         """Takes pages for prompt tokens [begin, end). Raises a PagewireError, which the peer is told."""
 
-    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
-        """Copies verified KV [layers, 2, tokens, kv_heads, head_dim] into the pages; called on a lane thread.
+    def scatter(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> int:
+        """Copies KV [layers, 2, tokens, kv_heads, head_dim] into the pages; called on a lane thread.
 
-        Raises Cancelled when the transfer is no longer valid; it must look, as its end may have come meanwhile.
+        Returns the checksum of what it copied, which is not yet known to be right: the pages are the transfer's alone
+        until `sealed`, before which what was wrong has come again or the transfer has failed. Raises Cancelled when the
+        transfer is no longer valid; it must look, as its end may have come meanwhile.
         """
 
     async def sealed(self, transfer_id: bytes, received: ReceiveStats, first_tokens: Sequence[pb.SampledToken]) -> None:

@@ -57,9 +57,9 @@ def to_bytes(chunk: torch.Tensor) -> torch.Tensor:
     return chunk.view(-1).view(torch.uint8)
 
 
-def checksum(wire: torch.Tensor) -> int:
-    """XXH3-64 of flat uint8 bytes."""
-    return xxhash.xxh3_64_intdigest(wire.numpy().data)
+def checksum(chunk: torch.Tensor) -> int:
+    """XXH3-64 of a contiguous CPU tensor's bytes."""
+    return xxhash.xxh3_64_intdigest(to_bytes(chunk).numpy().data)
 
 
 def root_checksum(checksums: Iterable[int]) -> int:

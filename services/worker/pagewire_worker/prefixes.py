@@ -117,13 +117,12 @@ class PrefixLender:
         self._engine, self._prompts = engine, prompts
         self._cleanups: set[asyncio.Task[None]] = set()
 
-    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> None:
+    def gather(self, transfer_id: bytes, layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor) -> int:
         if table := self._engine.external.table(transfer_id):
-            self._engine.runner.cache.gather(table, layers, tokens, wire)
-        elif self._prompts:
-            self._prompts.gather(transfer_id, layers, tokens, wire)
-        else:
-            raise Cancelled("the prefix is no longer lent")
+            return self._engine.runner.cache.gather_checked(table, layers, tokens, wire)
+        if self._prompts:
+            return self._prompts.gather(transfer_id, layers, tokens, wire)
+        raise Cancelled("the prefix is no longer lent")
 
     async def lend(self, sender: KvSender, request: kv.FetchRequest) -> kv.FetchResponse:
         """Holds the prefix while it is being sent. Raises Unavailable if it is not there any more."""

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from pagewire_kernels.cpu.library import Model
+from pagewire_kernels.cpu.library import LEAST_SUMMED_BYTES, Model
 
 from pagewire_engine.kv_cache import Allocate, KVCache, empty
 from pagewire_engine.models.config import ModelConfig
@@ -54,18 +54,37 @@ class PackedKVCache(KVCache):
     def _shape(self, config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
         return (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size * config.head_dim)
 
+    def gather_checked(
+        self, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], wire: torch.Tensor
+    ) -> int:
+        if wire.nbytes < LEAST_SUMMED_BYTES:
+            return super().gather_checked(block_table, layers, tokens, wire)
+        return self._move(self.slots(block_table, *tokens), layers, wire, to_wire=True, summed=True)
+
+    def scatter_checked(
+        self, wire: torch.Tensor, block_table: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int]
+    ) -> int:
+        if wire.nbytes < LEAST_SUMMED_BYTES:
+            return super().scatter_checked(wire, block_table, layers, tokens)
+        return self._move(self.slots(block_table, *tokens), layers, wire, to_wire=False, summed=True)
+
     def _pack(self, slots: torch.Tensor, layers: tuple[int, int], wire: torch.Tensor) -> None:
-        assert wire.is_contiguous()
         self._move(slots, layers, wire, to_wire=True)
 
     def _unpack(self, wire: torch.Tensor, slots: torch.Tensor, layers: tuple[int, int]) -> None:
         self._move(slots, layers, wire.contiguous(), to_wire=False)
 
-    def _move(self, slots: torch.Tensor, layers: tuple[int, int], wire: torch.Tensor, *, to_wire: bool) -> None:
-        assert wire.dtype == self.kv.dtype
+    def _move(
+        self, slots: torch.Tensor, layers: tuple[int, int], wire: torch.Tensor, *, to_wire: bool, summed: bool = False
+    ) -> int:
+        """The checksum of `wire` if it is wanted."""
+        assert wire.dtype == self.kv.dtype and wire.is_contiguous()
+        found = ctypes.c_uint64()
         self._library.pw_move_kv(
-            ctypes.byref(self.model), slots.data_ptr(), len(slots), *layers, wire.data_ptr(), int(to_wire)
-        )
+            ctypes.byref(self.model), slots.data_ptr(), len(slots), *layers, wire.data_ptr(), wire.nbytes, int(to_wire),
+            ctypes.byref(found) if summed else None,
+        )  # fmt: skip
+        return found.value
 
 
 class _Ahead(threading.Thread):
