@@ -9,7 +9,12 @@
 
 namespace pw {
 
-constexpr int QUERY_ROWS = 48;  // of a tile, a multiple of 16
+// Of a tile, a multiple of 16. Pages are read from the second cache once for all of them.
+#if defined(__AMX_TILE__)
+constexpr int QUERY_ROWS = 96;
+#else
+constexpr int QUERY_ROWS = 48;
+#endif
 
 // What one tile needs; a thread has one of these.
 template <class T>
@@ -34,37 +39,43 @@ struct Attention {
     float scale;
 };
 
-// The greatest of a row's scores of the span at `span`, those of keys that it does not see being made -inf.
-PW_INLINE float greatest_score(float* score, int64_t span, int64_t width, int64_t from, int64_t to) {
+// The greatest of a row's scores of the span at `span`, by lane, those of keys that it does not see being made -inf.
+PW_INLINE F16 greatest_scores(float* score, int64_t span, int64_t width, int64_t from, int64_t to) {
     for (int64_t i = 0; i < width && span + i < from; i++) score[i] = -INFINITY;
     for (int64_t i = to > span ? to - span : 0; i < width; i++) score[i] = -INFINITY;
     F16 best = load(score);
     for (int64_t i = 16; i < width; i += 16) best = max(best, load(score + i));
-    return largest(best);
+    return best;
 }
 
 // Scores of a span -> probabilities relative to the greatest score so far, for `count` rows from `first` on, a multiple of
-// 16. shrink [QUERY_ROWS]: what the older sums of each row are to be multiplied by.
+// 16. score, weight [count][SPAN]. shrink [count]: what the older sums of each row are to be multiplied by.
 template <class T>
-PW_INLINE void soften(AttentionScratch<T>& s, int first, int count, int64_t span, int64_t width, float scale, float* shrink) {
+PW_INLINE void soften(AttentionScratch<T>& s, int first, int count, float* score, RowOf<T>* weight, int64_t span, int64_t width, float scale, float* shrink) {
     alignas(64) float now[QUERY_ROWS];
-    const int end = first + count;
-    for (int i = first; i < end; i++) now[i] = std::max(s.most[i], scale * greatest_score(s.score + i * SPAN, span, width, s.from[i], s.to[i]));
-    for (int i = first; i < end; i += 16) store(shrink + i, exponential(load(s.most + i) - load(now + i)));
-    for (int i = first; i < end; i++) {
-        const float* score = s.score + i * SPAN;
+    float* most = s.most + first;
+    for (int i = 0; i < count; i += 16) {
+        F16 best[16];
+        const int rows = std::min(count - i, 16);
+        for (int r = 0; r < rows; r++) best[r] = greatest_scores(score + (i + r) * SPAN, span, width, s.from[first + i + r], s.to[first + i + r]);
+        largest_of_each(best, rows, now + i);
+        const F16 before = load(most + i), then = max(before, splat(scale) * load(now + i));
+        store(now + i, then), store(shrink + i, exponential(before - then));
+    }
+    for (int i = 0; i < count; i++) {
         const bool none = now[i] == -INFINITY;
-        s.most[i] = now[i];
+        most[i] = now[i];
         if (none) shrink[i] = 1.0f;  // no key seen yet: every weight is e^-inf
         constexpr bool ROUNDED = sizeof(T) == 2;  // powers of two then do
         const float unit = ROUNDED ? 1.44269504088896341f : 1.0f;
-        F16 sums = load(s.total + i * LANES) * splat(shrink[i]), offset = splat(none ? 0.0f : -now[i] * unit);
-        for (int64_t j = 0; j < width; j += 16) {
+        float* total = s.total + (first + i) * LANES;
+        F16 sums = load(total) * splat(shrink[i]), offset = splat(none ? 0.0f : -now[i] * unit);
+        for (int64_t j = i * SPAN; j < i * SPAN + width; j += 16) {
             const F16 x = fma(load(score + j), splat(scale * unit), offset), p = ROUNDED ? power_of_two(x) : exponential(x);
-            put(s.weight + i * SPAN + j, p);
+            put(weight + j, p);
             sums = sums + p;
         }
-        store(s.total + i * LANES, sums);
+        store(total, sums);
     }
 }
 
@@ -105,16 +116,23 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
 #if defined(__AMX_TILE__)
         if constexpr (sizeof(T) == 2) {
             if (dim % 32 == 0) {
-                // The unit has the scores of the next 16 rows to make while vectors soften those of these.
+                // The unit has the scores of the next 16 rows to make while vectors soften those of these. All are made
+                // where those before them were: what a tile needs hardly fits into the first cache.
                 const int pages = int(width / PAGE);
                 if (tokens % PAGE) cut_page(v[pages - 1], dim, tokens % PAGE, s.cut), v[pages - 1] = s.cut;
                 shape_for_attention(std::min(count, 16));
-                matrix_scores(s.query, dim, keys, next_keys, pages, s.score);
-                for (int i = 0; i < count; i += 16) {
-                    if (i + 16 < count) matrix_scores(s.query + (i + 16) * dim, dim, keys, nullptr, pages, s.score + (i + 16) * SPAN);
+                int i = 0;
+                while (s.to[std::min(i + 16, count) - 1] <= span) i += 16;  // they see none of these keys
+                const T* const* ahead = next_v;
+                float* score = s.score + i % 32 * SPAN;
+                matrix_scores(s.query + i * dim, dim, keys, next_keys, pages, score);
+                for (; i < count; i += 16) {
+                    float* then_score = s.score + (i + 16) % 32 * SPAN;
+                    if (i + 16 < count) matrix_scores(s.query + (i + 16) * dim, dim, keys, nullptr, pages, then_score);
                     const int rows = std::min(count - i, 16);
-                    soften(s, i, rows, span, width, a.scale, shrink);
-                    matrix_values(s.weight + i * SPAN, rows, dim, v, i ? nullptr : next_v, pages, shrink + i, s.sum + i * dim);
+                    soften(s, i, rows, score, s.weight, span, width, a.scale, shrink);
+                    matrix_values(s.weight, rows, dim, v, ahead, pages, shrink, s.sum + i * dim);
+                    ahead = nullptr, score = then_score;
                 }
                 continue;
             }
@@ -129,7 +147,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
 #if defined(__AVX512F__)
         if (count <= FEW_QUERIES && dim % 64 == 0) {
             FEW_SCORES<T>[count - 1](s.query, dim, keys, next_keys, s.score);
-            soften(s, 0, count, span, width, a.scale, shrink);
+            soften(s, 0, count, s.score, s.weight, span, width, a.scale, shrink);
             for (int64_t d = 0; d < dim; d += 64) FEW_VALUES<T>[count - 1](s.weight, dim, d, v, next_v, tokens, s.masked, shrink, s.sum);
             continue;
         }
@@ -143,7 +161,7 @@ inline void attend(const Attention& a, int layer, int window, int kv_head, const
                 attention_product<1>(false, count, s.query, dim, keys[i], keys[i], PAGE * PAIR<T>, steps, ahead, s.score + at, SPAN);
             }
         }
-        soften(s, 0, count, span, width, a.scale, shrink);
+        soften(s, 0, count, s.score, s.weight, span, width, a.scale, shrink);
 #if defined(__AVX512F__)
         if (dim % 32 == 0) {
             for (int i = 0; i < count; i += ROWS)

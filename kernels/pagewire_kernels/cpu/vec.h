@@ -227,6 +227,22 @@ PW_INLINE bool any_nan(F16 x, F16 y) {
 #include "vec_portable.h"
 #endif
 
+// out[i] = the largest of x[i], for up to 16 of them; the rest of out[16] may be anything.
+PW_INLINE void largest_of_each(const F16 (&x)[16], int count, float* out) {
+#if defined(__AVX512F__)
+    if (count == 16) {  // halves what is left to compare, four times, for all of them at once
+        __m512 by8[8], by4[4], by2[2];
+        for (int i = 0; i < 8; i++) by8[i] = _mm512_max_ps(_mm512_unpacklo_ps(x[i].v, x[i + 8].v), _mm512_unpackhi_ps(x[i].v, x[i + 8].v));
+        for (int i = 0; i < 4; i++) by4[i] = _mm512_max_ps(_mm512_unpacklo_ps(by8[i], by8[i + 4]), _mm512_unpackhi_ps(by8[i], by8[i + 4]));
+        for (int i = 0; i < 2; i++)
+            by2[i] = _mm512_max_ps(_mm512_shuffle_f32x4(by4[i], by4[i + 2], 0x88), _mm512_shuffle_f32x4(by4[i], by4[i + 2], 0xdd));
+        const __m512 all = _mm512_max_ps(_mm512_shuffle_f32x4(by2[0], by2[1], 0x88), _mm512_shuffle_f32x4(by2[0], by2[1], 0xdd));
+        return _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15), all));
+    }
+#endif
+    for (int i = 0; i < count; i++) out[i] = largest(x[i]);
+}
+
 // One of each of 16 pairs of bf16 numbers; the others are not touched, as another thread may be writing them.
 PW_INLINE void store_half_pairs(uint16_t* pairs, bool second, F16 a) {
 #if defined(__AVX512F__)
