@@ -92,9 +92,11 @@ async def test_a_chat_is_embedded_as_its_template_writes_it(cluster: Cluster) ->
         ({"messages": []}, "messages"),
         ({**chat, "chat_template": "{{ 1 }}"}, "chat_template"),
         ({**chat, "dimensions": 0}, "dimensions"),
+        ({"messages": [{"role": "user", "content": "Tokyo is not far. " * 1000}]}, "messages"),  # for the model
+        ({"messages": [{"role": "user", "content": "x" * (1 << 20)}]}, "messages"),  # for the tokenizer
     ):
         refused = await cluster.http.post("/v1/embeddings", json=wrong)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
 
 
 async def test_embedding_beside_generation_disturbs_neither(cluster: Cluster) -> None:

@@ -86,18 +86,20 @@ async def test_the_answer_is_vllms_and_no_kv_leaves_the_prefill_worker(cluster: 
     ("changed", "param"),
     [
         ({"items": []}, "items"),
-        ({"items": [[]], "query": []}, None),
+        ({"items": [[]], "query": []}, "items"),
         ({"label_token_ids": []}, "label_token_ids"),
         ({"label_token_ids": [10**6]}, "label_token_ids"),
         ({"query": 5}, "query"),
         ({"model": "unknown"}, "model"),
-        ({"items": [[5] * 5000]}, None),
+        ({"items": [[5] * 5000]}, "items"),
+        ({"items": ["x" * (1 << 20 | 1)]}, "items"),
+        ({"query": "x" * (1 << 20 | 1)}, "query"),
     ],
 )
 async def test_bad_input_is_refused_by_the_name_of_its_field(
-    cluster: Cluster, changed: dict[str, Any], param: str | None
+    cluster: Cluster, changed: dict[str, Any], param: str
 ) -> None:
     refused = await scored(cluster, **{"query": QUERY, "items": ITEMS, "label_token_ids": LABELS, **changed})
     assert refused.status_code == (404 if param == "model" else 400), refused.text
     error = refused.json()["error"]
-    assert param is None or error["param"].split("[")[0].split(".")[0] == param, error
+    assert error["param"].split("[")[0].split(".")[0] == param, error

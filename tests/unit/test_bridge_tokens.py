@@ -131,10 +131,11 @@ async def test_what_is_wrong_is_named_by_its_place(bridge: Bridge, fields: dict[
     assert not bridge.router.requests
 
 
-async def test_what_the_router_refuses_is_named_by_its_place(bridge: Bridge) -> None:
-    bridge.router.script = refuses(InvalidRequest("`logprobs` may be at most 20.", "logprobs"))
+@pytest.mark.parametrize(("param", "place"), [("logprobs", "sampling_params.logprobs"), ("prompt", "token_ids")])
+async def test_what_the_router_refuses_is_named_by_its_place(bridge: Bridge, param: str, place: str) -> None:
+    bridge.router.script = refuses(InvalidRequest("This is too much.", param))
     refused = await ask(bridge, {"logprobs": 500})
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == "sampling_params.logprobs"
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == place
 
 
 async def test_what_has_no_effect_is_named_in_a_header(bridge: Bridge) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Annotated, Any, Self
 
 from pagewire.v1.inference_pb2 import Delta, GenerateRequest, TokenIds, TokenText
@@ -13,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pagewire_bridge.blame import blaming
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.generation import Generation
 from pagewire_bridge.model_names import to_served_name
@@ -83,8 +83,12 @@ class TokensBody(BaseModel):
         return self
 
 
+# Of what is not at the top of the body, as elsewhere, or is the prompt.
+_PLACES = {"prompt": "token_ids", **{name: f"sampling_params.{name}" for name in TokenSampling.model_fields}}
+
+
 async def generate(request: Request) -> Response:
-    with _blaming():
+    with blaming(_PLACES):
         fields = to_object(await read_body(request))
         refuse_unsupported_in_tokens(fields)
         body = validated(TokensBody, fields)
@@ -104,17 +108,6 @@ async def generate(request: Request) -> Response:
 
 
 ROUTES = [Route("/inference/v1/generate", generate, methods=["POST"])]
-
-
-@contextmanager
-def _blaming() -> Iterator[None]:
-    """A parameter of sampling is told by the place where it stands here."""
-    try:
-        yield
-    except InvalidRequest as error:
-        if error.param in TokenSampling.model_fields:
-            raise type(error)(error.message, f"sampling_params.{error.param}") from error
-        raise
 
 
 def to_request(body: TokensBody, request_id: str) -> GenerateRequest:

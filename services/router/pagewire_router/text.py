@@ -28,7 +28,8 @@ def tokenize(
     is_chat = request.HasField("chat")
     text = request.text if not is_chat else render(request.chat, model.chat_template) if rendered is None else rendered
     if len(text) > _MAX_TEXT:  # this holds up every stream
-        raise InvalidRequest(f"at most {_MAX_TEXT} characters are tokenized at a time", param="prompt")
+        param = "messages" if is_chat else "prompt"
+        raise InvalidRequest(f"at most {_MAX_TEXT} characters are tokenized at a time", param)
     special = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
     response = inference_pb2.TokenizeResponse(text=text)
     for token_id, (begin, end) in model.tokenizer.encode_with_offsets(text, special):

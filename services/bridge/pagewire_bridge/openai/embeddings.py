@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pagewire_bridge.blame import blaming
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
@@ -113,8 +114,11 @@ async def embeddings(request: Request) -> Response:
     form: type[EmbeddingsBody | ChatEmbeddingsBody] = ChatEmbeddingsBody if "messages" in fields else EmbeddingsBody
     body = validated(form, fields)
     await check_dimensions(request, body.dimensions)
-    inputs = body.input if isinstance(body, EmbeddingsBody) else [await _tokens_of_chat(request, fields)]
-    response = await embed(request, body.model, inputs, **body.truncation)
+    if isinstance(body, EmbeddingsBody):
+        response = await embed(request, body.model, body.input, **body.truncation)
+    else:
+        with blaming({"input": "messages"}):
+            response = await embed(request, body.model, [await _tokens_of_chat(request, fields)], **body.truncation)
     vectors = [shortened(one.vector, body.dimensions) for one in response.embeddings]
     encode = _base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated
 
 from pagewire.v1 import common_pb2, inference_pb2
-from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pagewire_bridge.blame import blaming
 from pagewire_bridge.body import read_body, to_object, validated
 from pagewire_bridge.client import RouterClient, client_of
 from pagewire_bridge.generation import Generation
@@ -62,36 +61,26 @@ async def generative_scoring(request: Request) -> Response:
         headers = {**ignored_fields_header(unknown_fields(body)), **served_by(generation.summaries)}
         return json_response(content, headers=headers)
 
-    with _blaming():
+    with blaming({"logprob_token_ids": "label_token_ids", "prompt": "items"}):
         return await respond(request, generation, stream=None, whole=answer)
 
 
 ROUTES = [Route("/generative_scoring", generative_scoring, methods=["POST"])]
 
 
-@contextmanager
-def _blaming() -> Iterator[None]:
-    """What the router refuses by its own name for it is told by that of the field it came in."""
-    try:
-        yield
-    except InvalidRequest as error:
-        if error.param == "logprob_token_ids":
-            raise InvalidRequest(error.message, "label_token_ids") from error
-        raise
-
-
 async def _prompts(client: RouterClient, body: ScoringBody) -> list[list[int]]:
     """Query and items make tokens each by itself, as in vLLM: what they have in common is then in the cache."""
 
-    async def tokens(text: _Text, special: bool | None) -> list[int]:
+    async def tokens(field: str, text: _Text, special: bool | None) -> list[int]:
         if not isinstance(text, str):
             return text
         name = to_served_name(body.model)
         asked = inference_pb2.TokenizeRequest(model=name, text=text, add_special_tokens=special)
-        return [token.id for token in (await client.tokenize(asked)).tokens]
+        with blaming({"prompt": field}):
+            return [token.id for token in (await client.tokenize(asked)).tokens]
 
-    query = await tokens(body.query, body.add_special_tokens)
-    items = [await tokens(item, False) for item in body.items]
+    query = await tokens("query", body.query, body.add_special_tokens)
+    items = [await tokens(f"items[{i}]", item, False) for i, item in enumerate(body.items)]
     return [item + query if body.item_first else query + item for item in items]
 
 

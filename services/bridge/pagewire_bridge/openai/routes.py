@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pagewire_bridge.blame import blaming
 from pagewire_bridge.body import read_body
 from pagewire_bridge.client import client_of
 from pagewire_bridge.generation import Generation
@@ -24,10 +25,10 @@ from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Naming, Sh
 from pagewire_bridge.openai.tool_use import parser_of
 from pagewire_bridge.openai.tools import NamedTool
 from pagewire_bridge.openai.translate import (
-    blaming,
     chat_echo,
     from_model,
     from_models,
+    router_names,
     to_chat_request,
     to_completion_requests,
 )
@@ -142,5 +143,5 @@ async def _generate(request: Request, body: GenerationBody, asked: list[Generate
         told = StreamedUsage.asked(body.stream_options, request.state.always_usage)
         return EventStream(answer().stream(generation, told), generation.close, headers)
 
-    with blaming(body):
+    with blaming(router_names(body)):
         return await respond(request, generation, stream=answer_stream if body.stream else None, whole=answer_whole)

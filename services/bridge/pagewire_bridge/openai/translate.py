@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from pagewire.v1 import common_pb2, inference_pb2
@@ -87,21 +86,16 @@ def to_truncation(body: SamplingBody) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def blaming(body: GenerationBody) -> Iterator[None]:
-    """What the router refuses by its own name for it is told by that of the field it came in."""
-    try:
-        yield
-    except InvalidRequest as error:
-        if error.param == "structured_outputs" and (guided := guided_field(body)):
-            raise InvalidRequest(error.message, guided) from error
-        if error.param in ("structured_outputs", "structural_tag") and body.structured_outputs is None:
-            asked = body.response_format is not None and body.response_format.type != "text"
-            tools = "functions" if isinstance(body, ChatBody) and body.functions else "tools"
-            raise InvalidRequest(error.message, "response_format" if asked else tools) from error
-        if error.param == "logprobs" and isinstance(body, ChatBody):
-            raise InvalidRequest(error.message, "top_logprobs") from error
-        raise
+def router_names(body: GenerationBody) -> dict[str, str]:
+    """Fields of the body by what the router calls what they ask for."""
+    names = {"logprobs": "top_logprobs"} if isinstance(body, ChatBody) else {}
+    if guided := guided_field(body):
+        names["structured_outputs"] = guided
+    elif body.structured_outputs is None:
+        asked = body.response_format is not None and body.response_format.type != "text"
+        tools = "functions" if isinstance(body, ChatBody) and body.functions else "tools"
+        names |= dict.fromkeys(("structured_outputs", "structural_tag"), "response_format" if asked else tools)
+    return names
 
 
 def to_chat(body: ChatBody) -> inference_pb2.Chat:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pagewire_bridge.blame import blaming
 from pagewire_bridge.body import read_body
 from pagewire_bridge.client import client_of
 from pagewire_bridge.disconnect import until_disconnect
@@ -20,8 +21,8 @@ from pagewire_bridge.openai.responses.asked import Asked, store_of, understand
 from pagewire_bridge.openai.responses.background import BackgroundRun, BackgroundRuns, follow
 from pagewire_bridge.openai.responses.items import Fields
 from pagewire_bridge.openai.responses.store import Record
-from pagewire_bridge.openai.responses.translate import blaming_input, parse_body
-from pagewire_bridge.openai.translate import blaming
+from pagewire_bridge.openai.responses.translate import CHAT_NAMES, parse_body
+from pagewire_bridge.openai.translate import router_names
 from pagewire_bridge.prompt_fit import cut_to_fit, num_tokens
 from pagewire_bridge.respond import begin, respond
 from pagewire_bridge.responses import json_response
@@ -34,18 +35,18 @@ _ACCEPTED_S = 1.0  # what a refusal of a background response may take to be its 
 
 async def create(request: Request) -> Response:
     body = parse_body(await read_body(request))
-    with blaming_input():
+    with blaming(CHAT_NAMES):
         asked = await understand(request, body)
-        with blaming(asked.chat):
+        with blaming(router_names(asked.chat)):
             return await _answer(asked)
 
 
 async def count_input(request: Request) -> Response:
     """In tokens, what the model would be given for the same body."""
     body = parse_body(await read_body(request))
-    with blaming_input():
+    with blaming(CHAT_NAMES):
         asked = await understand(request, body)
-        with blaming(asked.chat):
+        with blaming(router_names(asked.chat)):
             count = await num_tokens(client_of(request), asked.generate)
     return json_response({"object": "response.input_tokens", "input_tokens": count}, headers=asked.headers)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.body import to_object, validated
 from pagewire_bridge.openai.responses.items import Fields, to_messages
@@ -16,7 +13,7 @@ from pagewire_bridge.openai.schema import ChatBody, ConversationBody, SamplingBo
 from pagewire_bridge.openai.unsupported import refuse_unsupported_in_responses, unknown_fields
 
 # What is one field here and another one of the chat.
-_BLAMED = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens",
+CHAT_NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens",
            "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}  # fmt: skip
 _ECHOED = ("instructions", "previous_response_id", "max_output_tokens", "max_tool_calls", "temperature", "top_p",
            "user", "safety_identifier", "prompt_cache_key")  # fmt: skip
@@ -67,16 +64,6 @@ def _response_format(form: TextFormat | None) -> Fields | None:
 def _tools(body: ResponsesBody) -> Fields:
     """`tools: []` asks for nothing here: clients send it."""
     return {"tools": [*to_chat_tools(body.tools or ())] or None, "tool_choice": to_chat_choice(body.tool_choice)}
-
-
-@contextmanager
-def blaming_input() -> Iterator[None]:
-    """A mistake that shows only in the chat is told by the name of the field it came in."""
-    try:
-        yield
-    except InvalidRequest as error:
-        error.param = _BLAMED.get(error.param.partition("[")[0], error.param)
-        raise
 
 
 def to_head(body: ResponsesBody, response_id: str, model: str, created_at: int) -> Fields:
