@@ -131,6 +131,14 @@ def test_administrators_are_shown_flags_without_secrets() -> None:
     assert "api-key" not in shown and "tokenizer" not in shown
 
 
+@pytest.mark.parametrize("name", ["served-model-name", "api-key"])
+def test_several_values_stand_with_spaces_as_for_vllm_or_with_commas(name: str) -> None:
+    for typed in ([f"--{name}", "a", "b"], [f"--{name}", "a,b"], [f"--{name}=a,b"]):
+        parsed = _parser().parse_args([*typed, "--port=1"])
+        assert (getattr(parsed, _attribute(name)), parsed.port) == ("a,b", 1), typed
+        assert f"--{name}=a,b" in to_command_line(parsed, (name,))
+
+
 def test_a_switch_that_is_off_stays_off_in_the_other_process() -> None:
     first = _parser().parse_args(["--no-enable-prefix-caching"])
     assert "--no-enable-prefix-caching" in to_command_line(first, WORKER_FLAGS)
@@ -188,7 +196,8 @@ def test_a_bad_value_in_the_environment_is_refused(
     [
         "--unknown", "--max-num-seq=3", "--port=65536", "--port=x", "--max-num-seqs=0", "--block-size=24",
         "--gpu-memory-utilization=1.5", "--kv-cache-memory-bytes=lots", "--kv-cache-memory-bytes=1e999G",
-        "--request-timeout=0", "--transfer-timeout=nan", "--dtype=int8", "--role=", "stray",
+        "--request-timeout=0", "--transfer-timeout=nan", "--dtype=int8", "--role=", "--model=", "--worker-id=\udcff",
+        "stray",
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_ends_with_one_line_and_exit_code_2(

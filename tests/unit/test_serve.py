@@ -57,6 +57,10 @@ def _taken(spec: plan.ServiceSpec) -> argparse.Namespace:
         (["--max_modellen=3"], "unknown flag --max-modellen; did you mean --max-model-len?"),
         (["--frobnicate"], "unknown flag --frobnicate"),
         (["a", "b"], "unexpected argument 'b'"),
+        ([""], "argument MODEL: must not be empty"),
+        (["--model", ""], "argument --model: must not be empty"),
+        (["--served-model-name", "a", "b"], "--served-model-name takes all the words after it; give MODEL before it"),
+        (["--api-key", "secret", "a"], "--api-key takes all the words after it; give MODEL before it, or commas"),
         (["a", "--model", "b"], "MODEL is a but --model is b; give one of them"),
         (["--decode", "0"], "no worker can decode"),
         (["--prefill", "-1"], "argument --prefill: must not be negative"),
@@ -112,6 +116,38 @@ def test_a_flag_that_changes_nothing_is_taken_and_told() -> None:
         "--trust-remote-code changes nothing: code that comes with a model is never run"
     ]
     assert without_effect(_args("--no-trust-remote-code")) == without_effect(_args()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["org/m", "--served-model-name", "a", "b"], ["--served-model-name", "a", "b", "--model", "org/m"],
+     ["--served-model-name", "a", "b", "--api-key", "k", "--model=org/m"], ["--served-model-name=a,b", "org/m"]],
+)  # fmt: skip
+def test_a_model_may_have_several_names(arguments: list[str]) -> None:
+    args = _args(*arguments)
+    assert (args.model, args.served_model_name) == ("org/m", "a,b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["serve", "\udcff"], "MODEL"),
+        (["explain", "--router=h:1", "\udcff"], "prompt"),
+        (["role", "\udcff", "both"], "HOST:PORT"),
+        (["bench", "--model=\udcff"], "--model"),
+        (["key", "\udcff"], "NAME"),
+        (["status", "--router=\udcff"], "--router"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused_with_one_line(
+    arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell's $'\\xff' comes as a lone surrogate: it once ended in a traceback of whoever sent it on."""
+    with pytest.raises(SystemExit) as exit_:
+        main.main(arguments)
+    assert exit_.value.code == 2
+    asked = f"pagewire {arguments[0]}"
+    assert capsys.readouterr().err == f"{asked}: argument {name}: this is no UTF-8 text (see {asked} --help)\n"
 
 
 def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pagewire_core.command_line import PRECEDENCE, add_flags
 from pagewire_core.errors import StartupError
-from pagewire_core.flags import BRIDGE_FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, number, positive
+from pagewire_core.flags import BRIDGE_FLAGS, FLAGS, ROUTER_FLAGS, TLS_FLAGS, WORKER_FLAGS, number, positive
 
 from pagewire_cli.vllm_flags import NOT_IMPLEMENTED, add_others, refuse_otherwise, without_effect
 from pagewire_cli.zygote import Zygote, helps
@@ -48,7 +48,8 @@ def add_subcommand(
         environ=environ,
         not_implemented=NOT_IMPLEMENTED,
     )
-    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="same as --model; default: the demo model")
+    parser.add_argument("model_tag", nargs="?", type=FLAGS["model"].type, metavar="MODEL",
+                        help="same as --model; default: the demo model")  # fmt: skip
     parser.add_config()
     group = parser.add_argument_group("the deployment")
     for action in (
@@ -84,6 +85,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
         args.parser.error("--enable-log-requests and --disable-log-requests contradict each other")
     model = args.model_tag or args.model
     if model is None:
+        if greedy := getattr(args, "greedy", None):
+            args.parser.error(f"{greedy} takes all the words after it; give MODEL before it, or commas between values")
         model = str(demo_model())
         args.served_model_name = args.served_model_name or "pagewire-demo"
     args.model = model

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pagewire_core import settings
@@ -82,7 +83,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_config(self) -> None:
         self._takes_config = True
-        self.add_argument("--config", metavar="FILE", help="a YAML file of flags (max-num-seqs: 64)")
+        self.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of flags (max-num-seqs: 64)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         given = _with_dashes(sys.argv[1:] if args is None else args)
@@ -93,10 +94,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
+        parser: Parser = getattr(parsed, "parser", self)  # of the subcommand
         if unknown:
-            parser: Parser = getattr(parsed, "parser", self)  # of the subcommand
             parser.error(parser._unknown_argument(unknown[0]))
+        parser._check_text(parsed)
         return parsed
+
+    def _check_text(self, parsed: argparse.Namespace) -> None:
+        """Names of files may be any bytes, but all else is sent or shown."""
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            try:
+                value.encode() if isinstance(value, str) else None
+            except UnicodeEncodeError:
+                self.error(str(argparse.ArgumentError(action, "this is no UTF-8 text")))
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """argparse takes -t for -tp even where nothing may be abbreviated."""
@@ -119,10 +130,14 @@ class Parser(argparse.ArgumentParser):
 
     def _take(self, found: Iterable[Setting]) -> None:
         """As defaults, so that the command line wins; checked now, as argparse checks no choices of a default."""
+        said: dict[str, str] = {}
         for setting in found:
             action = self._settable.get(setting.name)
             if action is None:
                 self.error(f"{setting.source} is no flag: {self._unknown(setting.name)}")
+            if action.dest in said:
+                self.error(f"{said[action.dest]} and {setting.source} are the same flag; leave one out")
+            said[action.dest] = setting.source
             self.set_defaults(**{action.dest: self._value(action, setting)})
             action.required = False
 
@@ -182,6 +197,18 @@ def add_flags(parser: Parser, names: Sequence[str]) -> None:
                 parser.settable(_add(group, name, FLAGS[name]))
 
 
+class _Words(argparse.Action):
+    """Words as one with commas, as environment and files have them, and to_command_line passes them on.
+
+    Names the option in `greedy`: one of them may have been meant for an argument after it.
+    """
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, ",".join(values))
+        if len(values) > 1:
+            namespace.greedy = option
+
+
 def _add(group: argparse._ArgumentGroup, name: str, flag: Flag) -> argparse.Action:
     if flag.type is None:
         return group.add_argument(
@@ -193,6 +220,7 @@ def _add(group: argparse._ArgumentGroup, name: str, flag: Flag) -> argparse.Acti
         help=f"{flag.help}: {', '.join(flag.choices or ())}" if many else flag.help,
         metavar=name.rpartition("-")[2].upper() if many else None if flag.choices else _METAVARS.get(flag.type),
         choices=[flag.type(c) for c in flag.choices] if flag.choices else None,
+        nargs="+" if flag.several else None, action=_Words if flag.several else "store",
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ class Flag:
     type: Callable[[str], Any] | None = str  # None: a switch with a --no- form
     choices: tuple[str, ...] | None = None
     aliases: tuple[str, ...] = ()  # as they are typed
+    several: bool = False  # takes all words up to the next flag, as one with commas
 
 
 def size(text: str) -> int:
@@ -76,6 +77,13 @@ fraction = number("fraction", float, lambda x: 0 < x <= 1, "must be in (0, 1]")
 seconds = number("seconds", float, lambda x: 0 < x < math.inf, "must be positive and finite")
 
 
+def model(text: str) -> str:
+    """What names one: an empty variable in a script is a mistake, and no wish for the demo model."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def host(text: str) -> str:
     """A name or an address, an IPv6 one with or without brackets."""
     return text.strip("[]")
@@ -124,7 +132,7 @@ def collector(text: str) -> str:
 
 FLAGS: dict[str, Flag] = {
     # The model.
-    "model": Flag(None, "a local directory or a Hugging Face Hub id"),
+    "model": Flag(None, "a local directory or a Hugging Face Hub id", model),
     "tokenizer": Flag(None, "a directory or Hub id with tokenizer.json; default: the model's"),
     "revision": Flag(None, "branch, tag or commit of a Hub model"),
     "download-dir": Flag(None, "where Hub models are kept; default: the Hub's own cache"),
@@ -137,7 +145,8 @@ FLAGS: dict[str, Flag] = {
                                    aliases=("-pp",)),
     "quantization": Flag(None, "store the weights in fewer bits, made at load from an unquantized checkpoint",
                          choices=("int8", "int4", "fp8"), aliases=("-q",)),
-    "served-model-name": Flag(None, "names clients may ask for, comma-separated; default: the model as given"),
+    "served-model-name": Flag(None, "names clients may ask for, with spaces or commas between them; default: the model "
+                                    "as given", several=True),
     "chat-template": Flag(None, "a Jinja file or template; default: the model's"),
     "default-chat-template-kwargs": Flag(None, "variables of the chat template where a request does not say, as JSON: "
                                                '{"enable_thinking": false}'),
@@ -193,7 +202,8 @@ FLAGS: dict[str, Flag] = {
     "port": Flag(0, "port to listen on; 0: any free one", port),
     "redis-url": Flag(None, "redis://host:port/db of the index and registry"),
     "router": Flag(None, "host:port of the router"),
-    "api-key": Flag("", "keys that clients must show, comma-separated; PAGEWIRE_API_KEY keeps them from `ps`"),
+    "api-key": Flag("", "keys that clients must show, with spaces or commas between them; PAGEWIRE_API_KEY keeps them "
+                        "from `ps`", several=True),
     "api-keys-file": Flag(None, "a YAML list of named keys with tenants and limits (`pagewire key` makes entries)"),
     "response-store-ttl": Flag(86400.0, "seconds that stored responses (/v1/responses) are kept after their last use",
                                seconds),

@@ -56,6 +56,8 @@ def from_file(path: str) -> list[Setting]:
         typed_values = {} if typed is None else typed
         if not isinstance(typed_values, dict):
             raise ValueError(f"{path} must have lines like max-num-seqs: 64")
+        if typed is not None:
+            _check_keys(path, yaml.compose(text, Loader=yaml.SafeLoader).value)
         plain = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
@@ -63,6 +65,18 @@ def from_file(path: str) -> list[Setting]:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     pairs = zip(plain.items(), typed_values.values(), strict=True)
     return [_setting(path, str(key), value, typed) for (key, value), typed in pairs]
+
+
+def _check_keys(path: str, pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Raises ValueError for a key that is there twice, of which YAML's readers take the last, and for a merge key."""
+    lines: dict[str, int] = {}
+    for key, _ in pairs:
+        line = key.start_mark.line + 1
+        if key.tag == "tag:yaml.org,2002:merge":
+            raise ValueError(f"'<<' in {path} (line {line}): mappings are not merged here; write the flags themselves")
+        if key.value in lines:
+            raise ValueError(f"{key.value!r} is in {path} twice: in lines {lines[key.value]} and {line}")
+        lines[key.value] = line
 
 
 def _setting(path: str, key: str, plain: Any, typed: Any) -> Setting:
