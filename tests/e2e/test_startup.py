@@ -15,6 +15,12 @@ from cluster import SMALL, Cluster, free_port, running, script
 from tiny_models import make_model
 from warm_start import SERVICES, WarmProcess
 
+NEW_NETWORK = ("unshare", "--map-root-user", "--net")
+
+
+def may_unshare() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*NEW_NETWORK, "true"], capture_output=True).returncode == 0
+
 
 def run(*command: str) -> tuple[int, str]:
     """Exit code and all that was said."""
@@ -89,6 +95,14 @@ def test_a_redis_that_cannot_be_reached(llama: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     code, stderr = run("pagewire", "serve", str(llama), f"--redis-url=redis://{address}/0", f"--port={free_port()}")
     assert code == 1 and f"cannot reach Redis at {address}" in last_line(stderr) and "Traceback" not in stderr
+
+
+@pytest.mark.skipif(not may_unshare(), reason="network namespaces are not allowed here")
+def test_a_loopback_that_is_down(llama: Path) -> None:
+    """As in a network namespace that was just made: serve once waited for its services, which nobody could reach."""
+    command = [*NEW_NETWORK, *script("pagewire"), "serve", str(llama), f"--port={free_port()}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "127.0.0.1, which cannot be reached: Network is unreachable" in done.stderr
 
 
 @pytest.mark.parametrize("program", ["pagewire-worker", "pagewire-router"])

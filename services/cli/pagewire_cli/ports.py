@@ -11,6 +11,7 @@ from pagewire_core.errors import StartupError
 # Below the kernels' ephemeral ranges (Linux: from 32768), so that no outgoing connection takes a
 # service's port between its death and its restart.
 _FIRST, _LAST = 20000, 32000
+_LOOPBACK_S = 2.0
 
 
 def is_free(host: str, port: int) -> bool:
@@ -36,6 +37,18 @@ def free_ports(count: int) -> list[int]:
         if is_free("127.0.0.1", port):
             chosen.append(port)
     raise StartupError(f"fewer than {count} ports are free between {_FIRST} and {_LAST}; stop some servers")
+
+
+def require_loopback() -> None:
+    """Raises StartupError where nobody can be reached on loopback: in a new network namespace it is down."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=_LOOPBACK_S).close()
+    except OSError as error:
+        raise StartupError(
+            f"the services talk over 127.0.0.1, which cannot be reached: {error.strerror or error}; bring loopback up, "
+            "as with `ip link set lo up`"
+        ) from None
 
 
 def require_free(host: str, port: int) -> None:

@@ -48,9 +48,10 @@ def serve(args: argparse.Namespace, started: float, zygote: Zygote | None = None
 
     zygote: of the workers, closed as soon as they run.
 
-    Raises StartupError before anything runs if the port is taken or Redis cannot be reached, and after
+    Raises StartupError before anything runs if the port is taken or loopback or Redis cannot be reached, and after
     everything is stopped again if a service does not start.
     """
+    ports.require_loopback()
     if args.port:
         ports.require_free(args.host, args.port)
     if args.redis_url:
