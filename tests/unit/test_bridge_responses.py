@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,6 +28,7 @@ from pagewire_bridge.reasoning import REASONING_FORMATS
 from pagewire_bridge.tools.families import TOOL_FORMATS
 from pagewire_core.errors import ContextLength, InvalidRequest, Unavailable
 from processes import free_port
+from redis.asyncio import Redis
 from response_events import TEXT, WEATHER, Fields, in_parts, read_back
 from scripted_router import (
     HELLO,
@@ -534,6 +536,41 @@ async def test_a_deleted_background_response_does_not_go_on(bridge: Bridge) -> N
     await eventually(lambda: bridge.router.num_cancelled == 1)
     with pytest.raises(NotFoundError):
         await bridge.openai.responses.retrieve(begun.id)
+
+
+@pytest.mark.parametrize("when", ["while it runs", "at its end"])
+async def test_a_background_response_that_redis_has_lost_is_stored_again(
+    redis_url: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emptied, or started again without a disk. It once ended as if the client had deleted it: 404 for ever."""
+    if when == "at its end":
+        monkeypatch.setattr("pagewire_bridge.openai.responses.background.TICK_S", 60.0)
+    go_on = asyncio.Event()
+    async with (
+        bridge_with(in_two(go_on), redis_url=redis_url) as url,
+        AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client,
+        Redis.from_url(redis_url) as redis,
+    ):
+        begun = await client.responses.create(model="demo", input="hi", background=True)
+        await until_running(client, begun.id)
+        await redis.flushall()
+        with pytest.raises(NotFoundError):
+            await client.responses.retrieve(begun.id)
+        if when == "while it runs":
+            await until_running(client, begun.id)
+        go_on.set()
+        await until_running(client, begun.id, "completed")
+        assert (await client.responses.retrieve(begun.id)).output_text == "Hello"
+        assert not await redis.exists(f"pw:response::{begun.id}:lease")
+
+
+async def until_running(client: AsyncOpenAI, response_id: str, status: str = "in_progress") -> None:
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(NotFoundError):
+                if (await client.responses.retrieve(response_id)).status == status:
+                    return
+            await asyncio.sleep(0.01)
 
 
 async def test_a_stream_of_what_is_not_kept_any_more_says_so(bridge: Bridge) -> None:

@@ -1,11 +1,13 @@
 """Responses that go on without the client that asked for them, and are found in the store by whoever asks later.
 
-One that is cancelled or deleted, at whichever bridge, has lost its lease, and ends here within TICK_S.
+One that is cancelled or deleted, at whichever bridge, has lost its lease, and ends here within TICK_S. One that Redis
+has lost is stored again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Iterable
 from typing import Any
 
@@ -96,7 +98,8 @@ class BackgroundRun:
             return
         self._asked.accept(self.answer, self._generation)
         self._note(self.answer.begin())
-        await self._is_changed()
+        with contextlib.suppress(Unavailable):
+            await self._change()
         async for event in events(self.answer, self._generation):
             self._note([event])
 
@@ -104,22 +107,31 @@ class BackgroundRun:
         """Tells what is new, and keeps the lease."""
         try:
             await self._tell()
-            return await self._store.go_on(*self._name)
+            return await self._store.go_on(*self._name) or await self._is_stored_again()
         except Unavailable:  # the lease outlives a short absence
             return True
 
-    async def _is_changed(self) -> bool:
-        try:
-            return await self._store.change(self._asked.tenant, self._asked.record(self.answer))
-        except Unavailable:
+    async def _is_stored_again(self) -> bool:
+        """If it is not there, as when Redis was emptied, and nobody has ended it. Raises Unavailable."""
+        if not await self._store.is_lost(*self._name):
             return False
+        log.warning("background response was lost and is stored again", response=self._asked.response_id)
+        await self._store.begin(self._asked.tenant, self._asked.record(self.answer))
+        return True
+
+    async def _change(self) -> bool:
+        """What is stored; whether nobody has ended it before. Raises Unavailable."""
+        tenant, record = self._asked.tenant, self._asked.record(self.answer)
+        return await self._store.change(tenant, record) or (
+            await self._is_stored_again() and await self._store.change(tenant, record)
+        )
 
     async def _end(self, num_tries: int) -> None:
         """The last event is told when the end is stored: who reads it may go on from there."""
         for _ in range(num_tries):
             try:
                 await self._tell()
-                if await self._store.change(self._asked.tenant, self._asked.record(self.answer)):
+                if await self._change():
                     self._note([self.answer.last()])
                     await self._tell()
                 return

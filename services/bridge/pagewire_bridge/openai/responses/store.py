@@ -3,9 +3,11 @@
     pw:response:TENANT:ID          a Record, as JSON
     pw:response:TENANT:ID:lease    there while a bridge runs it in the background
     pw:response:TENANT:ID:events   what it has told so far, if it streams in the background
+    pw:response:TENANT:ID:deleted  there where somebody has deleted it while it ran
 
 Who runs it and who cancels it both end it by ending its lease, so that only one of them does. One whose lease is gone
-without an end has lost its bridge. For another tenant a response does not exist.
+without an end has lost its bridge. One of which nothing is there was lost with all of Redis, and is stored again by who
+runs it. For another tenant a response does not exist.
 """
 
 from __future__ import annotations
@@ -90,6 +92,8 @@ class ResponseStore:
         if not _RESPONSE_ID.fullmatch(response_id):
             return False
         key = _key(tenant, response_id)
+        if await self._shelf.get(key + ":lease"):
+            await self._shelf.put(key + ":deleted", b"1", self._ttl_s)  # first: who runs it would take it for lost
         return await self._shelf.delete(key, key + ":lease", key + ":events")
 
     # ---------------------------------------------------------------- in the background
@@ -111,6 +115,11 @@ class ResponseStore:
         """What is stored of one that runs, or ends now; whether nobody has ended it before. Raises Unavailable."""
         key, lease_s = _key(tenant, record.response["id"]), _LEASE_S if record.is_running else 0.0
         return await self._shelf.put_under(key + ":lease", lease_s, key, written(record), self._ttl_s)
+
+    async def is_lost(self, tenant: str, response_id: str) -> bool:
+        """Whether one that was begun is gone, and nobody has deleted it. Raises Unavailable."""
+        key = _key(tenant, response_id)
+        return not (await self._shelf.get(key) or await self._shelf.get(key + ":deleted"))
 
     async def tell(self, tenant: str, response_id: str, first: int, events: Sequence[bytes]) -> None:
         """Of the events from this number on; again, where it is not known that they were told. Raises Unavailable."""
