@@ -156,6 +156,16 @@ async def test_tgi_seeds_repeat_and_best_of_shows_the_others(cluster: Cluster) -
     assert mean[0] >= mean[1] and best["seed"] == other["seed"] is not None
 
 
+async def test_tgi_tells_the_seed_that_was_drawn(cluster: Cluster) -> None:
+    asked = {"do_sample": True, "temperature": 1.5, "details": True, "max_new_tokens": 20}
+    drawn = (await generate(cluster, **asked)).json()
+    again = (await generate(cluster, **asked, seed=drawn["details"]["seed"])).json()
+    assert again == drawn and (await generate(cluster, **asked)).json()["details"]["seed"] != drawn["details"]["seed"]
+    events = data_of((await generate(cluster, "/generate_stream", **asked)).text)
+    again = (await generate(cluster, **asked, seed=events[-1]["details"]["seed"])).json()
+    assert again["generated_text"] == events[-1]["generated_text"]
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

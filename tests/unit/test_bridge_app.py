@@ -185,3 +185,15 @@ async def test_what_the_proxy_allows_bounds_the_call(bridge: Bridge) -> None:
         assert (await bridge.http.post("/v1/chat/completions", json=body, headers=headers)).status_code == 200
         left_s = bridge.router.time_remaining
         assert left_s is not None and (left_s <= 2) == (expected == 1.5)
+
+
+async def test_the_seed_of_tgis_answer_is_the_routers(bridge: Bridge) -> None:
+    """So --seed is for all routes: this one drew seeds of its own, that were never the same."""
+    opened = accepted()
+    opened.accepted.seed = 11
+    bridge.router.script = says(opened, delta("hi", tokens=[token(b"hi", -1.0)], finish=STOP), summary())
+    for parameters, seed in (({"do_sample": True}, 11), ({}, None)):
+        body = {"inputs": "x", "parameters": {"details": True, **parameters}}
+        answer = await bridge.http.post("/generate", json=body)
+        assert answer.json()["details"]["seed"] == seed
+        assert not bridge.router.requests[-1].sampling.HasField("seed")

@@ -356,6 +356,7 @@ def opening(request: ValidRequest) -> inference_pb2.GenerateResponse:
         prompt_token_ids=request.prompt_ids if request.return_prompt_token_ids else (),
         prompt_tail=request.prompt_tail,
         max_tokens_clipped=request.max_tokens_clipped,
+        seed=request.sampling.seed,
     )
     return inference_pb2.GenerateResponse(accepted=accepted)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 from pagewire.v1 import common_pb2
-from pagewire.v1.inference_pb2 import Delta, TokenText
+from pagewire.v1.inference_pb2 import Accepted, Delta, TokenText
 from pagewire_core.errors import Internal, PagewireError
 
 from pagewire_bridge import sse
@@ -21,13 +21,13 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """What of a request its answer depends on. seed: None where nothing is drawn."""
+    """What of a request its answer depends on. samples: tokens are drawn, by a seed that the answer tells."""
 
     inputs: str
     full_text: bool
     details: bool
     with_top_tokens: bool
-    seed: int | None
+    samples: bool
 
 
 @dataclass
@@ -35,6 +35,7 @@ class _Output:
     """One choice as far as it has come."""
 
     asked: Asked
+    accepted: Accepted
     text: list[str] = field(default_factory=list)
     tokens: list[dict[str, Any]] = field(default_factory=list)
     top_tokens: list[list[dict[str, Any]]] = field(default_factory=list)
@@ -63,7 +64,7 @@ class _Output:
         return sum(t["logprob"] for t in self.tokens) / max(len(self.tokens), 1)
 
     def ending(self) -> dict[str, Any]:
-        seed = self.asked.seed
+        seed = self.accepted.seed if self.asked.samples and self.accepted.HasField("seed") else None
         return {"finish_reason": self.finish_reason, "generated_tokens": len(self.tokens), "seed": seed}
 
     def details(self) -> dict[str, Any]:
@@ -79,7 +80,8 @@ def _token(token: TokenText) -> dict[str, Any]:
 
 async def whole(asked: Asked, generation: Generation, num_choices: int) -> dict[str, Any]:
     """Of several choices the one with the highest mean log probability is the answer. Raises PagewireError."""
-    outputs = [_Output(asked, prompt=generation.prompt_tokens[0]) for _ in range(num_choices)]
+    accepted, prompt = generation.accepted[0], generation.prompt_tokens[0]
+    outputs = [_Output(asked, accepted, prompt=prompt) for _ in range(num_choices)]
     async for index, delta in generation.deltas():
         outputs[index].take(delta)
     best = max(outputs, key=lambda output: output.mean_logprob) if num_choices > 1 else outputs[0]
@@ -96,7 +98,7 @@ async def whole(asked: Asked, generation: Generation, num_choices: int) -> dict[
 
 async def stream(asked: Asked, generation: Generation) -> AsyncGenerator[bytes]:
     """An event for every token, the last with the whole text; after a failure one error event, and no more."""
-    output, sent = _Output(asked), 0
+    output, sent = _Output(asked, generation.accepted[0]), 0
     try:
         async for _, delta in generation.deltas():
             output.take(delta)
@@ -106,7 +108,7 @@ async def stream(asked: Asked, generation: Generation) -> AsyncGenerator[bytes]:
                 sent += 1
         if not output.tokens:
             raise Internal("the answer ended without a token")
-        ending = {**output.ending(), "input_length": generation.accepted[0].prompt_tokens}
+        ending = {**output.ending(), "input_length": output.accepted.prompt_tokens}
         yield sse.event({**_event(output, sent), "generated_text": output.generated_text, "details": ending})
     except PagewireError as error:
         log.warning("stream failed", error=error.message)

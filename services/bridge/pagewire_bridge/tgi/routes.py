@@ -8,7 +8,7 @@ from importlib.metadata import version
 from itertools import chain, repeat
 from typing import Any
 
-from pagewire.v1.inference_pb2 import GenerateRequest, Model, Summary
+from pagewire.v1.inference_pb2 import Model, Summary
 from pagewire_core.errors import InvalidRequest, Unavailable
 from pagewire_core.tasks import all_of
 from starlette.requests import Request
@@ -32,7 +32,7 @@ from pagewire_bridge.tgi.schema import MAX_BEST_OF, MAX_STOP_SEQUENCES, Generate
 from pagewire_bridge.tgi.translate import to_request
 
 MAX_CLIENT_BATCH_SIZE = 4
-_JUST_TEXT = Asked(inputs="", full_text=False, details=False, with_top_tokens=False, seed=None)
+_JUST_TEXT = Asked(inputs="", full_text=False, details=False, with_top_tokens=False, samples=False)
 
 
 async def generate(request: Request) -> Response:
@@ -168,7 +168,7 @@ async def _answer(request: Request, body: GenerateBody, *, streams: bool, older:
         raise InvalidRequest("`decoder_input_details` is not supported when streaming tokens", "decoder_input_details")
     asked = to_request(body, request.state.request_id, with_tokens=streams)
     generation = begin(request, [asked], asked.n)
-    about, ignored = _about(body, asked, full_text=older), ignored_fields_header(unknown_fields(body))
+    about, ignored = _about(body, full_text=older), ignored_fields_header(unknown_fields(body))
 
     async def answer_whole() -> Response:
         content = await whole(about, generation, asked.n)
@@ -193,7 +193,7 @@ async def _text(request: Request, body: GenerateBody | ChatBody, request_id: str
         asked, about = to_chat_request(body, request_id), _JUST_TEXT
     else:
         asked = to_request(body, request_id, with_tokens=False)
-        about = _about(body, asked, full_text=False)
+        about = _about(body, full_text=False)
     generation = begin(request, [asked], asked.n)
     try:
         await generation.open()
@@ -203,15 +203,15 @@ async def _text(request: Request, body: GenerateBody | ChatBody, request_id: str
     return str(content["generated_text"])
 
 
-def _about(body: GenerateBody, asked: GenerateRequest, *, full_text: bool) -> Asked:
+def _about(body: GenerateBody, *, full_text: bool) -> Asked:
     """full_text: where the client does not say."""
-    parameters, sampling = body.asked, asked.sampling
+    parameters = body.asked
     return Asked(
         inputs=body.inputs,
         full_text=full_text if parameters.return_full_text is None else parameters.return_full_text,
         details=bool(parameters.details),
         with_top_tokens=bool(parameters.top_n_tokens),
-        seed=sampling.seed if sampling.HasField("seed") else None,
+        samples=parameters.samples,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 from pagewire.v1 import common_pb2, inference_pb2
 from pagewire_core.errors import InvalidRequest
 
@@ -15,7 +13,6 @@ def to_request(body: GenerateBody, request_id: str, with_tokens: bool) -> infere
     asked = body.asked
     _refuse_unsupported(asked)
     with_logprobs = with_tokens or bool(asked.details) or (asked.best_of or 1) > 1
-    seed = asked.seed if asked.seed is not None else secrets.randbits(63)
     return inference_pb2.GenerateRequest(
         request_id=request_id,
         text=body.inputs,
@@ -31,7 +28,7 @@ def to_request(body: GenerateBody, request_id: str, with_tokens: bool) -> infere
             top_k=asked.top_k or 0,
             repetition_penalty=asked.repetition_penalty,
             frequency_penalty=asked.frequency_penalty or 0.0,
-            seed=seed if asked.samples else None,
+            seed=asked.seed if asked.samples else None,
             max_tokens=asked.max_new_tokens or 0,
             stop=asked.stop or (),
             include_stop_str_in_output=True,  # TGI's generated_text ends with the stop sequence
