@@ -176,6 +176,30 @@ def test_what_two_edges_tell_of_the_same_workers_is_one_series() -> None:
     assert all(any(re.fullmatch(regex, label) for regex in dropped) for label in ("pod", "container"))
 
 
+@pytest.mark.parametrize(
+    ("values", "service"), [({}, "llm-pagewire"), ({"edge": {"enabled": False}}, "llm-pagewire-bridge")]
+)
+def test_router_and_workers_are_scraped_through_one_service_also_without_an_edge(
+    values: dict[str, Any], service: str
+) -> None:
+    """Without one the monitor once selected the edge all the same, and nobody asked for their metrics."""
+    documents = render({**values, "monitoring": {"podMonitor": True}})
+    [monitor] = of_kind(documents, "ServiceMonitor")
+    [endpoint] = monitor["spec"]["endpoints"]
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    selected = [d for d in of_kind(documents, "Service") if wanted <= d["metadata"]["labels"].items()]
+    for keep in endpoint.get("relabelings", ()):
+        assert (keep["action"], keep["sourceLabels"]) == ("keep", ["__meta_kubernetes_service_name"])
+        selected = [d for d in selected if re.fullmatch(keep["regex"], d["metadata"]["name"])]
+    assert [d["metadata"]["name"] for d in selected] == [service]
+    assert endpoint["port"] in [port["name"] for port in selected[0]["spec"]["ports"]]
+    pods = [p for p in of_kind(documents, "PodMonitor") if p["metadata"]["name"].endswith("-bridge")]
+    [of_bridges] = pods[0]["spec"]["podMetricsEndpoints"]
+    how = [{name: e.get(name) for name in ("scheme", "tlsConfig")} for e in (endpoint, of_bridges)]
+    assert how[0] == (how[1] if values else {"scheme": None, "tlsConfig": None})
+    assert how[1]["tlsConfig"]["serverName"] == "bridge.pagewire.internal"
+
+
 def test_helm_finds_nothing_to_complain_about() -> None:
     result = helm_python.lint(str(CHART))
     assert "ERROR" not in str(result), result
