@@ -68,7 +68,7 @@ def make_engine(
     runner = GpuRunner(model, cache, limits.max_num_seqs, limits.max_model_len)
     runner.overlaps = overlap
     if graphs and config.device.type == "cuda":
-        runner.capture_graphs()
+        runner.capture_graphs(limits.max_num_batched_tokens)
     return Engine(runner, limits), model
 
 

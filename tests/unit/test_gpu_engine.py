@@ -36,7 +36,7 @@ def gpu_engine(path: Path, *, kv_dtype: torch.dtype | None = None, **changes: An
     """Steps in the parts that graphs are made of, padded as they are; test_gpu_runner.py has those without."""
     config = limits(**changes)
     runner = make_gpu_runner(path, config, **({"kv_dtype": kv_dtype} if kv_dtype else {}))
-    runner.capture_graphs()
+    runner.capture_graphs(config.max_num_batched_tokens)
     return Engine(runner, config)
 
 

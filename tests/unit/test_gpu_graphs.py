@@ -20,7 +20,7 @@ from pagewire_engine.gpu import decode_step
 from pagewire_engine.gpu.decode_step import DecodeStep
 from pagewire_engine.gpu.graphs import Recorder
 from pagewire_engine.gpu.kv_cache import GpuKVCache
-from pagewire_engine.gpu.layer_graphs import LayerGraphs
+from pagewire_engine.gpu.layer_graphs import SIZES, LayerGraphs
 from pagewire_engine.gpu.model import GpuModel
 from pagewire_engine.gpu.tables import DeviceTables
 from pagewire_engine.gpu.transfers import send, views
@@ -83,11 +83,25 @@ def test_nothing_in_what_graphs_are_made_of_depends_on_values_or_visits_the_host
         arrays = {name: np.zeros(4, dtype) for name, dtype in decode_step._DTYPES.items()}
         inputs = views(step._packed, arrays)
         layers = LayerGraphs(model, cache)
-        layers.capture(Recorder(config.device))
+        layers.capture(Recorder(config.device), LIMITS.max_num_batched_tokens)
         with NoVisitToTheHost():
             step._compute(inputs, 4)
             for part in layers._graphs[16]:
                 part()
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "sizes"), [(2, (16,)), (40, (16, 32, 64)), (64, (16, 32, 64)), (1024, SIZES), (8192, SIZES)]
+)
+def test_graphs_are_made_for_as_many_rows_as_a_step_may_have(max_rows: int, sizes: tuple[int, ...]) -> None:
+    """All sizes once were, with buffers for 1024 rows, whatever --max-num-batched-tokens said."""
+    with FakeTensorMode(), torch.inference_mode():
+        config = _config("llama")
+        layers = LayerGraphs(GpuModel(config, Shapes(), 256, None), GpuKVCache(config, 8, 16, torch.bfloat16))
+        assert not layers.takes(1)
+        layers.capture(Recorder(config.device), max_rows)
+    assert set(layers._graphs) == set(layers.sizes) == set(sizes) and len(layers._hidden) == sizes[-1]
+    assert layers.takes(min(max_rows, SIZES[-1])) and not layers.takes(sizes[-1] + 1)
 
 
 def test_a_launch_visits_the_host_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def _gpu_runner(
     cache.compile_copies()
     runner = GpuRunner(model, cache, options.max_num_seqs, max_model_len)
     if not options.enforce_eager:
-        runner.capture_graphs()
+        runner.capture_graphs(options.max_num_batched_tokens)
     return runner
 
 

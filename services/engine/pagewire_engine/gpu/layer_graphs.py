@@ -27,30 +27,33 @@ SIZES = (16, 32, 64, 96, *range(128, 769, 64), 896, 1024)
 
 
 class LayerGraphs:
-    """The forward pass of up to SIZES[-1] rows, once `capture` has been called."""
+    """The forward pass of up to sizes[-1] rows, once `capture` has been called."""
 
     def __init__(self, model: GpuModel, cache: KVCache) -> None:
         self._model, self._cache = model, cache
+        self.sizes: tuple[int, ...] = ()  # those of SIZES that are captured
         self._graphs: dict[int, list[Callable[[], None]]] = {}  # by size: of all layers' beginnings, and the end
 
-    def capture(self, recorder: Recorder) -> None:
-        c, most = self._model.config, SIZES[-1]
+    def capture(self, recorder: Recorder, max_rows: int) -> None:
+        """max_rows: of a step; sizes that none needs would hold memory for nothing."""
+        self.sizes = SIZES[: bisect_left(SIZES, max_rows) + 1]
+        c, most = self._model.config, self.sizes[-1]
         rows = partial(torch.zeros, device=c.device, dtype=c.dtype)
         self._input_ids, self._positions = (torch.zeros(most, dtype=torch.int32, device=c.device) for _ in range(2))
         self._slots = torch.full_like(self._positions, -1)
         self._q, self._attended = (rows(most, c.num_heads, c.head_dim) for _ in range(2))
         self._residual, self._hidden = (rows(most, c.hidden_size) for _ in range(2))
-        for size in reversed(SIZES):
+        for size in reversed(self.sizes):
             steps = range(self._model.num_layers + 1)
             self._graphs[size] = [recorder.record(partial(self._compute, size, index)) for index in steps]
 
     def takes(self, num_rows: int) -> bool:
-        return bool(self._graphs) and num_rows <= SIZES[-1]
+        return bool(self.sizes) and num_rows <= self.sizes[-1]
 
     def __call__(self, inputs: dict[str, Tensor], attention: Attention, layer_done: Callable[[int], None]) -> Tensor:
         """As GpuModel.forward; valid until the next step."""
         num_rows = len(inputs["input_ids"])
-        size = SIZES[bisect_left(SIZES, num_rows)]
+        size = self.sizes[bisect_left(self.sizes, num_rows)]
         for name, rows in (("input_ids", self._input_ids), ("positions", self._positions), ("slots", self._slots)):
             rows[:num_rows].copy_(inputs[name])
         self._slots[num_rows:size].fill_(-1)

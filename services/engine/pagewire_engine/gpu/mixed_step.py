@@ -32,9 +32,13 @@ class MixedStep:
         self._graphs = LayerGraphs(model, cache)
         self._workspace = ops.decode_workspace(config.num_heads, config.num_kv_heads, config.head_dim, config.device)
 
-    def capture(self, recorder: Recorder) -> None:
-        """Makes graphs for steps of few rows. Without them, and for more, operations are launched one by one."""
-        self._graphs.capture(recorder)
+    def capture(self, recorder: Recorder, max_rows: int) -> tuple[int, ...]:
+        """Makes graphs for steps of few rows. Without them, and for more, operations are launched one by one.
+
+        max_rows: of a step. Returns the graphs' sizes.
+        """
+        self._graphs.capture(recorder, max_rows)
+        return self._graphs.sizes
 
     def __call__(
         self,

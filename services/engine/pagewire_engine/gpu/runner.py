@@ -20,7 +20,6 @@ from pagewire_engine.gpu.decode_step import DecodeStep
 from pagewire_engine.gpu.graphs import Recorder
 from pagewire_engine.gpu.inputs import chunk_arrays, row_arrays, samples_each_row
 from pagewire_engine.gpu.layer_events import LayerEvents
-from pagewire_engine.gpu.layer_graphs import SIZES
 from pagewire_engine.gpu.mixed_step import MixedStep
 from pagewire_engine.gpu.model import GpuModel
 from pagewire_engine.gpu.sampling_rows import SamplingRows
@@ -53,13 +52,13 @@ class GpuRunner:
         self._tokens = torch.empty(0, dtype=torch.int64, device=model.config.device)  # of the last launch
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """Makes the CUDA graphs of steps. Without them the same steps run, launched one by one."""
+    def capture_graphs(self, max_rows: int) -> None:
+        """Makes the CUDA graphs of steps of up to `max_rows` rows. Without one, a step is launched bit by bit."""
         started, recorder = time.perf_counter(), Recorder(self.config.device)
         self._decode.capture(recorder)
-        self._mixed.capture(recorder)
+        mixed = self._mixed.capture(recorder, max_rows)
         seconds = round(time.perf_counter() - started, 2)
-        log.info("cuda graphs captured", decode=self._decode.sizes, mixed=SIZES, seconds=seconds)
+        log.info("cuda graphs captured", decode=self._decode.sizes, mixed=mixed, seconds=seconds)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Chosen:
