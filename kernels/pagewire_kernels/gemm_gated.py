@@ -13,7 +13,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pagewire_kernels.activation import gated, silu_and_mul
 from pagewire_kernels.checks import check
 from pagewire_kernels.dependent_launch import dependent, is_hopper_or_later, wait_for_the_kernel_before
-from pagewire_kernels.gemv import gemv
 
 # Of the kernel here; more are bound by arithmetic, and torch's product has the higher rate.
 MAX_ROWS = 128
@@ -61,10 +60,10 @@ def launch(num_rows: int) -> dict[str, int]:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel here is the one for these; a single row has gemv."""
+    """Whether the kernel here is the one for these."""
     config = launch(len(x))
     whole = weight.shape[0] % (2 * config["BLOCK_N"]) == weight.shape[1] % config["BLOCK_K"] == 0
-    return 1 < len(x) <= MAX_ROWS and x.dtype.itemsize == 2 and whole and is_hopper_or_later(x.device)
+    return len(x) <= MAX_ROWS and x.dtype.itemsize == 2 and whole and is_hopper_or_later(x.device)
 
 
 def gemm_gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -74,10 +73,7 @@ def gemm_gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
         multiply(x, weight, out, launch(len(x)))
         return
     both = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    if len(x) == 1:
-        gemv(x, weight, both)
-    else:
-        torch.mm(x, weight.t(), out=both)
+    torch.mm(x, weight.t(), out=both)
     silu_and_mul(both, out)
 
 

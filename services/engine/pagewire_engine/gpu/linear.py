@@ -53,7 +53,7 @@ class DenseWeight:
 
     def multiply(self, x: Activation, bias: Tensor | None, out: Tensor) -> None:
         assert isinstance(x, Tensor)
-        if len(x) == 1 and x.is_cuda:
+        if _is_for_gemv(x):
             ops.gemv(x, self.transposed.t(), out, bias)
         elif bias is None:
             torch.mm(x, self.transposed, out=out)
@@ -123,13 +123,17 @@ class Linear:
 
     def gated(self, x: Activation) -> Tensor:
         """[T, K] -> [T, N / 2]: silu(first half) * second half of what it gives."""
-        if isinstance(self.weight, DenseWeight) and self.bias is None:
-            assert isinstance(x, Tensor)
+        if isinstance(x, Tensor) and isinstance(self.weight, DenseWeight) and self.bias is None and not _is_for_gemv(x):
             out = x.new_empty(len(x), self.num_outputs // 2)
             ops.gemm_gated(x, self.weight.transposed.t(), out)
             return out
         both = self(x)
         return ops.silu_and_mul(both, both.new_empty(len(both), self.num_outputs // 2))
+
+
+def _is_for_gemv(x: Tensor) -> bool:
+    """A single row, on a GPU: all of the time goes into reading the weight."""
+    return len(x) == 1 and x.is_cuda
 
 
 def make_linear(weight: Tensor, bias: Tensor | None, scheme: Scheme | None) -> Linear:
