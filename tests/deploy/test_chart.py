@@ -200,6 +200,19 @@ def test_router_and_workers_are_scraped_through_one_service_also_without_an_edge
     assert how[1]["tlsConfig"]["serverName"] == "bridge.pagewire.internal"
 
 
+@pytest.mark.parametrize(
+    "values", [{}, {"edge": {"enabled": False}}, {"edge": {"enabled": False}, "tls": {"mode": "none"}}]
+)
+def test_the_notes_name_a_service_and_a_port_that_are_there(values: dict[str, Any]) -> None:
+    found = helm_python.Chart.load(str(CHART)).render(values, name="llm", namespace="serving")
+    [notes] = [text for path, text in found.items() if path.endswith("NOTES.txt")]
+    [(name, port)] = re.findall(r"port-forward svc/(\S+) 8000:(\d+)", notes)
+    services = {d["metadata"]["name"]: d["spec"]["ports"] for d in of_kind(render(values), "Service")}
+    assert int(port) in [entry["port"] for entry in services[name]]
+    in_plain = not values or values.get("tls") == {"mode": "none"}
+    assert ("curl http://127.0.0.1:8000" in notes) == in_plain == ("llm-pagewire-client-tls" not in notes)
+
+
 def test_helm_finds_nothing_to_complain_about() -> None:
     result = helm_python.lint(str(CHART))
     assert "ERROR" not in str(result), result
