@@ -64,6 +64,7 @@ def test_command_line_then_environment_then_file_then_default(said_by: set[str])
         ("cpus: [0, 2, 3]", "cpus", (0, 2, 3)),
         ("cpus: 0-2", "cpus", (0, 1, 2)),
         ("served-model-name: [a, b]", "served_model_name", "a,b"),
+        ("api-key: [a, b]", "api_key", "a,b"),
         ("workers:\n- h:1\n- h:2", "workers", "h:1,h:2"),
         ('allowed-origins: ["https://a.example", "*"]', "allowed_origins", ("https://a.example", "*")),
         # YAML would make other things of these: the number 1.1, a boolean, base 60, octal.
