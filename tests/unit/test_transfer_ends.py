@@ -139,7 +139,7 @@ asyncio.run(main())
 
 
 async def test_a_killed_prefill_worker_fails_its_transfer_at_once() -> None:
-    """Gloo alone would notice at its timeout only: the control stream is the failure detector."""
+    """Gloo alone may notice at its timeout only: the control stream is the failure detector."""
     async with ends("gloo") as both:
         tests = str(Path(__file__).parent.parent)
         child = await asyncio.create_subprocess_exec(
@@ -150,7 +150,7 @@ async def test_a_killed_prefill_worker_fails_its_transfer_at_once() -> None:
         os.kill(child.pid, signal.SIGKILL)
         await until(lambda: tid in both.sink.failures, 4)
         await child.wait()
-        assert "was lost" in both.sink.failures[tid].message
+        assert isinstance(both.sink.failures[tid], Unavailable)
         await until(lambda: both.held() == (0, 0, 0, 0), 20)  # a chunk in mid-transfer holds its slot for 5 s
 
 

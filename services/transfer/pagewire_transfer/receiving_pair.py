@@ -94,12 +94,13 @@ class ReceivingPair:
             self._break(error)
 
     def _break(self, error: Exception) -> None:
+        """Ends the pair at once: a peer that reads nothing may never hear why."""
         if isinstance(error, DecodeError):
             error = Incompatible("the peer sent bytes that are no message")
         if not isinstance(error, PagewireError):  # a bug, here or in the sink: fails this pair, not the process
             log.error("kv pair failed", peer=self._peer, exc_info=error)
             error = Internal(f"receiving KV failed: {type(error).__name__}")
-        self._outbox.put_nowait(error)
+        self.close(error)
 
     async def _read(self, requests: AsyncIterator[kv.ConnectRequest]) -> None:
         async for request in requests:
