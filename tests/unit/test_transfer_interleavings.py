@@ -11,11 +11,12 @@ import random
 from collections import deque
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_endpoints import FIRST, LAYOUT
 from pagewire.v1 import kv_channel_pb2 as kv
-from pagewire_core.errors import Cancelled, DeadlineExceeded, PagewireError, Unavailable, from_proto
+from pagewire_core.errors import Cancelled, DeadlineExceeded, Incompatible, PagewireError, Unavailable, from_proto
 from pagewire_transfer.chunking import ChunkPlan
 from pagewire_transfer.incoming import Incoming
 from pagewire_transfer.outgoing import Outgoing
@@ -182,3 +183,15 @@ def test_a_transfer_ends_once_on_both_sides_and_is_believed_only_if_all_of_it_ca
     steps: list[Step], damage: dict[int, int], seed: int
 ) -> None:
     asyncio.run(_run(steps, damage, seed))
+
+
+async def test_a_chunk_that_waits_to_be_sent_again_is_not_there_to_be_acknowledged() -> None:
+    """The turn to send it again came all the same, and ended the pair as a bug of the prefill worker's would."""
+    ends = Ends({})
+    ends.do("compute", 4)
+    ends.do("send", 0)
+    ends.outgoing.acknowledge(0, resend=True)
+    with pytest.raises(Incompatible, match="chunk 0, which is not on its way"):
+        ends.outgoing.acknowledge(0, resend=False)
+    assert ends.outgoing.next_chunk() is not None
+    ends.outgoing.abort(Cancelled("over"))

@@ -56,6 +56,8 @@ class ControlStream:
             raise self._cancelled from None  # the call was cancelled, nobody cancelled this task
         if response is grpc.aio.EOF:
             raise await self._why_lost()
+        if response is None:  # what gRPC gives for bytes that it cannot read
+            raise Incompatible(f"decode worker {self._address} sent bytes that are no message")
         return response
 
     async def write(self, request: kv.ConnectRequest) -> None:

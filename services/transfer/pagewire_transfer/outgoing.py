@@ -214,7 +214,7 @@ class Outgoing:
 
     def acknowledge(self, seq: int, resend: bool) -> None:
         """Raises Incompatible for a chunk that is not on its way."""
-        if seq not in self._inflight:
+        if seq not in self._inflight or seq in self._resend:
             raise Incompatible(f"the decode worker acknowledged chunk {seq}, which is not on its way")
         self._touch()
         if not resend:

@@ -87,7 +87,7 @@ class KvSender:
                 pair = Pair(self._settings, self._reordered.get(key, self._lanes), address, instance, self._drop)
                 self._pairs[key] = pair, asyncio.create_task(pair.connect())
             pair, connecting = self._pairs[key]
-            await asyncio.shield(connecting)
+            await asyncio.wait([connecting])
             if not pair.lane_failed:
                 break
         return pair
@@ -115,8 +115,9 @@ class KvSender:
         """Fails every open transfer and returns when all connections and threads are gone."""
         self._closed = True
         pairs = list(self._pairs.values())
-        for pair, _ in pairs:
+        for pair, connecting in pairs:
             pair.fail(Unavailable("the prefill worker is shutting down"))
+            connecting.cancel()  # gRPC forgets who writes to a call that ends before it is connected
         await asyncio.gather(*(connecting for _, connecting in pairs), return_exceptions=True)
         while self._closing:
             await asyncio.wait(self._closing)
