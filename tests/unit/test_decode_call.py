@@ -202,6 +202,21 @@ async def test_a_call_that_is_ended_from_outside_gives_all_back(engine: Engine, 
     assert_empty(engine)
 
 
+async def test_a_second_call_by_an_id_is_refused_and_takes_nothing_from_the_first(engine: Engine) -> None:
+    """The second decoded to its end for nobody once the first had ended."""
+    first, second = Served(engine), Served(engine)
+    second.servicer, second.id = first.servicer, first.id
+    first.begin()
+    await first.next()
+    second.begin()
+    with pytest.raises(InvalidRequest, match="already has its Decode call"):
+        await second.next()
+    assert await first.stop(0), "it can still be found"
+    await first.rest()
+    assert not first.servicer.num_calls
+    assert_empty(engine)
+
+
 @pytest.mark.parametrize(("max_tokens", "taken"), [(1, True), (2, False)])
 async def test_a_worker_that_decodes_for_nobody_takes_what_ends_with_its_first_token(
     engine: Engine, max_tokens: int, taken: bool

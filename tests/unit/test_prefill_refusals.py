@@ -124,6 +124,34 @@ async def test_blocks_of_a_prompt_whose_call_has_ended_stay_while_its_last_chunk
     over.set()
 
 
+async def test_a_prompt_by_the_id_of_another_is_refused_and_takes_nothing_from_it(
+    pair: tuple[Peer, Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was still to be sent of the first was read from the blocks of the second, while it had any."""
+    source, target = pair
+    expected = (await hand_over(range(5, 55), source, target)).tokens
+    for worker in pair:
+        worker.engine.reset_prefix_cache()
+    in_use, over, gather = asyncio.Queue[bytes](), threading.Event(), PromptSource.gather
+    loop = asyncio.get_running_loop()
+
+    def halting(self: PromptSource, transfer_id: bytes, *args: Any) -> None:
+        loop.call_soon_threadsafe(in_use.put_nowait, transfer_id)
+        over.wait(20)
+        gather(self, transfer_id, *args)
+
+    monkeypatch.setattr(PromptSource, "gather", halting)
+    first = asyncio.create_task(hand_over(range(5, 55), source, target))
+    second = prefill_pb2.PrefillRequest(
+        transfer_id=await in_use.get(), prompt_ids=range(105, 155), cache_root=ROOT, request_id="test",
+        sampling=common_pb2.SamplingParams(max_tokens=4), decode_address="127.0.0.1:1",
+    )  # fmt: skip
+    with pytest.raises(InvalidRequest, match="in use"):
+        await anext(source.prefill.Prefill(second, None))  # type: ignore[arg-type, call-overload]
+    over.set()
+    assert (await first).tokens == expected
+
+
 async def embedded(worker: Peer) -> list[float]:
     request = prefill_pb2.EmbedPromptRequest(request_id="test", prompt_ids=range(5, 55), cache_root=ROOT)
     return list((await worker.prefill.Embed(request, None)).vector)  # type: ignore[arg-type]

@@ -134,6 +134,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             await self._prepare(call)
             if not (self.taking_one_token and request.sampling.max_tokens == 1):
                 self._check_not_refusing()
+            if request.transfer_id in self._calls:
+                raise InvalidRequest("this transfer already has its Decode call")
             self._transfers.renounce(call.work)
             if request.prior:
                 self._engine.resume(call.work, call.prior)

@@ -87,6 +87,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         )
         self._check_not_refusing()  # what waited until now is none of the calls that a drain waits for
+        if request.transfer_id in self._source:  # one prompt's blocks would be sent for the other's
+            raise InvalidRequest("this transfer id is in use")
         self._engine.submit(work)
         self._running.add(events)
         self._source.add(request.transfer_id, work)

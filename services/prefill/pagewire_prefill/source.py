@@ -19,6 +19,9 @@ class PromptSource:
         self._engine = engine
         self._requests: dict[bytes, Request] = {}
 
+    def __contains__(self, transfer_id: bytes) -> bool:
+        return transfer_id in self._requests
+
     def add(self, transfer_id: bytes, request: Request) -> None:
         self._requests[transfer_id] = request
 
