@@ -82,9 +82,15 @@ async def test_a_signal_that_ended_it_is_known(zygote: Zygote, llama: Path, log:
     child.terminate()  # nobody: the pid may be another's by now
 
 
-async def test_without_a_zygote_a_worker_starts_the_usual_way(log: Path) -> None:
+@pytest.mark.parametrize("how", ["killed while it imports", "killed", "frozen"])
+async def test_without_a_zygote_a_worker_starts_the_usual_way(
+    how: str, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor waited for the word of a frozen one for ever, and heard no signal itself."""
+    monkeypatch.setattr(forking, "_ANSWER_S", 0.5)
     broken = Zygote()
-    broken._process.kill()
+    assert how == "killed while it imports" or await broken.ready()
+    broken._process.send_signal(signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
     command = (sys.executable, "-I", "-S", "-c", "import time; print('started', flush=True); time.sleep(600)")
     service = Service(ServiceSpec("both-0", "both", "127.0.0.1:1", command, dict(os.environ), None), log)  # type: ignore[arg-type]
     try:

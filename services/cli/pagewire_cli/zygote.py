@@ -21,6 +21,7 @@ from pagewire_cli import gpus
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.02
+_ANSWER_S = 5.0  # a fork takes milliseconds
 
 
 class Forked:
@@ -99,6 +100,8 @@ class Zygote:
             self._process.stdin.flush()
         except BrokenPipeError:
             return None
+        if not select.select([self._process.stdout], [], [], _ANSWER_S)[0]:
+            self._process.kill()  # stands still, and nobody could stop this process meanwhile
         pid = self._process.stdout.readline()
         return Forked(int(pid)) if pid else None
 
