@@ -27,8 +27,8 @@ SOURCES := protos:kernels:services/core:services/transfer:services/engine:servic
 SOURCES := $(SOURCES):services/worker:services/router:services/bridge:services/cli:deploy/envoy:benchmarks
 
 SECURITY := $(addprefix tests/,e2e/test_security.py e2e/test_tls.py $(addprefix unit/,test_tls.py test_https.py \
-	test_bridge_keys.py test_request_head.py test_slow_clients.py test_fuzz.py test_tcp_lane.py \
-	test_transfer_protocol.py test_transfer_refusals.py))
+	test_bridge_keys.py test_request_head.py test_slow_clients.py test_fuzz.py test_tcp_lane.py test_tcp_lane_callers.py \
+	test_transfer_protocol.py test_transfer_late.py test_transfer_decode_liars.py test_transfer_refusals.py))
 
 IMAGES := router bridge edge worker pagewire
 

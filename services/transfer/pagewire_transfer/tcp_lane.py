@@ -34,7 +34,6 @@ from pagewire_core.errors import Unavailable
 
 from pagewire_transfer.group_lanes import DECODE_RANK, RECV_TIMEOUT_S
 from pagewire_transfer.reused import Reused
-from pagewire_transfer.wire import MAX_CHUNK_BYTES
 
 _KEY_BYTES = 32
 _TAG_BYTES = 16
@@ -85,7 +84,7 @@ class TcpLane:
 
     @contextlib.contextmanager
     def recv(self, num_bytes: int, inline: bytes, next_bytes: int) -> Iterator[torch.Tensor]:
-        if len(inline) != _TAG_BYTES or max(num_bytes, next_bytes) > MAX_CHUNK_BYTES:
+        if len(inline) != _TAG_BYTES:
             raise Unavailable(f"a chunk of {num_bytes} bytes for the tcp lane came with {len(inline)} bytes of data")
         for size in (num_bytes, next_bytes)[len(self._moving) :]:
             if size:
