@@ -80,8 +80,8 @@ class Sink:
     done: dict[bytes, ReceiveStats] = field(default_factory=dict)
     first_tokens: dict[bytes, list[pb.SampledToken]] = field(default_factory=dict)
     failures: dict[bytes, PagewireError] = field(default_factory=dict)
-    refuse: PagewireError | None = None
-    refuse_seal: PagewireError | None = None
+    refuse: Exception | None = None
+    refuse_seal: Exception | None = None
     hold_bind: asyncio.Event | None = None
     before: Callable[[bytes], None] = lambda _: None
 

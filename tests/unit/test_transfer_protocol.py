@@ -180,12 +180,19 @@ def raise_bug(_: bytes) -> None:
     raise Bug
 
 
-@pytest.mark.parametrize("where", ["source", "sink"])
+@pytest.mark.parametrize("where", ["bind", "gather", "scatter", "seal"])
 async def test_a_bug_in_an_engine_fails_its_transfer_and_not_the_process(where: str) -> None:
     async with ends("gloo") as both:
-        (both.source if where == "source" else both.sink).before = raise_bug
-        outgoing = await both.open(random_kv(LAYOUT, TOKENS))
+        match where:
+            case "bind":
+                both.sink.refuse = Bug()
+            case "gather":
+                both.source.before = raise_bug
+            case "scatter":
+                both.sink.before = raise_bug
+            case "seal":
+                both.sink.refuse_seal = Bug()
         with pytest.raises(PagewireError, match="Bug"):
-            await outgoing.seal(FIRST)
-        assert outgoing.transfer_id not in both.sink.done
+            await (await both.open(random_kv(LAYOUT, TOKENS))).seal(FIRST)
+        assert not both.sink.done
         await both.assert_empty()

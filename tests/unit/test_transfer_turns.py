@@ -1,0 +1,83 @@
+"""Transfers that share a pair: whose chunk is next, and what an ended one leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from kv_endpoints import FIRST, LAYOUT, ends, random_kv, until
+from pagewire_core.errors import Cancelled
+
+pytestmark = pytest.mark.usefixtures("frozen_heap")
+
+
+async def test_two_prompts_that_are_ready_take_turns() -> None:
+    """Else the one that came first has the lane whenever its window has room."""
+    async with ends("grpc", chunk_bytes=400) as both:
+        goes_on, order = threading.Event(), list[bytes]()
+
+        def note(transfer_id: bytes) -> None:
+            goes_on.wait(20)
+            order.append(transfer_id)
+
+        both.source.before = note
+        transfers = [await both.open(random_kv(LAYOUT, 30, seed)) for seed in range(2)]
+        sealing = [asyncio.create_task(transfer.seal(FIRST)) for transfer in transfers]
+        await until(lambda: bool(both.source.gathering))
+        goes_on.set()
+        await asyncio.gather(*sealing)
+        assert all(len({*order[i : i + 3]}) == 2 for i in range(10)), "never three of one before one of the other"
+
+
+async def test_a_chunk_that_is_not_to_be_sent_any_more_leaves_its_place_to_the_next_transfer() -> None:
+    """Nobody acknowledges it: only its own end tells that the lane is free."""
+    async with ends("grpc", chunk_bytes=400) as both:
+        goes_on, prompt = threading.Event(), random_kv(LAYOUT, 30)
+        ended, other = await both.open(random_kv(LAYOUT, 30)), await both.open(prompt)
+        both.source.before = lambda tid: (tid == ended.transfer_id and goes_on.wait(20)) and None
+        ended.extend(30)
+        await until(lambda: ended.transfer_id in both.source.gathering)
+        ended.abort(Cancelled("the client has gone"))
+        sealing = asyncio.create_task(other.seal(FIRST))
+        await asyncio.sleep(0.05)
+        goes_on.set()
+        await asyncio.wait_for(sealing, 5)
+        assert torch.equal(both.sink.pages[other.transfer_id], prompt)
+        await both.assert_empty()
+
+
+@pytest.mark.parametrize("how", ["sealed", "aborted"])
+async def test_a_pair_keeps_nothing_of_a_transfer_that_has_ended(how: str) -> None:
+    """A pair lives as long as its workers."""
+    async with ends("grpc", chunk_bytes=400) as both:
+        transfer = await both.open(random_kv(LAYOUT, 30))
+        if how == "sealed":
+            await transfer.seal(FIRST)
+        else:
+            transfer.extend(9)
+            transfer.abort(Cancelled("the client has gone"))
+            await transfer.closed()
+        left = weakref.ref(transfer)
+        del transfer
+
+        def gone() -> bool:
+            gc.collect()
+            return left() is None
+
+        await until(gone)
+        assert both.metric("pairs") == 2
+
+
+async def test_blocks_that_are_released_end_their_transfer_and_not_its_neighbour() -> None:
+    async with ends("grpc", chunk_bytes=400) as both:
+        prompt = random_kv(LAYOUT, 30)
+        lost, other = await both.open(random_kv(LAYOUT, 30)), await both.open(prompt)
+        del both.source.prompts[lost.transfer_id]
+        with pytest.raises(Cancelled, match="released"):
+            await lost.seal(FIRST)
+        await other.seal(FIRST)
+        assert torch.equal(both.sink.pages[other.transfer_id], prompt)
