@@ -1,4 +1,4 @@
-"""Two ends of the sealed lane, and what may be between them."""
+"""Two ends of a lane, and what may be between those of the sealed one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def exactly(connection: socket.socket, size: int) -> bytes:
 
 @contextlib.contextmanager
 def opened(
-    on_address: Callable[[str], str] = lambda address: address, timeout_s: float = TIMEOUT_S
+    on_address: Callable[[str], str] = lambda address: address, timeout_s: float = TIMEOUT_S, lane: str = "tcp"
 ) -> Iterator[tuple[Lane, Lane]]:
     """Sender and receiver; the sender is told `on_address` of where the receiver listens."""
     stores: list[RelayStore] = []
@@ -79,7 +79,7 @@ def opened(
     stores.append(RelayStore(lambda key, value: stores[1].receive(key, value), timeout_s))
     stores.append(RelayStore(to_sender, timeout_s))
     with ThreadPoolExecutor(2) as threads:
-        ends = [threads.submit(open_lane, "tcp", s, rank, "127.0.0.1", 1, timeout_s) for rank, s in enumerate(stores)]
+        ends = [threads.submit(open_lane, lane, s, rank, "127.0.0.1", 1, timeout_s) for rank, s in enumerate(stores)]
         lanes = [end.result() for end in ends]
     try:
         yield lanes[0], lanes[1]

@@ -8,11 +8,12 @@ import threading
 import grpc
 import pytest
 import torch
-from kv_endpoints import LAYOUT, ends, new_id, random_kv, until
+from kv_endpoints import LAYOUT, ends, identity, new_id, random_kv, until
 from liars import TID, TOKENS, Liar, a_chunk, liar, the_seal
 from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire.v1.kv_channel_pb2_grpc import KvChannelServiceStub
 from pagewire_core.errors import Incompatible
+from pagewire_core.rpc import open_channel
 from pagewire_transfer import receiving_pair
 from pagewire_transfer.wire import checksum, to_bytes
 
@@ -49,6 +50,19 @@ async def test_a_peer_that_reads_nothing_loses_its_transfers_though_it_never_hea
             refused.cancel()
             assert "reads nothing" in both.sink.failures[TID].message
             assert both.servicer.open_transfers == 1, "of the peer that reads"
+
+
+@pytest.mark.parametrize("greets", [True, False])
+async def test_bytes_that_are_no_message_are_the_peers_fault(greets: bool) -> None:
+    async with ends("grpc") as both, open_channel(both.address) as channel:
+        call = channel.stream_stream("/pagewire.v1.KvChannelService/Connect")()  # bytes in, bytes out
+        if greets:
+            hello = identity("liar").hello(both.instance, ["grpc"])
+            await call.write(kv.ConnectRequest(hello=hello).SerializeToString())
+            await call.read()
+        await call.write(b"\xff\xff\xff")
+        await Liar(call).ends_with(Incompatible, "no message")
+        await until(lambda: both.metric("pairs") == 0)
 
 
 async def test_chunks_wait_on_the_stream_while_those_before_them_are_not_taken_off_the_lane() -> None:

@@ -36,9 +36,14 @@ async def test_two_prompts_that_are_ready_take_turns() -> None:
 async def test_a_chunk_that_is_not_to_be_sent_any_more_leaves_its_place_to_the_next_transfer() -> None:
     """Nobody acknowledges it: only its own end tells that the lane is free."""
     async with ends("grpc", chunk_bytes=400) as both:
-        goes_on, prompt = threading.Event(), random_kv(LAYOUT, 30)
+        goes_on, prompt, order = threading.Event(), random_kv(LAYOUT, 30), list[bytes]()
         ended, other = await both.open(random_kv(LAYOUT, 30)), await both.open(prompt)
-        both.source.before = lambda tid: (tid == ended.transfer_id and goes_on.wait(20)) and None
+
+        def note(transfer_id: bytes) -> None:
+            order.append(transfer_id)
+            goes_on.wait(20)
+
+        both.source.before = note
         ended.extend(30)
         await until(lambda: ended.transfer_id in both.source.gathering)
         ended.abort(Cancelled("the client has gone"))
@@ -47,6 +52,7 @@ async def test_a_chunk_that_is_not_to_be_sent_any_more_leaves_its_place_to_the_n
         goes_on.set()
         await asyncio.wait_for(sealing, 5)
         assert torch.equal(both.sink.pages[other.transfer_id], prompt)
+        assert order.count(ended.transfer_id) == 1, "what was not yet being read is not read any more"
         await both.assert_empty()
 
 

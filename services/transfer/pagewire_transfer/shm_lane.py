@@ -90,10 +90,8 @@ class ShmLane:
         header, slots = self._memory()
         read = int(header[_READ])
         self._wait(lambda: int(header[_WRITTEN]) > read, min(self._timeout_s, RECV_TIMEOUT_S))
-        try:
-            yield slots[read % _SLOTS, :num_bytes]
-        finally:
-            header[_READ] = read + 1
+        yield slots[read % _SLOTS, :num_bytes]
+        header[_READ] = read + 1
 
     def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._header is None or self._slots is None:
@@ -137,8 +135,8 @@ def _opened(store: dist.Store) -> mmap.mmap:
     pid, number = map(int, store.get("file").split())
     file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
     with contextlib.closing(os.fdopen(file, "r+b", buffering=0)):
-        if os.fstat(file).st_size != _SIZE or not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise ValueError("the peer's memory has another size, or may change it")
-        memory = mmap.mmap(file, _SIZE)
+        if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise ValueError("the peer's memory may shrink")
+        memory = mmap.mmap(file, _SIZE)  # fails for a smaller one
     store.set("mapped", "yes")
     return memory
