@@ -57,6 +57,8 @@ async def test_the_way_of_a_transfer(engine: Engine) -> None:
     assert transfers.reserve(name, PROMPT, ROOT, 1).local_tokens == 0
     assert (engine.load()["reserved_blocks"], engine.blocks.num_held) == (5, 0)
     transfer = transfers.claim(name)
+    with pytest.raises(InvalidRequest, match="already has its Decode call"):
+        transfers.claim(name)
     await transfers.bind(name, 0, 50)
     assert (engine.load()["reserved_blocks"], engine.blocks.num_held) == (0, 4)
     transfers.scatter(name, (0, 3), (0, 50), wire(50))

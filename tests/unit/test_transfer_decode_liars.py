@@ -15,7 +15,7 @@ from pagewire_core.errors import Incompatible, PagewireError, Unavailable
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 INSTANCE = "decode-life-1"
-Script = Callable[[kv.ConnectRequest], Sequence[bytes]]
+Script = Callable[[kv.ConnectRequest], Sequence[bytes] | None]  # None: ends the stream, without an error
 
 
 def said(**message: object) -> bytes:
@@ -54,10 +54,18 @@ def keys(_: bytes) -> bytes:
 async def end_of_transfer(script: Script) -> PagewireError:
     """What ends a prompt's transfer to a decode worker that speaks by this script; nothing of it must be left."""
 
+    left = asyncio.Event()
+
     async def connect(requests: AsyncIterator[kv.ConnectRequest], context: object) -> AsyncIterator[bytes]:
-        async for request in requests:
-            for answer in script(request):
-                yield answer
+        try:
+            async for request in requests:
+                answers = script(request)
+                if answers is None:
+                    return
+                for answer in answers:
+                    yield answer
+        finally:
+            left.set()
 
     method = grpc.stream_stream_rpc_method_handler(connect, kv.ConnectRequest.FromString)
     server = grpc.aio.server()
@@ -74,7 +82,7 @@ async def end_of_transfer(script: Script) -> PagewireError:
                     outgoing = await both.sender.open(tid, f"127.0.0.1:{port}", INSTANCE, (0, 30))
                     await outgoing.seal(FIRST)
             await both.assert_empty()
-            await until(lambda: both.metric("pairs") == 0 and not lane_threads())
+            await until(lambda: both.metric("pairs") == 0 and not lane_threads() and left.is_set())
             return ended.value
     finally:
         await server.stop(0)
@@ -101,13 +109,21 @@ async def test_a_decode_worker_that_breaks_the_rules_is_left(script: Script, sen
     assert isinstance(error, Incompatible) and sentence in error.message, error
 
 
-async def test_an_end_without_a_word_is_a_lost_peer() -> None:
-    """It once looked like the end of the program's own task."""
+def leave(_: bytes) -> bytes:
+    raise RuntimeError
 
-    def leave(_: bytes) -> bytes:
-        raise RuntimeError
 
-    assert isinstance(await end_of_transfer(after("chunk", leave)), Unavailable)
+@pytest.mark.parametrize(
+    "script",
+    [
+        lambda _: None,
+        lambda request: None if request.HasField("offer") else [welcome()],
+        after("hello", leave),
+        after("chunk", leave),
+    ],
+)
+async def test_an_end_without_a_word_is_a_lost_peer(script: Script) -> None:
+    assert isinstance(await end_of_transfer(script), Unavailable)
 
 
 async def test_who_waits_for_a_peer_that_says_nothing_hears_that_the_sender_closes() -> None:

@@ -66,13 +66,27 @@ async def test_after_a_lane_that_never_comes_up_comes_the_next(monkeypatch: pyte
 
 async def test_nothing_is_tried_any_more_once_the_sender_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagewire_transfer.pair.PREFILL_RANK", 1)
-    async with ends("gloo,grpc", timeout_s=5) as both:
+    async with ends("shm,grpc", timeout_s=60) as both:
         opening = asyncio.create_task(both.open(random_kv(LAYOUT, 4)))
         await until(lambda: both.metric("pairs") == 2)
-        await both.sender.close()
+        await asyncio.wait_for(both.sender.close(), 5)
         with pytest.raises(Unavailable, match="shutting down"):
             await opening
         await until(lambda: both.metric("pairs") == 0 and not lane_threads())
+
+
+@pytest.mark.parametrize("lane", ["shm", "gloo"])
+async def test_nobody_waits_any_more_for_a_chunk_of_a_pair_that_has_ended(
+    lane: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mute(monkeypatch, lane)
+    monkeypatch.setattr("pagewire_transfer.shm_lane.RECV_TIMEOUT_S", 60)
+    monkeypatch.setattr("pagewire_transfer.group_lanes.RECV_TIMEOUT_S", 60)
+    async with ends(lane, timeout_s=60) as both:
+        (await both.open(random_kv(LAYOUT, 30))).extend(30)
+        await until(lambda: both.servicer.staging_slots == 1)
+        await both.sender.close()
+        await until(lambda: both.servicer.staging_slots == 0 and not lane_threads(), 5)
 
 
 async def test_after_a_lane_that_carries_nothing_comes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

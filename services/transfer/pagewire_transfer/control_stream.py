@@ -29,7 +29,6 @@ class ControlStream:
         self._address = address
         self._channel = open_channel(address, tls, WORKER)
         self._call: grpc.aio.StreamStreamCall = KvChannelServiceStub(self._channel).Connect()
-        self._cancelled: PagewireError | None = None
         self.was_cut = False
 
     async def shake_hands(self, hello: kv.Hello) -> kv.Welcome:
@@ -50,10 +49,6 @@ class ControlStream:
             response = await self._call.read()
         except grpc.aio.AioRpcError:
             raise await self._why_lost() from None
-        except asyncio.CancelledError:
-            if self._cancelled is None:
-                raise
-            raise self._cancelled from None  # the call was cancelled, nobody cancelled this task
         if response is grpc.aio.EOF:
             raise await self._why_lost()
         if response is None:  # what gRPC gives for bytes that it cannot read
@@ -77,9 +72,8 @@ class ControlStream:
             return error
         return Unavailable(f"decode worker {self._address} was lost: {error.message}")
 
-    def cancel(self, error: PagewireError) -> None:
-        """Ends the call; whoever reads gets `error`."""
-        self._cancelled = error
+    def cancel(self) -> None:
+        """Ends the call, and whoever waits for it."""
         self._call.cancel()
 
     async def close(self) -> None:

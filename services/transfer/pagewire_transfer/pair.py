@@ -292,7 +292,7 @@ class Pair:
             if task is not asyncio.current_task():
                 task.cancel()
         self._thread.close()
-        self._stream.cancel(error)
+        self._stream.cancel()
         self._settings.metrics.pairs.dec()
         log.info("kv pair down", peer=self.address, instance=self.instance, error=error.message)
         self._broken(self)
