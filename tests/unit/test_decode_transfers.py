@@ -59,6 +59,8 @@ async def test_the_way_of_a_transfer(engine: Engine) -> None:
     transfer = transfers.claim(name)
     with pytest.raises(InvalidRequest, match="already has its Decode call"):
         transfers.claim(name)
+    with pytest.raises(Cancelled, match="never begun"):
+        await transfers.sealed(name, "stats", FIRST)  # type: ignore[arg-type]
     await transfers.bind(name, 0, 50)
     assert (engine.load()["reserved_blocks"], engine.blocks.num_held) == (0, 4)
     transfers.scatter(name, (0, 3), (0, 50), wire(50))
@@ -66,6 +68,10 @@ async def test_the_way_of_a_transfer(engine: Engine) -> None:
         with pytest.raises(InvalidRequest):
             await transfers.sealed(name, "stats", wrong)  # type: ignore[arg-type]
     await transfers.sealed(name, "stats", FIRST)  # type: ignore[arg-type]
+    with pytest.raises(Cancelled):
+        await transfers.sealed(name, "others", FIRST)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="has its pages"):  # what is verified is not written again
+        await transfers.bind(name, 0, 50)
     assert await transfer.ready == ("stats", FIRST)
     table = transfers.take(transfer)
     slots = engine.runner.cache.gather(table, (0, 3), (0, 50))

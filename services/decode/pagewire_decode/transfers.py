@@ -187,6 +187,8 @@ class Transfers:
                 f"tokens [{token_begin}, {token_end}) were offered, "
                 f"[{transfer.local_tokens}, {len(transfer.prompt)}) are missing"
             )
+        if transfer.valid:
+            raise InvalidRequest("this transfer has its pages, and may have its KV")
         faults.point("bind")
         transfer.block_table = self._engine.external.bind(transfer_id, len(transfer.prompt))
         self._engine.external.unreserve(transfer.credits)
