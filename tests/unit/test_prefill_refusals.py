@@ -16,6 +16,7 @@ from engines import ROOT
 from kv_endpoints import until
 from pagewire.v1 import common_pb2, decode_pb2, prefill_pb2
 from pagewire_core.errors import Cancelled, InvalidRequest, Overloaded, PagewireError, Unavailable
+from pagewire_decode.transfers import Transfers
 from pagewire_engine.model_runner import Launched
 from pagewire_prefill.source import PromptSource
 from peers import Peer, hand_over, peer
@@ -150,6 +151,33 @@ async def test_a_prompt_by_the_id_of_another_is_refused_and_takes_nothing_from_i
         await anext(source.prefill.Prefill(second, None))  # type: ignore[arg-type, call-overload]
     over.set()
     assert (await first).tokens == expected
+    await until(lambda: second.transfer_id not in source.prefill._source)
+
+
+@pytest.mark.parametrize("pages", ["bound", "not bound yet"])
+async def test_a_client_that_leaves_while_its_prompt_is_computed_leaves_nothing(
+    pages: str, pair: tuple[Peer, Peer], going: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transfer that is open or about to be, and would be waited for as long as one may stand still."""
+    source, target = pair
+    held, bind = asyncio.Event(), Transfers.bind
+
+    async def holding(self: Transfers, *args: Any) -> None:
+        await held.wait()
+        await bind(self, *args)
+
+    if pages == "not bound yet":
+        monkeypatch.setattr(Transfers, "bind", holding)
+    asking = asyncio.create_task(hand_over(range(5, 55), source, target))
+    await until(lambda: bool(target.receiver.open_transfers))
+    if pages == "bound":
+        await until(lambda: bool(target.engine.blocks.num_held))
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    going.set()
+    await until(lambda: not source.prefill.num_calls and not source.engine.blocks.num_held, 3)
+    held.set()
 
 
 async def embedded(worker: Peer) -> list[float]:

@@ -10,7 +10,11 @@ import weakref
 import pytest
 import torch
 from kv_endpoints import FIRST, LAYOUT, ends, random_kv, until
+from pagewire.v1 import kv_channel_pb2 as kv
 from pagewire_core.errors import Cancelled
+from pagewire_transfer import lane_thread
+from pagewire_transfer.lanes import open_lane
+from pagewire_transfer.wire import MAX_CHUNK_BYTES
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
@@ -87,3 +91,66 @@ async def test_blocks_that_are_released_end_their_transfer_and_not_its_neighbour
             await lost.seal(FIRST)
         await other.seal(FIRST)
         assert torch.equal(both.sink.pages[other.transfer_id], prompt)
+
+
+async def test_transfers_that_have_nothing_to_send_hold_up_none_that_has() -> None:
+    async with ends("grpc") as both:
+        for _ in range(20):
+            await both.open(random_kv(LAYOUT, 4))
+        ready = await both.open(random_kv(LAYOUT, 4))
+        await asyncio.wait_for(ready.seal(FIRST), 4)
+
+
+async def test_what_crosses_our_abort_on_its_way_ends_no_other_transfer() -> None:
+    async with ends("grpc") as both:
+        gone, other = await both.open(random_kv(LAYOUT, 4)), await both.open(random_kv(LAYOUT, 4))
+        [pair] = both.servicer._pairs
+        gone.abort(Cancelled("the client has gone"))
+        for message in ("grant", "chunk_ack", "sealed_ack", "abort"):
+            pair._send(**{message: {"transfer_id": gone.transfer_id}})  # type: ignore[arg-type]
+        await other.seal(FIRST)
+        assert both.metric("pairs") == 2
+
+
+async def test_a_sender_that_closes_waits_for_the_gather_that_runs() -> None:
+    """Blocks are given back after it."""
+    async with ends("grpc") as both:
+        goes_on = threading.Event()
+        both.source.before = lambda _: goes_on.wait(20) and None
+        transfer = await both.open(random_kv(LAYOUT, 4))
+        transfer.extend(4)
+        await until(lambda: bool(both.source.gathering))
+        closing = asyncio.create_task(both.sender.close())
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+        goes_on.set()
+        await closing
+        assert not both.source.gathering
+
+
+@pytest.mark.parametrize("lane", ["shm", "gloo", "tcp", "grpc"])
+async def test_a_chunk_is_no_larger_than_its_lane_takes(lane: str) -> None:
+    layout = kv.KvLayout(num_layers=3, num_kv_heads=8, head_dim=64, dtype="float32")
+    async with ends(lane, layout, chunk_bytes=MAX_CHUNK_BYTES) as both:
+        prompt = random_kv(layout, 800)
+        transfer = await both.open(prompt)
+        stats = await transfer.seal(FIRST)
+        assert stats.bytes == 9_830_400
+        assert torch.equal(both.sink.pages[transfer.transfer_id], prompt)
+
+
+async def test_a_pair_that_sends_or_is_about_to_stays_when_the_sender_lets_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = threading.Event()
+    monkeypatch.setattr(lane_thread, "open_lane", lambda *args: opened.wait(20) and open_lane(*args))
+    async with ends("grpc") as both:
+        opening = asyncio.create_task(both.open(random_kv(LAYOUT, 4)))
+        await until(lambda: both.metric("pairs") == 2)
+        await asyncio.wait_for(both.sender.release(), 4)
+        opened.set()
+        transfer = await opening
+        await asyncio.wait_for(both.sender.release(), 4)
+        await transfer.seal(FIRST)
+        await asyncio.wait_for(both.sender.release(), 4)
+        assert not both.sender._pairs

@@ -49,13 +49,12 @@ class LaneThread:
         return self._executor.submit(call, *args, **kwargs)
 
     def close(self) -> None:
-        """Ends what runs as soon as can be, then the lane, then the thread. Idempotent."""
-        if self._last is None:
-            self.store.close()
-            if self._lane is not None:
-                self._lane.interrupt()
-            self._last = self.submit(self._close)
-            self._executor.shutdown(wait=False)
+        """Ends what runs as soon as can be, then the lane, then the thread. Once."""
+        self.store.close()
+        if self._lane is not None:
+            self._lane.interrupt()
+        self._last = self.submit(self._close)
+        self._executor.shutdown(wait=False)
 
     def _close(self) -> None:
         if self._lane is not None:

@@ -98,8 +98,7 @@ class Pair:
             async with asyncio.timeout(limit_s):
                 hello = self._settings.identity.hello(self.instance, self._lanes)
                 welcome = await self._stream.shake_hands(hello)
-            if self.error is None:  # nobody closed it meanwhile
-                await self._open_lane(welcome)
+            await self._open_lane(welcome)
         except TimeoutError:
             self.fail(DeadlineExceeded(f"decode worker {self.address} did not answer within {limit_s:.1f} s"))
         except PagewireError as error:
