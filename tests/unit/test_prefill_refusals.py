@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
 from engines import ROOT
 from kv_endpoints import until
 from pagewire.v1 import common_pb2, decode_pb2, prefill_pb2
@@ -152,6 +153,8 @@ async def test_a_prompt_by_the_id_of_another_is_refused_and_takes_nothing_from_i
     over.set()
     assert (await first).tokens == expected
     await until(lambda: second.transfer_id not in source.prefill._source)
+    with pytest.raises(Cancelled, match="given back"):
+        gather(source.prefill._source, second.transfer_id, (0, 1), (0, 1), torch.empty(0))
 
 
 @pytest.mark.parametrize("pages", ["bound", "not bound yet"])

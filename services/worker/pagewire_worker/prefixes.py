@@ -137,7 +137,7 @@ class PrefixLender:
             opening = asyncio.create_task(
                 sender.open(owner, request.address, request.instance, (request.token_begin, end))
             )
-            outgoing = await asyncio.shield(opening)
+            outgoing = await opening
             stats = await outgoing.seal([])
             return kv.FetchResponse(transferred_bytes=stats.bytes, lane=stats.lane)
         finally:
