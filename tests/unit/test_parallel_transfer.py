@@ -64,6 +64,7 @@ def prefill(engine: Engine) -> tuple[torch.Tensor, tuple[Sampled, ...]]:
     engine.release(run.request)
     assert_empty(engine)
     engine.blocks.reset_cache()
+    assert cache.gather(table, (0, LAYERS), (0, len(PROMPT))).isnan().all(), "every rank has heard that it is free"
     first = run.events[-1]
     assert isinstance(first, FirstTokens)
     return torch.cat([torch.cat(part, 2) for part in parts]), first.tokens

@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 EXIT_CODE = 70  # of a worker that has lost a rank: what the others hold is of no use
 BEAT_S, SILENT_S = 2.0, 20.0
+_LOOKS = 10  # in the time that a rank may be silent
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ class Team:
     def _watch(self, rank: int) -> None:
         """Passes the rank's keys on to all others until it is gone."""
         member = self._members[rank]
-        member.keys.settimeout(START_S)
+        limit_s = START_S
         with contextlib.suppress(OSError):  # TimeoutError is one
             while True:
-                told = messages.receive(member.keys)
-                member.keys.settimeout(SILENT_S)
+                told = heard(member.keys, limit_s)
+                limit_s = SILENT_S
                 for key, value in told.items():
                     self.store.receive(key, value.tobytes())
                     self._tell(key, value.tobytes(), [m for r, m in self._members.items() if r != rank])
@@ -125,6 +126,20 @@ class Team:
         for member in members:
             with self._telling, contextlib.suppress(OSError):  # its watcher sees that it is gone
                 messages.send(member.keys, {key: np.frombuffer(value, np.uint8)})
+
+
+def heard(link: socket.socket, limit_s: float) -> messages.Arrays:
+    """The next message. Raises TimeoutError if none comes for so long while this process runs: a worker that was paused
+    with all its ranks has lost none of them.
+    """
+    link.settimeout(limit_s / _LOOKS)
+    for _ in range(_LOOKS):
+        with contextlib.suppress(TimeoutError):
+            link.recv(1, socket.MSG_PEEK)
+            break
+    else:
+        raise TimeoutError
+    return messages.receive(link)
 
 
 def _start(rank: int) -> Member:
