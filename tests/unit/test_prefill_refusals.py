@@ -48,17 +48,21 @@ def going(pair: tuple[Peer, Peer], monkeypatch: pytest.MonkeyPatch) -> Iterator[
     go.set()
 
 
+async def reserved(target: Peer) -> prefill_pb2.PrefillRequest:
+    """A prompt that the other worker has promised room for."""
+    ids: dict[str, Any] = {"transfer_id": os.urandom(16), "prompt_ids": range(5, 25), "cache_root": ROOT}
+    promise = await target.decode.Reserve(decode_pb2.ReserveRequest(**ids), None)  # type: ignore[arg-type]
+    return prefill_pb2.PrefillRequest(
+        **ids, request_id="test", sampling=common_pb2.SamplingParams(max_tokens=4, seed=1),
+        decode_address=promise.kv_address, decode_instance=promise.instance,
+    )  # fmt: skip
+
+
 async def until_refused(
     source: Peer, target: Peer, error: type[PagewireError] = Overloaded, then: Callable[[], None] = lambda: None
 ) -> list[str | None]:
     """What the prefill worker tells before it tells of the refusal. then: what happens after each of that."""
-    ids: dict[str, Any] = {"transfer_id": os.urandom(16), "prompt_ids": range(5, 25), "cache_root": ROOT}
-    reserved = await target.decode.Reserve(decode_pb2.ReserveRequest(**ids), None)  # type: ignore[arg-type]
-    sampling = common_pb2.SamplingParams(max_tokens=4, seed=1)
-    request = prefill_pb2.PrefillRequest(
-        **ids, request_id="test", sampling=sampling, decode_address=reserved.kv_address,
-        decode_instance=reserved.instance,
-    )  # fmt: skip
+    request = await reserved(target)
     told = []
     with pytest.raises(error):
         async with contextlib.aclosing(source.prefill.Prefill(request, None)) as events:  # type: ignore[arg-type, type-var]
@@ -171,10 +175,18 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_leaves_nothing(
 
     if pages == "not bound yet":
         monkeypatch.setattr(Transfers, "bind", holding)
-    asking = asyncio.create_task(hand_over(range(5, 55), source, target))
+    request = await reserved(target)
+
+    async def ask() -> None:
+        async with contextlib.aclosing(source.prefill.Prefill(request, None)) as events:  # type: ignore[arg-type, type-var]
+            async for _ in events:
+                pass
+
+    asking = asyncio.create_task(ask())
     await until(lambda: bool(target.receiver.open_transfers))
     if pages == "bound":
         await until(lambda: bool(target.engine.blocks.num_held))
+        await asyncio.sleep(0.1)  # it is told so
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
