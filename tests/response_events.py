@@ -45,7 +45,7 @@ def _item(rest: list[Fields], index: int) -> Fields:
     """Takes one item's events; returns what it is in the end."""
     added = rest.pop(0)
     assert added["type"] == "response.output_item.added" and added["item"]["status"] == "in_progress"
-    read = _call if added["item"]["type"] == "function_call" else _text
+    read = {"function_call": _call, "custom_tool_call": _custom_call}.get(added["item"]["type"], _text)
     inner: list[Fields] = []
     while rest[0]["type"] != "response.output_item.done":
         inner.append(rest.pop(0))
@@ -79,3 +79,12 @@ def _call(item: Fields, inner: list[Fields]) -> Fields:
     assert whole["type"] == "response.function_call_arguments.done" and item["arguments"] == ""
     assert (whole["arguments"], whole["name"]) == (arguments, item["name"])
     return {"arguments": arguments}
+
+
+def _custom_call(item: Fields, inner: list[Fields]) -> Fields:
+    *deltas, whole = inner
+    assert all(event["type"] == "response.custom_tool_call_input.delta" and event["delta"] for event in deltas)
+    given = "".join(event["delta"] for event in deltas)
+    assert whole["type"] == "response.custom_tool_call_input.done" and item["input"] == ""
+    assert whole["input"] == given and "arguments" not in item
+    return {"input": given}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Literal
 
 import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings, custom_tool
 from pydantic import BaseModel, Field
 
 SERVER: dict[str, Any] = {
@@ -73,6 +74,23 @@ def test_a_tool_is_called_whole_and_streamed_and_its_result_is_read() -> None:
     assert [c["args"] for c in total.tool_calls] == [call["args"]]  # type: ignore[attr-defined]
     told = [ask, called, ToolMessage(get_weather.invoke(call["args"]), tool_call_id=call["id"])]
     assert isinstance(chat().invoke(told).content, str)
+
+
+@custom_tool(format={"type": "grammar", "syntax": "regex", "definition": "[1-9]{1,3} [+*] [1-9]{1,3}"})
+def calculate(code: str) -> str:
+    """Calculates."""
+    return "3"
+
+
+def test_a_custom_tool_is_given_a_text_over_responses_and_its_result_is_read() -> None:
+    model = chat(max_tokens=60, use_responses_api=True)
+    ask = HumanMessage("What is 1 + 2?")
+    called = model.bind_tools([calculate], tool_choice="required").invoke([ask])
+    [call] = called.tool_calls  # type: ignore[attr-defined]
+    assert call["name"] == "calculate"
+    assert re.fullmatch(r"[1-9]{1,3} [+*] [1-9]{1,3}", call["args"]["__arg1"])
+    told = calculate.invoke({**call, "type": "tool_call"})
+    assert isinstance(chat(use_responses_api=True).invoke([ask, called, told]).content, list)
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +120,34 @@ async def test_tools_are_called_and_told_their_results(client: AsyncOpenAI) -> N
     after = await client.responses.create(**GREEDY, input=[result], previous_response_id=whole.id)
     assert after.status in ("completed", "incomplete") and after.usage and whole.usage
     assert after.usage.input_tokens > 10
+
+
+SUM = {"type": "grammar", "syntax": "lark", "definition": 'start: "\\"" N ("\\n+ " N){1,2} "\\""\nN: /[1-9][0-9]{0,2}/'}
+
+
+async def test_a_custom_tool_is_given_a_text_that_follows_its_grammar(client: AsyncOpenAI) -> None:
+    custom: Any = {"type": "custom", "name": "calculate", "description": "sums", "format": SUM}
+    ask: dict[str, Any] = {"model": "demo", "max_output_tokens": 60, "tools": [custom], "input": "What is 1 + 2?"}
+    for choice in ("required", {"type": "custom", "name": "calculate"}):
+        for seed in range(3):
+            extra = {"extra_body": {"seed": seed}, "temperature": 1, "tool_choice": choice}
+            whole = await client.responses.create(**ask, **extra)
+            [call] = whole.output
+            assert call.type == "custom_tool_call" and re.fullmatch(
+                r'"[1-9]\d{0,2}(\n\+ [1-9]\d{0,2}){1,2}"', call.input
+            )
+            raw = [e.to_dict() async for e in await client.responses.create(**ask, **extra, stream=True)]
+            assert [item["input"] for item in read_back(raw)["output"]] == [call.input]
+    result: Any = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "3"}
+    stored = await client.responses.create(**GREEDY, input=[result], previous_response_id=whole.id)
+    sent: Any = [{"role": "user", "content": ask["input"]}, call.model_dump(), result]
+    again = await client.responses.create(**GREEDY, input=sent, store=False)
+    assert again.output_text == stored.output_text and again.usage and stored.usage
+    assert again.usage.input_tokens == stored.usage.input_tokens
+    custom["format"] = {**SUM, "definition": "start: ("}
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.responses.create(**ask, tool_choice="required")
+    assert refused.value.param == "tools"
 
 
 class Person(BaseModel):

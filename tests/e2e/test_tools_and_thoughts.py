@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +64,35 @@ async def test_the_demo_model_calls_a_tool_and_the_client_parses_it(tmp_path: Pa
                 for c in completion.choices:
                     [call] = c.message.tool_calls
                     get_weather.model_validate_json(call.function.arguments)
+
+
+PATCH = """start: "*** Begin Patch\\n" hunk{1,2} "*** End Patch"
+hunk: "*** Add File: " NAME "\\n" ("+" /[^\\n]{0,20}/ LF){1,2}
+NAME: /[a-z]{1,8}/
+%import common.LF
+"""
+
+
+async def test_a_chats_custom_tool_is_given_a_text_that_follows_its_grammar_after_thoughts(tmp_path: Path) -> None:
+    """In one family whose calls end with a mark, and with no more thoughts than are allowed."""
+    flags = ("--tool-call-parser=hermes", "--enable-auto-tool-choice", "--reasoning-parser=qwen3")
+    patch = {"type": "grammar", "grammar": {"syntax": "lark", "definition": PATCH}}
+    tools: Any = [{"type": "custom", "custom": {"name": "apply_patch", "format": patch}}]
+    async with running(Cluster(DEMO, tmp_path, worker_flags=FLAGS, bridge_flags=flags)) as cluster:
+        async with AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="unused", max_retries=0) as openai:
+            for seed in range(3):
+                ask: dict[str, Any] = {
+                    "model": str(DEMO), "tools": tools, "tool_choice": "required", "seed": seed, "max_tokens": 400,
+                    "messages": [{"role": "user", "content": "Write."}], "extra_body": {"thinking_token_budget": 5},
+                }  # fmt: skip
+                whole = (await openai.chat.completions.create(**ask)).choices[0]
+                [call] = whole.message.tool_calls
+                assert whole.finish_reason == "tool_calls" and call.custom.name == "apply_patch", whole
+                hunk = r"\*\*\* Add File: [a-z]{1,8}\n(\+[^\n]{0,20}\n){1,2}"
+                assert re.fullmatch(rf"\*\*\* Begin Patch\n({hunk}){{1,2}}\*\*\* End Patch", call.custom.input), call
+                stream = await openai.chat.completions.create(**ask, stream=True)
+                pieces = [c async for chunk in stream for c in chunk.choices[0].delta.tool_calls or ()]
+                assert "".join(piece.custom["input"] for piece in pieces) == call.custom.input
 
 
 async def test_an_answer_has_its_form_after_thoughts_of_a_bounded_length(tmp_path: Path) -> None:

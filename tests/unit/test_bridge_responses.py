@@ -222,6 +222,41 @@ async def test_a_function_in_a_namespace_has_both_names(bridge: Bridge) -> None:
         assert turn["tool_calls"][0]["function"]["name"] == "sky__get_weather"
 
 
+async def test_a_custom_tool_is_given_a_text_and_its_calls_go_back(bridge: Bridge) -> None:
+    """Whole and streamed, from a namespace or not; sent again, referred to, or stored."""
+    call = '<tool_call>{"name": "sky__say", "arguments": {"input": "\\u00fc \\"x\\""}}</tool_call>'
+    bridge.router.script = says(accepted(), *(delta(part) for part in in_parts(call, range(0, len(call), 5))),
+                                delta(finish=STOP), summary())  # fmt: skip
+    say: Fields = {"type": "custom", "name": "say", "description": "d"}
+    sql = {"type": "grammar", "syntax": "lark", "definition": "start: /[a-z]+/"}
+    tools: Any = [{**say, "format": sql}, {"type": "namespace", "name": "sky", "tools": [say, WEATHER]}]
+    first = await bridge.openai.responses.create(model="demo", input="hi", tools=tools)
+    [item] = first.output
+    assert item.type == "custom_tool_call" and (item.namespace, item.name, item.input) == ("sky", "say", 'ü "x"')
+    assert [tool.model_dump(exclude_none=True) for tool in first.tools] == [
+        tools[0], tools[1] | {"tools": [say, {**WEATHER, "strict": True}]},
+    ]  # fmt: skip
+    form = json.loads(bridge.router.requests[-1].structured_output.structural_tag)["format"]
+    assert [tag["content"] for tag in form["last_tags"]] == [{"type": "grammar", "grammar": "start: /[a-z]+/"}]
+    events = await streamed(bridge, tools=tools)
+    assert [i["input"] for i in read_back(events)["output"]] == ['ü "x"']
+    assert len([e for e in events if e["type"] == "response.custom_tool_call_input.delta"]) > 1
+    result: Any = {"type": "custom_tool_call_output", "call_id": item.call_id,
+                   "output": [{"type": "input_text", "text": "done"}]}  # fmt: skip
+    again: Any = [{"role": "user", "content": "hi"}, item.model_dump(), result]
+    for fields in ({"input": again}, {"input": [again[0], {"id": item.id}, result]},
+                   {"input": [result], "previous_response_id": first.id}):  # fmt: skip
+        last: Any = await bridge.openai.responses.create(
+            model="demo", tools=tools, tool_choice={"type": "custom", "name": "say"}, **fields
+        )
+        messages = bridge.router.requests[-1].chat.messages
+        turn = json.loads(messages[1].fields_json)["tool_calls"][0]
+        assert turn["function"] == {"name": "sky__say", "arguments": {"input": 'ü "x"'}} and turn["id"] == item.call_id
+        assert (messages[2].role, messages[2].content) == ("tool", "done")
+    items = await bridge.openai.responses.input_items.list(last.id, order="asc")
+    assert [i.type for i in items.data] == ["message", "custom_tool_call", "custom_tool_call_output"]
+
+
 async def test_web_search_is_left_out_and_named(bridge: Bridge) -> None:
     """Coding agents offer it to whatever model they are given."""
     for others in ([WEATHER], []):

@@ -284,3 +284,82 @@ async def test_without_the_flags_only_forced_calls_are_taken() -> None:
         assert answer.choices[0].message.tool_calls[0].function.name == "now"
         response = await bare.chat(thinking_token_budget=3)
         assert response.json()["error"]["param"] == "thinking_token_budget"
+
+
+SQL: dict[str, Any] = {"type": "custom", "custom": {"name": "sql", "description": "asks", "format": {
+    "type": "grammar", "grammar": {"syntax": "regex", "definition": "SELECT [a-z]+"}}}}  # fmt: skip
+SAY: dict[str, Any] = {"type": "custom", "custom": {"name": "say"}}
+SAID = 'Ok. <tool_call>{"name": "say", "arguments": {"input": "a \\"b\\"\\n"}}</tool_call>'
+FORCED = '<tool_call>\n{"name": "sql", "arguments": <text>\nSELECT "x"\n'
+
+
+async def test_a_custom_tool_is_a_function_of_one_text_to_the_model_and_its_calls_go_back(bridge: Bridge) -> None:
+    bridge.router.script = says(accepted(), delta(SAID, finish=STOP), summary())
+    whole = await bridge.openai.chat.completions.create(**ASK, tools=[SAY, SQL, NOW])
+    [call] = whole.choices[0].message.tool_calls
+    assert (call.type, call.custom.name, call.custom.input) == ("custom", "say", 'a "b"\n')
+    assert whole.choices[0].message.content == "Ok." and whole.choices[0].finish_reason == "tool_calls"
+    told = [tool["function"] for tool in json.loads(bridge.router.requests[-1].chat.tools_json)]
+    assert [tool["name"] for tool in told] == ["say", "sql", "now"] and told[1]["description"] == "asks"
+    assert "SELECT [a-z]+" in told[1]["parameters"]["properties"]["input"]["description"]
+    form = json.loads(bridge.router.requests[-1].structured_output.structural_tag)["format"]
+    assert [tag["content"]["type"] for tag in form["last_tags"]] == ["regex"] and len(form["tags"]) == 2
+    back = [*ASK["messages"], whole.choices[0].message.model_dump(exclude_none=True),
+            {"role": "tool", "tool_call_id": call.id, "content": "done"}]  # fmt: skip
+    assert (await bridge.chat(messages=back, tools=[SAY])).status_code == 200
+    turn = json.loads(bridge.router.requests[-1].chat.messages[1].fields_json)
+    function = {"name": "say", "arguments": {"input": 'a "b"\n'}}
+    assert turn["tool_calls"] == [{"id": call.id, "type": "function", "function": function}]
+    assert not bridge.router.requests[-1].HasField("structured_output"), "any text will do"
+
+
+@pytest.mark.parametrize("size", [1, 5, 999])
+async def test_a_stream_tells_a_custom_tools_input_as_it_comes(bridge: Bridge, size: int) -> None:
+    for text, name, said in ((SAID, "say", 'a "b"\n'), (FORCED, "sql", 'SELECT "x"\n')):
+        parts = [delta(text[i : i + size]) for i in range(0, len(text), size)]
+        bridge.router.script = says(accepted(), *parts, delta(finish=STOP), summary())
+        response = await bridge.chat(tools=[SAY, SQL], stream=True)
+        deltas = [choice["delta"] for e in events_of(response.text)[:-1] for choice in e["choices"]]  # type: ignore[index]
+        first, *more = [call for d in deltas for call in d.get("tool_calls", ())]
+        assert (first["index"], first["type"], first["custom"]) == (0, "custom", {"name": name, "input": ""})
+        assert "".join(call["custom"]["input"] for call in more) == said
+        assert all(sorted(call) == ["custom", "index"] and [*call["custom"]] == ["input"] for call in more)
+        assert len(more) > 3 or size > 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ("required", "tool_calls"),
+        ({"type": "custom", "custom": {"name": "sql"}}, "stop"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
+            {"type": "custom", "custom": {"name": "sql"}}]}}, "tool_calls"),
+    ],
+)  # fmt: skip
+async def test_a_custom_tool_can_be_forced(bridge: Bridge, choice: Any, reason: str) -> None:
+    bridge.router.script = says(accepted(), delta(FORCED, finish=STOP), summary())
+    answer = await bridge.openai.chat.completions.create(**ASK, tools=[NOW, SQL], tool_choice=choice)
+    assert answer.choices[0].message.tool_calls[0].custom.input == 'SELECT "x"\n'
+    assert answer.choices[0].finish_reason == reason
+    form = json.dumps(json.loads(bridge.router.requests[-1].structured_output.structural_tag))
+    assert "SELECT [a-z]+" in form and ("now" in form) == (choice == "required")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "custom"}]}, "tools[0].custom"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a b"}}]}, "tools[0].custom.name"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a", "format": {"type": "x"}}}]},
+         "tools[0].custom.format.type"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a", "format": {"type": "grammar"}}}]},
+         "tools[0].custom.format.grammar"),
+        ({"tools": [SAY, {"type": "function", "function": {"name": "say"}}]}, "tools"),
+        ({"tools": [NOW], "tool_choice": {"type": "custom", "custom": {"name": "say"}}}, "tool_choice"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "a"}}]}]},
+         "messages[0].tool_calls[0].custom.input"),
+    ],
+)  # fmt: skip
+async def test_mistakes_in_custom_tools_name_their_field(bridge: Bridge, fields: dict[str, Any], param: str) -> None:
+    response = await bridge.chat(**fields)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text

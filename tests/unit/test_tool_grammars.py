@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import tokenizers
 from fakes import write_byte_tokenizer
 from jsonschema import Draft202012Validator
 from pagewire.v1.inference_pb2 import StructuredOutput
-from pagewire_bridge.tools.calls import Arguments, Call, Piece, Tool, ToolFormat, joined
+from pagewire_bridge.tools.calls import Arguments, Call, Input, Piece, Text, Tool, ToolFormat, joined
+from pagewire_bridge.tools.custom import custom_calls, parameters
 from pagewire_bridge.tools.families import TOOL_FORMATS
 from pagewire_bridge.tools.form import output_with_tools
 from pagewire_core.grammar import Vocabulary
@@ -32,6 +34,15 @@ TOOLS = [
     }),
     Tool("now", parameters={"type": "object", "properties": {}, "additionalProperties": False}),
 ]  # fmt: skip
+
+
+SQL = Tool("sql", parameters=parameters("SQL"), custom=True, form={
+    "type": "grammar", "grammar": 'start: "SELECT \\"" NAME ("\\",\\n\\"" NAME)* "\\"" ";\\n"?\nNAME: /[a-z]{1,4}/',
+})  # fmt: skip
+DATE = Tool(
+    "date", parameters=parameters("a date"), custom=True, form={"type": "regex", "pattern": r'"[0-9]{2}/[0-9]{2}\n?'}
+)
+IS_SQL, IS_DATE = re.compile(r'SELECT "[a-z]{1,4}(",\n"[a-z]{1,4})*"(;\n)?'), re.compile(r'"[0-9]{2}/[0-9]{2}\n?')
 
 
 @pytest.fixture(scope="module", params=["marks are text", "marks are tokens"])
@@ -111,3 +122,76 @@ def test_an_answer_has_its_form_or_is_a_call(path: Path) -> None:
     form = output_with_tools(wanted, TOOL_FORMATS["hermes"], TOOLS, "auto", False)
     assert write(path, form, 1, '"') in ('"yes"', '"no"')
     assert len(calls_in(TOOL_FORMATS["hermes"], write(path, form, 1, "<tool_call>"))) == 1
+
+
+def inputs_in(form: ToolFormat, tools: list[Tool], text: str, cut: int) -> list[tuple[str, str]]:
+    """(tool, what it is given), of a text that comes in parts of `cut` characters."""
+    parser = custom_calls(form.parser(tools), tools, form)
+    parts = [text[i : i + cut] for i in range(0, len(text), cut)]
+    pieces: list[Piece] = joined([*(piece for part in parts for piece in parser.push(part)), *parser.finish()])
+    calls = [piece for piece in pieces if isinstance(piece, Call)]
+    given = {piece.index: piece.text for piece in pieces if isinstance(piece, Arguments | Input)}
+    assert not any(isinstance(piece, Text) for piece in pieces), text
+    assert {*given} <= {call.index for call in calls} and all(call.custom == (call.name != "now") for call in calls)
+    return [(call.name, given.get(call.index, "")) for call in calls]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_custom_tool_is_given_a_text_that_follows_its_grammar(path: Path, family: str) -> None:
+    """With its quotes and lines as they are, and whatever may follow a call in this family."""
+    form, tools, seen = TOOL_FORMATS[family], [SQL, TOOLS[1], DATE], set()
+    for parallel in (True, False):
+        for seed in range(8):
+            text = write(path, output_with_tools(None, form, tools, "required", parallel), seed + 8 * parallel)
+            given = inputs_in(form, tools, text, 1 + seed)
+            assert given and (parallel or len(given) == 1) and given == inputs_in(form, tools, text, 10_000)
+            for name, said in given:
+                seen.add(name)
+                assert {"sql": IS_SQL, "date": IS_DATE, "now": re.compile(r"{\s*}")}[name].fullmatch(said), (name, said)
+    assert seen == {"sql", "date", "now"}
+
+
+@pytest.mark.parametrize("family", ["hermes", "qwen3_coder"])
+def test_a_call_of_a_custom_tool_is_held_to_its_grammar_once_it_begins_and_ends_the_answer(
+    path: Path, family: str
+) -> None:
+    form, before = TOOL_FORMATS[family], "Let me see. "
+    for tools in ([SQL], [SQL, TOOLS[1]]):
+        free = output_with_tools(None, form, tools, "auto", True)
+        for seed in range(3):
+            text = write(path, free, seed, before + form.text_mark(SQL))
+            [(name, said)] = inputs_in(form, tools, text.removeprefix(before), 7)
+            assert name == "sql" and IS_SQL.fullmatch(said)
+        assert write(path, free, 0, "No. ", "</s>").startswith("No. "), "text alone may come as well"
+
+
+@pytest.mark.parametrize("family", ["hermes", "json", "llama3_json", "mistral", "qwen3_coder", "deepseek_v31"])
+@pytest.mark.parametrize("said", ['a "b"\n\\ü', "", "\ud83d\ude00"])
+def test_what_a_model_gives_a_custom_tool_as_it_calls_others_is_the_text(path: Path, family: str, said: str) -> None:
+    """Without a grammar, or where nothing holds the model to it."""
+    said = said.encode("utf-16", "surrogatepass").decode("utf-16")
+    form, tool = TOOL_FORMATS[family], Tool("say", parameters=parameters("anything"), custom=True)
+    tag = form.forced([tool], False)
+    begin, end = form.text_mark(tool).removesuffix("<text>\n"), "}" if family in ("json", "llama3_json") else ""
+    if family == "qwen3_coder":
+        call = f"{begin}<parameter=input>\n{said}\n</parameter>\n</function>\n</tool_call>"
+    else:
+        end = {
+            "hermes": "}\n</tool_call>",
+            "mistral": "}]",
+            "deepseek_v31": "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        }.get(family, end)
+        call = begin + json.dumps({"input": said}) + end
+    assert tag and all(inputs_in(form, tools, call, cut) == [("say", said)] for cut in (1, 3, 999) for tools in (
+        [tool], [tool, SQL]))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [("{}", "{}"), ('{"patch": "x"}', '{"patch": "x"}'), ('"as it is"', "as it is"), ('{"input": 3}', '{"input": 3}'),
+     ('{"a": [1], "input": "x", "b": "y"}', "x"), ('{"input": "lone \\ud83d."}', "lone \ufffd.")],
+)  # fmt: skip
+def test_what_is_no_object_with_an_input_is_the_input(arguments: str, said: str) -> None:
+    form, tool = TOOL_FORMATS["hermes"], Tool("say", parameters=parameters("anything"), custom=True)
+    call = f'<tool_call>{{"name": "say", "arguments": {arguments}}}</tool_call>'
+    assert all(inputs_in(form, [tool], call, cut) == [("say", said)] for cut in (1, 4, 999))

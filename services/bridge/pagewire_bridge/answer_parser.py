@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pagewire.v1.inference_pb2 import TokenText
 
 from pagewire_bridge.reasoning import ReasoningFormat
-from pagewire_bridge.tools.calls import Arguments, Call, CallParser, Piece, Text, ToolFormat, joined
+from pagewire_bridge.tools.calls import Arguments, Call, CallParser, Input, Piece, Text, ToolFormat, joined
 from pagewire_bridge.tools.families import TOOL_FORMATS
 
 
@@ -88,7 +88,7 @@ class AnswerParser:
 
     def _noted(self, pieces: list[Piece]) -> list[Piece]:
         if not self._parallel:
-            pieces = [piece for piece in pieces if not isinstance(piece, Call | Arguments) or piece.index == 0]
+            pieces = [piece for piece in pieces if not isinstance(piece, Call | Arguments | Input) or piece.index == 0]
         self.num_calls += sum(isinstance(piece, Call) for piece in pieces)
         return pieces
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from pagewire_bridge.by_type import UNKNOWN, without_kinds
 from pagewire_bridge.json_text import TooDeep, read
 
 MAX_BODY_BYTES = 32 << 20
@@ -63,7 +64,8 @@ def validated(model: type[Body], fields: Mapping[str, Any], where: str = "") -> 
 
 def _first_mistake(error: ValidationError, where: str) -> InvalidRequest:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = _dotted((where, *first["loc"]) if where else first["loc"])
+    place = without_kinds(first["loc"]) + ["type"] * (first["type"] == UNKNOWN)
+    param = _dotted((where, *place) if where else place)
     if first["type"] == "missing":
         return InvalidRequest(f"`{param}` is required.", param)
     message = first["msg"]

@@ -2,7 +2,8 @@
 
 Both of vLLM's shapes: `{"structures": [{begin, schema, end}], "triggers": [...]}`, and xgrammar's
 `{"type": "structural_tag", "format": {"type": ...}}` with its formats const_string, json_schema, regex, grammar,
-any_text, sequence, or, tag, triggered_tags and tags_with_separator.
+any_text, sequence, or, tag, triggered_tags (ours also with `last_tags`, after which nothing comes) and
+tags_with_separator.
 """
 
 from __future__ import annotations
@@ -113,22 +114,30 @@ class StructuralTag:
 
     def _triggered(self, form: object, depth: int) -> str:
         """Free text until a trigger, and then one of the tags that begin with it; again and again."""
-        tags, triggers = _parts(form, "tags"), [t for t in _parts(form, "triggers") if isinstance(t, str) and t]
-        begins = [_field(tag, "begin", str) for tag in tags]
-        dispatched = []
-        for trigger in triggers:
-            of_it = [tag for tag, begin in zip(tags, begins, strict=True) if begin.startswith(trigger)]
-            if of_it:
-                bodies = " | ".join(self._tag(tag, trigger, depth) for tag in of_it)
-                dispatched.append(f"{self._text_until(trigger)} ({bodies})")
-        if not dispatched or any(not begin.startswith(tuple(triggers)) for begin in begins):
+        triggers = [t for t in _parts(form, "triggers") if isinstance(t, str) and t]
+        last = _parts(form, "last_tags") if _has(form, "last_tags") else []
+        tags = _parts(form, "tags") if _has(form, "tags") or not last else []
+        if any(not _field(tag, "begin", str).startswith(tuple(triggers)) for tag in (*tags, *last)) or not triggers:
             raise InvalidRequest("every tag must begin with a trigger, and every trigger must not be empty", _PARAM)
-        again = self._rule(" | ".join(dispatched))
-        first = self._rule(" | ".join(self._tag(tag, "", depth) for tag in tags))
+        free = {trigger: self._text_until(trigger) for trigger in triggers}
         once, at_least_once = _flag(form, "stop_after_first"), _flag(form, "at_least_one")
+        end = " | ".join([_TEXT, *self._dispatched(last, free, depth)])
+        if not tags:
+            return self._rule(end)
+        again = self._rule(" | ".join(self._dispatched(tags, free, depth)))
+        first = self._rule(" | ".join(self._tag(tag, "", depth) for tag in tags))
         if at_least_once:
-            return first if once else self._rule(f"{first} {again}* {_TEXT}")
-        return self._rule(f"{again} | {_TEXT}" if once else f"{again}* {_TEXT}")
+            return first if once else self._rule(f"{first} {again}* ({end})")
+        return self._rule(f"{again} | {end}" if once else f"{again}* ({end})")
+
+    def _dispatched(self, tags: list[Any], free: Mapping[str, str], depth: int) -> list[str]:
+        """For each trigger that some of the tags begin with: the text up to it, and what may follow."""
+        dispatched = []
+        for trigger, text in free.items():
+            if of_it := [tag for tag in tags if _field(tag, "begin", str).startswith(trigger)]:
+                bodies = " | ".join(self._tag(tag, trigger, depth) for tag in of_it)
+                dispatched.append(f"{text} ({bodies})")
+        return dispatched
 
     def _separated(self, form: object, depth: int) -> str:
         tag = self._rule(" | ".join(self._tag(tag, "", depth) for tag in _parts(form, "tags")))
@@ -169,6 +178,10 @@ def _parts(form: object, name: str) -> list[Any]:
     if not parts:
         raise InvalidRequest(f"`{name}` in a structural tag must not be empty", _PARAM)
     return parts
+
+
+def _has(form: object, name: str) -> bool:
+    return isinstance(form, dict) and bool(form.get(name))
 
 
 def _flag(form: object, name: str) -> bool:

@@ -70,13 +70,26 @@ class ToolCall(TypedDict):
     function: Function
 
 
+class GivenText(TypedDict):
+    name: str
+    input: str
+
+
+class CustomToolCall(TypedDict):
+    """Of a tool that is given one text."""
+
+    id: str
+    type: Literal["custom"]
+    custom: GivenText
+
+
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
     reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCall]]
+    tool_calls: NotRequired[list[ToolCall | CustomToolCall]]
     function_call: NotRequired[Function]
 
 
@@ -132,12 +145,26 @@ class ToolCallPiece(TypedDict):
     function: FunctionPiece
 
 
+class TextPiece(TypedDict):
+    """The pieces of `input` add up to the text."""
+
+    name: NotRequired[str]
+    input: str
+
+
+class CustomToolCallPiece(TypedDict):
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["custom"]]
+    custom: TextPiece
+
+
 class ChatDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
     reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCallPiece]]
+    tool_calls: NotRequired[list[ToolCallPiece | CustomToolCallPiece]]
     function_call: NotRequired[FunctionPiece]
 
 

@@ -34,10 +34,18 @@ _TOOL: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 16}}},
     },
 }
+_TEXT_TOOL: dict[str, Any] = {
+    "type": "custom",
+    "custom": {
+        "name": "calculate",
+        "format": {"type": "grammar", "grammar": {"syntax": "regex", "definition": "[0-9]{1,3} [+*] [0-9]{1,3}"}},
+    },
+}
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 _COUNTED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 _DETAILED = {"n": 2, "return_token_ids": True, "service_tier": "auto"}
 _CALL = {"tools": [_TOOL], "tool_choice": "required", "max_tokens": 60}
+_TEXT_CALL = {"tools": [_TEXT_TOOL], "tool_choice": "required", "max_tokens": 60}
 _FUNCTION = {"functions": [_TOOL["function"]], "function_call": {"name": "get_weather"}, "max_tokens": 60}
 _FORM = {"structured_outputs": {"choice": ["yes", "no"]}}
 
@@ -48,6 +56,8 @@ CHAT_EXAMPLES: dict[str, dict[str, Any]] = {
     "detailed and streamed": {**_QUESTION, **_COUNTED, **_DETAILED, "logprobs": True},
     "a call of a tool": {**_QUESTION, **_CALL},
     "a call of a tool, streamed": {**_QUESTION, **_CALL, **_STREAMED},
+    "a call of a custom tool, which is given a text": {**_QUESTION, **_TEXT_CALL},
+    "a call of a custom tool, streamed": {**_QUESTION, **_TEXT_CALL, **_STREAMED},
     "a call of a function, as before there were tools": {**_QUESTION, **_FUNCTION},
     "a call of a function, streamed": {**_QUESTION, **_FUNCTION, **_STREAMED},
     "a form": {**_QUESTION, **_FORM},

@@ -23,7 +23,7 @@ from pagewire_bridge.openai.prompts import Echo
 from pagewire_bridge.openai.schema import ChatBody, CompletionBody, GenerationBody
 from pagewire_bridge.openai.shapes import ChatShape, CompletionShape, Naming, Shape, id_of, text_of
 from pagewire_bridge.openai.tool_use import parser_of
-from pagewire_bridge.openai.tools import NamedTool
+from pagewire_bridge.openai.tools import NAMED
 from pagewire_bridge.openai.translate import (
     chat_echo,
     from_model,
@@ -103,7 +103,7 @@ def _reading(request: Request, body: GenerationBody, generation: Generation) -> 
         return {}
     answers, tail = request.state.answers, generation.accepted[0].prompt_tail
     parsers = [parser for _ in range(body.n or 1) if (parser := parser_of(body, answers, tail))]
-    named = isinstance(body.tool_choice, NamedTool)
+    named = isinstance(body.tool_choice, NAMED)
     thoughts = body.include_reasoning is not False
     return {
         "parsers": parsers, "named_tool": named, "functions": bool(body.functions), "include_reasoning": thoughts

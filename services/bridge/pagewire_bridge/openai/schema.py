@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from pagewire_bridge.openai.structured import ResponseFormat, StructuredOutputs
-from pagewire_bridge.openai.tools import CalledFunction, CalledTool, FunctionChoice, Functions, ToolChoice, Tools
+from pagewire_bridge.openai.tools import AnyCalledTool, CalledFunction, FunctionChoice, Functions, ToolChoice, Tools
 
 MAX_STOP_STRINGS = 64
 MAX_BAD_WORDS = 1024
@@ -255,7 +255,7 @@ class Message(_Body):
     role: Annotated[str, Field(min_length=1)]
     content: _Content = None
     name: str | None = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: list[AnyCalledTool] | None = None
     tool_call_id: str | None = None
     function_call: CalledFunction | None = None
     reasoning: str | None = None

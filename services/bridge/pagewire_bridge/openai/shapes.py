@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from pagewire.v1.inference_pb2 import TokenText
 
-from pagewire_bridge.tools.calls import Arguments, Call, Piece, Text, Thought
+from pagewire_bridge.tools.calls import Arguments, Call, Input, Piece, Text, Thought
 
 Choice = dict[str, Any]
 Tokens = Sequence[TokenText]
@@ -119,6 +119,11 @@ def chat_delta(piece: Piece) -> dict[str, Any]:
     match piece:
         case Thought(text):
             return {"reasoning": text, "reasoning_content": text}
+        case Call(index, call_id, name, custom=True):
+            given = {"name": name, "input": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "custom", "custom": given}]}
+        case Input(index, text):
+            return {"tool_calls": [{"index": index, "custom": {"input": text}}]}
         case Call(index, call_id, name):
             function = {"name": name, "arguments": ""}
             return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
@@ -133,9 +138,13 @@ def chat_message(pieces: Sequence[Piece]) -> dict[str, Any]:
     content = "".join(piece.text for piece in pieces if isinstance(piece, Text))
     calls: list[dict[str, Any]] = []
     for piece in pieces:
-        if isinstance(piece, Call):
+        if isinstance(piece, Call) and piece.custom:
+            calls.append({"id": piece.id, "type": "custom", "custom": {"name": piece.name, "input": ""}})
+        elif isinstance(piece, Call):
             function = {"name": piece.name, "arguments": ""}
             calls.append({"id": piece.id, "type": "function", "function": function})
+        elif isinstance(piece, Input):
+            calls[piece.index]["custom"]["input"] += piece.text
         elif isinstance(piece, Arguments):
             calls[piece.index]["function"]["arguments"] += piece.text
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}

@@ -10,8 +10,9 @@ from pagewire_core.errors import InvalidRequest
 
 from pagewire_bridge.answer_parser import AnswerFormat, AnswerParser
 from pagewire_bridge.openai.schema import ChatBody
-from pagewire_bridge.openai.tools import NamedTool, chosen
+from pagewire_bridge.openai.tools import NAMED, chosen
 from pagewire_bridge.tools.calls import Tool, ToolFormat
+from pagewire_bridge.tools.custom import custom_calls
 from pagewire_bridge.tools.form import output_with_tools
 
 
@@ -35,7 +36,7 @@ def tool_use(body: ChatBody, answers: AnswerFormat) -> ToolUse:
     mode, tools = chosen(body.tools or (), body.tool_choice)
     if mode == "none":
         return ToolUse()
-    named = isinstance(body.tool_choice, NamedTool)
+    named = isinstance(body.tool_choice, NAMED)
     parallel = body.parallel_tool_calls is not False and not named
     if mode == "required":
         return ToolUse(mode, tools, answers.forced_tools, parallel, named)
@@ -53,4 +54,5 @@ def parser_of(body: ChatBody, answers: AnswerFormat, prompt_tail: str) -> Answer
     reasoning = None if body.continue_final_message else answers.reasoning
     if use.form is None and reasoning is None:
         return None
-    return AnswerParser(use.form.parser(use.tools) if use.form else None, reasoning, prompt_tail, use.parallel)
+    calls = custom_calls(use.form.parser(use.tools), use.tools, use.form) if use.form else None
+    return AnswerParser(calls, reasoning, prompt_tail, use.parallel)

@@ -116,7 +116,7 @@ def to_chat(body: ChatBody) -> inference_pb2.Chat:
         continue_final_message=bool(body.continue_final_message),
         template_kwargs_json=written(kwargs).decode() if kwargs else "",
         chat_template=body.chat_template or "",
-        tools_json=written([tool.model_dump(exclude_unset=True) for tool in tools]).decode() if tools else "",
+        tools_json=written([tool.for_template() for tool in tools]).decode() if tools else "",
     )
 
 

@@ -10,12 +10,17 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Tool:
-    """parameters: a JSON schema. strict: calls must follow it even where the model is free to call or not."""
+    """parameters: a JSON schema. strict: calls must follow it even where the model is free to call or not.
+
+    custom: the client takes one text, see custom.py. form: of that text, as structural tags have it; None: any text.
+    """
 
     name: str
     description: str = ""
     parameters: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool = False
+    custom: bool = False
+    form: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Call:
     index: int
     id: str
     name: str
+    custom: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,15 @@ class Arguments:
     text: str
 
 
-Piece = Text | Thought | Call | Arguments
+@dataclass(frozen=True)
+class Input:
+    """More of the text that a custom tool, the `index`-th call's, is given."""
+
+    index: int
+    text: str
+
+
+Piece = Text | Thought | Call | Arguments | Input
 
 
 class CallParser(Protocol):
@@ -67,6 +81,10 @@ class ToolFormat(Protocol):
         ...
 
     def parser(self, tools: Sequence[Tool]) -> CallParser: ...
+
+    def text_mark(self, tool: Tool) -> str:
+        """What a call begins with whose input is all the text that follows."""
+        ...
 
     def forced(self, tools: Sequence[Tool], parallel: bool) -> dict[str, Any]:
         """The format (of a structural tag) of an answer that is a call, or several."""
@@ -140,6 +158,8 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
             result[-1] = Thought(last.text + piece.text)
         elif isinstance(piece, Arguments) and isinstance(last, Arguments) and piece.index == last.index:
             result[-1] = Arguments(piece.index, last.text + piece.text)
+        elif isinstance(piece, Input) and isinstance(last, Input) and piece.index == last.index:
+            result[-1] = Input(piece.index, last.text + piece.text)
         else:
             result.append(piece)
     return result

@@ -6,6 +6,10 @@ llama3_json   {"name": ..., "parameters": {...}}, perhaps after <|python_tag|>; 
 json          the same with "arguments" or "parameters", or a list of them
 mistral       [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...], or [TOOL_CALLS]NAME[ARGS]{...} for each
 deepseek_v3   between marks: function, NAME and arguments in a ```json block; deepseek_v31: NAME and arguments
+
+A text that must follow a grammar of the client's (Tool.form) stands in no JSON, where its quotes would be others, and
+before no mark, which may follow the grammar as well: in every family, `<text>` is in the place of the arguments, and
+the text is all the rest of the answer. Models that are not held to it call such a tool as they call others.
 """
 
 from __future__ import annotations
@@ -43,6 +47,10 @@ def _text(value: str) -> Format:
     return {"type": "const_string", "value": value}
 
 
+def _sequence(*elements: Format) -> Format:
+    return {"type": "sequence", "elements": list(elements)}
+
+
 @dataclass(frozen=True)
 class Family:
     """A ToolFormat: calls of form `tag`, `separator` between them, all of them between `opening` and `closing`.
@@ -61,20 +69,36 @@ class Family:
     def parser(self, tools: Sequence[Tool]) -> CallParser:
         return self.make_parser(tools)
 
+    def text_mark(self, tool: Tool) -> str:
+        return f"{self.opening}{self._text_begin(tool)}"
+
+    def _text_begin(self, tool: Tool) -> str:
+        return f"{self.tag(tool)['begin']}<text>\n"
+
+    def _text_calls(self, tools: Sequence[Tool]) -> list[Format]:
+        return [
+            {"type": "tag", "begin": self._text_begin(tool), "content": tool.form, "end": ""}
+            for tool in tools
+            if tool.form
+        ]
+
     def forced(self, tools: Sequence[Tool], parallel: bool) -> Format:
-        calls = {
-            "type": "tags_with_separator", "tags": [self.tag(tool) for tool in tools], "separator": self.separator,
-            "at_least_one": True, "stop_after_first": not parallel,
-        }  # fmt: skip
-        if not self.opening:
-            return calls
-        return {"type": "sequence", "elements": [_text(self.opening), calls, _text(self.closing)]}
+        forms = self._text_calls(tools)
+        if tags := [self.tag(tool) for tool in tools if not tool.form]:
+            calls: Format = {
+                "type": "tags_with_separator", "tags": tags, "separator": self.separator,
+                "at_least_one": True, "stop_after_first": not parallel,
+            }  # fmt: skip
+            forms.insert(0, _sequence(calls, _text(self.closing)) if self.closing else calls)
+        form = forms[0] if len(forms) == 1 else {"type": "or", "elements": forms}
+        return _sequence(_text(self.opening), form) if self.opening else form
 
     def free(self, tools: Sequence[Tool], parallel: bool) -> Format | None:
         if not self.trigger:
             return None
         return {
-            "type": "triggered_tags", "triggers": [self.trigger], "tags": [self.tag(tool) for tool in tools],
+            "type": "triggered_tags", "triggers": [self.trigger],
+            "tags": [self.tag(tool) for tool in tools if not tool.form], "last_tags": self._text_calls(tools),
             "at_least_one": False, "stop_after_first": not parallel,
         }  # fmt: skip
 

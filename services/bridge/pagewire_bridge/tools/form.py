@@ -19,13 +19,14 @@ def output_with_tools(
     parallel: bool,
 ) -> StructuredOutput | None:
     """required: one of `tools` is called, whatever form a text was to have. auto: the text has the form that is wanted,
-    or is a call; without a form, calls of strict tools follow their schemas where the family's marks tell calls apart.
+    or is a call; without a form, calls of strict tools follow their schemas, and texts for custom tools their grammars,
+    where the family's marks tell calls apart.
     """
     if mode == "required":
         return _tagged(form.forced(tools, parallel))
     if wanted is not None:
         return _tagged({"type": "or", "elements": [form.forced(tools, parallel), _as_tag(wanted)]})
-    free = form.free(tools, parallel) if any(tool.strict for tool in tools) else None
+    free = form.free(tools, parallel) if any(tool.strict or tool.form for tool in tools) else None
     return None if free is None else _tagged(free)
 
 

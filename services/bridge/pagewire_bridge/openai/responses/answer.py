@@ -2,9 +2,10 @@
 
     response.created, (response.queued,) response.in_progress, ITEM ..., response.completed | incomplete | failed
 
-    ITEM       output_item.added, (content_part.added, TEXT, content_part.done | ARGUMENTS), output_item.done
+    ITEM       output_item.added, (content_part.added, TEXT, content_part.done | ARGUMENTS | INPUT), output_item.done
     TEXT       output_text.delta ..., output_text.done, or the same of reasoning_text
     ARGUMENTS  function_call_arguments.delta ..., function_call_arguments.done
+    INPUT      custom_tool_call_input.delta ..., custom_tool_call_input.done
 
 The whole answer is what these events add up to: there is no second way to it.
 """

@@ -54,7 +54,19 @@ class FunctionCall(TypedDict):
     arguments: str
 
 
-OutputItem = OutputMessage | ReasoningOutput | FunctionCall
+class CustomToolCall(TypedDict):
+    """Of a tool that is given one text."""
+
+    id: str
+    type: Literal["custom_tool_call"]
+    status: ItemStatus
+    call_id: str
+    name: str
+    namespace: NotRequired[str]
+    input: str
+
+
+OutputItem = OutputMessage | ReasoningOutput | FunctionCall | CustomToolCall
 
 
 class InputTokensDetails(TypedDict):
@@ -187,6 +199,16 @@ class ArgumentsDone(_InnerEvent):
     arguments: str
 
 
+class InputDelta(_InnerEvent):
+    type: Literal["response.custom_tool_call_input.delta"]
+    delta: str
+
+
+class InputDone(_InnerEvent):
+    type: Literal["response.custom_tool_call_input.done"]
+    input: str
+
+
 class ErrorEvent(_Event):
     """The stream of a background response cannot go on; the response may."""
 
@@ -204,6 +226,8 @@ Event = (
     | TextDone
     | ArgumentsDelta
     | ArgumentsDone
+    | InputDelta
+    | InputDone
     | ErrorEvent
 )
 

@@ -1,7 +1,7 @@
 """Items of a conversation in the Responses API: read, as they are stored, and as a chat's messages. Pure functions.
 
-reasoning, message of the assistant, function_call ...     what one turn of the model gave
-message of anybody else, function_call_output              what it is told
+reasoning, message of the assistant, function_call, custom_tool_call ...     what one turn of the model gave
+message of anybody else, function_call_output, custom_tool_call_output       what it is told
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from pagewire_bridge.body import validated
 from pagewire_bridge.openai.responses.tools import name_of
 
 Fields = dict[str, Any]
-PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}  # of ids
+PREFIXES = {
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "reasoning": "rs",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+}  # of ids; fmt: skip
 _TEXTS = ("input_text", "output_text", "text")
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
 def _described(*kinds: str) -> WithJsonSchema:
@@ -62,6 +70,22 @@ class FunctionCallOutputItem(_Item):
     output: _Content
 
 
+class CustomToolCallItem(_Item):
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    namespace: str | None = None
+    input: str
+
+
+class CustomToolCallOutputItem(_Item):
+    """output: a string, or parts of text."""
+
+    type: Literal["custom_tool_call_output"]
+    call_id: str
+    output: _Content
+
+
 class ReasoningItem(_Item):
     """content: parts of type reasoning_text, as answers have them."""
 
@@ -77,11 +101,21 @@ class ItemReference(_Item):
     id: Annotated[str, Field(min_length=1)]
 
 
-InputItem = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem | ItemReference
+InputItem = (
+    MessageItem
+    | FunctionCallItem
+    | FunctionCallOutputItem
+    | CustomToolCallItem
+    | CustomToolCallOutputItem
+    | ReasoningItem
+    | ItemReference
+)
 _KINDS: dict[str, type[_Item]] = {
     "message": MessageItem,
     "function_call": FunctionCallItem,
     "function_call_output": FunctionCallOutputItem,
+    "custom_tool_call": CustomToolCallItem,
+    "custom_tool_call_output": CustomToolCallOutputItem,
     "reasoning": ReasoningItem,
     "item_reference": ItemReference,
 }
@@ -106,7 +140,7 @@ def _item(item: object, where: str) -> Fields:
     if kind == "message":
         part = "output_text" if fields["role"] == "assistant" else "input_text"
         fields["content"] = _parts(fields.get("content"), part, f"{where}.content")
-    elif kind == "function_call_output":
+    elif kind in _OUTPUTS:
         parts = _parts(fields.get("output"), "input_text", f"{where}.output")
         fields["output"] = "".join(part["text"] for part in parts)
     elif "content" in fields:  # of thoughts
@@ -162,11 +196,11 @@ def to_messages(items: Iterable[Fields]) -> list[Fields]:
 def _place(item: Fields) -> int:
     if item["type"] == "message":
         return _TEXT if item["role"] == "assistant" else _OTHER
-    return {"reasoning": _THOUGHTS, "function_call": _CALLS}.get(item["type"], _OTHER)
+    return {"reasoning": _THOUGHTS, "function_call": _CALLS, "custom_tool_call": _CALLS}.get(item["type"], _OTHER)
 
 
 def _told(item: Fields) -> Fields:
-    if item["type"] == "function_call_output":
+    if item["type"] in _OUTPUTS:
         return {"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]}
     return {"role": item["role"], "content": _joined(item["content"])}
 
@@ -178,9 +212,14 @@ def _add(turn: Fields, item: Fields) -> None:
         case "message":
             turn["content"] = _joined(item["content"])
         case "function_call":
-            function = {"name": name_of(item["name"], item.get("namespace")), "arguments": item["arguments"]}
-            call = {"id": item["call_id"], "type": "function", "function": function}
-            turn.setdefault("tool_calls", []).append(call)
+            _add_call(turn, item, "function", {"arguments": item["arguments"]})
+        case "custom_tool_call":
+            _add_call(turn, item, "custom", {"input": item["input"]})
+
+
+def _add_call(turn: Fields, item: Fields, kind: str, given: Fields) -> None:
+    named = {"name": name_of(item["name"], item.get("namespace")), **given}
+    turn.setdefault("tool_calls", []).append({"id": item["call_id"], "type": kind, kind: named})
 
 
 def _joined(parts: Iterable[Fields]) -> str:

@@ -19,11 +19,19 @@ _TOOL: dict[str, Any] = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 16}}},
 }
 _CALL = {"tools": [_TOOL], "tool_choice": "required", "max_output_tokens": 60}
+_TEXT_TOOL: dict[str, Any] = {
+    "type": "custom",
+    "name": "calculate",
+    "format": {"type": "grammar", "syntax": "lark", "definition": 'start: N (" + " N){1,3}\nN: /[0-9]{1,3}/'},
+}
+_TEXT_CALL = {"tools": [_TEXT_TOOL], "tool_choice": "required", "max_output_tokens": 60}
 _LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 _ITEMS: list[dict[str, Any]] = [
     {"role": "user", "content": [{"type": "input_text", "text": "How is the weather in Rome?"}]},
     {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": '{"city": "Rome"}'},
     {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+    {"type": "custom_tool_call", "call_id": "call_2", "name": "calculate", "input": "1 + 2"},
+    {"type": "custom_tool_call_output", "call_id": "call_2", "output": "3"},
 ]
 _STORED: Raises = (InvalidRequest, Unavailable)
 
@@ -44,6 +52,8 @@ API = Api(
                 "items": {**_QUESTION, "input": _ITEMS, "instructions": "Be kind.", "truncation": "auto"},
                 "a call of a function": {**_QUESTION, **_CALL},
                 "a call of a function, streamed": {**_QUESTION, **_CALL, "stream": True},
+                "a call of a custom tool, which is given a text": {**_QUESTION, **_TEXT_CALL},
+                "a call of a custom tool, streamed": {**_QUESTION, **_TEXT_CALL, "stream": True},
                 "in the background": {**_QUESTION, "background": True},
                 "in the background, streamed": {**_QUESTION, "background": True, "stream": True},
             },

@@ -9,7 +9,7 @@ from pagewire.v1.inference_pb2 import TokenText
 
 from pagewire_bridge.openai.responses.items import PREFIXES, Fields
 from pagewire_bridge.openai.shapes import chat_logprobs
-from pagewire_bridge.tools.calls import Arguments, Call, Piece, Thought
+from pagewire_bridge.tools.calls import Arguments, Call, Input, Piece, Thought
 
 
 class OutputItem(Protocol):
@@ -29,11 +29,15 @@ class OutputItem(Protocol):
 
 def output_item(piece: Piece, index: int, suffix: str, called: Mapping[str, Fields]) -> OutputItem:
     """The item that a piece begins. suffix: of its id, which tells the response that it is of. called: see tools.py."""
-    kind = "function_call" if isinstance(piece, Call) else "reasoning" if isinstance(piece, Thought) else "message"
-    item_id = f"{PREFIXES[kind]}_{suffix}_{index}"
     if isinstance(piece, Call):
+        item_id = f"{PREFIXES[_call_kind(piece)]}_{suffix}_{index}"
         return CallItem(piece, index, item_id, called.get(piece.name, {"name": piece.name}))
-    return TextItem(type(piece), index, item_id)
+    kind = "reasoning" if isinstance(piece, Thought) else "message"
+    return TextItem(type(piece), index, f"{PREFIXES[kind]}_{suffix}_{index}")
+
+
+def _call_kind(call: Call) -> str:
+    return "custom_tool_call" if call.custom else "function_call"
 
 
 class _Item:
@@ -101,31 +105,31 @@ class TextItem(_Item):
 
 
 class CallItem(_Item):
-    """A call of a function."""
+    """A call of a function, or of a custom tool, whose input is told as a function's arguments are."""
 
     def __init__(self, call: Call, index: int, item_id: str, name: Fields) -> None:
-        item = {"id": item_id, "type": "function_call", "status": "in_progress", "call_id": call.id}
-        super().__init__(index, {**item, **name, "arguments": ""})
+        kind = _call_kind(call)
+        self._field = "input" if call.custom else "arguments"
+        self._name = f"{kind}_{self._field}"  # of its events
+        item = {"id": item_id, "type": kind, "status": "in_progress", "call_id": call.id}
+        super().__init__(index, {**item, **name, self._field: ""})
 
     def takes(self, piece: Piece) -> bool:
-        return isinstance(piece, Arguments)
+        return isinstance(piece, Arguments | Input)
 
     def begin(self) -> list[Fields]:
         return [self._added()]
 
     def add(self, piece: Piece, tokens: Sequence[TokenText]) -> list[Fields]:
-        if not isinstance(piece, Arguments):
+        if not isinstance(piece, Arguments | Input):
             return []
         self._texts.append(piece.text)
-        return [self._inner("function_call_arguments.delta", delta=piece.text)]
+        return [self._inner(f"{self._name}.delta", delta=piece.text)]
 
     def end(self, status: str) -> list[Fields]:
-        arguments = "".join(self._texts)
-        name = self.item["name"]
-        return [
-            self._inner("function_call_arguments.done", arguments=arguments, name=name),
-            self._done(status, arguments=arguments),
-        ]
+        whole = {self._field: "".join(self._texts)}
+        named = {"name": self.item["name"]} if self._field == "arguments" else {}
+        return [self._inner(f"{self._name}.done", **whole, **named), self._done(status, **whole)]
 
 
 def _logprobs(tokens: Sequence[TokenText]) -> list[Fields]:

@@ -1,4 +1,6 @@
-"""Tools as the Responses API has them: functions, functions in a namespace, and web search, which nobody here does."""
+"""Tools as the Responses API has them: functions, custom tools, which are given one text, both also in a namespace, and
+web search, which nobody here does.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from pagewire_core.errors import InvalidRequest
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from pagewire_bridge.body import validated
-from pagewire_bridge.openai.tools import MAX_TOOLS, ToolName
+from pagewire_bridge.by_type import BY_TYPE, kind
+from pagewire_bridge.openai.tools import MAX_TOOLS, AnyText, Grammar, ToolName
 
 
 class _Shape(BaseModel):
@@ -26,13 +29,28 @@ class FunctionTool(_Shape):
     strict: bool | None = True
 
 
+class GrammarText(Grammar):
+    type: Literal["grammar"]
+
+
+class CustomTool(_Shape):
+    type: Literal["custom"]
+    name: ToolName
+    description: str | None = None
+    format: Annotated[Annotated[AnyText, kind("text")] | Annotated[GrammarText, kind("grammar")], BY_TYPE] | None = None
+
+
+InnerTool = FunctionTool | CustomTool
+_Inner = Annotated[Annotated[FunctionTool, kind("function")] | Annotated[CustomTool, kind("custom")], BY_TYPE]
+
+
 class NamespaceTool(_Shape):
-    """A call of one of its functions has a `namespace` beside its name."""
+    """A call of one of its tools has a `namespace` beside its name."""
 
     type: Literal["namespace"]
     name: ToolName
     description: str | None = None
-    tools: Annotated[list[FunctionTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[_Inner], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class WebSearchTool(_Shape):
@@ -41,11 +59,11 @@ class WebSearchTool(_Shape):
     type: Literal["web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"]
 
 
-Tool = FunctionTool | NamespaceTool | WebSearchTool
+Tool = FunctionTool | CustomTool | NamespaceTool | WebSearchTool
 _KINDS: dict[str, type[Tool]] = {
-    kind: tool
-    for tool in (FunctionTool, NamespaceTool, WebSearchTool)
-    for kind in get_args(tool.model_fields["type"].annotation)
+    name: tool
+    for tool in (FunctionTool, CustomTool, NamespaceTool, WebSearchTool)
+    for name in get_args(tool.model_fields["type"].annotation)
 }
 
 
@@ -57,10 +75,10 @@ def read_tools(value: object) -> list[Tool]:
 
 
 def _read(tool: object, where: str) -> Tool:
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    if not isinstance(tool, dict) or not isinstance(kind, str) or kind not in _KINDS:
+    name = tool.get("type") if isinstance(tool, dict) else None
+    if not isinstance(tool, dict) or not isinstance(name, str) or name not in _KINDS:
         raise InvalidRequest(f"`{where}.type` is not supported; it may be {', '.join(_KINDS)}.", f"{where}.type")
-    return validated(_KINDS[kind], tool, where)
+    return validated(_KINDS[name], tool, where)
 
 
 _Described = Annotated[list[Annotated[Tool, Field(discriminator="type")]], Field(max_length=MAX_TOOLS)]
@@ -68,7 +86,7 @@ Tools = Annotated[list[Tool], PlainValidator(read_tools, json_schema_input_type=
 
 
 class FunctionChoice(_Shape):
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: str
     namespace: str | None = None
 
@@ -90,13 +108,21 @@ def name_of(name: str, namespace: str | None) -> str:
 def to_chat_tools(tools: Iterable[Tool]) -> Iterator[dict[str, Any]]:
     """As a chat has them."""
     for tool in tools:
-        if isinstance(tool, FunctionTool):
-            yield {"type": "function", "function": tool.model_dump(exclude={"type"})}
+        if isinstance(tool, InnerTool):
+            yield _chat_tool(tool, {})
         elif isinstance(tool, NamespaceTool):
             for inner in tool.tools:
                 told = " ".join(filter(None, (tool.description, inner.description)))
                 renamed = {"name": name_of(inner.name, tool.name), "description": told or None}
-                yield {"type": "function", "function": {**inner.model_dump(exclude={"type"}), **renamed}}
+                yield _chat_tool(inner, renamed)
+
+
+def _chat_tool(tool: InnerTool, renamed: dict[str, Any]) -> dict[str, Any]:
+    """renamed: what is not as the tool itself has it."""
+    fields = {**tool.model_dump(exclude={"type"}), **renamed}
+    if isinstance(tool, CustomTool) and isinstance(tool.format, GrammarText):
+        fields["format"] = {"type": "grammar", "grammar": tool.format.model_dump(exclude={"type"})}
+    return {"type": tool.type, tool.type: fields}
 
 
 def to_chat_choice(choice: ToolChoice | None) -> Any:
@@ -110,7 +136,7 @@ def to_chat_choice(choice: ToolChoice | None) -> Any:
 
 
 def _named(choice: FunctionChoice) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name_of(choice.name, choice.namespace)}}
+    return {"type": choice.type, choice.type: {"name": name_of(choice.name, choice.namespace)}}
 
 
 def called(tools: Iterable[Tool]) -> Mapping[str, dict[str, str]]:
