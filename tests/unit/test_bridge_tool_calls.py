@@ -363,3 +363,10 @@ async def test_a_custom_tool_can_be_forced(bridge: Bridge, choice: Any, reason: 
 async def test_mistakes_in_custom_tools_name_their_field(bridge: Bridge, fields: dict[str, Any], param: str) -> None:
     response = await bridge.chat(**fields)
     assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
+
+
+async def test_an_agent_may_have_many_tools(bridge: Bridge) -> None:
+    """More than OpenAI's 128, as one with many servers of tools has."""
+    many = [{"type": "function", "function": {"name": f"mcp__server__{i}"}} for i in range(1025)]
+    assert (await bridge.chat(tools=many[:1024])).status_code == 200
+    assert (await bridge.chat(tools=many)).json()["error"]["param"] == "tools"

@@ -13,7 +13,7 @@ from pagewire_bridge.json_text import TooDeep, exact
 from pagewire_bridge.tools import custom
 from pagewire_bridge.tools.calls import Tool
 
-MAX_TOOLS = 128
+MAX_TOOLS = 1024  # agents with many servers of tools behind them have more than OpenAI's 128
 
 
 class _Shape(BaseModel):
