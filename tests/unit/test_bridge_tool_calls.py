@@ -166,6 +166,14 @@ async def test_reasons_to_stop(bridge: Bridge) -> None:
         assert ("tool_calls" in choice["message"]) == called
 
 
+@pytest.mark.parametrize(("text", "content"), [(TEXT[TEXT.index("<tool") :], None), ("Ok", ""), (TEXT, "")])
+async def test_a_stream_that_begins_with_a_call_begins_no_text(bridge: Bridge, text: str, content: str | None) -> None:
+    """A client that makes a text of the first content it is told would show an empty one."""
+    bridge.router.script = says(accepted(), *(delta(part) for part in text), delta(finish=STOP), summary())
+    first = events_of((await bridge.chat(tools=[WEATHER, NOW], stream=True)).text)[0]
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": content}  # type: ignore[index]
+
+
 async def test_where_calls_may_not_be_parallel_the_first_is_the_only_one(bridge: Bridge) -> None:
     """Streamed or not, in every API; the model made two all the same."""
     anthropic = {"max_tokens": 9, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}

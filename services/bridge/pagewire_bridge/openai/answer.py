@@ -20,7 +20,7 @@ from pagewire_bridge.openai.prompts import Echo, listed
 from pagewire_bridge.openai.schema import StreamOptions
 from pagewire_bridge.openai.shapes import Choice, Shape
 from pagewire_bridge.served_by import account
-from pagewire_bridge.tools.calls import Piece, Text, Thought, joined
+from pagewire_bridge.tools.calls import Call, Piece, Text, Thought, joined
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +74,7 @@ class Answer:
             return
         if index not in opened:
             opened.add(index)
-            yield from self.shape.opening(index)
+            yield from self.shape.opening(index, bool(pieces) and isinstance(pieces[0], Call))
         if pieces or tokens or ids:
             first, *others = pieces or [Text("")]
             yield {**self.shape.delta(index, first, tokens), **({"token_ids": ids} if ids else {})}

@@ -27,8 +27,8 @@ class Shape(Protocol):
     def with_prompts(self, response: dict[str, Any], told: Sequence[Any]) -> None:
         """Puts what is told of each prompt into a response that is not streamed."""
 
-    def opening(self, index: int) -> list[Choice]:
-        """Chunks before the first text of a choice."""
+    def opening(self, index: int, with_call: bool) -> list[Choice]:
+        """Chunks before the first text of a choice, or the call of a tool that it begins with."""
 
     def delta(self, index: int, piece: Piece, tokens: Tokens | None) -> Choice:
         """A chunk with something new."""
@@ -83,8 +83,9 @@ class ChatShape:
     def with_prompts(self, response: dict[str, Any], told: Sequence[Any]) -> None:
         [response["prompt_logprobs"]] = told
 
-    def opening(self, index: int) -> list[Choice]:
-        choices = [_chat_chunk(index, {"role": "assistant", "content": ""})]
+    def opening(self, index: int, with_call: bool) -> list[Choice]:
+        content = None if with_call else ""  # which would begin a text, for clients that show one as it begins
+        choices = [_chat_chunk(index, {"role": "assistant", "content": content})]
         return [*choices, _chat_chunk(index, {"content": self._echo})] if self._echo else choices
 
     def delta(self, index: int, piece: Piece, tokens: Tokens | None) -> Choice:
@@ -211,7 +212,7 @@ class CompletionShape:
         whole = b"".join(token.bytes for token in prompt).decode("utf-8", "replace")
         self._offsets[index] = TextOffsets(max(len(whole) - len(text), 0))
 
-    def opening(self, index: int) -> list[Choice]:
+    def opening(self, index: int, with_call: bool) -> list[Choice]:
         return []
 
     def delta(self, index: int, piece: Piece, tokens: Tokens | None) -> Choice:
