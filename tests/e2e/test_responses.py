@@ -100,6 +100,24 @@ async def test_a_conversation_goes_on_at_another_bridge(
         await client.responses.retrieve(first.id)
 
 
+async def test_a_named_conversation_goes_on_at_another_bridge(client: AsyncOpenAI, other: AsyncOpenAI) -> None:
+    """Each answer is what the chat of all turns says, and is one of the next one's turns."""
+    said = ("user", "My name is Ada.")
+    made = await client.conversations.create(items=[{"type": "message", "role": said[0], "content": said[1]}])  # type: ignore[list-item]
+    first = await other.responses.create(**GREEDY, input=QUESTION, conversation=made.id)
+    turns = [said, ("user", QUESTION)]
+    assert first.output_text == await chat_text(client, *turns)
+    stream = await client.responses.create(**GREEDY, input="And of France?", conversation=made.id, stream=True)
+    second = [event async for event in stream][-1].response  # type: ignore[union-attr]
+    turns += [("assistant", first.output_text), ("user", "And of France?")]
+    assert second.output_text == await chat_text(client, *turns)
+    items = [item async for item in other.conversations.items.list(made.id, order="asc")]
+    assert [(i.role, i.content[0].text) for i in items] == [*turns, ("assistant", second.output_text)]  # type: ignore[union-attr]
+    await other.conversations.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.create(**GREEDY, input="x", conversation=made.id)
+
+
 class get_weather(BaseModel):
     city: str = Field(max_length=12)
     unit: Literal["celsius", "fahrenheit"]

@@ -35,7 +35,7 @@ SECRET = "The fox hid the silver key under the third stone. " * 3  # Alice's, 15
 # What has no data of its own. Whoever adds a route here has thought about it.
 OPEN = {("GET", "/"), ("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"), ("GET", "/v2/health/live"),
         ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/docs/x"), ("GET", "/page/x")}  # fmt: skip
-ABSENT = "resp_" + "0" * 32
+ABSENT, NO_CONVERSATION = "resp_" + "0" * 32, "conv_" + "0" * 32
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -68,9 +68,10 @@ async def nobody(cluster: Cluster) -> AsyncIterator[httpx.AsyncClient]:
     await cluster.settle()
 
 
-def routes(response_id: str = ABSENT) -> Iterator[tuple[str, str]]:
+def routes(response_id: str = ABSENT, conversation_id: str = NO_CONVERSATION) -> Iterator[tuple[str, str]]:
     """Method and path of everything that the bridge answers."""
-    values = {"model": "m", "version": "1", "name": "x", "response_id": response_id}
+    values = {"model": "m", "version": "1", "name": "x", "item_id": "x"}
+    values |= {"response_id": response_id, "conversation_id": conversation_id}
     for route in ROUTES:
         path = route.path_format.format(**values)
         yield from ((method, path) for method in sorted(route.methods or ()) if method != "HEAD")
@@ -145,6 +146,26 @@ async def test_another_tenants_responses_do_not_exist_on_any_route(nobody: httpx
             assert refused.status_code == 400 and "silver" not in refused.text
         found = await nobody.get(f"/v1/responses/{mine}", headers=CAROL)
         assert found.json()["status"] in ("completed", "incomplete") and found.json()["output"]
+
+
+async def test_another_tenants_conversations_do_not_exist_on_any_route(nobody: httpx.AsyncClient) -> None:
+    items = {"items": [{"role": "user", "content": SECRET}]}
+    mine = (await nobody.post("/v1/conversations", json=items, headers=ALICE)).json()["id"]
+    concerned = [(method, path) for method, path in routes(conversation_id=mine) if mine in path]
+    assert len(concerned) == 7
+    for method, path in concerned:
+        body = ({} if path.endswith("/items") else {"metadata": {}}) | items if method == "POST" else None
+        theirs = await nobody.request(method, path, headers=BOB, json=body)
+        never = await nobody.request(method, path.replace(mine, NO_CONVERSATION), headers=BOB, json=body)
+        assert theirs.status_code == never.status_code == 404, (method, path)
+        assert theirs.text.replace(mine, NO_CONVERSATION) == never.text
+    ask = {"input": "What was it?", "max_output_tokens": 4, "temperature": 0}
+    for fields in ({"conversation": mine}, {"conversation": {"id": mine}}):
+        refused = await nobody.post("/v1/responses", json={**ask, **fields}, headers=BOB)
+        assert refused.status_code == 404 and "silver" not in refused.text
+    assert (await nobody.post("/v1/responses", json={**ask, "conversation": mine}, headers=CAROL)).status_code == 200
+    found = (await nobody.get(f"/v1/conversations/{mine}/items", headers=ALICE)).json()["data"]
+    assert [item["type"] for item in found] == ["message"] * 3, "the secret, the question and its answer"
 
 
 def item_of(response: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from scripted_router import Bridge, refuses, running_bridge
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 Document = dict[str, Any]
-_PATH_VALUES = {"model": "demo", "version": "1"}
+_PATH_VALUES = {"conversation_id": "conv_x", "item_id": "x", "model": "demo", "version": "1"}
 
 
 @functools.cache

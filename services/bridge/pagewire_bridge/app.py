@@ -30,6 +30,8 @@ from pagewire_bridge.keys import KeyRing
 from pagewire_bridge.observe import BridgeMetrics, Observe
 from pagewire_bridge.ollama.embed import ROUTES as OLLAMA_EMBED_ROUTES
 from pagewire_bridge.ollama.routes import ROUTES as OLLAMA_ROUTES
+from pagewire_bridge.openai.conversations.routes import ROUTES as CONVERSATIONS_ROUTES
+from pagewire_bridge.openai.conversations.store import ConversationStore
 from pagewire_bridge.openai.embeddings import ROUTES as EMBEDDING_ROUTES
 from pagewire_bridge.openai.generative_scoring import ROUTES as GENERATIVE_SCORING_ROUTES
 from pagewire_bridge.openai.responses.background import BackgroundRuns
@@ -54,6 +56,7 @@ class State(TypedDict):
     metrics: BridgeMetrics
     answers: AnswerFormat
     responses: ResponseStore
+    conversations: ConversationStore
     background: BackgroundRuns
     document: Callable[[], bytes]
     root_path: str
@@ -95,6 +98,7 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 ROUTES = (
     *OPENAI_ROUTES,
     *RESPONSES_ROUTES,
+    *CONVERSATIONS_ROUTES,
     *EMBEDDING_ROUTES,
     *GENERATIVE_SCORING_ROUTES,
     *TGI_ROUTES,
@@ -154,6 +158,7 @@ def create_app(
             "metrics": bridge_metrics,
             "answers": answers,
             "responses": ResponseStore(shelf, response_ttl_s),
+            "conversations": ConversationStore(shelf, response_ttl_s),
             "background": background,
             "document": made,
             "root_path": root_path,

@@ -32,7 +32,7 @@ _UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 # Of OpenAI's Responses API.
 _UNSUPPORTED_IN_RESPONSES: dict[str, tuple[object, ...]] = {
-    "context_management": ([],), "conversation": (), "image": (), "prompt": (),
+    "context_management": ([],), "image": (), "prompt": (),
     "return_tokens_as_token_ids": (False,), "use_beam_search": (False,), **_FUNCTIONS,
 }  # fmt: skip
 # Of Anthropic's Messages API.

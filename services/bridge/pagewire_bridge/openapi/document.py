@@ -20,6 +20,7 @@ from starlette.routing import Route
 from pagewire_bridge.access import is_for_administrators, is_open
 from pagewire_bridge.anthropic.operations import API as ANTHROPIC
 from pagewire_bridge.ollama.operations import API as OLLAMA
+from pagewire_bridge.openai.conversations.operations import API as CONVERSATIONS
 from pagewire_bridge.openai.operations import API as OPENAI
 from pagewire_bridge.openai.responses.operations import API as RESPONSES
 from pagewire_bridge.openapi import errors, headers
@@ -27,7 +28,7 @@ from pagewire_bridge.openapi.operation import DONE, EVENTS, JSON, Api, Endpoint,
 from pagewire_bridge.openapi.server import API as SERVER
 from pagewire_bridge.tgi.operations import API as TGI
 
-APIS: tuple[Api, ...] = (OPENAI, RESPONSES, TGI, OLLAMA, ANTHROPIC, SERVER)
+APIS: tuple[Api, ...] = (OPENAI, RESPONSES, CONVERSATIONS, TGI, OLLAMA, ANTHROPIC, SERVER)
 
 Fields = dict[str, Any]
 _Mode = Literal["validation", "serialization"]

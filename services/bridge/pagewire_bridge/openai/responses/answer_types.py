@@ -102,8 +102,12 @@ class ReasoningAsked(TypedDict):
     summary: None
 
 
+class ConversationOf(TypedDict):
+    id: str
+
+
 class ResponseAnswer(TypedDict):
-    """completed_at: of completed ones alone. service_tier: if it was asked for."""
+    """completed_at: of completed ones alone. service_tier, conversation: if it was asked for."""
 
     id: str
     object: Literal["response"]
@@ -119,6 +123,7 @@ class ResponseAnswer(TypedDict):
     store: bool
     instructions: str | None
     previous_response_id: str | None
+    conversation: NotRequired[ConversationOf]
     max_output_tokens: int | None
     max_tool_calls: int | None
     temperature: float | None

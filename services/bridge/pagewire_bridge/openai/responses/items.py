@@ -127,7 +127,12 @@ def input_items(value: object) -> list[Fields]:
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise InvalidRequest("`input` must be a string or a list of items, and not empty.", "input")
-    return [_item(item, f"input[{i}]") for i, item in enumerate(value)]
+    return items_of(value, "input")
+
+
+def items_of(values: Iterable[object], name: str) -> list[Fields]:
+    """The same of a list. name: of its field."""
+    return [_item(item, f"{name}[{i}]") for i, item in enumerate(values)]
 
 
 def _item(item: object, where: str) -> Fields:

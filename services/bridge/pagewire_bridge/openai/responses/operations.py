@@ -7,7 +7,8 @@ from typing import Any
 from pagewire_core.errors import InvalidRequest, Unavailable
 
 from pagewire_bridge.openai.responses import answer_types as answers
-from pagewire_bridge.openai.responses.routes import MAX_PAGE, cancel, count_input, create, delete, input_items, retrieve
+from pagewire_bridge.openai.responses.pages import MAX_PAGE
+from pagewire_bridge.openai.responses.routes import cancel, count_input, create, delete, input_items, retrieve
 from pagewire_bridge.openai.responses.schema import ResponsesBody
 from pagewire_bridge.openapi.headers import IGNORED_FIELDS, PROMPT_TRUNCATED, SERVED_BY
 from pagewire_bridge.openapi.operation import ASKING_OF_MODEL, EVENTS, Api, Operation, Raises
@@ -33,6 +34,11 @@ _ITEMS: list[dict[str, Any]] = [
     {"type": "custom_tool_call", "call_id": "call_2", "name": "calculate", "input": "1 + 2"},
     {"type": "custom_tool_call_output", "call_id": "call_2", "output": "3"},
 ]
+PAGES: dict[str, dict[str, Any]] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+    "order": {"type": "string", "enum": ["asc", "desc"]},
+    "after": {"type": "string"},
+}
 _STORED: Raises = (InvalidRequest, Unavailable)
 
 API = Api(
@@ -86,11 +92,7 @@ API = Api(
             answer=answers.ItemList,
             raises=_STORED,
             refuses=(404,),
-            query={
-                "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
-                "order": {"type": "string", "enum": ["asc", "desc"]},
-                "after": {"type": "string"},
-            },
+            query=PAGES,
         ),
     },
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 
-from pagewire_core.errors import ContextLength, InvalidRequest
+from pagewire_core.errors import ContextLength, InvalidRequest, Unavailable
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,7 +19,7 @@ from pagewire_bridge.disconnect import until_disconnect
 from pagewire_bridge.openai.responses.answer import encoded, events, whole
 from pagewire_bridge.openai.responses.asked import Asked, store_of, understand
 from pagewire_bridge.openai.responses.background import BackgroundRun, BackgroundRuns, follow
-from pagewire_bridge.openai.responses.items import Fields
+from pagewire_bridge.openai.responses.pages import page_of
 from pagewire_bridge.openai.responses.store import Record
 from pagewire_bridge.openai.responses.translate import CHAT_NAMES, parse_body
 from pagewire_bridge.openai.translate import router_names
@@ -29,7 +29,6 @@ from pagewire_bridge.responses import json_response
 from pagewire_bridge.served_by import served_by
 from pagewire_bridge.sse import EventStream
 
-DEFAULT_PAGE, MAX_PAGE = 20, 100
 _ACCEPTED_S = 1.0  # what a refusal of a background response may take to be its answer
 
 
@@ -71,6 +70,7 @@ async def _in_foreground(asked: Asked) -> Response:
     async def answer_whole() -> Response:
         asked.accept(answer, generation)
         await whole(answer, generation)
+        await asked.extend(answer)
         await asked.keep(answer)
         return json_response(answer.response, headers={**asked.headers, **served_by(generation.summaries)})
 
@@ -80,6 +80,10 @@ async def _in_foreground(asked: Asked) -> Response:
             yield encoded(event)
         async for event in events(answer, generation):
             yield encoded(event)
+        try:
+            await asked.extend(answer)
+        except Unavailable as error:
+            answer.fail(error)
         await asked.keep(answer)
         yield encoded(answer.last())
 
@@ -164,28 +168,7 @@ async def input_items(request: Request) -> Response:
     """Everything that the model was given: also what came before, oldest last unless `order` says otherwise."""
     record = await _found(request)
     before = await store_of(request).conversation(request.state.tenant, record.response["previous_response_id"])
-    return json_response(_page([*before.items, *record.input], request.query_params))
-
-
-def _page(items: list[Fields], asked: Mapping[str, str]) -> Fields:
-    limit, order, after = asked.get("limit", str(DEFAULT_PAGE)), asked.get("order", "desc"), asked.get("after")
-    if not (limit.isdecimal() and len(limit) < 10 and 1 <= int(limit) <= MAX_PAGE):
-        raise InvalidRequest(f"`limit` must be a whole number from 1 to {MAX_PAGE}.", "limit")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest("`order` must be asc or desc.", "order")
-    ordered = items if order == "asc" else items[::-1]
-    ids = [item["id"] for item in ordered]
-    if after is not None and after not in ids:
-        raise InvalidRequest(f"Item with id '{after}' not found.", "after")
-    begin_at = 0 if after is None else ids.index(after) + 1
-    page = ordered[begin_at : begin_at + int(limit)]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": begin_at + len(page) < len(ordered),
-    }
+    return json_response(page_of([*before.items, *record.input], request.query_params))
 
 
 async def _found(request: Request) -> Record:

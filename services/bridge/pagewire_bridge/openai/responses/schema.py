@@ -49,12 +49,17 @@ class Reasoning(_Shape):
     effort: Annotated[str, Field(max_length=32)] | None = None
 
 
+class ConversationId(_Shape):
+    id: str
+
+
 class ResponsesBody(SamplingBody, ConversationBody):
     """POST /v1/responses. input: a string, or items of the conversation."""
 
     input: Annotated[list[dict[str, Any]], PlainValidator(input_items, json_schema_input_type=str | _Items)]
     instructions: str | None = None
     previous_response_id: str | None = None
+    conversation: str | ConversationId | None = None
     store: bool | None = None
     background: bool | None = None
     max_output_tokens: TokenCount | None = None
@@ -75,6 +80,10 @@ class ResponsesBody(SamplingBody, ConversationBody):
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
     @property
+    def conversation_id(self) -> str | None:
+        return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
+
+    @property
     def is_stored(self) -> bool:
         return self.store is not False
 
@@ -82,4 +91,10 @@ class ResponsesBody(SamplingBody, ConversationBody):
     def _consistent_response(self) -> Self:
         if self.background and not self.is_stored:
             raise InvalidRequest("`background` needs `store`: who asks later must find it.", "background")
+        if self.conversation is not None and self.previous_response_id is not None:
+            raise InvalidRequest("`conversation` and `previous_response_id` exclude each other.", "conversation")
+        if self.conversation is not None and self.background:
+            raise InvalidRequest(
+                "`conversation` is not supported yet for a response in the background.", "conversation"
+            )
         return self

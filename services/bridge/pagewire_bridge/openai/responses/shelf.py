@@ -61,6 +61,9 @@ class Shelf(Protocol):
         may have been done all the same, can be asked again. Nothing where values before them are missing.
         """
 
+    async def push(self, key: str, value: bytes, ttl_s: float) -> bool:
+        """Adds a value to a list that is there; whether it was."""
+
     async def since(self, key: str, first: int) -> list[bytes]:
         """The values of a list, from this one on."""
 
@@ -98,6 +101,10 @@ class RedisShelf:
     async def append(self, key: str, first: int, values: Sequence[bytes], ttl_s: float) -> None:
         arguments: list[bytes | int] = [math.ceil(ttl_s), first, *values]
         await self._ask(lambda: self._append(keys=[key], args=arguments))
+
+    async def push(self, key: str, value: bytes, ttl_s: float) -> bool:
+        known = await self._ask(lambda: self._redis.execute_command("RPUSHX", key, value))
+        return bool(known) and await self.renew(key, ttl_s)
 
     async def since(self, key: str, first: int) -> list[bytes]:
         found: list[bytes] = await self._ask(lambda: self._redis.lrange(key, first, -1))
@@ -176,6 +183,12 @@ class LocalShelf:
         await self.renew(key, ttl_s)
         while self._num_bytes > self._max_bytes:
             await self.delete(next(iter(self._kept)))
+
+    async def push(self, key: str, value: bytes, ttl_s: float) -> bool:
+        kept = self._find(key)
+        if kept:
+            await self.append(key, len(kept.values), [value], ttl_s)
+        return kept is not None
 
     async def since(self, key: str, first: int) -> list[bytes]:
         kept = self._find(key)

@@ -49,8 +49,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """The items so far, and the id of the first response; none of either: it begins now."""
+class Before:
+    """The items of a conversation so far, and its name: the first response's. None of either: it begins now."""
 
     items: list[Fields] = field(default_factory=list)
     first: str = ""
@@ -131,27 +131,32 @@ class ResponseStore:
 
     # ---------------------------------------------------------------- conversations
 
-    async def conversation(self, tenant: str, last_id: str | None) -> Conversation:
+    async def conversation(self, tenant: str, last_id: str | None) -> Before:
         """That `last_id` ends. Raises InvalidRequest if it, or one before it, is not there any more."""
         records = [record async for record in self._back_from(tenant, last_id)]
         if not records:
-            return Conversation()
+            return Before()
         if records[0].is_running:
             raise InvalidRequest("The previous response is still running.", "previous_response_id")
-        return Conversation([item for record in reversed(records) for item in record.items], records[0].first)
+        return Before([item for record in reversed(records) for item in record.items], records[0].first)
 
     async def _back_from(self, tenant: str, response_id: str | None) -> AsyncIterator[Record]:
         while response_id:
             record = await self.find(tenant, response_id)
             if record is None:
                 raise InvalidRequest(f"Previous response with id '{response_id}' not found.", "previous_response_id")
+            if record.response.get("conversation"):
+                raise InvalidRequest(
+                    "The previous response is part of a conversation; go on with `conversation`.",
+                    "previous_response_id",
+                )
             yield record
             response_id = record.response["previous_response_id"]
 
-    async def resolved(self, tenant: str, items: Sequence[Fields]) -> list[Fields]:
-        """The same with the items themselves for references to them. Raises InvalidRequest."""
+    async def resolved(self, tenant: str, items: Sequence[Fields], name: str = "input") -> list[Fields]:
+        """The same with the items themselves for references to them. name: of their field. Raises InvalidRequest."""
         return [
-            await self._item(tenant, item["id"], f"input[{i}].id") if item["type"] == "item_reference" else item
+            await self._item(tenant, item["id"], f"{name}[{i}].id") if item["type"] == "item_reference" else item
             for i, item in enumerate(items)
         ]
 

@@ -83,6 +83,7 @@ def to_head(body: ResponsesBody, response_id: str, model: str, created_at: int) 
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},
+        **({"conversation": {"id": body.conversation_id}} if body.conversation_id is not None else {}),
         "tools": tools,
         "tool_choice": _echoed_choice(body),
         "top_logprobs": body.top_logprobs or 0,
