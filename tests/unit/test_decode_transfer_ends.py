@@ -31,14 +31,14 @@ async def test_pages_are_not_given_back_while_they_are_written(engine: Engine, m
     transfers, name, cache = Transfers(engine), os.urandom(16), engine.runner.cache
     transfers.reserve(name, PROMPT, ROOT, 1)
     await transfers.bind(name, 0, 50)
-    writes, goes_on, scatter = threading.Event(), threading.Event(), cache.scatter
+    writes, goes_on, scatter = threading.Event(), threading.Event(), cache.scatter_checked
 
-    def halting(*args: Any) -> None:
+    def halting(*args: Any) -> int:
         writes.set()
         goes_on.wait(20)
-        scatter(*args)
+        return scatter(*args)
 
-    monkeypatch.setattr(cache, "scatter", halting)
+    monkeypatch.setattr(cache, "scatter_checked", halting)
     writing = asyncio.create_task(
         asyncio.to_thread(transfers.scatter, name, (0, 3), (0, 50), torch.ones(3, 2, 50, 1, 16))
     )

@@ -141,10 +141,10 @@ async def test_a_prompt_by_the_id_of_another_is_refused_and_takes_nothing_from_i
     in_use, over, gather = asyncio.Queue[bytes](), threading.Event(), PromptSource.gather
     loop = asyncio.get_running_loop()
 
-    def halting(self: PromptSource, transfer_id: bytes, *args: Any) -> None:
+    def halting(self: PromptSource, transfer_id: bytes, *args: Any) -> int:
         loop.call_soon_threadsafe(in_use.put_nowait, transfer_id)
         over.wait(20)
-        gather(self, transfer_id, *args)
+        return gather(self, transfer_id, *args)
 
     monkeypatch.setattr(PromptSource, "gather", halting)
     first = asyncio.create_task(hand_over(range(5, 55), source, target))
