@@ -88,6 +88,15 @@ def lanes_table(rounds: Sequence[Rates], columns: Sequence[str]) -> Table:
     return table
 
 
+def checksums_cost(rounds: Sequence[Rates]) -> str:
+    costs = []
+    for what in rounds[0]:
+        if UNCHECKED in rounds[0][what]:
+            each = [100 * (r[what][UNCHECKED] / r[what]["shm"] - 1) for r in rounds]
+            costs.append(f"{what} {statistics.median(each):.1f} % ({min(each):.1f}-{max(each):.1f})")
+    return "Checksums cost: " + ", ".join(costs)
+
+
 def tokens_table(rounds: Sequence[Tokens]) -> Table:
     """Medians over all rounds and repeats; what is added is so in each round."""
     table = Table("", "prompt", "first token (ms)", "added", "second token (ms)", "added", "tail (ms)",
@@ -129,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["bytes_per_s"] = [lanes_round(peer, lanes) for _ in range(args.rounds)]
         peer.end()
         console.print(lanes_table(results["bytes_per_s"], ["TCP socket", "memcpy", *lanes, UNCHECKED]))
+        if "shm" in lanes:
+            console.print(checksums_cost(results["bytes_per_s"]))
     if args.model:
         results["tokens"] = [
             tokens_round(args.model.absolute(), args.prompts, args.gbit, console) for _ in range(args.rounds)

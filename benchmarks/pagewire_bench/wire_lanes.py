@@ -36,7 +36,7 @@ TOTAL_BYTES = 256 << 20  # per measurement of a lane
 CHUNKS = (1 << 20, 4 << 20, 8 << 20)
 LAYOUT = kv.KvLayout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")  # 23 KB a token
 PROMPTS = (512, 2048, 8192)
-HAND_OFFS = 4  # of a prompt, one after the other, for one figure
+HAND_OFFS = 12  # of a prompt, one after the other, for one figure
 CHECKED, UNCHECKED = b"checked", b"unchecked"  # what a transfer's name begins with: whether anybody sums up its bytes
 _BLOCK = 16
 
