@@ -38,11 +38,13 @@ def test_a_worker_refused_after_its_threads_have_begun_leaves_no_end_to_the_inte
     ("flag", "words"),
     [
         ("--lanes=tcp", "tcp needs --tls-cert"), ("--lanes=udp", "is not a lane"), ("--host=0.0.0.0", "can dial"),
-        ("--model=", "no model: give --model"),
+        (None, "no model: give --model"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_told_before_the_model_is_loaded(flag: str, words: str, tmp_path: Path) -> None:
+def test_what_cannot_work_is_told_before_the_model_is_loaded(flag: str | None, words: str, tmp_path: Path) -> None:
+    """None: without a model."""
     code = "from pagewire_worker.main import main; main()"
-    command = [sys.executable, "-P", "-c", code, f"--model={tmp_path}", "--port=0", flag]
+    flags = [f"--model={tmp_path}", flag] if flag else []
+    command = [sys.executable, "-P", "-c", code, "--port=0", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and words in done.stderr.splitlines()[-1]
