@@ -11,9 +11,7 @@ namespace pw {
 
 class Xxh3 {
    public:
-    static constexpr int64_t LEAST_BYTES = 241;  // shorter inputs have other formulas
-
-    // data: `size` bytes, of which each is read only when it has been reached.
+    // data: `size` bytes, of which each is read only when it has been reached. Fewer than 241 have other formulas.
     Xxh3(const uint8_t* data, int64_t size) : data_(data), size_(size), blocks_((size - 1) / BLOCK) {}
 
     // The first `bytes` are there.

@@ -23,7 +23,7 @@ PREFIXES = {
     "reasoning": "rs",
     "custom_tool_call": "ctc",
     "custom_tool_call_output": "ctco",
-}  # of ids; fmt: skip
+}  # of ids
 _TEXTS = ("input_text", "output_text", "text")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
